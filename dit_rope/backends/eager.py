@@ -1,0 +1,260 @@
+"""The rotation in plain PyTorch: the readable reference on every device, and the fast path on CPU.
+
+On CPU the work is cut into chunks of tokens whose scratch stays in the caches, so that data crosses memory once.
+An interleaved pair is one complex number: a rotation multiplies it by cos + i sin, which PyTorch does in one
+vectorised pass. In exact mode that pass will not do, because compilers fuse the multiplies and adds of its scalar
+tail: the two products are formed by two complex multiplies with cos + 0 i and 0 + i sin. One operand of each sum in
+those is zero, so the result is the correctly rounded product whether fused or not, and the sum that follows rounds as
+the model's code does. (A zero may come out with the other sign; infinities come out as NaN.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from einops import rearrange
+
+from ..rotation_args import RotationArgs
+from ..spec import NormKind, Pairing
+
+# Bytes of one chunk of tokens on CPU, in the arithmetic dtype. Scratch of that size stays in two cores' level 2 caches;
+# a chunk that needs no scratch is only as small as keeps its angles there.
+CHUNK_BYTES = 1 << 20
+DIRECT_CHUNK_BYTES = 1 << 24
+
+
+def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: Pairing) -> torch.Tensor:
+    """Rotates ``x`` as diffusers' Wan code does, in differentiable PyTorch that any compiler can trace.
+
+    The source of the roundings is ``WanAttnProcessor`` in diffusers 0.42.1 ``transformer_wan.py``: products and sums
+    in the dtype that x and the tables promote to, then one cast to the dtype of x.
+
+    Args:
+        x: ``[B, S, H, D]``.
+        cos, sin: ``[B or 1, S, 1, pairs]``; channels past ``2 * pairs`` are returned as they are.
+        pairing: which channels turn together.
+
+    Returns:
+        A new ``[B, S, H, D]`` tensor in the dtype of x.
+    """
+    turning, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+    pattern = "b s h (p two)" if pairing is Pairing.INTERLEAVED else "b s h (two p)"
+    x1, x2 = rearrange(turning, f"{pattern} -> two b s h p", two=2).unbind(0)
+    turned = torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos))
+    out = rearrange(turned, f"two b s h p -> {pattern}").type_as(x)
+    return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
+
+
+def dense_angles(args: RotationArgs, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cos and sin ``[B or 1, length, 1, pairs]`` of every token of a sequence, (1, 0) where it does not turn."""
+    rows = _row_indices(args)
+    angles = torch.cat(_gather(_identity_row(args.rows), rows, args.pairs), dim=-1)
+    angles = torch.nn.functional.pad(angles, (0, 0, args.prefix, length - args.prefix - angles.shape[2]))
+    cos, sin = angles.unsqueeze(3).unbind(0)
+    still = torch.ones(length, dtype=torch.bool, device=cos.device)
+    still[args.prefix : args.prefix + rows.shape[1]] = False
+    cos = cos.masked_fill(still[:, None, None], 1.0)
+    return cos, -sin if args.inverse else sin
+
+
+def rotate(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor]) -> None:
+    """Rotates each ``xs[i]`` ``[B, S, H, D]`` into ``outs[i]``, which may be ``xs[i]`` itself.
+
+    Every element of ``outs`` is written; the layout of tokens and channels is that of :class:`RotationArgs`.
+    """
+    _run(xs, args, outs, _Turn(args, xs[0].dtype), norm=None)
+
+
+def norm_rotate(
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor | None],
+    eps: float,
+    norm: NormKind,
+    args: RotationArgs,
+    outs: Sequence[torch.Tensor],
+) -> None:
+    """RMSNorm of each ``xs[i]``, then its rotation, into ``outs[i]``; unturned tokens and channels are normed too.
+
+    Arithmetic is float32 (float64 for float64 data) and rounded once. Weights are ``[D]`` per head, ``[H * D]``
+    across heads, or None.
+    """
+    _run(xs, args, outs, _Turn(replace(args, exact=False), xs[0].dtype), norm=_Norm(norm, eps, weights))
+
+
+class _Norm:
+    """RMSNorm of a chunk of tokens, in the arithmetic dtype (Zhang and Sennrich, arXiv:1910.07467)."""
+
+    def __init__(self, kind: NormKind, eps: float, weights: Sequence[torch.Tensor | None]) -> None:
+        self.dims = (-2, -1) if kind is NormKind.ACROSS_HEADS else (-1,)
+        self.eps = eps
+        self.weights = weights
+
+    def __call__(self, x: torch.Tensor, index: int, out: torch.Tensor) -> torch.Tensor:
+        """``x`` ``[B, n, H, D]`` of tensor number ``index``, normed into ``out``, which may be x."""
+        heads, channels = x.shape[-2:]
+        across = len(self.dims) == 2
+        root = torch.linalg.vector_norm(x, dim=self.dims, keepdim=True)
+        scale = root.square_().div_(heads * channels if across else channels).add_(self.eps).rsqrt_()
+        torch.mul(x, scale, out=out)
+        weight = self.weights[index]
+        if weight is not None:
+            out.mul_(weight.view(heads, channels) if across else weight)
+        return out
+
+
+class _Turn:
+    """The angles of the tokens that turn, and how channels are multiplied by them.
+
+    ``tables`` are ``[B or 1, count, 1, pairs]``: one complex table in fast mode, two in exact mode, or real cos and
+    sin where pairs are not adjacent or the arithmetic is 16-bit.
+    """
+
+    def __init__(self, args: RotationArgs, dtype: torch.dtype) -> None:
+        if args.exact:
+            self.dtype = torch.promote_types(dtype, args.rows.dtype)
+        else:
+            self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.args = args
+        self.width = 2 * sum(args.pairs)
+        self.adjacent = args.pairing is Pairing.INTERLEAVED
+        self.complex = self.adjacent and self.dtype in (torch.float32, torch.float64)
+        self.exact_complex = self.complex and args.exact
+        cos, sin = _identity_row(args.rows.to(self.dtype)).unbind(0)
+        sin = -sin if args.inverse else sin
+        if not self.complex:
+            tables: tuple[torch.Tensor, ...] = (cos, sin)
+        elif self.exact_complex:
+            zero = torch.zeros_like(cos)
+            tables = (torch.complex(cos, zero), torch.complex(zero, sin))
+        else:
+            tables = (torch.complex(cos, sin),)
+        rows = _row_indices(args)
+        self.count = rows.shape[1]
+        self.tables = [torch.cat(_gather(table, rows, args.pairs), dim=-1).unsqueeze(2) for table in tables]
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, start: int, stop: int, scratch: torch.Tensor) -> None:
+        """Turns the tokens ``start <= j < stop``, ``x`` ``[B, n, H, width]``, into ``out``, which may be x."""
+        tables = [table[:, start:stop] for table in self.tables]
+        if not self.complex:
+            self._turn_real(x, out, *tables)
+            return
+        source, target = _as_complex(x), _as_complex(out)
+        if self.exact_complex:
+            across = torch.mul(source, tables[1], out=_as_complex(scratch[:, : stop - start]))
+            torch.mul(source, tables[0], out=target).add_(across)
+        else:
+            torch.mul(source, tables[0], out=target)
+
+    def _turn_real(self, x: torch.Tensor, out: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        if self.adjacent:
+            (x1, x2), (out1, out2) = (t.unflatten(-1, (-1, 2)).unbind(-1) for t in (x, out))
+        else:
+            (x1, x2), (out1, out2) = (t.chunk(2, dim=-1) for t in (x, out))
+        if self.args.exact:
+            turned1, turned2 = x1 * cos - x2 * sin, x1 * sin + x2 * cos
+        else:
+            turned1 = (x1 * cos).addcmul_(x2, sin, value=-1)
+            turned2 = (x1 * sin).addcmul_(x2, cos)
+        out1.copy_(turned1)
+        out2.copy_(turned2)
+
+
+def _run(
+    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], turn: _Turn, norm: _Norm | None
+) -> None:
+    for index, (x, out) in enumerate(zip(xs, outs, strict=True)):
+        for start, stop in ((0, args.prefix), (args.prefix + turn.count, x.shape[1])):
+            _copy_still(x[:, start:stop], out[:, start:stop], turn.dtype, norm, index)
+        first = slice(args.prefix, args.prefix + turn.count)
+        _turn_tokens(x[:, first], out[:, first], turn, norm, index)
+
+
+def _copy_still(x: torch.Tensor, out: torch.Tensor, dtype: torch.dtype, norm: _Norm | None, index: int) -> None:
+    """Tokens that do not turn: normed, or copied."""
+    if x.shape[1] == 0:
+        return
+    if norm is not None:
+        wide = x.to(dtype, copy=True)
+        out.copy_(norm(wide, index, wide))
+    elif x.data_ptr() != out.data_ptr():
+        out.copy_(x)
+
+
+def _turn_tokens(x: torch.Tensor, out: torch.Tensor, turn: _Turn, norm: _Norm | None, index: int) -> None:
+    """The turning tokens ``[B, n, H, D]`` of tensor number ``index``, chunk by chunk."""
+    width = turn.width
+    direct_in, direct_out = norm is None and _readable(x, turn), _readable(out, turn)
+    in_place = x.data_ptr() == out.data_ptr()
+    scratch_free = direct_in and direct_out and not turn.exact_complex
+    step = _chunk_tokens(x, turn.dtype, DIRECT_CHUNK_BYTES if scratch_free else CHUNK_BYTES)
+    chunk = x[:, :step]
+    wide = torch.empty(chunk.shape if not (direct_in and direct_out) else 0, dtype=turn.dtype, device=x.device)
+    across = torch.empty((*chunk.shape[:3], width) if turn.exact_complex else 0, dtype=turn.dtype, device=x.device)
+    for start in range(0, x.shape[1], step):
+        stop = min(start + step, x.shape[1])
+        source, target = x[:, start:stop], out[:, start:stop]
+        if norm is not None:
+            source = norm(source.to(turn.dtype), index, wide[:, : stop - start])
+        elif not direct_in:
+            source = wide[:, : stop - start].copy_(source)
+        turned = target[..., :width] if direct_out else wide[:, : stop - start, :, :width]
+        turn(source[..., :width], turned, start, stop, across)
+        if not direct_out:
+            target[..., :width].copy_(turned)
+        if width < x.shape[-1] and not (in_place and norm is None):
+            target[..., width:].copy_(source[..., width:])
+
+
+def _readable(x: torch.Tensor, turn: _Turn) -> bool:
+    """Whether the arithmetic can read and write ``x`` where it lies: as it is, or as complex numbers."""
+    if not turn.complex:
+        return turn.args.exact or x.dtype == turn.dtype
+    even = all(stride % 2 == 0 for stride in x.stride()[:-1])
+    return x.dtype == turn.dtype and x.stride(-1) == 1 and even and x.storage_offset() % 2 == 0
+
+
+def _row_indices(args: RotationArgs) -> torch.Tensor:
+    """Row of each turning token on each axis, ``[1 or B, n, axes]`` int64."""
+    if args.positions is not None:
+        return args.positions.long()
+    total = 1
+    for size in args.sizes:
+        total *= size
+    count = max(0, min(args.count, total - args.token_offset))
+    flat = torch.arange(args.token_offset, args.token_offset + count, device=args.rows.device)
+    columns = []
+    for size, first in zip(reversed(args.sizes), reversed(args.first_rows), strict=True):
+        columns.append(flat % size + first)
+        flat = flat // size
+    return torch.stack(columns[::-1], dim=-1)[None]
+
+
+def _gather(table: torch.Tensor, rows: torch.Tensor, pairs: Sequence[int]) -> list[torch.Tensor]:
+    """``[..., B or 1, n, pairs[a]]`` of each axis from ``table`` ``[..., R + 1, P]`` at ``rows`` ``[B or 1, n, axes]``.
+
+    The last row of the table is the identity, for negative rows.
+    """
+    flat = rows.flatten(0, 1)
+    flat = torch.where(flat < 0, table.shape[-2] - 1, flat)
+    gathered = (table.index_select(-2, flat[:, axis]) for axis in range(len(pairs)))
+    return [part[..., :width].unflatten(-2, rows.shape[:2]) for part, width in zip(gathered, pairs, strict=True)]
+
+
+def _identity_row(rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` ``[2, R, P]`` with a row (1, 0) after the last, which the row index -1 selects."""
+    identity = rows.new_zeros(2, 1, rows.shape[2])
+    identity[0] = 1.0
+    return torch.cat((rows, identity), dim=1)
+
+
+def _chunk_tokens(x: torch.Tensor, dtype: torch.dtype, chunk_bytes: int) -> int:
+    """Tokens of ``x`` ``[B, n, H, D]`` in one chunk; all of them on devices without caches to mind."""
+    if x.device.type != "cpu":
+        return max(1, x.shape[1])
+    return max(1, chunk_bytes // max(1, x.shape[0] * x.shape[2] * x.shape[3] * dtype.itemsize))
+
+
+def _as_complex(x: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))

@@ -1,0 +1,67 @@
+"""The Wan family: across-heads RMSNorm, interleaved pairs, axes (frame, height, width), theta 10,000.
+
+Sources, all in diffusers 0.42.1: ``transformer_wan.py``, ``transformer_wan_vace.py``, ``transformer_wan_animate.py``,
+``transformer_chronoedit.py``, ``transformer_skyreels_v2.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..spec import NormKind, RopeSpec
+from .adapter import FrameRows, ModelAdapter
+
+
+def _spec(rope: Any) -> RopeSpec:
+    head_dim: int = rope.attention_head_dim
+    side = 2 * (head_dim // 6)
+    return RopeSpec(dims=(head_dim - 2 * side, side, side), theta=10_000.0)
+
+
+def _frames(rope: Any, latent: torch.Tensor) -> FrameRows:
+    """``latent`` is ``[B, C, T, H, W]`` before patching."""
+    patched = [size // patch for size, patch in zip(latent.shape[2:], rope.patch_size, strict=True)]
+    return FrameRows((patched[0], patched[1], patched[2]))
+
+
+def _chronoedit_frames(rope: Any, latent: torch.Tensor) -> FrameRows:
+    """ChronoEdit sets its two edit frames ``temporal_skip_len`` apart: positions 0 and ``temporal_skip_len - 1``."""
+    rows = _frames(rope, latent)
+    if latent.shape[2] != 2:
+        return rows
+    skip: int = rope.temporal_skip_len
+    return FrameRows((skip, *rows.grid[1:]), frames=(0, skip - 1))
+
+
+def _latents(rope: Any, device: torch.device) -> list[torch.Tensor]:
+    """Latents without channels that between them use every row of every axis, and a grid of two frames."""
+    grids = ((rope.max_seq_len, 1, 1), (1, rope.max_seq_len, 1), (1, 1, rope.max_seq_len), (2, 3, 4))
+    shapes = [[size * patch for size, patch in zip(grid, rope.patch_size, strict=True)] for grid in grids]
+    return [torch.empty(1, 0, *shape, device=device) for shape in shapes]
+
+
+def _adapter(model: str, module: str, rope: str, attention: str) -> ModelAdapter:
+    return ModelAdapter(
+        model=f"diffusers.models.transformers.{module}.{model}",
+        rope_class=rope,
+        attention_class=attention,
+        rope="rope",
+        attention=r"(blocks|vace_blocks)\.\d+\.attn1",
+        norm=NormKind.ACROSS_HEADS,
+        spec=_spec,
+        frames=_chronoedit_frames if rope.startswith("ChronoEdit") else _frames,
+        probes=_latents,
+    )
+
+
+WAN = _adapter("WanTransformer3DModel", "transformer_wan", "WanRotaryPosEmbed", "WanAttention")
+WAN_VACE = _adapter("WanVACETransformer3DModel", "transformer_wan_vace", "WanRotaryPosEmbed", "WanAttention")
+WAN_ANIMATE = _adapter("WanAnimateTransformer3DModel", "transformer_wan_animate", "WanRotaryPosEmbed", "WanAttention")
+CHRONOEDIT = _adapter(
+    "ChronoEditTransformer3DModel", "transformer_chronoedit", "ChronoEditRotaryPosEmbed", "WanAttention"
+)
+SKYREELS_V2 = _adapter(
+    "SkyReelsV2Transformer3DModel", "transformer_skyreels_v2", "SkyReelsV2RotaryPosEmbed", "SkyReelsV2Attention"
+)

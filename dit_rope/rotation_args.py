@@ -1,0 +1,53 @@
+"""The arguments of one rotation, the same for every backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .spec import Pairing
+
+
+@dataclass(frozen=True)
+class RotationArgs:
+    """Where each token stands, where its cos and sin are, and how its channels turn.
+
+    Token ``i`` of a sequence of S tokens is number ``j = i - prefix`` of the grid's tokens. It turns when
+    ``0 <= j < count`` and, without ``positions``, ``token_offset + j < prod(sizes)``; every other token is copied.
+
+    Its row on axis ``a`` is ``positions[b, j, a]`` where ``positions`` is given (a negative row leaves the pairs of
+    that axis unturned), else ``first_rows[a]`` plus the ``a``-th coordinate of flat index ``token_offset + j`` in a
+    row-major grid of ``sizes``. ``rows[0, row, p]`` and ``rows[1, row, p]`` are cos and sin of pair ``p`` of the axis;
+    the pairs of the axes follow one another: axis 0 owns the first ``pairs[0]`` pairs of the head, and so on.
+
+    With ``n = sum(pairs)``, pair ``p`` of a head is channels (2 p, 2 p + 1) when interleaved and (p, p + n) when half;
+    channels past ``2 n`` are copied. A pair (x1, x2) becomes (x1 cos - x2 sin, x1 sin + x2 cos); ``inverse`` takes
+    -sin.
+
+    Attributes:
+        rows: ``[2, R, P]`` cos and sin of all axes, axis after axis along R, P = max(pairs), last dim contiguous.
+        positions: ``[1 or B, count, axes]`` int32 rows of ``rows``, or None.
+        pairs: channel pairs of each axis.
+        sizes: the local grid, ignored with positions.
+        first_rows: row of each axis' coordinate 0, ignored with positions.
+        token_offset: flat index of the first token, ignored with positions.
+        prefix: tokens before the grid's.
+        count: the grid's tokens in this sequence, padding included.
+        pairing: which channels turn together.
+        inverse: turn backwards.
+        exact: the roundings of the model's eager code, no fused multiply-add; else float32 arithmetic (float64 for
+            float64 data), rounded once.
+    """
+
+    rows: torch.Tensor
+    positions: torch.Tensor | None
+    pairs: tuple[int, ...]
+    sizes: tuple[int, ...]
+    first_rows: tuple[int, ...]
+    token_offset: int
+    prefix: int
+    count: int
+    pairing: Pairing
+    inverse: bool
+    exact: bool

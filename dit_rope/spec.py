@@ -1,0 +1,199 @@
+"""What a rotation is: channels, frequencies, token grid and shard, as immutable values that check themselves."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+MAX_AXES = 4
+
+
+class Pairing(enum.Enum):
+    """Which two channels of a head turn together.
+
+    ``INTERLEAVED`` turns channels (0, 1), (2, 3), ... (GPT-J, Wan, Flux); ``HALF`` turns channels
+    (i, i + rotary_dim / 2) (GPT-NeoX, Llama, Cosmos).
+    """
+
+    INTERLEAVED = "interleaved"
+    HALF = "half"
+
+
+class NormKind(enum.Enum):
+    """What one RMSNorm of queries or keys averages over.
+
+    ``PER_HEAD`` over the D channels of each head (HunyuanVideo, Flux), ``ACROSS_HEADS`` over all H * D
+    channels of a token (Wan, LTX).
+    """
+
+    PER_HEAD = "per_head"
+    ACROSS_HEADS = "across_heads"
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A frequency scaling by name, with its parameters (see :mod:`dit_rope.scaling`).
+
+    ``parameters`` is a sorted tuple of (name, value) pairs, so that equal scalings are equal and hashable.
+    """
+
+    kind: str
+    parameters: tuple[tuple[str, float | int | bool | tuple[float, ...]], ...] = ()
+
+    @classmethod
+    def of(cls, kind: str, **parameters: float | int | bool | Sequence[float]) -> Scaling:
+        """Makes a scaling from keyword parameters: ``Scaling.of("linear", factor=4.0)``."""
+        frozen = {name: tuple(value) if isinstance(value, Sequence) else value for name, value in parameters.items()}
+        return cls(kind, tuple(sorted(frozen.items())))
+
+
+def _per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple[float, ...]:
+    """One positive finite float per axis; a number, or a sequence of one, serves every axis."""
+    values = [value] if isinstance(value, (int, float)) else list(value)
+    if len(values) == 1:
+        values = values * axes
+    if len(values) != axes:
+        raise ValueError(f"{name} must be a number or have one value per axis ({axes}), got {value!r}")
+    if not all(isinstance(v, (int, float)) and math.isfinite(v) and v > 0 for v in values):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    return tuple(float(v) for v in values)
+
+
+def _integer(name: str, value: object, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Everything about a rotation that does not depend on the size of the video.
+
+    Args:
+        dims: rotary channels of each axis (frame, height, width), each even; 1 to 4 axes. Their sum is
+            ``rotary_dim``, at most the head dim D; channels past it do not turn.
+        theta: base of the frequencies, ``theta ** (-2 j / dim)`` for pair j (RoFormer, arXiv:2104.09864).
+        pairing: which channels turn together.
+        theta_rescale: per axis, or one for all: theta is multiplied by ``theta_rescale ** (dim / (dim - 2))``
+            (NTK-aware scaling, as FastVideo's and HunyuanVideo's builders have it).
+        interpolation: per axis, or one for all: positions are multiplied by it (position interpolation,
+            arXiv:2306.15595).
+        scaling: a named frequency scaling, or None.
+        frequency_dtype: dtype in which frequencies are formed. Angles take the wider of it and float32, the
+            dtype of positions. float64 for Wan, float32 for HunyuanVideo.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value.
+    """
+
+    dims: tuple[int, ...]
+    theta: float = 10_000.0
+    pairing: Pairing = Pairing.INTERLEAVED
+    theta_rescale: tuple[float, ...] = field(default=(1.0,))
+    interpolation: tuple[float, ...] = field(default=(1.0,))
+    scaling: Scaling | None = None
+    frequency_dtype: torch.dtype = torch.float64
+
+    def __post_init__(self) -> None:
+        dims = tuple(_integer("dims", dim, 2) for dim in self.dims)
+        if not 1 <= len(dims) <= MAX_AXES:
+            raise ValueError(f"dims must have 1 to {MAX_AXES} axes, got {len(dims)}: {dims}")
+        if any(dim % 2 for dim in dims):
+            raise ValueError(f"dims must be even, got {dims}; two channels turn together")
+        if not isinstance(self.pairing, Pairing):
+            raise TypeError(f"pairing must be a Pairing, got {self.pairing!r}")
+        if self.scaling is not None and not isinstance(self.scaling, Scaling):
+            raise TypeError(f"scaling must be a Scaling or None, got {self.scaling!r}")
+        if not (isinstance(self.frequency_dtype, torch.dtype) and self.frequency_dtype.is_floating_point):
+            raise TypeError(f"frequency_dtype must be a floating point torch.dtype, got {self.frequency_dtype!r}")
+        rescale = _per_axis("theta_rescale", self.theta_rescale, len(dims))
+        if any(factor != 1.0 and dim == 2 for factor, dim in zip(rescale, dims, strict=True)):
+            raise ValueError(
+                f"theta_rescale must be 1 on an axis of 2 channels, got {rescale} for dims {dims}; "
+                "the exponent dim / (dim - 2) does not exist there"
+            )
+        object.__setattr__(self, "dims", dims)
+        object.__setattr__(self, "theta", _per_axis("theta", self.theta, 1)[0])
+        object.__setattr__(self, "theta_rescale", rescale)
+        object.__setattr__(self, "interpolation", _per_axis("interpolation", self.interpolation, len(dims)))
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that turn."""
+        return sum(self.dims)
+
+    @property
+    def pairs(self) -> tuple[int, ...]:
+        """Channel pairs of each axis."""
+        return tuple(dim // 2 for dim in self.dims)
+
+
+@dataclass(frozen=True, init=False)
+class Grid:
+    """A token grid after patching, first axis slowest: ``Grid(T, H, W, start_frame=0)``, 1 to 4 axes.
+
+    ``start_frame`` is the position of the first row of axis 0, for autoregressive video that continues.
+
+    Raises:
+        TypeError, ValueError: for sizes that are not positive ints, or a negative start_frame.
+    """
+
+    sizes: tuple[int, ...]
+    start_frame: int
+
+    def __init__(self, *sizes: int, start_frame: int = 0) -> None:
+        if not 1 <= len(sizes) <= MAX_AXES:
+            raise ValueError(f"Grid must have 1 to {MAX_AXES} sizes, got {len(sizes)}: {sizes}")
+        object.__setattr__(self, "sizes", tuple(_integer("Grid size", size, 1) for size in sizes))
+        object.__setattr__(self, "start_frame", _integer("start_frame", start_frame, 0))
+
+    def __repr__(self) -> str:
+        return f"Grid({', '.join(map(str, self.sizes))}, start_frame={self.start_frame})"
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of the whole grid."""
+        return math.prod(self.sizes)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a grid's tokens that one sequence-parallel rank holds.
+
+    With ``axis`` the rank holds ``chunk(world)[rank]`` of that grid axis, which must divide evenly. Without, the
+    flattened tokens are cut into ``world`` equal slices of ``ceil(tokens / world)``; rows past the last token are
+    padding and do not turn. :meth:`of_tokens` gives any contiguous slice of the flattened tokens instead.
+
+    Raises:
+        TypeError, ValueError: naming the field, the rule and the value.
+    """
+
+    rank: int = 0
+    world: int = 1
+    axis: int | None = None
+    tokens: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        _integer("world", self.world, 1)
+        _integer("rank", self.rank, 0)
+        if self.rank >= self.world:
+            raise ValueError(f"rank must be below world ({self.world}), got {self.rank}")
+        if self.axis is not None:
+            _integer("axis", self.axis, 0)
+        if self.tokens is not None:
+            if self.axis is not None or self.world != 1:
+                raise ValueError("tokens must not be combined with axis or world; use Shard.of_tokens(start, stop)")
+            start, stop = self.tokens
+            _integer("tokens start", start, 0)
+            _integer("tokens stop", stop, start + 1)
+
+    @classmethod
+    def of_tokens(cls, start: int, stop: int) -> Shard:
+        """The flattened tokens ``start <= i < stop``; those past the end of the grid are padding and do not turn."""
+        return cls(tokens=(start, stop))

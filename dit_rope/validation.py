@@ -1,0 +1,171 @@
+"""Checks of the tensors a user passes in. Every message names the argument, the rule and the value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .spec import NormKind
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_tensors(names: Sequence[str], xs: Sequence[torch.Tensor], rotary_dim: int, device: torch.device) -> None:
+    """Checks queries and keys ``[B, S, H, D]`` against one another and the table they are turned by.
+
+    Raises:
+        TypeError: an argument that is no tensor, or of an unsupported or different dtype.
+        ValueError: a wrong number of dims, a D below ``rotary_dim``, a strided last dim, or another B, S, D or device.
+    """
+    for name, x in zip(names, xs, strict=True):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have shape [B, S, H, D], got {tuple(x.shape)}")
+        if x.shape[-1] < rotary_dim:
+            raise ValueError(f"{name} must have at least the table's {rotary_dim} channels per head, got {x.shape[-1]}")
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(
+                f"{name} must be contiguous in its last dim, got strides {x.stride()}; call {name}.contiguous()"
+            )
+        if x.device != device:
+            raise ValueError(f"{name} must be on the table's device {device}, got {x.device}; move one of the two")
+    first = xs[0]
+    for name, x in zip(names[1:], xs[1:], strict=True):
+        if x.dtype != first.dtype:
+            raise TypeError(f"{name} must have the dtype of {names[0]}, {first.dtype}, got {x.dtype}")
+        if (x.shape[0], x.shape[1], x.shape[3]) != (first.shape[0], first.shape[1], first.shape[3]):
+            raise ValueError(
+                f"{name} must have the B, S and D of {names[0]}, got {tuple(x.shape)} and {tuple(first.shape)}"
+            )
+
+
+def check_token_count(name: str, length: int, prefix: int, count: int, suffix: int) -> None:
+    """Checks that prefix, the table's tokens and suffix make up the sequence.
+
+    Raises:
+        TypeError, ValueError: naming the count that is off and what to do.
+    """
+    for label, value in (("prefix", prefix), ("suffix", suffix)):
+        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+            raise TypeError(f"{label} must be an int, got {value!r}")
+        if value < 0:
+            raise ValueError(f"{label} must be at least 0, got {value}")
+    if prefix + count + suffix != length:
+        raise ValueError(
+            f"{name} must have prefix + table tokens + suffix = {prefix} + {count} + {suffix} = "
+            f"{prefix + count + suffix} tokens, got {length}; pass the grid, shard, prefix and suffix of this sequence"
+        )
+
+
+def check_positions(positions: torch.Tensor, batch: int, count: int, axes: int, device: torch.device) -> None:
+    """Checks ``[1 or B, count, axes]`` int32 rows of a table.
+
+    Raises:
+        TypeError, ValueError: naming the rule that is broken.
+    """
+    if not isinstance(positions, torch.Tensor) or positions.dtype != torch.int32:
+        got = positions.dtype if isinstance(positions, torch.Tensor) else type(positions).__name__
+        raise TypeError(f"positions must be an int32 tensor, got {got}")
+    if positions.ndim != 3 or positions.shape[0] not in (1, batch) or tuple(positions.shape[1:]) != (count, axes):
+        raise ValueError(f"positions must have shape [1 or {batch}, {count}, {axes}], got {tuple(positions.shape)}")
+    if positions.device != device:
+        raise ValueError(f"positions must be on the table's device {device}, got {positions.device}")
+
+
+def check_norm(
+    names: Sequence[str], xs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor | None], eps: float, norm: NormKind
+) -> None:
+    """Checks the weights and eps of an RMSNorm: ``[D]`` per head, ``[H * D]`` across heads, or None.
+
+    Raises:
+        TypeError, ValueError: naming the weight, the rule and the value.
+    """
+    if not isinstance(norm, NormKind):
+        raise TypeError(f"norm must be a NormKind, got {norm!r}")
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"eps must be a float, got {eps!r}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be finite and at least 0, got {eps}")
+    for name, x, weight in zip(names, xs, weights, strict=True):
+        if weight is None:
+            continue
+        label = "weight" if len(xs) == 1 else f"{name}_weight"
+        size = x.shape[2] * x.shape[3] if norm is NormKind.ACROSS_HEADS else x.shape[3]
+        if not isinstance(weight, torch.Tensor):
+            raise TypeError(f"{label} must be a torch.Tensor or None, got {type(weight).__name__}")
+        if not weight.dtype.is_floating_point:
+            raise TypeError(f"{label} must be floating point, got {weight.dtype}")
+        if tuple(weight.shape) != (size,):
+            raise ValueError(f"{label} must have shape [{size}] for {norm}, got {tuple(weight.shape)}")
+        if weight.device != x.device:
+            raise ValueError(f"{label} must be on the device of {name}, {x.device}, got {weight.device}")
+
+
+def check_inplace(names: Sequence[str], xs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor] = ()) -> None:
+    """Checks that tensors may be overwritten: nothing needs their old values, and no two elements share memory.
+
+    Raises:
+        ValueError: grad is enabled and a tensor or weight requires it; a tensor overlaps itself; two tensors overlap.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*xs, *weights)):
+        raise ValueError(
+            f"inplace must be False when {' or '.join(names)} or a weight requires grad, got True; "
+            "use inplace=False, or torch.no_grad() where no gradient is wanted"
+        )
+    if torch.compiler.is_compiling():
+        return
+    for name, x in zip(names, xs, strict=True):
+        if _overlaps_itself(x):
+            raise ValueError(
+                f"{name} must not share memory between its own elements when inplace=True, got strides "
+                f"{x.stride()} for shape {tuple(x.shape)}; use inplace=False or {name}.clone()"
+            )
+    if len(xs) == 2 and not _disjoint(*xs):
+        raise ValueError(
+            f"{names[0]} and {names[1]} must not share memory when inplace=True, got overlapping views of one "
+            f"storage; use inplace=False or clone one of them"
+        )
+
+
+def _overlaps_itself(x: torch.Tensor) -> bool:
+    span = 1
+    for stride, size in sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1):
+        if stride < span:
+            return True
+        span += stride * (size - 1)
+    return False
+
+
+def _disjoint(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two views that do not overlap themselves share no element.
+
+    Separate ranges of memory are disjoint. So are views whose large strides are all multiples of a period and whose
+    remaining extents, taken modulo that period, are separate ranges: packed QKV in any layout is of that kind. Anything
+    else is taken to overlap.
+    """
+    if a.device.type == "meta" or a.numel() == 0 or b.numel() == 0:
+        return True
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return True
+    distance = b.storage_offset() - a.storage_offset()
+    if distance >= _span(a, None) or -distance >= _span(b, None):
+        return True
+    for period in {s for x in (a, b) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1 and s > 1}:
+        gap = distance % period
+        if gap >= _span(a, period) and period - gap >= _span(b, period):
+            return True
+    return False
+
+
+def _span(x: torch.Tensor, period: int | None) -> int:
+    """Elements from the first to the last of ``x``, dims whose stride is a multiple of ``period`` left out."""
+    return 1 + sum(
+        stride * (size - 1)
+        for stride, size in zip(x.stride(), x.shape, strict=True)
+        if period is None or stride % period != 0
+    )
