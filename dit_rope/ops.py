@@ -85,9 +85,10 @@ def _flatten(args: RotationArgs) -> tuple[Any, ...]:
 
 
 def _unflatten(flat: Sequence[Any]) -> tuple[RotationArgs, str]:
-    *fields, half, inverse, exact, backend = flat
+    rows, positions, pairs, sizes, first_rows, token_offset, prefix, count, half, inverse, exact, backend = flat
     pairing = Pairing.HALF if half else Pairing.INTERLEAVED
-    return RotationArgs(*fields, pairing, inverse, exact), backend
+    where = (tuple(pairs), tuple(sizes), tuple(first_rows), token_offset, prefix, count)
+    return RotationArgs(rows, positions, *where, pairing, inverse, exact), backend
 
 
 def _weight_list(

@@ -92,11 +92,10 @@ class _Norm:
         self.weights = weights
 
     def __call__(self, x: torch.Tensor, index: int, out: torch.Tensor) -> torch.Tensor:
-        """``x`` ``[B, n, H, D]`` of tensor number ``index``, normed into ``out``, which may be x."""
+        """``x`` ``[B, n, H, D]`` of tensor number ``index``, normed into ``out``, which must not be x."""
         heads, channels = x.shape[-2:]
         across = len(self.dims) == 2
-        root = torch.linalg.vector_norm(x, dim=self.dims, keepdim=True)
-        scale = root.square_().div_(heads * channels if across else channels).add_(self.eps).rsqrt_()
+        scale = torch.mul(x, x, out=out).mean(self.dims, keepdim=True).add_(self.eps).rsqrt_()
         torch.mul(x, scale, out=out)
         weight = self.weights[index]
         if weight is not None:
@@ -176,8 +175,8 @@ def _copy_still(x: torch.Tensor, out: torch.Tensor, dtype: torch.dtype, norm: _N
     if x.shape[1] == 0:
         return
     if norm is not None:
-        wide = x.to(dtype, copy=True)
-        out.copy_(norm(wide, index, wide))
+        wide = x.to(dtype)
+        out.copy_(norm(wide, index, torch.empty_like(wide)))
     elif x.data_ptr() != out.data_ptr():
         out.copy_(x)
 

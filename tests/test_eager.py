@@ -1,0 +1,204 @@
+"""The eager backend: exact mode to the bit, fast mode within the bound, whatever the shape, stride or dtype."""
+
+from __future__ import annotations
+
+import model_code
+import oracle
+import pytest
+import torch
+from tolerance import assert_within
+
+from dit_rope import Grid, NormKind, Pairing, RopeSpec, RopeTable, rope_table
+from dit_rope.backends import eager
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
+
+
+def table_of(
+    dims: tuple[int, ...] = (6, 4, 4), grid: Grid | None = None, pairing: Pairing = Pairing.INTERLEAVED, **kwargs: object
+) -> RopeTable:
+    return rope_table(RopeSpec(dims, pairing=pairing), grid or Grid(3, 4, 5), **kwargs)
+
+
+def run(xs: list[torch.Tensor], table: RopeTable, exact: bool, **kwargs: object) -> list[torch.Tensor]:
+    outs = [torch.full_like(x, torch.nan) for x in xs]
+    eager.rotate(xs, table.args(exact=exact, **kwargs), outs)
+    return outs
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=NAMES.get)
+@pytest.mark.parametrize("pairs", range(1, 36))
+def test_exact_equals_wan_code_on_every_lane_and_tail(
+    pairs: int, dtype: torch.dtype, table_dtype: torch.dtype
+) -> None:
+    """Rows of 1 to 35 pairs put every element once in a full vector and once in a tail, for AVX2 and AVX-512."""
+    table = table_of((2 * pairs,), Grid(13), dtype=table_dtype)
+    x = torch.randn(2, 13, 3, 2 * pairs).to(dtype)
+    cos, sin = table.cos_sin(broadcast=True)
+    (out,) = run([x], table, exact=True)
+    assert torch.equal(out, model_code.wan(x, cos, sin))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+def test_exact_equals_wan_code_however_threads_split_the_work(dtype: torch.dtype, threads: int) -> None:
+    before = torch.get_num_threads()
+    table = table_of((44, 42, 42), Grid(3, 11, 17))
+    x = torch.randn(1, 561, 3, 128).to(dtype)
+    try:
+        torch.set_num_threads(threads)
+        (out,) = run([x], table, exact=True)
+        assert torch.equal(out, model_code.wan(x, *table.cos_sin(broadcast=True)))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=NAMES.get)
+def test_exact_equals_rotate_half_code(dtype: torch.dtype) -> None:
+    table = table_of(pairing=Pairing.HALF)
+    x = torch.randn(2, 60, 3, 14).to(dtype)
+    (out,) = run([x], table, exact=True)
+    assert torch.equal(out, model_code.rotate_half(x, *table.cos_sin(broadcast=True)))
+
+
+@pytest.mark.parametrize("pairing", Pairing)
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_rotate_is_within_the_bound_of_float64(
+    pairing: Pairing, dtype: torch.dtype, exact: bool, inverse: bool
+) -> None:
+    """Two heads of keys for three of queries, and two channels per head that do not turn."""
+    table = table_of(pairing=pairing)
+    xs = [torch.randn(2, 60, heads, 16).to(dtype) for heads in (3, 2)]
+    outs = run(xs, table, exact, inverse=inverse)
+    cos, sin = table.cos_sin(repeat=False)
+    for x, out in zip(xs, outs, strict=True):
+        truth = oracle.rotate(x, cos, sin, interleaved=pairing is Pairing.INTERLEAVED, inverse=inverse)
+        wide = x.to(torch.promote_types(dtype, torch.float32))
+        naive = eager.reference(wide, cos[None, :, None], (-sin if inverse else sin)[None, :, None], pairing)
+        assert_within(out, truth, naive)
+        assert torch.equal(out[..., 14:], x[..., 14:])
+
+
+def test_rotate_chunks_of_any_size_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = table_of()
+    x = torch.randn(1, 64, 3, 16).bfloat16()
+    (whole,) = run([x], table, exact=True, prefix=2)
+    for size in (1, 1000, 5000):
+        monkeypatch.setattr(eager, "CHUNK_BYTES", size)
+        assert torch.equal(run([x], table, exact=True, prefix=2)[0], whole)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_rotate_leaves_prefix_and_suffix_as_they_are(exact: bool) -> None:
+    table = table_of()
+    x = torch.randn(2, 3 + 60 + 4, 3, 14)
+    (out,) = run([x], table, exact, prefix=3)
+    (middle,) = run([x[:, 3:63]], table, exact)
+    assert torch.equal(out[:, :3], x[:, :3])
+    assert torch.equal(out[:, 3:63], middle)
+    assert torch.equal(out[:, 63:], x[:, 63:])
+
+
+def test_positions_gather_rows_per_batch_and_negative_ones_do_not_turn() -> None:
+    table = table_of()
+    order = torch.stack((torch.randperm(60), torch.randperm(60)))
+    positions = table.positions()[0][order]
+    positions[1, 7] = -1
+    positions[0, 5, 1] = -1
+    x = torch.randn(2, 60, 3, 14)
+    (out,) = run([x], table, exact=False, positions=positions)
+    cos, sin = (part[order].clone() for part in table.cos_sin(repeat=False))
+    cos[1, 7], sin[1, 7] = 1.0, 0.0
+    cos[0, 5, 3:5], sin[0, 5, 3:5] = 1.0, 0.0
+    naive = eager.reference(x, cos[:, :, None], sin[:, :, None], Pairing.INTERLEAVED)
+    assert_within(out, oracle.rotate(x, cos, sin, interleaved=True), naive)
+
+
+def views(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """One ``[2, 60, 3, 14]`` tensor in several memory layouts."""
+    return {
+        "packed": torch.randn(2, 60, 3, 3 * 14).to(dtype)[..., 14:28],
+        "transposed": torch.randn(2, 3, 60, 14).to(dtype).transpose(1, 2),
+        "odd": torch.randn(2, 60, 3, 17).to(dtype)[..., 1:15],
+        "expanded": torch.randn(1, 60, 1, 14).to(dtype).expand(2, 60, 3, 14),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize("pairing", Pairing)
+@pytest.mark.parametrize("layout", ["packed", "transposed", "odd", "expanded"])
+def test_strided_views_give_the_bits_of_contiguous_ones(layout: str, pairing: Pairing, dtype: torch.dtype) -> None:
+    table = table_of(pairing=pairing)
+    x = views(dtype)[layout]
+    (expected,) = run([x.contiguous()], table, exact=True)
+    assert torch.equal(run([x], table, exact=True)[0], expected)
+    if layout != "expanded":
+        eager.rotate([x], table.args(exact=True), [x])
+        assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize("pairing", Pairing)
+@pytest.mark.parametrize("layout", ["packed", "transposed", "odd"])
+def test_strided_views_in_place_are_within_the_bound(layout: str, pairing: Pairing, dtype: torch.dtype) -> None:
+    table = table_of(pairing=pairing)
+    x = views(dtype)[layout]
+    cos, sin = table.cos_sin(repeat=False)
+    truth = oracle.rotate(x, cos, sin, interleaved=pairing is Pairing.INTERLEAVED)
+    naive = eager.reference(x.float(), cos[None, :, None], sin[None, :, None], pairing)
+    eager.rotate([x], table.args(), [x])
+    assert_within(x, truth, naive)
+
+
+@pytest.mark.parametrize("norm", NormKind)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=NAMES.get)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_norm_rotate_is_within_the_bound_of_float64(norm: NormKind, dtype: torch.dtype, weighted: bool) -> None:
+    table = table_of()
+    across = norm is NormKind.ACROSS_HEADS
+    xs = [3 * torch.randn(2, 2 + 60 + 1, heads, 16).to(dtype) for heads in (3, 2)]
+    weights = [torch.randn(x.shape[2] * 16 if across else 16).to(dtype) if weighted else None for x in xs]
+    outs = [torch.full_like(x, torch.nan) for x in xs]
+    eager.norm_rotate(xs, weights, 1e-6, norm, table.args(prefix=2), outs)
+    cos, sin = (torch.nn.functional.pad(part, (0, 0, 2, 1)) for part in table.cos_sin(repeat=False))
+    cos[:2], cos[-1:] = 1.0, 1.0
+    for x, weight, out in zip(xs, weights, outs, strict=True):
+        normed = oracle.rms_norm(x, weight, 1e-6, across_heads=across)
+        truth = oracle.rotate(normed, cos, sin, interleaved=True)
+        wide = x.to(torch.promote_types(dtype, torch.float32))
+        dims = (-2, -1) if across else (-1,)
+        naive = wide * torch.rsqrt(wide.square().mean(dims, keepdim=True) + 1e-6)
+        if weight is not None:
+            naive = naive * (weight.view(x.shape[2:]) if across else weight)
+        assert_within(out, truth, eager.reference(naive, cos[None, :, None], sin[None, :, None], Pairing.INTERLEAVED))
+
+
+def test_norm_rotate_in_place_gives_the_same_bits() -> None:
+    table = table_of()
+    x = torch.randn(2, 63, 3, 16).bfloat16()
+    weight, out = torch.randn(48).bfloat16(), torch.empty_like(x)
+    eager.norm_rotate([x], [weight], 1e-6, NormKind.ACROSS_HEADS, table.args(prefix=1), [out])
+    eager.norm_rotate([x], [weight], 1e-6, NormKind.ACROSS_HEADS, table.args(prefix=1), [x])
+    assert torch.equal(x, out)
+
+
+def test_rotate_takes_no_tokens() -> None:
+    table = table_of()
+    (out,) = run([torch.randn(2, 0, 3, 14)], table, exact=False, positions=table.positions()[:, :0])
+    assert out.shape == (2, 0, 3, 14)
+
+
+@pytest.mark.parametrize("norm", NormKind)
+def test_norm_rotate_in_float64_is_exact_to_its_roundings(norm: NormKind) -> None:
+    """The oracle rounds too, so that the bound is 16 roundings: fewer than norm and rotation do in both together."""
+    table = table_of(dtype=torch.float64)
+    x = torch.randn(2, 60, 3, 16, dtype=torch.float64)
+    out = torch.full_like(x, torch.nan)
+    eager.norm_rotate([x], [None], 1e-6, norm, table.args(), [out])
+    normed = oracle.rms_norm(x, None, 1e-6, across_heads=norm is NormKind.ACROSS_HEADS)
+    truth = oracle.rotate(normed, *table.cos_sin(repeat=False), interleaved=True)
+    assert (out - truth).abs().max() <= 16 * torch.finfo(torch.float64).eps * truth.abs().max()
