@@ -16,7 +16,10 @@ NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
 
 def table_of(
-    dims: tuple[int, ...] = (6, 4, 4), grid: Grid | None = None, pairing: Pairing = Pairing.INTERLEAVED, **kwargs: object
+    dims: tuple[int, ...] = (6, 4, 4),
+    grid: Grid | None = None,
+    pairing: Pairing = Pairing.INTERLEAVED,
+    **kwargs: object,
 ) -> RopeTable:
     return rope_table(RopeSpec(dims, pairing=pairing), grid or Grid(3, 4, 5), **kwargs)
 
@@ -30,9 +33,7 @@ def run(xs: list[torch.Tensor], table: RopeTable, exact: bool, **kwargs: object)
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=NAMES.get)
 @pytest.mark.parametrize("pairs", range(1, 36))
-def test_exact_equals_wan_code_on_every_lane_and_tail(
-    pairs: int, dtype: torch.dtype, table_dtype: torch.dtype
-) -> None:
+def test_exact_equals_wan_code_on_every_lane_and_tail(pairs: int, dtype: torch.dtype, table_dtype: torch.dtype) -> None:
     """Rows of 1 to 35 pairs put every element once in a full vector and once in a tail, for AVX2 and AVX-512."""
     table = table_of((2 * pairs,), Grid(13), dtype=table_dtype)
     x = torch.randn(2, 13, 3, 2 * pairs).to(dtype)

@@ -160,7 +160,11 @@ def test_rotate_qk_refuses_tensors_that_do_not_fit(
         ({"suffix": 3}, ValueError, r"0 \+ 12 \+ 3 = 15 tokens, got 12"),
         ({"backend": "cutlass"}, ValueError, "backend must be 'auto', 'triton' or 'eager', got 'cutlass'"),
         ({"positions": torch.zeros(1, 12, 3)}, TypeError, "positions must be an int32 tensor, got torch.float32"),
-        ({"positions": torch.zeros(12, 3, dtype=torch.int32)}, ValueError, r"positions must have shape \[1 or 2, 12, 3\]"),
+        (
+            {"positions": torch.zeros(12, 3, dtype=torch.int32)},
+            ValueError,
+            r"positions must have shape \[1 or 2, 12, 3\]",
+        ),
     ],
 )
 def test_rotate_qk_refuses_options_that_do_not_fit(

@@ -131,13 +131,15 @@ class TakeRotation:
         """The call without its rotary tensors; unchanged when they are absent or not ours."""
         by_name = self.name in kwargs
         given = kwargs[self.name] if by_name else args[self.index] if len(args) > self.index else None
-        if given is None or given[0].dtype != torch.int32:
-            return None
+        ours = given is not None and given[0].dtype == torch.int32
         instead = None
         if torch.compiler.is_compiling():
-            instead = dense_tables(self.spec, *given)
+            instead = dense_tables(self.spec, *given) if ours else None
         else:
-            _in_flight.rotation, _in_flight.pending = tuple(given), 2
+            # Whatever a KeyboardInterrupt left in flight, which hooks do not see, goes here.
+            _in_flight.rotation, _in_flight.pending = (tuple(given), 2) if ours else (None, 0)
+        if not ours:
+            return None
         if by_name:
             return args, {**kwargs, self.name: instead}
         return (*args[: self.index], instead, *args[self.index + 1 :]), kwargs

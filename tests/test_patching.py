@@ -1,0 +1,462 @@
+"""The patch: bitwise the same model, whatever else is done to it, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+import wan_models
+
+import dit_rope
+from dit_rope import patching
+from dit_rope.models import ADAPTERS
+from dit_rope.models import seams as seams_module
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _quiet(one_thread: None) -> None:
+    dit_rope.cache_clear()
+
+
+def forward(model: torch.nn.Module, dtype: torch.dtype = torch.float32, **size: int) -> torch.Tensor:
+    with torch.no_grad():
+        return wan_models.forward(model, dtype, **size)
+
+
+def state_of(model: torch.nn.Module) -> dict[str, Any]:
+    """Identities of everything a patch may touch, per module."""
+    return {
+        path: (
+            type(module),
+            {name: id(value) for name, value in vars(module).items()},
+            {name: id(value) for name, value in module._parameters.items()},
+            {name: id(value) for name, value in module._buffers.items()},
+            list(module._forward_pre_hooks.values()),
+            list(module._forward_hooks.values()),
+            dict(module._forward_pre_hooks_with_kwargs),
+            dict(module._forward_hooks_always_called),
+        )
+        for path, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("frames", [2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", wan_models.MODELS)
+def test_patched_equals_unpatched_bitwise(name: str, dtype: torch.dtype, frames: int) -> None:
+    model = wan_models.build(name, dtype)
+    expected = forward(model, dtype, frames=frames)
+    with dit_rope.patch(model):
+        hits = dit_rope.cache_info().tables.hits
+        for _ in range(2):
+            assert torch.equal(forward(model, dtype, frames=frames), expected)
+        assert dit_rope.cache_info().tables.hits > hits
+    assert torch.equal(forward(model, dtype, frames=frames), expected)
+
+
+@pytest.mark.parametrize("name", wan_models.MODELS)
+def test_patched_model_rotates_in_its_norms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equality alone would not notice a patch that does nothing."""
+    model = wan_models.build(name)
+    calls = []
+    real = seams_module.rotation.apply
+    monkeypatch.setattr(seams_module.rotation, "apply", lambda *a, **k: calls.append(1) or real(*a, **k))
+    with dit_rope.patch(model) as handle:
+        forward(model)
+        attentions = [m for _, m in handle._plans[0].adapter.attentions(model)]
+    assert len(calls) == 2 * len(attentions) >= 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fast_mode_is_close_and_fused(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wan_models.build("wan", dtype)
+    expected = forward(model, dtype)
+    calls = []
+    real = seams_module.rotation.apply_norm
+    monkeypatch.setattr(seams_module.rotation, "apply_norm", lambda *a, **k: calls.append(1) or real(*a, **k))
+    with dit_rope.patch(model, exact=False):
+        actual = forward(model, dtype)
+    assert len(calls) == 4
+    # Two blocks, each with one more or one fewer rounding of queries and keys than the unpatched model has.
+    torch.testing.assert_close(actual, expected, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_model_cast_as_a_whole_stays_bitwise_equal(dtype: torch.dtype) -> None:
+    """``model.to(dtype)`` casts the rope buffers too, and all of the rotation's arithmetic with them."""
+    model = wan_models.build("wan").to(dtype)
+    expected = forward(model, dtype)
+    with dit_rope.patch(model):
+        assert torch.equal(forward(model, dtype), expected)
+
+
+def test_model_cast_after_patching_stays_bitwise_equal() -> None:
+    model = wan_models.build("wan")
+    expected = forward(copy.deepcopy(model).to(torch.bfloat16), torch.bfloat16)
+    with dit_rope.patch(model):
+        model.to(torch.bfloat16)
+        assert torch.equal(forward(model, torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fused_projections_stay_bitwise_equal(dtype: torch.dtype) -> None:
+    model = wan_models.build("wan", dtype)
+    model.fuse_qkv_projections()
+    expected = forward(model, dtype)
+    with dit_rope.patch(model):
+        assert torch.equal(forward(model, dtype), expected)
+        model.unfuse_qkv_projections()
+        unfused = forward(model, dtype)
+    assert torch.equal(forward(model, dtype), unfused)
+
+
+def test_lora_stays_bitwise_equal_loaded_before_or_after_the_patch() -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
+    model, later = wan_models.build("wan"), wan_models.build("wan")
+    plain = forward(model)
+    torch.manual_seed(5)
+    model.add_adapter(config)
+    expected = forward(model)
+    assert not torch.equal(expected, plain)
+    with dit_rope.patch(model):
+        assert torch.equal(forward(model), expected)
+    with dit_rope.patch(later):
+        torch.manual_seed(5)
+        later.add_adapter(config)
+        assert torch.equal(forward(later), expected)
+        later.delete_adapters("default")
+        assert torch.equal(forward(later), plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_stay_bitwise_equal(checkpointing: bool, dtype: torch.dtype) -> None:
+    model = wan_models.build("wan", dtype).train()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        wan_models.forward(model, dtype).float().square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = gradients()
+    with dit_rope.patch(model):
+        actual = gradients()
+    assert len(expected) == len(actual) > 20
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_gradients_of_fast_mode_are_close() -> None:
+    model = wan_models.build("wan").train()
+    expected = torch.autograd.grad(wan_models.forward(model).square().mean(), list(model.blocks.parameters()))
+    with dit_rope.patch(model, exact=False):
+        actual = torch.autograd.grad(wan_models.forward(model).square().mean(), list(model.blocks.parameters()))
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-5 * e.abs().max().item())
+
+
+@pytest.mark.parametrize("cache_first", [True, False])
+def test_first_block_cache_stays_bitwise_equal(cache_first: bool) -> None:
+    import diffusers
+
+    model = wan_models.build("wan")
+    config = diffusers.FirstBlockCacheConfig(threshold=0.0)
+
+    def run() -> list[torch.Tensor]:
+        with model.cache_context("cond"):
+            return [forward(model) for _ in range(2)]
+
+    model.enable_cache(config)
+    expected = run()
+    model.disable_cache()
+    if cache_first:
+        model.enable_cache(config)
+    with dit_rope.patch(model):
+        if not cache_first:
+            model.enable_cache(config)
+        actual = run()
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    model.disable_cache()
+
+
+def test_autocast_stays_bitwise_equal() -> None:
+    model = wan_models.build("wan")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = forward(model)
+        with dit_rope.patch(model):
+            assert torch.equal(forward(model), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_by_aot_eager_stays_bitwise_equal(dtype: torch.dtype) -> None:
+    model = wan_models.build("wan", dtype)
+    expected = forward(model, dtype)
+    torch._dynamo.reset()
+    with dit_rope.patch(model):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert torch.equal(forward(compiled, dtype), expected)
+
+
+def test_compiled_blocks_behind_an_eager_rope_module_stay_bitwise_equal() -> None:
+    """The blocks' graphs get rows of axis tables from outside, and make dense tables of them."""
+    model = wan_models.build("wan")
+    expected = forward(model)
+    torch._dynamo.reset()
+    with dit_rope.patch(model):
+        model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+        assert torch.equal(forward(model), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_by_inductor_stays_within_the_unpatched_models_error(dtype: torch.dtype) -> None:
+    """The bound: what compiling the unpatched model changes, plus one rounding of the output."""
+    model = wan_models.build("wan", dtype)
+    eager = forward(model, dtype)
+    torch._dynamo.reset()
+    unpatched = forward(torch.compile(model, fullgraph=True), dtype)
+    torch._dynamo.reset()
+    with dit_rope.patch(model):
+        patched = forward(torch.compile(model, fullgraph=True), dtype)
+    allowed = (unpatched - eager).abs().max() + torch.finfo(dtype).eps / 2 * eager.abs().max()
+    assert (patched - eager).abs().max() <= allowed
+
+
+def test_patch_changes_no_state_dict_key_and_undo_restores_every_object() -> None:
+    model = wan_models.build("wan")
+    keys, before = list(model.state_dict()), state_of(model)
+    handle = dit_rope.patch(model)
+    assert list(model.state_dict()) == keys
+    assert state_of(model) != before
+    forward(model)
+    handle.undo()
+    assert state_of(model) == before
+    handle.undo()
+    assert state_of(model) == before
+    assert "undone" in handle.report()
+
+
+def test_undo_keeps_hooks_of_others() -> None:
+    model = wan_models.build("wan")
+    attention = model.blocks[0].attn1
+    seen = []
+    with dit_rope.patch(model):
+        attention.register_forward_hook(lambda *_: seen.append(1))
+    forward(model)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_patched_model_copies_into_one_that_uses_its_own_weights(how: str) -> None:
+    model = wan_models.build("wan")
+    expected = forward(model)
+    with dit_rope.patch(model):
+        if how == "deepcopy":
+            twin = copy.deepcopy(model)
+        elif how == "pickle":
+            twin = pickle.loads(pickle.dumps(model))
+        else:
+            buffer = io.BytesIO()
+            torch.save(model, buffer)
+            buffer.seek(0)
+            twin = torch.load(buffer, weights_only=False)
+    assert torch.equal(forward(twin), expected)
+    assert type(twin.rope) is not type(model.rope)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        twin.blocks[0].attn1.norm_q.weight.mul_(2)
+    changed = forward(twin)
+    assert not torch.equal(changed, expected)
+    dit_rope.unpatch(twin)
+    assert torch.equal(forward(twin), changed)
+    assert type(twin.rope) is type(model.rope)
+
+
+def test_two_threads_generate_at_two_sizes_with_one_patched_model() -> None:
+    model = wan_models.build("wan")
+    sizes = [{"frames": 3, "height": 8, "width": 12}, {"frames": 5, "height": 12, "width": 8}]
+    expected = [forward(model, **size) for size in sizes]
+    wrong: list[object] = []
+
+    def work(index: int) -> None:
+        try:
+            for _ in range(20):
+                if not torch.equal(forward(model, **sizes[index]), expected[index]):
+                    wrong.append(index)
+        except Exception as error:
+            wrong.append(error)
+
+    with dit_rope.patch(model):
+        threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1, 0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+def test_second_step_builds_no_table() -> None:
+    model = wan_models.build("wan")
+    with dit_rope.patch(model):
+        forward(model)
+        first = dit_rope.cache_info()
+        forward(model)
+        second = dit_rope.cache_info()
+    assert second.tables.misses == first.tables.misses
+    assert second.axes.misses == first.axes.misses
+    assert second.tables.hits > first.tables.hits
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_error_in_a_forward_does_not_reach_the_next(error: type[BaseException]) -> None:
+    model = wan_models.build("wan")
+    expected = forward(model)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with dit_rope.patch(model):
+        bomb = model.blocks[0].attn1.norm_k.register_forward_pre_hook(fail)
+        with pytest.raises(error):
+            forward(model)
+        bomb.remove()
+        if error is RuntimeError:
+            assert seams_module._in_flight.rotation is None
+        assert torch.equal(forward(model), expected)
+
+
+def test_processor_that_skips_a_norm_is_an_error_not_a_lost_rotation() -> None:
+    model = wan_models.build("wan")
+
+    class Skips(type(model.blocks[0].attn1.processor)):  # type: ignore[misc]
+        def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+            kept, attn.norm_k = attn.norm_k, torch.nn.Identity()
+            try:
+                return super().__call__(attn, *args, **kwargs)
+            finally:
+                attn.norm_k = kept
+
+    with dit_rope.patch(model):
+        model.blocks[1].attn1.set_processor(Skips())
+        with pytest.raises(RuntimeError, match="processor Skips left 1 of them out"):
+            forward(model)
+
+
+def test_patch_refuses_a_patched_model_and_leaves_it_patched() -> None:
+    model = wan_models.build("wan")
+    with dit_rope.patch(model):
+        before = state_of(model)
+        with pytest.raises(ValueError, match="model must not be patched already"):
+            dit_rope.patch(model)
+        assert state_of(model) == before
+
+
+def test_patch_refuses_tables_that_were_changed() -> None:
+    model = wan_models.build("wan")
+    model.rope.freqs_sin[20, 3] += 1e-3
+    before = state_of(model)
+    with pytest.raises(ValueError, match="model must build the tables that dit_rope knows"):
+        dit_rope.patch(model)
+    assert state_of(model) == before
+
+
+def test_patch_leaves_no_entry_in_the_table_cache() -> None:
+    with dit_rope.patch(wan_models.build("wan")):
+        assert dit_rope.cache_info().tables.entries == 0
+
+
+def test_patch_refuses_a_module_whose_forward_was_replaced() -> None:
+    model = wan_models.build("wan")
+    model.rope.forward = model.rope.forward
+    with pytest.raises(ValueError, match="replaced forward in rope; patch first"):
+        dit_rope.patch(model)
+
+
+def test_failing_patch_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wan_models.build("wan")
+    before = state_of(model)
+    real = patching.swap_class
+
+    def fail_late(module: torch.nn.Module, *args: Any) -> None:
+        if module is model.blocks[1].attn1.norm_q:
+            raise MemoryError
+        real(module, *args)
+
+    monkeypatch.setattr(patching, "swap_class", fail_late)
+    with pytest.raises(MemoryError):
+        dit_rope.patch(model)
+    assert state_of(model) == before
+
+
+def test_unsupported_models_are_refused_by_name() -> None:
+    supported = ", ".join(adapter.model_class for adapter in ADAPTERS)
+    with pytest.raises(dit_rope.UnsupportedModelError, match=f"got model: Linear; supported models: {supported}"):
+        dit_rope.patch(torch.nn.Linear(2, 2))
+    with pytest.raises(dit_rope.UnsupportedModelError, match="got str"):
+        dit_rope.patch("wan")
+
+
+def test_subclass_is_another_model() -> None:
+    import diffusers
+
+    class Mine(diffusers.WanTransformer3DModel):
+        pass
+
+    model = wan_models.build("wan")
+    model.__class__ = Mine
+    with pytest.raises(dit_rope.UnsupportedModelError, match="got model: Mine"):
+        dit_rope.patch(model)
+
+
+def test_pipeline_has_both_of_its_transformers_patched() -> None:
+    """Wan 2.2 switches between two transformers along the way."""
+    import diffusers
+
+    first, second = wan_models.build("wan"), wan_models.build("wan")
+    pipe = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=first, transformer_2=second
+    )
+    with dit_rope.patch(pipe) as handle:
+        assert "transformer: WanTransformer3DModel" in handle.report()
+        assert "transformer_2: WanTransformer3DModel" in handle.report()
+        assert all(isinstance(model.rope, seams_module.Seam) for model in (first, second))
+    assert not any(isinstance(model.rope, seams_module.Seam) for model in (first, second))
+
+
+def test_options_are_checked() -> None:
+    model = wan_models.build("wan")
+    with pytest.raises(TypeError, match="exact must be True, False or None, got 1"):
+        dit_rope.patch(model, exact=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="backend must be one of"):
+        dit_rope.patch(model, backend="cutlass")
+
+
+def test_inspect_says_what_patch_would_do_and_does_nothing() -> None:
+    model = wan_models.build("wan")
+    before = state_of(model)
+    text = patching.inspect(model)
+    assert state_of(model) == before
+    with dit_rope.patch(model) as handle:
+        assert handle.report() == text
+    assert "2 modules, 4 norms" in text
+    assert "left alone: 2 attention modules without rotation" in text
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.model_class)
+def test_adapter_names_classes_that_exist(adapter: Any) -> None:
+    import importlib
+
+    module, _, name = adapter.model.rpartition(".")
+    source = importlib.import_module(module)
+    for class_name in (name, adapter.rope_class, adapter.attention_class):
+        assert hasattr(source, class_name)
