@@ -131,7 +131,9 @@ def norm_rotate_qk(
     return turned[0], turned[1]
 
 
-def choose_backend(xs: Sequence[torch.Tensor], args: RotationArgs, backend: str = "auto") -> str:
+def choose_backend(
+    xs: Sequence[torch.Tensor], args: RotationArgs, backend: str = "auto", norm: NormKind | None = None
+) -> str:
     """The name of the backend that takes the call.
 
     ``"auto"`` takes the first of :data:`BACKENDS` that accepts; on CPU that is eager, as Triton's interpreter is for
@@ -146,7 +148,7 @@ def choose_backend(xs: Sequence[torch.Tensor], args: RotationArgs, backend: str 
         return "eager"
     from .backends import triton_kernels
 
-    reason = triton_kernels.declined(xs, args)
+    reason = triton_kernels.declined(xs, args, norm)
     if reason is None:
         return "triton"
     if backend == "triton":
@@ -198,7 +200,7 @@ def apply_norm(
     backend: str = "auto",
 ) -> list[torch.Tensor]:
     """Norms and rotates tensors whose arguments are known to fit, as :func:`apply` rotates them."""
-    name = choose_backend(xs, args, backend)
+    name = choose_backend(xs, args, backend, norm)
     if inplace:
         ops.norm_rotate_(xs, weights, eps, norm, args, name)
         return list(xs)

@@ -1,0 +1,300 @@
+"""The GPU program of the Triton backend: RMSNorm and rotation of one or two tensors in one pass over memory.
+
+Imported by :mod:`dit_rope.backends.triton_kernels` on first use, so that nothing else needs Triton. A tile is
+``[tokens, heads, channels]``. Triton lays threads along the contiguous dim first, then along the first: threads
+differ in channels and tokens, and the heads of a tile are registers of one thread, which so keeps the cos and sin of
+a few pairs of one token for every head of both tensors. Each element is loaded once and its pair is formed and stored
+by one thread, which makes a launch in place safe.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Run-time numbers on which Triton must not specialise (on 1, or on divisibility by 16): a new sequence length, prefix,
+# shard or start frame must not compile anything. Their types are fixed in the signature for the same reason.
+RUN_TIME = (
+    *(f"{x}_{stride}" for x in ("q", "q_out", "k", "k_out") for stride in ("batch", "token", "head")),
+    *("rows_plane", "rows_row", "positions_batch", "positions_token", "positions_axis"),
+    *("tokens", "prefix", "turning", "token_offset", "span0", "span1", "span2"),
+    *("first0", "first1", "first2", "first3", "eps"),
+)
+
+
+@triton.jit
+def _load_angles(
+    rows, rows_plane, rows_row, positions, positions_batch, positions_token, positions_axis, batch, j, turns, rest,
+    spans, firsts, BOUNDS: tl.constexpr, AXES: tl.constexpr, PADDED: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
+    """Cos and sin of the pairs of this program's tokens, and whether each turns: three ``[tokens, 1, PADDED]``.
+
+    ``j`` and ``turns`` are ``[tokens]``: the token's number in the grid, and whether it turns; ``rest`` is its flat
+    index there. Each axis' row is found once per token, and selected for the pairs that the axis owns.
+    """
+    # Pairs first, so that a warp reads neighbouring pairs.
+    pair = tl.arange(0, PADDED)[:, None]
+    row = tl.full([PADDED, j.shape[0]], -1, tl.int32)
+    column = pair
+    for a in tl.static_range(AXES):
+        if positions is not None:
+            at = positions + batch * positions_batch + j.to(tl.int64) * positions_token + a * positions_axis
+            axis_row = tl.load(at, mask=turns, other=-1)
+        else:
+            coordinate = rest if a == AXES - 1 else rest // spans[a]
+            rest = rest - coordinate * spans[a]
+            axis_row = firsts[a] + coordinate
+        own = (pair >= BOUNDS[a]) & (pair < BOUNDS[a + 1])
+        row = tl.where(own, axis_row[None, :], row)
+        column = tl.where(own, pair - BOUNDS[a], column)
+    # A row stays negative for the pairs of an axis that its position leaves alone, and past the last pair.
+    turn = (row >= 0) & turns[None, :]
+    at = rows + row * rows_row + column
+    cos = tl.load(at, mask=turn, other=1.0, eviction_policy="evict_last")
+    sin = tl.load(at + rows_plane, mask=turn, other=0.0, eviction_policy="evict_last")
+    if INVERSE:
+        sin = -sin
+    return tl.trans(cos)[:, None, :], tl.trans(sin)[:, None, :], tl.trans(turn)[:, None, :]
+
+
+@triton.jit
+def _load_tile(
+    row, mask, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, PADDED: tl.constexpr, TAIL: tl.constexpr,
+    HALF: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """The channels of some heads, from pointers ``[tokens, heads, 1]`` to the first of each, in the dtype of memory.
+
+    Returns both channels of each pair ``[tokens, heads, PADDED]``, and the channels past the pairs, which matter only
+    where TAIL > 0. An interleaved row is loaded whole, so that a thread reads 16 bytes at once, and split in registers.
+    """
+    if HALF:
+        p = tl.arange(0, PADDED)[None, None, :]
+        inside = mask & (p < PAIRS) if PADDED != PAIRS else mask
+        x1 = tl.load(row + p, mask=inside, other=0.0, eviction_policy=POLICY)
+        x2 = tl.load(row + PAIRS + p, mask=inside, other=0.0, eviction_policy=POLICY)
+    else:
+        channel = tl.arange(0, 2 * PADDED)[None, None, :]
+        inside = mask & (channel < WIDTH) if 2 * PADDED != WIDTH else mask
+        x = tl.load(row + channel, mask=inside, other=0.0, eviction_policy=POLICY)
+        x1, x2 = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], PADDED, 2]))
+    tail = x1
+    if TAIL > 0:
+        channel = 2 * PAIRS + tl.arange(0, TAIL)[None, None, :]
+        tail = tl.load(row + channel, mask=mask & (channel < DIM), other=0.0, eviction_policy=POLICY)
+    return x1, x2, tail
+
+
+@triton.jit
+def _store_tile(
+    row, y1, y2, tail, mask, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, PADDED: tl.constexpr,
+    TAIL: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Stores what :func:`_load_tile` found, where it found it, rounded once to the dtype of memory."""
+    dtype = row.dtype.element_ty
+    if HALF:
+        p = tl.arange(0, PADDED)[None, None, :]
+        inside = mask & (p < PAIRS) if PADDED != PAIRS else mask
+        tl.store(row + p, y1.to(dtype), mask=inside)
+        tl.store(row + PAIRS + p, y2.to(dtype), mask=inside)
+    else:
+        channel = tl.arange(0, 2 * PADDED)[None, None, :]
+        inside = mask & (channel < WIDTH) if 2 * PADDED != WIDTH else mask
+        y = tl.reshape(tl.join(y1.to(dtype), y2.to(dtype)), [y1.shape[0], y1.shape[1], 2 * PADDED])
+        tl.store(row + channel, y, mask=inside)
+    if TAIL > 0:
+        channel = 2 * PAIRS + tl.arange(0, TAIL)[None, None, :]
+        tl.store(row + channel, tail.to(dtype), mask=mask & (channel < DIM))
+
+
+@triton.jit
+def _turn_tile(
+    row, x1, x2, tail, scale, w1, w2, w_tail, cos, sin, turn, mask, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    PAIRS: tl.constexpr, PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Applies the norm's scale and weight, if they are not None, turns the pairs and stores all at ``row``."""
+    x1, x2, tail = x1.to(tl.float32), x2.to(tl.float32), tail.to(tl.float32)
+    if scale is not None:
+        x1, x2, tail = x1 * scale, x2 * scale, tail * scale
+    if w1 is not None:
+        x1, x2 = x1 * w1.to(tl.float32), x2 * w2.to(tl.float32)
+        if TAIL > 0:
+            tail = tail * w_tail.to(tl.float32)
+    # A select, not only cos = 1 and sin = 0: what does not turn is copied as it is, infinities and -0 included.
+    y1 = tl.where(turn, x1 * cos - x2 * sin, x1)
+    y2 = tl.where(turn, x1 * sin + x2 * cos, x2)
+    _store_tile(row, y1, y2, tail, mask, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF)
+
+
+@triton.jit
+def _squares(x1, x2):
+    x1, x2 = x1.to(tl.float32), x2.to(tl.float32)
+    return x1 * x1 + x2 * x2
+
+
+@triton.jit
+def _square(x):
+    x = x.to(tl.float32)
+    return x * x
+
+
+@triton.jit
+def _scale(squares, eps, SIZE: tl.constexpr):
+    """Reciprocal root mean square. Correctly rounded: one per row costs little; the approximate rsqrt is 2 ulp off."""
+    return tl.div_rn(1.0, tl.sqrt_rn(squares / SIZE + eps))
+
+
+@triton.jit
+def _head_scale(x1, x2, tail, eps, DIM: tl.constexpr, TAIL: tl.constexpr):
+    """Reciprocal root mean square of each head ``[tokens, heads, 1]``."""
+    total = tl.sum(_squares(x1, x2), axis=2, keep_dims=True)
+    if TAIL > 0:
+        total += tl.sum(_square(tail), axis=2, keep_dims=True)
+    return _scale(total, eps, DIM)
+
+
+@triton.jit
+def _turn_row(
+    x, x_rows, x_head, out, out_rows, out_head, weight, live, cos, sin, turn, eps,
+    HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
+    PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Norms each token across its heads, then turns them: TILE heads at a time, of which it keeps all.
+
+    The row stays in registers, in the dtype of memory, between the sum and the rotation: it is read once.
+    """
+    head = tl.arange(0, TILE)[None, :, None]
+    w1, w2, w_tail = None, None, None
+    tiles = ()
+    squares = tl.zeros([x_rows.shape[0], TILE, PADDED], tl.float32)
+    tail_squares = tl.zeros([x_rows.shape[0], TILE, TAIL if TAIL > 0 else 1], tl.float32)
+    for first in tl.static_range(0, HEADS, TILE):
+        mask = live & (first + head < HEADS) if HEADS % TILE != 0 else live
+        x1, x2, tail = _load_tile(
+            x + first * x_head + x_rows, mask, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF, "evict_first"
+        )
+        tiles += ((x1, x2, tail),)  # type: ignore[assignment]
+        squares += _squares(x1, x2)
+        if TAIL > 0:
+            tail_squares += _square(tail)
+    total = tl.sum(tl.sum(squares, axis=2, keep_dims=True), axis=1, keep_dims=True)
+    if TAIL > 0:
+        total += tl.sum(tl.sum(tail_squares, axis=2, keep_dims=True), axis=1, keep_dims=True)
+    scale = _scale(total, eps, HEADS * DIM)
+    for first in tl.static_range(0, HEADS, TILE):
+        mask = live & (first + head < HEADS) if HEADS % TILE != 0 else live
+        if weight is not None:
+            w1, w2, w_tail = _load_tile(
+                weight + (first + head) * DIM, first + head < HEADS, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF, "evict_last"
+            )
+        x1, x2, tail = tiles[first // TILE]
+        _turn_tile(
+            out + first * out_head + out_rows, x1, x2, tail, scale, w1, w2, w_tail, cos, sin, turn, mask, DIM, WIDTH,
+            PAIRS, PADDED, TAIL, HALF,
+        )  # fmt: skip
+
+
+@triton.jit
+def _turn_heads(
+    x, x_rows, x_head, out, out_rows, out_head, weight, live, cos, sin, turn, eps,
+    HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
+    PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Norms each head of each token, where NORM says so, and turns it, TILE heads at a time."""
+    head = tl.arange(0, TILE)[None, :, None]
+    w1, w2, w_tail = None, None, None
+    if weight is not None:
+        one = tl.zeros([1, 1, 1], tl.int32)
+        w1, w2, w_tail = _load_tile(
+            weight + one, one == 0, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF, "evict_last"
+        )  # fmt: skip
+    for first in range(0, HEADS, TILE):
+        mask = live & (first + head < HEADS) if HEADS % TILE != 0 else live
+        x1, x2, tail = _load_tile(
+            x + first * x_head + x_rows, mask, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF, "evict_first"
+        )
+        scale = _head_scale(x1, x2, tail, eps, DIM, TAIL) if NORM == "per_head" else None
+        _turn_tile(
+            out + first * out_head + out_rows, x1, x2, tail, scale, w1, w2, w_tail, cos, sin, turn, mask, DIM, WIDTH,
+            PAIRS, PADDED, TAIL, HALF,
+        )  # fmt: skip
+
+
+@triton.jit
+def _turn_tensor(
+    x, x_batch, x_token, x_head, out, out_batch, out_token, out_head, weight, batch, token, live, cos, sin, turn, eps,
+    HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
+    PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, ALIGN: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Norms and turns every head of one tensor for the tokens of this program.
+
+    ``cos``, ``sin``, ``turn`` are ``[tokens, 1, PADDED]``; ``token`` and ``live`` (whether it is written) are
+    ``[tokens]``. Strides come in units of ALIGN elements: the multiplication here is what tells the compiler that
+    every row starts on ALIGN elements, without specialising on strides. Offsets of rows are 64-bit.
+    """
+    x_head = x_head.to(tl.int64) * ALIGN
+    out_head = out_head.to(tl.int64) * ALIGN
+    head = tl.arange(0, TILE)[None, :, None]
+    token = token[:, None, None].to(tl.int64)
+    live = live[:, None, None]
+    x += batch * x_batch * ALIGN
+    out += batch * out_batch * ALIGN
+    x_rows = token * x_token * ALIGN + head * x_head
+    out_rows = token * out_token * ALIGN + head * out_head
+    if NORM == "across_heads":
+        _turn_row(
+            x, x_rows, x_head, out, out_rows, out_head, weight, live, cos, sin, turn, eps, HEADS, TILE, DIM, WIDTH,
+            PAIRS, PADDED, TAIL, HALF,
+        )  # fmt: skip
+    else:
+        _turn_heads(
+            x, x_rows, x_head, out, out_rows, out_head, weight, live, cos, sin, turn, eps, HEADS, TILE, DIM, WIDTH,
+            PAIRS, PADDED, TAIL, HALF, NORM,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def norm_turn_kernel(
+    q, q_out, q_weight, k, k_out, k_weight, rows, positions,
+    q_batch: tl.int64, q_token: tl.int64, q_head: tl.int64,
+    q_out_batch: tl.int64, q_out_token: tl.int64, q_out_head: tl.int64,
+    k_batch: tl.int64, k_token: tl.int64, k_head: tl.int64,
+    k_out_batch: tl.int64, k_out_token: tl.int64, k_out_head: tl.int64,
+    rows_plane: tl.int64, rows_row: tl.int64,
+    positions_batch: tl.int64, positions_token: tl.int64, positions_axis: tl.int64,
+    tokens: tl.int32, prefix: tl.int32, turning: tl.int32, token_offset: tl.int32,
+    span0: tl.int32, span1: tl.int32, span2: tl.int32,
+    first0: tl.int32, first1: tl.int32, first2: tl.int32, first3: tl.int32, eps: tl.float32,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BOUNDS: tl.constexpr, AXES: tl.constexpr, PADDED: tl.constexpr,
+    TAIL: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr, KEEP_STILL: tl.constexpr, ALIGN: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    """Norms and turns TOKENS tokens of ``q`` and, unless None, ``k`` ``[B, tokens, heads, DIM]`` into their outs.
+
+    Program p of grid axis 0 has block ``p % ceil(tokens / TOKENS)`` of one batch entry. Axis a owns the pairs
+    ``BOUNDS[a] <= p < BOUNDS[a + 1]``. Token ``prefix + j`` turns when ``0 <= j < turning``; ``span{a}`` is the
+    product of the grid's sizes after axis a. WIDTH is how many channels of a head are written, PADDED the next power
+    of two of its pairs, TAIL that of the channels past them where those are loaded apart (else 0). KEEP_STILL leaves
+    tokens that do not turn as they are in the outs. NORM is a NormKind's value or "none".
+    """
+    program = tl.program_id(0)
+    blocks = (tokens + (TOKENS - 1)) // TOKENS
+    batch = (program // blocks).to(tl.int64)
+    token = (program % blocks) * TOKENS + tl.arange(0, TOKENS)
+    j = token - prefix
+    turns = (j >= 0) & (j < turning)
+    live = turns if KEEP_STILL else token < tokens
+
+    cos, sin, turn = _load_angles(
+        rows, rows_plane, rows_row, positions, positions_batch, positions_token, positions_axis, batch, j, turns,
+        token_offset + j, (span0, span1, span2, 1), (first0, first1, first2, first3), BOUNDS, AXES, PADDED, INVERSE,
+    )  # fmt: skip
+    _turn_tensor(
+        q, q_batch, q_token, q_head, q_out, q_out_batch, q_out_token, q_out_head, q_weight, batch, token, live, cos,
+        sin, turn, eps, Q_HEADS, TILE, DIM, WIDTH, BOUNDS[AXES], PADDED, TAIL, HALF, ALIGN, NORM,
+    )  # fmt: skip
+    if k is not None:
+        _turn_tensor(
+            k, k_batch, k_token, k_head, k_out, k_out_batch, k_out_token, k_out_head, k_weight, batch, token, live,
+            cos, sin, turn, eps, K_HEADS, TILE, DIM, WIDTH, BOUNDS[AXES], PADDED, TAIL, HALF, ALIGN, NORM,
+        )  # fmt: skip

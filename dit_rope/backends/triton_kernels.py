@@ -1,0 +1,293 @@
+"""The rotation, and RMSNorm with rotation, as one Triton launch: NVIDIA, AMD and Intel GPUs, or Triton's interpreter.
+
+This module decides whether Triton can take a call, and turns the call into the arguments of the one kernel in
+:mod:`dit_rope.backends.triton_device`, which is imported, with Triton, on first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..rotation_args import RotationArgs
+from ..spec import MAX_AXES, NormKind, Pairing
+
+DEVICE_TYPES = ("cuda", "xpu", "hip")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_TENSORS = 2
+MAX_HEAD_DIM = 512
+# Padded channels of a token that an RMSNorm across heads keeps in registers: at most 64 a thread of 8 warps.
+MAX_NORM_ROW = 16384
+# Token numbers are int32 in the kernel; a program may count one block past the last token.
+MAX_TOKENS = 2**31 - 4096
+
+# Lanes of a warp; AMD's server GPUs have 64. A tile with fewer elements than its lanes want narrows their accesses.
+WARP_LANES = 64 if torch.version.hip else 32
+MAX_WARPS = 8
+ACCESS_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm before the rotation: which channels are averaged, one weight (or None) per tensor, and eps."""
+
+    kind: NormKind
+    weights: Sequence[torch.Tensor | None]
+    eps: float
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """The shape of one program: heads of a tile, tokens, warps, and padded pairs and tail channels."""
+
+    heads: int
+    tokens: int
+    warps: int
+    padded: int
+    tail: int
+
+
+def declined(xs: Sequence[torch.Tensor], args: RotationArgs, norm: NormKind | None = None) -> str | None:
+    """Why this backend cannot rotate ``xs`` (or, with ``norm``, norm and rotate them), or None when it can.
+
+    The shapes of ``xs``, ``[B, S, H, D]``, and what ``args`` says of them are taken as validated.
+    """
+    return next((reason for holds, reason in _constraints(xs, args, norm) if not holds), None)
+
+
+def rotate(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor]) -> None:
+    """Rotates one or two tensors ``xs[i]`` ``[B, S, H_i, D]`` into ``outs[i]``, in one launch.
+
+    Every element of ``outs`` is written; ``outs`` may be ``xs``, which are then turned in place. float16, bfloat16 or
+    float32 data; float32 arithmetic, rounded once, and without fused multiply-add when ``args.exact``.
+
+    Raises:
+        ValueError: when :func:`declined` gives a reason.
+    """
+    _launch(xs, args, outs, None)
+
+
+def norm_rotate(
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor | None],
+    eps: float,
+    norm: NormKind,
+    args: RotationArgs,
+    outs: Sequence[torch.Tensor],
+) -> None:
+    """RMSNorm of one or two tensors ``xs[i]`` ``[B, S, H_i, D]``, then their rotation, into ``outs[i]``, in one launch.
+
+    One read and one write of the data; float32 arithmetic, rounded once. Unturned tokens and channels are normed too.
+    ``weights[i]`` is ``[D]`` per head or ``[H_i * D]`` across heads, of any float dtype, or None. ``outs`` may be
+    ``xs``.
+
+    Raises:
+        ValueError: when :func:`declined` gives a reason.
+    """
+    _launch(xs, args, outs, Norm(norm, weights, eps))
+
+
+def launch_arguments(
+    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Size of the grid, arguments and compile options of the kernel for one call; the call is not validated.
+
+    Everything that varies with length, position or address is a run-time argument; what Triton compiles for is the
+    constants alone, the dtypes, and whether the pointers are 16-byte aligned.
+    """
+    batch, tokens, _, dim = xs[0].shape
+    in_place = all(x.data_ptr() == out.data_ptr() for x, out in zip(xs, outs, strict=True))
+    # In place and without a norm, what does not turn is neither read nor written.
+    keep_still = in_place and norm is None
+    width = 2 * sum(args.pairs) if keep_still else dim
+    tile = _tile(xs, args, width, norm)
+    align = math.gcd(ACCESS_BYTES // xs[0].element_size(), *(s for x in (*xs, *outs) for s in _strides(x)))
+    arguments = {
+        **_tensor_arguments(xs, outs, norm, align),
+        **_table_arguments(args, tokens),
+        "tokens": tokens,
+        "eps": norm.eps if norm else 0.0,
+        "TILE": tile.heads,
+        "TOKENS": tile.tokens,
+        "DIM": dim,
+        "WIDTH": width,
+        "BOUNDS": tuple(sum(args.pairs[:a]) for a in range(len(args.pairs) + 1)),
+        "AXES": len(args.pairs),
+        "PADDED": tile.padded,
+        "TAIL": tile.tail,
+        "HALF": args.pairing is Pairing.HALF,
+        "INVERSE": args.inverse,
+        "KEEP_STILL": keep_still,
+        "ALIGN": align,
+        "NORM": norm.kind.value if norm else "none",
+    }
+    # One stage: loads go to registers at once; a software pipeline would take them through shared memory.
+    options = {"num_warps": tile.warps, "num_stages": 1, "enable_fp_fusion": not args.exact}
+    return batch * -(-tokens // tile.tokens), arguments, options
+
+
+def _launch(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None) -> None:
+    reason = declined(xs, args, norm.kind if norm else None)
+    if reason is not None:
+        raise ValueError(f"the Triton backend cannot take this call: {reason}")
+    if xs[0].shape[0] == 0 or xs[0].shape[1] == 0:
+        return
+    from .triton_device import norm_turn_kernel
+
+    programs, arguments, options = launch_arguments(xs, args, outs, norm)
+    with _on_device(xs[0].device):
+        norm_turn_kernel[(programs,)](**arguments, **options)
+
+
+def _constraints(xs: Sequence[torch.Tensor], args: RotationArgs, norm: NormKind | None) -> Iterator[tuple[bool, str]]:
+    """What must hold, each with the reason to give when it does not; lazily, since a later one may need an earlier."""
+    yield _has_triton(), "triton is not installed"
+    yield 1 <= len(xs) <= MAX_TENSORS, f"it takes 1 to {MAX_TENSORS} tensors, got {len(xs)}"
+    x = xs[0]
+    yield (
+        x.device.type in DEVICE_TYPES or (x.device.type == "cpu" and _interpreting()),
+        f"device must be a GPU ({', '.join(DEVICE_TYPES)}), got {x.device}; the CPU needs TRITON_INTERPRET=1",
+    )
+    yield x.dtype in DTYPES, f"dtype must be float16, bfloat16 or float32, got {x.dtype}"
+    yield all(other.dtype == x.dtype for other in xs), f"tensors must share a dtype, got {[y.dtype for y in xs]}"
+    yield args.rows.dtype == torch.float32, f"tables must be float32, got {args.rows.dtype}"
+    yield all(_dense_last(y) for y in xs), f"the last dim must be contiguous, got strides {[y.stride() for y in xs]}"
+    yield _dense_last(args.rows), f"the last dim of the tables must be contiguous, got strides {args.rows.stride()}"
+    yield (
+        args.positions is None or args.positions.dtype == torch.int32,
+        f"positions must be int32, got {args.positions.dtype if args.positions is not None else None}",
+    )
+    tokens, heads, dim = x.shape[1], max(y.shape[2] for y in xs), x.shape[3]
+    yield min(y.shape[2] for y in xs) > 0, "tensors must have at least one head"
+    yield 1 <= len(args.pairs) <= MAX_AXES, f"it takes 1 to {MAX_AXES} axes, got {len(args.pairs)}"
+    yield dim <= MAX_HEAD_DIM, f"head dim must be at most {MAX_HEAD_DIM}, got {dim}"
+    rotary_dim = 2 * sum(args.pairs)
+    yield 2 <= rotary_dim <= dim, f"rotary_dim must be 2 to the head dim {dim}, got {rotary_dim}"
+    yield tokens <= MAX_TOKENS, f"tokens must be at most {MAX_TOKENS}, got {tokens}"
+    last = max(args.token_offset + args.count, math.prod(args.sizes))
+    yield args.positions is not None or last <= MAX_TOKENS, f"grid tokens must be at most {MAX_TOKENS}, got {last}"
+    yield args.rows.numel() < 2**31, f"tables must have fewer than 2**31 elements, got {args.rows.numel()}"
+    yield norm is None or not args.exact, "exact mode covers the rotation, not a norm before it"
+    row = _power_of_two(heads) * _power_of_two(dim)
+    yield (
+        norm is not NormKind.ACROSS_HEADS or row <= MAX_NORM_ROW,
+        f"a norm across heads must have at most {MAX_NORM_ROW} channels, padded to powers of two, got {row}",
+    )
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    """Whether the kernels run in Triton's interpreter; looks at the kernel, made when the module was imported."""
+    if not os.environ.get("TRITON_INTERPRET"):
+        return False
+    from triton import JITFunction
+
+    from .triton_device import norm_turn_kernel
+
+    return not isinstance(norm_turn_kernel, JITFunction)
+
+
+def _on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes ``device`` current: Triton launches on the current device, whatever the tensors' is."""
+    if device.type == "cpu":
+        return nullcontext()
+    return torch.get_device_module(device).device(device)  # type: ignore[no-any-return]
+
+
+def _tile(xs: Sequence[torch.Tensor], args: RotationArgs, width: int, norm: Norm | None) -> _Tile:
+    """Chooses the tile of one program by shape alone, so that a new length compiles nothing.
+
+    Every lane has 16 bytes of a row; a row read in two halves takes half as many lanes.
+
+    Rotation and norm per head: 4 warps along tokens, so that a thread has the cos and sin of a single token, and 4
+    accesses of a thread in flight (4 heads, or 2 of half pairing, which reads two parts of each). At the 64 registers
+    of the plain rotation 8 programs share a multiprocessor, with 64 kB in flight, twice what covers memory's latency.
+
+    Norm across heads: a program has all heads of a token, in parts of 8 (or 4, where 8 would pad the heads by more),
+    and as many warps as one part fills: 24 and 40 heads of 128 are 3 and 5 parts for 4 warps, with no lane idle.
+    """
+    heads = max(x.shape[2] for x in xs)
+    half = args.pairing is Pairing.HALF
+    padded = _power_of_two(sum(args.pairs) if half else -(-width // 2))
+    rest = width - 2 * sum(args.pairs)
+    tail = _power_of_two(rest) if half and rest else 0
+    row_lanes = (padded if half else 2 * padded) * xs[0].element_size() // ACCESS_BYTES
+    if norm is not None and norm.kind is NormKind.ACROSS_HEADS:
+        tile = min(_power_of_two(heads), 4 if 0 < heads % 8 <= 4 and heads <= 32 else 8)
+        warps = min(max(tile * row_lanes // WARP_LANES, 1), MAX_WARPS)
+        tokens = max(warps * WARP_LANES // max(tile * row_lanes, 1), 1)
+    else:
+        in_flight = 4 if norm is None and not half else 2
+        tile, warps = min(_power_of_two(heads), in_flight), 4
+        tokens = max(warps * WARP_LANES // max(row_lanes, 1), 1)
+    return _Tile(heads=tile, tokens=tokens, warps=warps, padded=padded, tail=tail)
+
+
+def _tensor_arguments(
+    xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], norm: Norm | None, align: int
+) -> dict[str, Any]:
+    """Pointers, strides in units of ``align`` elements, and head counts of q and k; a missing k is None."""
+    arguments: dict[str, Any] = {}
+    for i, name in enumerate("qk"):
+        x, out = (xs[i], outs[i]) if i < len(xs) else (None, None)
+        weight = norm.weights[i] if norm and x is not None else None
+        arguments[name], arguments[f"{name}_out"] = x, out
+        arguments[f"{name}_weight"] = None if weight is None else weight.contiguous()
+        arguments[f"{name.upper()}_HEADS"] = 0 if x is None else x.shape[2]
+        for side, tensor in ((name, x), (f"{name}_out", out)):
+            strides = (0, 0, 0) if tensor is None else _strides(tensor)
+            for dim, stride in zip(("batch", "token", "head"), strides, strict=True):
+                arguments[f"{side}_{dim}"] = stride // align
+    return arguments
+
+
+def _table_arguments(args: RotationArgs, tokens: int) -> dict[str, Any]:
+    """Where the angles of a token are: the tables, the positions or the grid, and which tokens turn."""
+    turning = min(args.count, tokens - args.prefix)
+    strides = (0, 0, 0)
+    firsts, spans = [0] * MAX_AXES, [1] * MAX_AXES
+    if args.positions is not None:
+        batch, token, axis = args.positions.stride()
+        strides = (batch if args.positions.shape[0] > 1 else 0, token, axis)
+    else:
+        turning = min(turning, math.prod(args.sizes) - args.token_offset)
+        for a, first in enumerate(args.first_rows):
+            firsts[a], spans[a] = first, math.prod(args.sizes[a + 1 :])
+    return {
+        "rows": args.rows,
+        "rows_plane": args.rows.stride(0),
+        "rows_row": args.rows.stride(1),
+        "positions": args.positions,
+        **dict(zip(("positions_batch", "positions_token", "positions_axis"), strides, strict=True)),
+        "prefix": args.prefix,
+        "turning": max(turning, 0),
+        "token_offset": args.token_offset,
+        **{f"span{a}": spans[a] for a in range(MAX_AXES - 1)},
+        **{f"first{a}": firsts[a] for a in range(MAX_AXES)},
+    }
+
+
+def _strides(x: torch.Tensor) -> tuple[int, ...]:
+    """Strides of B, S and H; 0 where the size is 1, so that a stride nobody steps by cannot cost alignment."""
+    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+
+
+def _dense_last(x: torch.Tensor) -> bool:
+    return x.shape[-1] == 1 or x.stride(-1) == 1
+
+
+def _power_of_two(n: int) -> int:
+    """The least power of two that is at least ``n``, for ``n`` at least 1."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,219 @@
+"""The Triton kernel compiled for NVIDIA GPUs without one: access width, spills, contraction, and what recompiles.
+
+A launch derives what it compiles for from its arguments; the functions here take the same way through Triton, with a
+target given instead of found. They need kernels that are not interpreted, so they are skipped where TRITON_INTERPRET
+is set (see ``test_triton_kernels.py``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dit_rope.backends.triton_kernels import Norm, launch_arguments
+from dit_rope.rotation_args import RotationArgs
+from dit_rope.spec import NormKind, Pairing
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("kernels are interpreted in this process", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
+from dit_rope.backends.triton_device import norm_turn_kernel  # noqa: E402
+
+ARGS = RotationArgs(
+    rows=torch.zeros(2, 12, 22),
+    positions=None,
+    pairs=(22, 21, 21),
+    sizes=(3, 4, 5),
+    first_rows=(0, 3, 7),
+    token_offset=0,
+    prefix=0,
+    count=60,
+    pairing=Pairing.INTERLEAVED,
+    inverse=False,
+    exact=False,
+)
+HALF = replace(ARGS, pairing=Pairing.HALF)
+
+
+@dataclass(frozen=True)
+class Specialised:
+    """What one launch makes Triton compile: the key it caches by is ``types`` and ``options``."""
+
+    types: list[Any]
+    bound: dict[str, Any]
+    options: dict[str, Any]
+    backend: Any
+    target: Any
+
+
+def specialise(
+    xs: Sequence[torch.Tensor],
+    args: RotationArgs,
+    outs: Sequence[torch.Tensor],
+    norm: Norm | None = None,
+    arch: int = 90,
+) -> Specialised:
+    _, arguments, options = launch_arguments(xs, args, outs, norm)
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    binder = create_function_from_signature(norm_turn_kernel.signature, norm_turn_kernel.params, backend)
+    bound, types, _ = binder(**arguments, **options)
+    return Specialised(types, bound, options, backend, target)
+
+
+def compiled(launch: Specialised) -> Any:
+    options, signature, constants, attributes = norm_turn_kernel._pack_args(
+        launch.backend, dict(launch.options), launch.bound, launch.types, {}
+    )
+    source = ASTSource(norm_turn_kernel, signature, constants, attributes)
+    return triton.compile(source, target=launch.target, options=options.__dict__)
+
+
+def queries_and_keys(heads: int, dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.zeros(1, 60, heads, dim, dtype=dtype) for _ in "qk"]
+
+
+def ones(size: int) -> list[torch.Tensor]:
+    return [torch.ones(size, dtype=torch.bfloat16) for _ in "qk"]
+
+
+KERNELS = {
+    "rotate-wan-1.3b": (12, 128, torch.bfloat16, ARGS, None),
+    "rotate-wan-14b-in-place": (40, 128, torch.bfloat16, ARGS, None),
+    "rotate-exact": (12, 128, torch.bfloat16, replace(ARGS, exact=True), None),
+    "rotate-float32": (12, 128, torch.float32, ARGS, None),
+    "rotate-half-float16": (24, 128, torch.float16, HALF, None),
+    "rotate-partial-half": (12, 128, torch.bfloat16, replace(HALF, pairs=(16, 16, 16)), None),
+    "rotate-dim-112": (12, 112, torch.bfloat16, replace(ARGS, pairs=(16, 20, 20)), None),
+    "rotate-positions": (12, 128, torch.bfloat16, replace(ARGS, positions=torch.zeros(1, 60, 3).int()), None),
+    "norm-per-head": (24, 128, torch.bfloat16, ARGS, Norm(NormKind.PER_HEAD, ones(128), 1e-6)),
+    "norm-per-head-half": (24, 128, torch.bfloat16, HALF, Norm(NormKind.PER_HEAD, ones(128), 1e-6)),
+    "norm-across-12-heads": (12, 128, torch.bfloat16, ARGS, Norm(NormKind.ACROSS_HEADS, ones(1536), 1e-6)),
+    "norm-across-40-heads": (40, 128, torch.bfloat16, ARGS, Norm(NormKind.ACROSS_HEADS, ones(5120), 1e-6)),
+    "norm-across-40-heads-half": (40, 128, torch.bfloat16, HALF, Norm(NormKind.ACROSS_HEADS, ones(5120), 1e-6)),
+    "norm-across-64-heads": (64, 128, torch.bfloat16, ARGS, Norm(NormKind.ACROSS_HEADS, ones(8192), 1e-6)),
+}
+
+
+@pytest.fixture
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiles here and now, and leaves nothing in the user's Triton cache."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def resources(kernel: Any, folder: Path) -> dict[str, int]:
+    """Registers, stack and local bytes of a compiled kernel, read from its binary by the tool Triton ships."""
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    text = subprocess.run([tool, "-res-usage", str(binary)], check=True, capture_output=True, text=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+@pytest.mark.usefixtures("_own_cache")
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_moves_16_bytes_at_once_and_spills_nothing(name: str, arch: int, tmp_path: Path) -> None:
+    heads, dim, dtype, args, norm = KERNELS[name]
+    xs = queries_and_keys(heads, dim, dtype)
+    kernel = compiled(specialise(xs, args, xs if "in-place" in name else [x.clone() for x in xs], norm, arch))
+
+    used = resources(kernel, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0
+    assert used["REG"] <= 160
+
+    # Only loads of q and k are evicted first, and nothing else is stored.
+    ptx = kernel.asm["ptx"]
+    loads = re.findall(r"ld\.global\S*evict_first\S*", ptx)
+    stores = re.findall(r"st\.global\S*", ptx)
+    assert loads
+    assert len(loads) == len(stores)
+    assert all(access.endswith(".v4.b32") for access in loads + stores), set(loads + stores)
+
+
+@pytest.mark.usefixtures("_own_cache")
+@pytest.mark.parametrize("args", [ARGS, HALF], ids=["interleaved", "half"])
+def test_kernel_stores_each_pair_from_the_thread_that_loaded_it(args: RotationArgs) -> None:
+    """In place, a conversion of layouts between load and store would let one thread overwrite what another reads."""
+    xs = queries_and_keys(12, 128, torch.bfloat16)
+    text = compiled(specialise(xs, args, xs)).asm["ttgir"]
+    accesses = re.findall(r"tt\.(?:load|store) [^\n]*x!tt\.ptr<bf16>, (#\w+)>", text)
+    assert len(accesses) >= 4
+    assert len(set(accesses)) == 1
+    assert not re.search(r"convert_layout [^\n]*bf16", text)
+
+
+@pytest.mark.usefixtures("_own_cache")
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+def test_kernel_fuses_multiply_add_unless_exact(exact: bool) -> None:
+    xs = queries_and_keys(12, 128, torch.bfloat16)
+    kernel = compiled(specialise(xs, replace(ARGS, exact=exact), [x.clone() for x in xs]))
+    assert ("FFMA" in kernel.asm["sass"]) is not exact
+
+
+@pytest.mark.usefixtures("_own_cache")
+def test_kernel_rounds_to_nearest() -> None:
+    xs = queries_and_keys(12, 128, torch.bfloat16)
+    ptx = compiled(specialise(xs, ARGS, [x.clone() for x in xs])).asm["ptx"]
+    to_bfloat16 = set(re.findall(r"cvt\.\S*bf16(?:x2)?\.f32", ptx))
+    assert to_bfloat16
+    assert to_bfloat16 <= {"cvt.rn.bf16.f32", "cvt.rn.bf16x2.f32"}
+
+
+def meta(batch: int, tokens: int, heads: int = 12, dim: int = 128) -> torch.Tensor:
+    """Queries without memory, of any length."""
+    return torch.empty(batch, tokens, heads, dim, dtype=torch.bfloat16, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("x", "changes"),
+    [
+        (meta(1, 1), {"count": 1}),
+        (meta(1, 75_600), {"count": 75_600, "sizes": (21, 45, 80)}),
+        (meta(1, 2**20), {"count": 2**20, "sizes": (128, 64, 128)}),
+        (meta(3, 61), {}),
+        (meta(1, 60), {"prefix": 1, "count": 59}),
+        (meta(1, 60), {"prefix": 16, "count": 32, "token_offset": 1}),
+        (meta(1, 60), {"first_rows": (1, 16, 123_456)}),
+        (meta(1, 60), {"sizes": (1, 1, 2**30)}),
+        (meta(1, 60), {"rows": torch.zeros(2, 4096, 22)}),
+        (meta(2, 60 * 3).view(2, 60, 3, 12, 128)[:, :, 1], {}),
+        (meta(2, 12, 61).transpose(1, 2), {}),
+        (meta(2, 12, 2**21).transpose(1, 2), {}),
+        (meta(2, 2**22), {}),
+        (meta(1, 60).as_strided((1, 60, 12, 128), (99_999, 1536, 128, 1)), {}),
+    ],
+    ids=[
+        "one-token", "720p", "million-tokens", "batch", "prefix", "shard", "start-frame", "grid", "longer-table",
+        "packed", "transposed", "transposed-far", "far-batch", "stride-of-one-batch",
+    ],
+)  # fmt: skip
+def test_launch_compiles_nothing_for_a_new_length_position_or_layout(x: torch.Tensor, changes: dict[str, Any]) -> None:
+    base = specialise([meta(1, 60)] * 2, ARGS, [meta(1, 60)] * 2)
+    launch = specialise([x] * 2, replace(ARGS, **changes), [x] * 2)
+    assert launch.types == base.types
+    assert launch.options == base.options
+
+
+def test_launch_uses_one_dimension_of_the_grid_past_65535_blocks() -> None:
+    programs, arguments, _ = launch_arguments([meta(4, 2**20)], ARGS, [meta(4, 2**20)], None)
+    assert programs == 4 * 2**20 // arguments["TOKENS"] > 65_535
+
+
+def test_launch_types_of_strides_are_64_bit_and_of_nothing_else() -> None:
+    types = dict(zip(norm_turn_kernel.arg_names, specialise([meta(1, 60)], ARGS, [meta(1, 60)]).types, strict=True))
+    strides = {name for name in types if name.endswith(("_batch", "_token", "_head", "_axis", "_plane", "_row"))}
+    assert {name for name, (kind, *_) in types.items() if kind == "i64"} == strides
