@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import model_code
 import oracle
 import pytest
 import torch
 from tolerance import assert_within
 
+import dit_rope
 from dit_rope import Grid, NormKind, Pairing, RopeSpec, RopeTable, rope_table
 from dit_rope.backends import eager
 
@@ -73,7 +76,7 @@ def test_rotate_is_within_the_bound_of_float64(
 ) -> None:
     """Two heads of keys for three of queries, and two channels per head that do not turn."""
     table = table_of(pairing=pairing)
-    xs = [torch.randn(2, 60, heads, 16).to(dtype) for heads in (3, 2)]
+    xs = [torch.randn(16, 60, heads, 16).to(dtype) for heads in (3, 2)]
     outs = run(xs, table, exact, inverse=inverse)
     cos, sin = table.cos_sin(repeat=False)
     for x, out in zip(xs, outs, strict=True):
@@ -161,7 +164,7 @@ def test_strided_views_in_place_are_within_the_bound(layout: str, pairing: Pairi
 def test_norm_rotate_is_within_the_bound_of_float64(norm: NormKind, dtype: torch.dtype, weighted: bool) -> None:
     table = table_of()
     across = norm is NormKind.ACROSS_HEADS
-    xs = [3 * torch.randn(2, 2 + 60 + 1, heads, 16).to(dtype) for heads in (3, 2)]
+    xs = [3 * torch.randn(16, 2 + 60 + 1, heads, 16).to(dtype) for heads in (3, 2)]
     weights = [torch.randn(x.shape[2] * 16 if across else 16).to(dtype) if weighted else None for x in xs]
     outs = [torch.full_like(x, torch.nan) for x in xs]
     eager.norm_rotate(xs, weights, 1e-6, norm, table.args(prefix=2), outs)
@@ -203,3 +206,55 @@ def test_norm_rotate_in_float64_is_exact_to_its_roundings(norm: NormKind) -> Non
     normed = oracle.rms_norm(x, None, 1e-6, across_heads=norm is NormKind.ACROSS_HEADS)
     truth = oracle.rotate(normed, *table.cos_sin(repeat=False), interleaved=True)
     assert (out - truth).abs().max() <= 16 * torch.finfo(torch.float64).eps * truth.abs().max()
+
+
+def test_second_call_finds_its_angles() -> None:
+    dit_rope.cache_clear()
+    table = table_of()
+    positions = table.positions()
+    x = torch.randn(2, 60, 3, 14)
+    for kwargs in ({}, {"positions": positions}, {"inverse": True}):
+        for _ in range(2):
+            run([x], table, exact=True, **kwargs)
+    info = dit_rope.cache_info().angles
+    assert (info.misses, info.hits, info.entries) == (3, 3, 3)
+
+
+@pytest.mark.parametrize("what", ["rows", "positions"])
+def test_angles_follow_a_write_to_what_they_came_from(what: str) -> None:
+    table = table_of()
+    rows, positions = table.rows.clone(), table.positions().clone()
+    args = dataclasses.replace(table.args(positions=positions), rows=rows)
+    x, before, after = torch.randn(2, 60, 3, 14), torch.empty(2, 60, 3, 14), torch.empty(2, 60, 3, 14)
+    eager.rotate([x], args, [before])
+    if what == "rows":
+        rows[1].neg_()
+    else:
+        positions[:] = positions.flip(1)
+    with pytest.warns(RuntimeWarning, match="angle cache was written to in place"):
+        eager.rotate([x], args, [after])
+    dit_rope.cache_clear()
+    eager.rotate([x], args, [before])
+    assert torch.equal(after, before)
+
+
+def test_angles_are_not_those_of_freed_memory() -> None:
+    """Each turn frees its positions; were their address all that is remembered, the next would hit."""
+    dit_rope.cache_clear()
+    table = table_of()
+    x = torch.randn(1, 60, 3, 14)
+    for seed in range(20):
+        positions = table.positions()[:, torch.randperm(60, generator=torch.Generator().manual_seed(seed))]
+        (out,) = run([x], table, exact=True, positions=positions)
+        cos, sin = eager.dense_angles(table.args(positions=positions), 60)
+        assert torch.equal(out, eager.reference(x, cos, sin, Pairing.INTERLEAVED))
+
+
+def test_angles_of_inference_tensors_are_not_kept() -> None:
+    """They have no version counter, so that a write to them would go unseen."""
+    dit_rope.cache_clear()
+    table = table_of()
+    x = torch.randn(1, 60, 3, 14)
+    with torch.inference_mode():
+        run([x], table, exact=True, positions=table.positions().clone())
+    assert dit_rope.cache_info().angles.entries == 0

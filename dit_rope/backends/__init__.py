@@ -1,0 +1,1 @@
+"""The implementations of the rotation: one contract, :class:`dit_rope.rotation_args.RotationArgs`, for all."""

@@ -18,6 +18,7 @@ from einops import rearrange
 
 from ..rotation_args import RotationArgs
 from ..spec import NormKind, Pairing
+from ..tables import ANGLES
 
 # Bytes of one chunk of tokens on CPU, in the arithmetic dtype. Scratch of that size stays in two cores' level 2 caches;
 # a chunk that needs no scratch is only as small as keeps its angles there.
@@ -120,6 +121,22 @@ class _Turn:
         self.adjacent = args.pairing is Pairing.INTERLEAVED
         self.complex = self.adjacent and self.dtype in (torch.float32, torch.float64)
         self.exact_complex = self.complex and args.exact
+        self.tables = self._remembered()
+        self.count = self.tables[0].shape[1]
+
+    def _remembered(self) -> Sequence[torch.Tensor]:
+        """The tables, from the cache on CPU, where every layer of a model asks for them again."""
+        args, inputs = self.args, [t for t in (self.args.rows, self.args.positions) if t is not None]
+        if args.rows.device.type != "cpu" or any(t.is_inference() for t in inputs):
+            return self._gathered()
+        where = (args.pairs, args.sizes, args.first_rows, args.token_offset, args.count)
+        key = (tuple(map(_identity, inputs)), where, args.pairing, args.inverse, self.exact_complex, self.dtype)
+        # The inputs go in with the tables: their memory stays theirs, and a write to them is noticed.
+        kept = ANGLES.get(key, args.rows.device, lambda: [*self._gathered(), *inputs])
+        return kept[: len(kept) - len(inputs)]
+
+    def _gathered(self) -> list[torch.Tensor]:
+        args = self.args
         cos, sin = _identity_row(args.rows.to(self.dtype)).unbind(0)
         sin = -sin if args.inverse else sin
         if not self.complex:
@@ -130,8 +147,7 @@ class _Turn:
         else:
             tables = (torch.complex(cos, sin),)
         rows = _row_indices(args)
-        self.count = rows.shape[1]
-        self.tables = [torch.cat(_gather(table, rows, args.pairs), dim=-1).unsqueeze(2) for table in tables]
+        return [torch.cat(_gather(table, rows, args.pairs), dim=-1).unsqueeze(2) for table in tables]
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor, start: int, stop: int, scratch: torch.Tensor) -> None:
         """Turns the tokens ``start <= j < stop``, ``x`` ``[B, n, H, width]``, into ``out``, which may be x."""
@@ -239,6 +255,11 @@ def _gather(table: torch.Tensor, rows: torch.Tensor, pairs: Sequence[int]) -> li
     flat = torch.where(flat < 0, table.shape[-2] - 1, flat)
     gathered = (table.index_select(-2, flat[:, axis]) for axis in range(len(pairs)))
     return [part[..., :width].unflatten(-2, rows.shape[:2]) for part, width in zip(gathered, pairs, strict=True)]
+
+
+def _identity(x: torch.Tensor) -> tuple[object, ...]:
+    """What tells ``x`` from every other tensor whose memory is still held."""
+    return (x.data_ptr(), x.shape, x.stride(), x.dtype)
 
 
 def _identity_row(rows: torch.Tensor) -> torch.Tensor:

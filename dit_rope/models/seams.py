@@ -131,13 +131,13 @@ class TakeRotation:
         """The call without its rotary tensors; unchanged when they are absent or not ours."""
         by_name = self.name in kwargs
         given = kwargs[self.name] if by_name else args[self.index] if len(args) > self.index else None
-        ours = given is not None and given[0].dtype == torch.int32
+        ours = tuple(given) if given is not None and given[0].dtype == torch.int32 else None
         instead = None
         if torch.compiler.is_compiling():
-            instead = dense_tables(self.spec, *given) if ours else None
+            instead = dense_tables(self.spec, *ours) if ours else None
         else:
             # Whatever a KeyboardInterrupt left in flight, which hooks do not see, goes here.
-            _in_flight.rotation, _in_flight.pending = (tuple(given), 2) if ours else (None, 0)
+            _in_flight.rotation, _in_flight.pending = ours, 2 if ours else 0
         if not ours:
             return None
         if by_name:
