@@ -1,0 +1,40 @@
+# Each goal sets itself up: a virtual environment with the pinned packages, made again when the pins change.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help test lint demo bench gpu clean
+
+help: ## list the goals
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/'
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "dit_rope needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: $(STAMP) ## run the test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: $(STAMP) ## generate a video with and without the patch: ARGS="--steps 10 --seed 3"
+	$(BIN)/dit-rope demo $(ARGS)
+
+bench: $(STAMP) ## run the benchmarks of scripts/ on this machine
+	$(BIN)/python scripts/bench_tables.py $(ARGS)
+	$(BIN)/python scripts/bench_rotation.py $(ARGS)
+	$(BIN)/python scripts/bench_model.py $(ARGS)
+
+gpu: $(STAMP) ## run the tests that have a GPU path, then the benchmarks on the GPU
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu needs a CUDA device; torch sees none")'
+	$(BIN)/python -m pytest -m gpu
+	$(MAKE) bench ARGS="--device cuda $(ARGS)"
+
+clean: ## remove the virtual environment and what builds leave behind
+	rm -rf $(VENV) build dist demo-output ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

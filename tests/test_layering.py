@@ -1,0 +1,198 @@
+"""Who may import whom, what `import dit_rope` loads, how long files and functions may be: read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import dit_rope
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "dit_rope").rglob("*.py"))
+}
+
+LAYERS = (
+    ("dit_rope.spec", "dit_rope.cache"),
+    ("dit_rope.scaling", "dit_rope.rotation_args"),
+    ("dit_rope.axis_tables", "dit_rope.layout", "dit_rope.validation"),
+    ("dit_rope.tables",),
+    ("dit_rope.backends",),
+    ("dit_rope.ops",),
+    ("dit_rope.rotation",),
+    ("dit_rope.streaming", "dit_rope.compat", "dit_rope.models"),
+    ("dit_rope.patching",),
+    ("dit_rope.comparison", "dit_rope"),
+    ("dit_rope.cli",),
+)
+"""From the bottom up: a module imports from below its own layer, never from beside it."""
+SAME_UNIT = ("dit_rope.models", "dit_rope.cli", "dit_rope.compat")
+"""Packages whose modules may import one another. Backends may not, but for the pair below."""
+PAIR = ("dit_rope.backends.triton_kernels", "dit_rope.backends.triton_device")
+"""One backend in two files, so that the second can be imported only where Triton is."""
+
+HOME = {
+    "triton": PAIR,
+    "cuda": ("dit_rope.backends.cuda_kernels",),
+    "diffusers": ("dit_rope.models", "dit_rope.patching", "dit_rope.comparison", "dit_rope.cli"),
+    "transformers": (),
+    "typer": ("dit_rope.cli",),
+    "rich": ("dit_rope.cli",),
+    "skimage": ("dit_rope.comparison",),
+    "PIL": ("dit_rope.comparison",),
+    "numpy": ("dit_rope.comparison", "dit_rope.cli"),
+}
+"""Packages that only these modules import."""
+LAZY = ("diffusers", "transformers", "skimage", "PIL")
+"""Imported inside functions, so that nobody who does without them needs them or waits for them."""
+NO_EINOPS = ("dit_rope.ops", "dit_rope.rotation", "dit_rope.rotation_args", "dit_rope.backends")
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+class Import(NamedTuple):
+    """One imported module, and whether importing the file imports it."""
+
+    module: str
+    eager: bool
+
+
+def imports(name: str, source: str, is_package: bool) -> Iterator[Import]:
+    """Every module that the source of module ``name`` imports, absolutely; ours down to the submodule."""
+    parts = name.split(".")
+    package = parts if is_package else parts[:-1]
+
+    def visit(node: ast.AST, eager: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, eager) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                full = ".".join([*base, alias.name])
+                yield Import(full if full in MODULES else ".".join(base), eager)
+        type_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or type_only
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, eager and not inside)
+
+    yield from visit(ast.parse(source), True)
+
+
+def within(module: str, homes: tuple[str, ...]) -> bool:
+    return any(module == home or module.startswith(f"{home}.") for home in homes)
+
+
+def layer(module: str) -> int:
+    for rank, homes in reversed(list(enumerate(LAYERS))):
+        if module in homes or within(module, tuple(home for home in homes if home != "dit_rope")):
+            return rank
+    raise AssertionError(f"{module} has no layer: give it one in LAYERS and in docs/design.md")
+
+
+def offences(name: str, source: str, is_package: bool = False) -> list[str]:
+    """What is wrong with the imports of one module."""
+    found = []
+    for module, eager in imports(name, source, is_package):
+        top = module.split(".")[0]
+        if top == "dit_rope":
+            together = any(within(name, (unit,)) and within(module, (unit,)) for unit in SAME_UNIT)
+            if not (together or (name, module) == PAIR or layer(module) < layer(name)):
+                found.append(f"{name} imports {module}, which is not below it")
+        elif not within(name, HOME.get(top, (name,))):
+            found.append(f"{name} imports {top}, which belongs in {HOME[top]}")
+        elif top in LAZY and eager:
+            found.append(f"{name} imports {top} when it is imported itself")
+        elif top == "einops" and within(name, NO_EINOPS) and name != "dit_rope.backends.eager":
+            found.append(f"{name} imports einops on the kernel path")
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_imports_only_what_its_layer_may(name):
+    path = MODULES[name]
+    assert offences(name, path.read_text(), path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("dit_rope.spec", "from .cache import FifoCache"),
+        ("dit_rope.tables", "from . import rotation"),
+        ("dit_rope.tables", "def f():\n    from .rotation import rotate"),
+        ("dit_rope.backends.eager", "from . import triton_kernels"),
+        ("dit_rope.backends.triton_device", "from .triton_kernels import rotate"),
+        ("dit_rope.rotation", "import dit_rope"),
+        ("dit_rope.compat.fastvideo", "from ..patching import patch"),
+        ("dit_rope.comparison", "from . import cli"),
+        ("dit_rope.ops", "import triton"),
+        ("dit_rope.ops", "import einops"),
+        ("dit_rope.tables", "import diffusers"),
+        ("dit_rope.patching", "from diffusers import DiffusionPipeline"),
+        ("dit_rope.patching", "if True:\n    import diffusers.models"),
+    ],
+)
+def test_layering_check_notices(name, source):
+    assert offences(name, source)
+
+
+def test_init_holds_public_names_and_nothing_else():
+    tree = ast.parse(MODULES["dit_rope"].read_text())
+    docstring, *body = tree.body
+    assert isinstance(docstring, ast.Expr)
+    assert isinstance(docstring.value, ast.Constant)
+    assigned = {ast.unparse(node.targets[0]) for node in body if isinstance(node, ast.Assign)}
+    imported = {alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert assigned == {"__version__", "__all__"}
+    assert all(isinstance(node, ast.Assign | ast.ImportFrom) for node in body)
+    assert set(dit_rope.__all__) == imported | {"__version__"}
+
+
+def test_no_module_has_the_name_of_a_public_function():
+    """``from . import rotate`` would give the module or the function, whichever was bound last; so would a user's."""
+    stems = {name.rpartition(".")[2] for name in MODULES if name.count(".") == 1}
+    assert stems & set(dit_rope.__all__) == set()
+
+
+def test_import_loads_nothing_heavy_and_changes_nothing():
+    program = """
+import os, sys, threading
+import torch
+before = set(sys.modules)
+state = (dict(os.environ), torch.get_default_dtype(), torch.get_num_threads(), threading.active_count())
+import dit_rope
+loaded = {name.split(".")[0] for name in set(sys.modules) - before}
+assert not loaded & {"triton", "diffusers", "transformers", "typer", "rich", "skimage", "PIL", "kernels"}, loaded
+assert state == (dict(os.environ), torch.get_default_dtype(), torch.get_num_threads(), threading.active_count())
+assert not torch.cuda.is_initialized()
+info = dit_rope.cache_info()
+assert info.tables.entries == info.axes.entries == 0
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_and_functions_stay_short(name):
+    source = MODULES[name].read_text()
+    assert len(source.splitlines()) <= MAX_FILE_LINES
+    long = {
+        node.name: length
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (length := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES
+    }
+    assert long == {}
+
+
+def test_kernels_folder_holds_no_python():
+    """A Python file there would make ``kernels`` importable from a checkout, in place of the package of that name."""
+    assert list((ROOT / "kernels").rglob("*.py")) == []

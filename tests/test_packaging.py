@@ -1,0 +1,171 @@
+"""What wheels, source distributions and editable installs carry."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import dit_rope
+from dit_rope.backends import cuda_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = {path.name for path in (ROOT / "kernels").iterdir()}
+SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "dit_rope").rglob("*.py")} | {"dit_rope/py.typed"}
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a build reads, so that builds leave nothing in the repository."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("dit_rope", "kernels", "tests"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def distributions(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The wheel, built from the unpacked source distribution, and that source distribution."""
+    out = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, checkout, cwd=out)
+    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
+    return wheel, sdist
+
+
+def install(what: list[str | Path], folder: Path) -> Path:
+    """Installs into a new environment that sees this one's packages, but not this one's dit_rope. Returns its Python.
+
+    A ``.pth`` line adds this environment's packages to the path without running their own ``.pth`` files, and an
+    editable install is exactly such a file.
+    """
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "packages_of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    options = ("--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed", "--quiet")
+    run(sys.executable, "-m", "pip", "--python", python, "install", *options, *what, cwd=folder)
+    return python
+
+
+PROBE = """
+import importlib.metadata, importlib.util, sys
+import dit_rope
+from dit_rope.backends.cuda_kernels import kernel_sources
+print(dit_rope.__file__)
+print(dit_rope.__version__, importlib.metadata.version("dit-rope"))
+print(*sorted(path.name for path in kernel_sources().iterdir()))
+spec = importlib.util.find_spec("kernels")
+print([] if spec is None else list(spec.submodule_search_locations or [spec.origin]))
+"""
+
+
+USES_OF_THE_CONTRACT = """
+#include "rope.cuh"
+using namespace dit_rope;
+
+template <typename T, bool kExact>
+__global__ void turn(RotationArgs<T> args, T* x, long long channels) {
+  int rows[kMaxAxes], column, first, second;
+  if (!token_rows(args, blockIdx.y, blockIdx.x, rows)) return;
+  int pairs = 0;
+  for (int axis = 0; axis < args.axes; ++axis) pairs += args.pairs[axis];
+  T cosine, sine;
+  const int axis = pair_axis(args, threadIdx.x, column);
+  pair_angle(args, rows[axis], column, cosine, sine);
+  pair_channels(args, threadIdx.x, pairs, first, second);
+  T* head = x + (static_cast<long long>(blockIdx.y) * gridDim.x + blockIdx.x) * channels;
+  if (kExact) turn_exact(head[first], head[second], cosine, sine);
+  else turn_fast(head[first], head[second], cosine, sine);
+}
+template __global__ void turn<float, true>(RotationArgs<float>, float*, long long);
+template __global__ void turn<float, false>(RotationArgs<float>, float*, long long);
+template __global__ void turn<double, true>(RotationArgs<double>, double*, long long);
+template __global__ void turn<double, false>(RotationArgs<double>, double*, long long);
+"""
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_installation_carries_kernels_and_exposes_no_kernels_module(kind, checkout, distributions, tmp_path):
+    what = [distributions[0]] if kind == "wheel" else ["--editable", checkout]
+    python = install(what, tmp_path / "environment")
+    location, versions, kernels, exposed = run(python, "-c", PROBE, cwd=tmp_path).splitlines()
+    home = tmp_path / "environment" if kind == "wheel" else checkout
+    assert Path(location).is_relative_to(home)
+    assert versions.split() == [dit_rope.__version__, dit_rope.__version__]
+    assert set(kernels.split()) == KERNELS
+    assert str(home) not in exposed
+    command = run(python.parent / "dit-rope", "--version", cwd=tmp_path)
+    assert command.strip() == f"dit-rope {dit_rope.__version__}"
+
+
+def test_wheel_holds_the_package_and_nothing_else(distributions):
+    wheel, _ = distributions
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == SOURCES | {f"dit_rope/_kernels/{name}" for name in KERNELS}
+
+
+def test_source_distribution_holds_what_a_build_needs(distributions):
+    _, sdist = distributions
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {*SOURCES, *(f"kernels/{name}" for name in KERNELS)} <= names
+    assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"} <= names
+    assert not {name for name in names if name.startswith(("tests/", "samples/"))}
+
+
+def test_kernels_folder_starts_with_its_readme_and_contract():
+    assert {"README.md", "rope.cuh"} <= KERNELS
+
+
+def test_kernel_sources_names_both_places_when_neither_has_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda_kernels, "_PACKAGE", tmp_path / "dit_rope")
+    with pytest.raises(FileNotFoundError, match=r"rope.cuh must be in .*/dit_rope/_kernels or .*/kernels"):
+        cuda_kernels.kernel_sources()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_rope_contract_compiles(tmp_path):
+    """Every function of the header, for both table types."""
+    source = tmp_path / "uses.cu"
+    source.write_text(USES_OF_THE_CONTRACT)
+    include = f"-I{ROOT / 'kernels'}"
+    run("nvcc", "-c", "-arch=sm_80", "-Werror=all-warnings", include, source, "-o", "uses.o", cwd=tmp_path)
+
+
+def test_package_list_names_every_folder():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    found = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in (ROOT / "dit_rope").rglob("__init__.py")}
+    assert set(project["tool"]["setuptools"]["packages"]) == found | {"dit_rope._kernels"}
+
+
+def test_changelog_starts_with_this_version():
+    headings = re.findall(r"^## \[?([\w.]+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert headings[0] == dit_rope.__version__
+
+
+def test_constraints_pin_every_direct_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
+    names = {re.match(r"[\w.-]+", line).group().lower().replace("_", "-") for line in wanted} - {"dit-rope"}
+    pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+    assert names <= {pin.lower().replace("_", "-") for pin in pins}

@@ -1,0 +1,118 @@
+"""The README: its code runs, its commands and files exist, its table of models is the package's."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dit_rope
+from dit_rope import cli
+from dit_rope.models import ADAPTERS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def caches():
+    """The README configures the caches; gives them their caps back."""
+    before = dit_rope.cache_info().tables
+    yield
+    dit_rope.cache_configure(max_entries=before.max_entries, max_bytes=before.max_bytes)
+
+
+@pytest.fixture
+def loads_random_pipeline(monkeypatch, random_wan):
+    """Whatever model is asked for, the random pipeline is loaded; returns the list of what was asked for."""
+    asked = []
+
+    def from_pretrained(model, **_options):
+        asked.append(str(model))
+        return random_wan
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained)
+    return asked
+
+
+def test_code_blocks_run_in_order(loads_random_pipeline, caches, capsys):
+    namespace = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert loads_random_pipeline == ["samples/tiny-wan"]
+    assert "WanTransformer3DModel" in capsys.readouterr().out
+    assert namespace["video"].shape == (17, 96, 96, 3)
+    assert namespace["q_turned"].shape == namespace["q"].shape
+    assert namespace["cos"].dtype == torch.float64
+
+
+def test_first_example_is_six_lines_with_undo():
+    lines = [line for line in blocks("python")[0].splitlines() if line.strip()]
+    assert len(lines) == 6
+    assert lines[-1] == "handle.undo()"
+
+
+@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_make_goals_exist(text):
+    goals = set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(re.findall(r"`[^`]+`", text) + blocks("shell", text))))
+    assert goals
+    for goal in goals:
+        done = subprocess.run(["make", "-n", goal], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_commands_exist_and_all_are_named():
+    named = set(re.findall(r"\bdit-rope ([a-z]+)\b", README))
+    assert named == {command.name for command in cli.app.registered_commands}
+    for command in named:
+        assert CliRunner().invoke(cli.app, [command, "--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_files_named_exist(text):
+    named = re.findall(r"[`\"]((?:\.ci|docs|dit_rope|kernels|samples|scripts|tests)/[\w./-]*)[`\"]", text)
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_table_of_models_is_what_can_be_patched():
+    named = re.findall(r"^\|.*\| `(\w+)` \|$", README, flags=re.MULTILINE)
+    assert named == [adapter.model_class for adapter in ADAPTERS]
+
+
+def test_scaling_types_named_are_known():
+    (named,) = re.findall(r"the types are (.*?)\.$", README, flags=re.MULTILINE)
+    with pytest.raises(ValueError, match="scaling must be one of") as refusal:
+        dit_rope.rope_table(dit_rope.RopeSpec((8,), scaling=dit_rope.Scaling.of("no such")), dit_rope.Grid(4))
+    known = re.search(r"one of (.*), got", str(refusal.value)).group(1).split(", ")
+    assert set(re.findall(r"`(\w+)`", named)) <= set(known)
+    assert len(re.findall(r"`(\w+)`", named)) == 6
+
+
+@pytest.mark.parametrize("program", ["patch_a_pipeline", "rotate_tensors"])
+def test_sample_programs_run(program, loads_random_pipeline, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [program])
+    runpy.run_path(str(ROOT / "samples" / f"{program}.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "bitwise equal: True" in out or "largest change of a score" in out
+
+
+def test_generate_video_program_writes_a_video(loads_random_pipeline, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "video.mp4"
+    options = ["--model", "a/model", "--steps", "2", "--height", "32", "--width", "48", "--frames", "5"]
+    monkeypatch.setattr("sys.argv", ["generate_video.py", *options, "--device", "cpu", "--out", str(out)])
+    runpy.run_path(str(ROOT / "scripts" / "generate_video.py"), run_name="__main__")
+    assert loads_random_pipeline == ["a/model"]
+    assert out.stat().st_size > 0
+    assert f"wrote {out}" in capsys.readouterr().out
