@@ -234,7 +234,7 @@ def compare(pipe: Any, request: Request, *, repeats: int = 1, progress: Progress
         unpatched=unpatched,
         patched=patched,
         before=Side(before, handed["unpatched"], cached_bytes=0),
-        after=Side(after, handed["patched"], caches.tables.bytes + caches.axes.bytes),
+        after=Side(after, handed["patched"], caches.tables.bytes + caches.axes.bytes + caches.angles.bytes),
         cache_hits=caches.tables.hits,
         cache_misses=caches.tables.misses,
         ssim=frame_ssim(unpatched, patched),

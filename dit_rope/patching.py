@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -216,7 +218,6 @@ def _restore(model: torch.nn.Module) -> None:
 
 
 def _describe(plan: _Plan, exact: bool | None, backend: str) -> str:
-    norms = len(plan.attentions) * 2
     if exact is None:
         arithmetic = "exact on CPU (bitwise equal to unpatched), fast elsewhere (float32, rounded once)"
     else:
@@ -224,13 +225,15 @@ def _describe(plan: _Plan, exact: bool | None, backend: str) -> str:
     device = next(plan.model.parameters()).device
     chosen = backend if backend != "auto" else next(name for name, why in explain_backends(device) if why == "chosen")
     cross = sum(1 for module in plan.model.modules() if type(module).__name__ == plan.adapter.attention_class)
+    replaced = Counter(re.sub(r"\.\d+\.", ".*.", path) for path, _ in plan.attentions)
     lines = [
         f"{plan.name}: {plan.adapter.model_class}",
-        f"  {plan.adapter.rope} ({plan.adapter.rope_class}): tables memoized, axis tables in place of dense ones",
-        f"  {plan.adapter.attention} ({len(plan.attentions)} modules, {norms} norms): norm and rotation in one call",
+        f"  {plan.adapter.rope}: {plan.adapter.rope_class}, tables memoized, axis tables in place of dense ones",
+        *(f"  {stem}.norm_q and .norm_k, {count} of each: norm and rotate" for stem, count in replaced.items()),
+        *(f"  {stem}, {count}: two hooks, so that its processor does not rotate" for stem, count in replaced.items()),
         f"  arithmetic: {arithmetic}",
-        f"  backend: {chosen}",
-        "  left alone under torch.compile: the model's own code, which the compiler fuses",
-        f"  left alone: {cross - len(plan.attentions)} attention modules without rotation",
+        f"  backend on {device}: {chosen}",
+        "  left alone under torch.compile: all of it, because the compiler fuses the model's own code",
+        f"  left alone: {cross - len(plan.attentions)} attention modules, which do not rotate",
     ]
     return "\n".join(lines)

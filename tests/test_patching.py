@@ -305,8 +305,8 @@ def test_inspect_says_what_patch_would_do_and_does_nothing() -> None:
     assert state_of(model) == before
     with dit_rope.patch(model) as handle:
         assert handle.report() == text
-    assert "2 modules, 4 norms" in text
-    assert "left alone: 2 attention modules without rotation" in text
+    assert "blocks.*.attn1.norm_q and .norm_k, 2 of each" in text
+    assert "left alone: 2 attention modules, which do not rotate" in text
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.model_class)

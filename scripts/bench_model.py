@@ -1,0 +1,111 @@
+"""Times whole forward passes of a Wan transformer with random weights, unpatched and patched in several ways.
+
+    python scripts/bench_model.py                        # 2 layers of Wan 1.3B (12 heads of 128), CPU, small grid
+    python scripts/bench_model.py --device cuda --layers 30 --latent 21x60x104 --dtype bfloat16
+
+Patched exactly, the output must equal the unpatched one to the bit before anything is timed. ``rope`` is the time of
+the rope module alone, whose tables the patch memoizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import diffusers
+import torch
+from benchmarking import Timing, interleave, write_results
+
+import dit_rope
+
+
+def build(layers: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """Wan 1.3B's architecture (12 heads of 128 channels) with ``layers`` blocks; its rope tables stay float32."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = diffusers.WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=layers).eval()
+    tables = {name: buffer.float() for name, buffer in model.rope.named_buffers()}
+    model.to(dtype)
+    for name, buffer in tables.items():
+        setattr(model.rope, name, buffer)
+    return model
+
+
+def cases(
+    model: torch.nn.Module, latent: torch.Tensor, text: torch.Tensor, compiled: bool
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """One denoising forward, unpatched and under each patch; patching itself is part of no timed call."""
+    timestep = torch.tensor([500], device=latent.device)
+
+    def forward() -> torch.Tensor:
+        return model(latent, timestep, text, return_dict=False)[0]
+
+    def under(**options: bool) -> Callable[[], torch.Tensor]:
+        def call() -> torch.Tensor:
+            with dit_rope.patch(model, **options):
+                return forward()
+
+        return call
+
+    variants = {"unpatched": forward, "patched exact": under(exact=True), "patched fast": under(exact=False)}
+    if compiled:
+        whole = torch.compile(model, fullgraph=True)
+        variants["compiled unpatched"] = lambda: whole(latent, timestep, text, return_dict=False)[0]
+    return variants
+
+
+def patching_time(model: torch.nn.Module, rounds: int, device: str) -> Timing:
+    """Time of patching and undoing, which :func:`cases` has in its patched variants."""
+
+    def patch_and_undo() -> None:
+        dit_rope.patch(model).undo()
+
+    return interleave({"patch": patch_and_undo}, rounds, device)["patch"]
+
+
+def main() -> None:
+    """Runs one shape and writes ``results/model-<cpu or cuda>.csv``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--latent", default="5x30x52", help="latent frames x height x width, before patching")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="also torch.compile of the unpatched model")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype)
+    model = build(options.layers, dtype, options.device)
+    frames, height, width = (int(size) for size in options.latent.split("x"))
+    latent = torch.randn(1, 16, frames, height, width, device=options.device).to(dtype)
+    text = torch.randn(1, 512, 4096, device=options.device).to(dtype)
+    with torch.inference_mode():
+        variants = cases(model, latent, text, options.compile)
+        if not torch.equal(variants["patched exact"](), variants["unpatched"]()):
+            raise SystemExit("patched exact differs from unpatched: nothing was timed")
+        overhead = patching_time(model, options.rounds, options.device)
+        timings = interleave(variants, options.rounds, options.device)
+    rows: list[dict[str, object]] = []
+    for name, timing in timings.items():
+        extra = overhead.median if name.startswith("patched") else 0.0
+        median = timing.median - extra
+        ratio = round(timings["unpatched"].median / median, 3)
+        rows.append(
+            {
+                "layers": options.layers,
+                "latent": options.latent,
+                "dtype": options.dtype,
+                "variant": name,
+                "ms_p20": round(timing.p20 - extra, 2),
+                "ms_median": round(median, 2),
+                "ms_p80": round(timing.p80 - extra, 2),
+                "times_faster_than_unpatched": ratio,
+            }
+        )
+        print(f"{name:20} {median:10.1f} ms  unpatched / this {ratio}")
+    print(write_results(f"model-{options.device.partition(':')[0]}", rows, options.device))
+
+
+if __name__ == "__main__":
+    main()
