@@ -1,0 +1,276 @@
+"""A capped first-in first-out cache of tensors that threads, devices and torch's modes can share safely."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+# Looked up once: they run at every hit.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_transforms = torch._C._functorch.peek_interpreter_stack
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """Counters of one cache since it was made or last cleared.
+
+    Attributes:
+        hits: calls answered without a build, those that waited for another thread's build included.
+        misses: builds of an entry, rebuilds included. Builds that the cache must not keep are not counted.
+        evictions: entries dropped to make room.
+        rebuilds: entries dropped because somebody had written to their tensors.
+        entries, bytes: what is held now.
+        max_entries, max_bytes: the caps.
+    """
+
+    hits: int
+    misses: int
+    evictions: int
+    rebuilds: int
+    entries: int
+    bytes: int
+    max_entries: int
+    max_bytes: int
+
+
+class _Entry(Generic[Value]):
+    """A value, the tensors it holds, and the version each had when it was built."""
+
+    __slots__ = ("bytes", "value", "versions")
+
+    def __init__(self, value: Value, tensors: Iterable[torch.Tensor]) -> None:
+        self.value = value
+        self.versions = tuple((tensor, tensor._version) for tensor in tensors)
+        storages = {storage.data_ptr(): storage for storage in (t.untyped_storage() for t, _ in self.versions)}
+        self.bytes = sum(storage.nbytes() for storage in storages.values())
+
+
+class _Flight(Generic[Value]):
+    """One build under way: its thread, and its value for whoever waits."""
+
+    __slots__ = ("done", "owner", "result")
+
+    def __init__(self) -> None:
+        self.owner = threading.get_ident()
+        self.done = threading.Event()
+        self.result: tuple[Value] | None = None
+
+
+def in_mode() -> bool:
+    """Whether tensors made now belong to a mode of this moment rather than to everybody.
+
+    Under tracing, a dispatch mode (fake, functional, counting) or a function transform (vmap, grad) they may not be
+    real: stored, they would reach callers for whom that mode does not exist, and a stored real tensor would not be
+    fake where a fake one is needed.
+    """
+    return torch.compiler.is_compiling() or _dispatch_modes() > 0 or _function_transforms() is not None
+
+
+class FifoCache(Generic[Key, Value]):
+    """Keeps what ``build`` returned per key and device, the oldest entry leaving first; a hit protects nothing.
+
+    Two threads asking for one missing key build it once; when that build raises, its caller sees the exception and
+    each waiting thread builds for itself. Builds run without autograd, outside inference mode and outside every
+    torch function mode (a default device is one), so a first call from such a place leaves no trace in the entry.
+    Under tracing, dispatch modes and function transforms, and on the meta device, nothing is looked up or kept.
+    An entry whose tensors were written to is dropped with a RuntimeWarning and built again; writes that torch does
+    not count (``.data``, numpy views) go unseen. Fork-safe: a child keeps the entries and none of the locks.
+
+    Args:
+        name: what warnings and errors call this cache.
+        max_entries: entries held at most, at least 1.
+        max_bytes: bytes of tensor storage held at most; a larger value is returned but not kept.
+        tensors_of: the tensors a value holds, whose bytes count and whose mutation is watched.
+
+    Raises:
+        ValueError: for caps that are not positive.
+    """
+
+    def __init__(
+        self, name: str, max_entries: int, max_bytes: int, tensors_of: Callable[[Value], Iterable[torch.Tensor]]
+    ) -> None:
+        self.name = name
+        self._tensors_of = tensors_of
+        self._lock = threading.RLock()
+        self._entries: dict[tuple[Key, torch.device], _Entry[Value]] = {}
+        self._flights: dict[tuple[Key, torch.device], _Flight[Value]] = {}
+        self._bytes = self._hits = self._misses = self._evictions = self._rebuilds = 0
+        self.configure(max_entries=max_entries, max_bytes=max_bytes)
+        _ALL_CACHES.add(self)
+
+    def get(self, key: Key, device: torch.device, build: Callable[[], Value]) -> Value:
+        """The entry of ``key`` on ``device``, the same object at every call; ``build()`` makes a missing one.
+
+        Raises:
+            RuntimeError: when a build asks for its own key, or would run while a CUDA graph is being captured.
+        """
+        if in_mode():
+            return build()
+        slot = (key, device)
+        with self._lock:
+            entry = self._entries.get(slot)
+            if entry is not None:
+                for tensor, version in entry.versions:
+                    if tensor._version != version:
+                        break
+                else:
+                    self._hits += 1
+                    return entry.value
+        return build() if device.type == "meta" else self._miss(slot, build)
+
+    def _miss(self, slot: tuple[Key, torch.device], build: Callable[[], Value]) -> Value:
+        """Builds the entry, or waits for the thread that is building it."""
+        while True:
+            with self._lock:
+                entry = self._entries.get(slot)
+                written = entry is not None and any(tensor._version != v for tensor, v in entry.versions)
+                if entry is not None and not written:
+                    self._hits += 1
+                    return entry.value
+                if written:
+                    self._drop(slot)
+                    self._rebuilds += 1
+                flight = self._flights.get(slot)
+                if flight is None:
+                    mine: _Flight[Value] = _Flight()
+                    self._flights[slot] = mine
+                    self._misses += 1
+                    break
+            if flight.owner == threading.get_ident():
+                raise RuntimeError(f"the {self.name} cache must not be asked for a key by that key's own build")
+            flight.done.wait()
+            if flight.result is not None:
+                with self._lock:
+                    self._hits += 1
+                return flight.result[0]
+        return self._build(slot, build, mine, written)
+
+    def _build(
+        self, slot: tuple[Key, torch.device], build: Callable[[], Value], flight: _Flight[Value], written: bool
+    ) -> Value:
+        """Runs ``build`` without the lock, stores its value unless the cache was cleared since, wakes the waiting."""
+        device = slot[1]
+        try:
+            if written:
+                warnings.warn(
+                    f"an entry of the {self.name} cache was written to in place and is built again; "
+                    "clone cached tables before changing them",
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"the {self.name} cache must not build on {device} while a CUDA graph is being captured: its "
+                    "memory would belong to the graph; ask for the table once before the capture"
+                )
+            with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+                value = build()
+            if device.type in ("cuda", "xpu"):
+                # Any stream may hit this entry from now on, and none of them waits for the one that filled it.
+                torch.accelerator.current_stream(device).synchronize()
+            entry = _Entry(value, self._tensors_of(value))
+            with self._lock:
+                if self._flights.get(slot) is flight:
+                    self._store(slot, entry)
+            flight.result = (value,)
+            return value
+        finally:
+            with self._lock:
+                if self._flights.get(slot) is flight:
+                    del self._flights[slot]
+            flight.done.set()
+
+    def _store(self, slot: tuple[Key, torch.device], entry: _Entry[Value]) -> None:
+        if entry.bytes > self._max_bytes:
+            return
+        self._make_room(self._max_entries - 1, self._max_bytes - entry.bytes)
+        self._entries[slot] = entry
+        self._bytes += entry.bytes
+
+    def _drop(self, slot: tuple[Key, torch.device]) -> None:
+        self._bytes -= self._entries.pop(slot).bytes
+
+    def _make_room(self, entries: int, size: int) -> None:
+        while len(self._entries) > entries or self._bytes > size:
+            self._drop(next(iter(self._entries)))
+            self._evictions += 1
+
+    def configure(self, *, max_entries: int | None = None, max_bytes: int | None = None) -> None:
+        """Changes the caps that are given, evicting the oldest entries at once where they no longer fit.
+
+        Raises:
+            ValueError: for caps that are not positive.
+        """
+        for name, value in (("max_entries", max_entries), ("max_bytes", max_bytes)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        with self._lock:
+            if max_entries is not None:
+                self._max_entries = max_entries
+            if max_bytes is not None:
+                self._max_bytes = max_bytes
+            self._make_room(self._max_entries, self._max_bytes)
+
+    def clear(self) -> None:
+        """Drops every entry and zeroes the counters; a build under way is finished but not kept."""
+        with self._lock:
+            self._entries = {}
+            self._flights = {}
+            self._bytes = self._hits = self._misses = self._evictions = self._rebuilds = 0
+
+    def info(self) -> CacheInfo:
+        """The counters and caps at this moment."""
+        with self._lock:
+            return CacheInfo(
+                self._hits,
+                self._misses,
+                self._evictions,
+                self._rebuilds,
+                len(self._entries),
+                self._bytes,
+                self._max_entries,
+                self._max_bytes,
+            )
+
+    def _before_fork(self) -> None:
+        self._lock.acquire()
+
+    def _after_fork_in_parent(self) -> None:
+        self._lock.release()
+
+    def _after_fork_in_child(self) -> None:
+        self._lock = threading.RLock()
+        self._flights = {}
+
+
+_ALL_CACHES: weakref.WeakSet[FifoCache[Any, Any]] = weakref.WeakSet()
+
+
+def _before_fork() -> None:
+    for cache in _ALL_CACHES:
+        cache._before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    for cache in _ALL_CACHES:
+        cache._after_fork_in_parent()
+
+
+def _after_fork_in_child() -> None:
+    for cache in _ALL_CACHES:
+        cache._after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    # The locks are held over the fork, so that no entry is half stored in the child.
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

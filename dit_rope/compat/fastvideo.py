@@ -1,0 +1,102 @@
+"""FastVideo's table builder over our cache: same signature, same bits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from ..spec import Grid, Pairing, RopeSpec, Shard
+from ..tables import dense_table
+
+
+def get_rotary_pos_embed(
+    rope_sizes: Sequence[int],
+    hidden_size: int,
+    heads_num: int,
+    rope_dim_list: Sequence[int] | None,
+    rope_theta: float,
+    theta_rescale_factor: float | Sequence[float] = 1.0,
+    interpolation_factor: float | Sequence[float] = 1.0,
+    shard_dim: int = 0,
+    do_sp_sharding: bool = False,
+    dtype: torch.dtype = torch.float32,
+    start_frame: int = 0,
+    use_real: bool = True,
+    *,
+    sp_rank: int | None = None,
+    sp_world_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cos and sin of a (T, H, W) grid on CPU, bitwise equal to FastVideo's function of this name.
+
+    Source: ``fastvideo/layers/rotary_embedding.py`` at 2f3d4074. Differences: the cache evicts first in, first out; a
+    number and the list that repeats it share one entry; a negative start_frame is refused, not ignored; errors are
+    ValueError and TypeError. Rank and world, read only with ``do_sp_sharding``, come from the keyword arguments, else
+    from torch.distributed's default group if it is initialized, else are 0 and 1.
+
+    Args:
+        rope_sizes: tokens per axis, frame first.
+        hidden_size, heads_num: their quotient is the head dim, which ``rope_dim_list`` must sum to.
+        rope_dim_list: channels per axis; None for a third of the head dim each.
+        rope_theta: base of the frequencies.
+        theta_rescale_factor, interpolation_factor: one for all axes, or one per axis.
+        shard_dim: the axis that ``do_sp_sharding`` divides among ranks.
+        do_sp_sharding: give this rank's part only.
+        dtype: of the frequencies; the result is float64 for float64, else float32.
+        start_frame: position of the first frame.
+        use_real: ``[S, head_dim]`` with each value twice, at neighbouring channels; else ``[S, head_dim / 2]``.
+        sp_rank, sp_world_size: this rank and the number of ranks.
+
+    Returns:
+        cos and sin, shared with every other caller: clone before writing.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value.
+    """
+    if heads_num < 1:
+        raise ValueError(f"heads_num must be at least 1, got {heads_num}")
+    head_dim = hidden_size // heads_num
+    dims = (head_dim // 3,) * 3 if rope_dim_list is None else tuple(rope_dim_list)
+    if sum(dims) != head_dim:
+        raise ValueError(f"rope_dim_list must sum to hidden_size // heads_num ({head_dim}), got {dims}")
+    if not 0 <= shard_dim < len(dims):
+        raise ValueError(f"shard_dim must be at least 0 and below the number of axes ({len(dims)}), got {shard_dim}")
+    shard = None
+    if do_sp_sharding:
+        rank, world = _rank_and_world(sp_rank, sp_world_size)
+        shard = Shard(rank, world, axis=shard_dim)
+    # Dynamo traces through lru_cache, with a warning.
+    request_of = _request.__wrapped__ if torch.compiler.is_compiling() else _request
+    factors = _factors(theta_rescale_factor), _factors(interpolation_factor)
+    spec, grid = request_of(dims, rope_theta, *factors, dtype, tuple(rope_sizes), start_frame)
+    return dense_table(spec, grid, shard, None, torch.promote_types(dtype, torch.float32), use_real).flat
+
+
+@functools.lru_cache(maxsize=64)
+def _request(
+    dims: tuple[int, ...],
+    theta: float,
+    theta_rescale: tuple[float, ...],
+    interpolation: tuple[float, ...],
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    start_frame: int,
+) -> tuple[RopeSpec, Grid]:
+    """The checked spec and grid; remembered because checking takes several times as long as a hit in the cache."""
+    spec = RopeSpec(dims, theta, Pairing.INTERLEAVED, theta_rescale, interpolation, frequency_dtype=dtype)
+    return spec, Grid(*sizes, start_frame=start_frame)
+
+
+def _factors(value: float | Sequence[float]) -> tuple[float, ...]:
+    return tuple(value) if isinstance(value, Sequence) else (value,)
+
+
+def _rank_and_world(rank: int | None, world: int | None) -> tuple[int, int]:
+    if (rank is None) != (world is None):
+        raise ValueError(f"sp_rank and sp_world_size must be given together, got {rank} and {world}")
+    if rank is not None and world is not None:
+        return rank, world
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

@@ -1,0 +1,108 @@
+"""The values that describe a rotation: equal when they mean the same, refused when they mean nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import pytest
+import torch
+
+from dit_rope import Grid, Pairing, RopeSpec, Scaling, Shard
+
+
+def test_spec_is_frozen_and_hashable():
+    spec = RopeSpec((44, 42, 42))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.theta = 2.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Grid(1, 2).start_frame = 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Shard().rank = 1
+    assert len({spec, RopeSpec((44, 42, 42)), RopeSpec((42, 44, 42))}) == 2
+
+
+def test_spec_is_equal_however_it_is_spelled():
+    spec = RopeSpec([44, 42, 42], theta=10_000, theta_rescale=2, interpolation=[0.5])
+    other = RopeSpec((44, 42, 42), 1e4, Pairing.INTERLEAVED, (2.0, 2.0, 2.0), (0.5, 0.5, 0.5))
+    assert spec == other
+    assert hash(spec) == hash(other)
+    assert (spec.rotary_dim, spec.pairs) == (128, (22, 21, 21))
+
+
+def test_values_survive_pickling():
+    scaling = Scaling.of("yarn", factor=4.0, original_max_position_embeddings=64)
+    for value in (RopeSpec((8, 6), scaling=scaling), Grid(2, 3, start_frame=4), Shard(1, 2, axis=0)):
+        assert pickle.loads(pickle.dumps(value)) == value
+
+
+def test_scaling_is_equal_in_any_order_of_its_parameters_and_takes_lists():
+    assert Scaling.of("a", x=1.0, y=[1.0, 2.0]) == Scaling.of("a", y=(1.0, 2.0), x=1.0)
+    assert hash(Scaling.of("a", y=[1.0])) == hash(Scaling.of("a", y=(1.0,)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"dims": ()}, ValueError, "dims must have 1 to 4 axes, got 0"),
+        ({"dims": (2,) * 5}, ValueError, "dims must have 1 to 4 axes, got 5"),
+        ({"dims": (44, 41)}, ValueError, r"dims must be even, got \(44, 41\)"),
+        ({"dims": (44, 0)}, ValueError, "dims must be at least 2, got 0"),
+        ({"dims": (44.0,)}, TypeError, r"dims must be an int, got 44.0 \(float\)"),
+        ({"dims": (True,)}, TypeError, "dims must be an int, got True"),
+        ({"theta": 0.0}, ValueError, "theta must be positive and finite, got 0.0"),
+        ({"theta": float("inf")}, ValueError, "theta must be positive and finite, got inf"),
+        ({"pairing": "half"}, TypeError, "pairing must be a Pairing, got 'half'"),
+        ({"theta_rescale": (1.0, 2.0)}, ValueError, r"one value per axis \(3\), got \(1.0, 2.0\)"),
+        ({"theta_rescale": 2.0, "dims": (8, 2)}, ValueError, "theta_rescale must be 1 on an axis of 2 channels"),
+        ({"interpolation": -1.0}, ValueError, "interpolation must be positive and finite, got -1.0"),
+        ({"scaling": "linear"}, TypeError, "scaling must be a Scaling or None, got 'linear'"),
+        ({"frequency_dtype": torch.int32}, TypeError, "frequency_dtype must be a floating point torch.dtype"),
+        ({"frequency_dtype": "float32"}, TypeError, "frequency_dtype must be a floating point torch.dtype"),
+    ],
+)
+def test_spec_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        RopeSpec(**{"dims": (8, 6, 4)} | arguments)
+
+
+def test_grid_counts_its_tokens_and_shows_itself():
+    grid = Grid(21, 45, 80, start_frame=3)
+    assert grid.tokens == 75_600
+    assert grid == Grid(21, 45, 80, start_frame=3) != Grid(21, 45, 80)
+    assert repr(grid) == "Grid(21, 45, 80, start_frame=3)"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "start", "error", "message"),
+    [
+        ((), 0, ValueError, "Grid must have 1 to 4 sizes, got 0"),
+        ((1,) * 5, 0, ValueError, "Grid must have 1 to 4 sizes, got 5"),
+        ((3, 0), 0, ValueError, "Grid size must be at least 1, got 0"),
+        ((3, 2.0), 0, TypeError, "Grid size must be an int, got 2.0"),
+        ((3,), -1, ValueError, "start_frame must be at least 0, got -1"),
+        ((3,), 0.5, TypeError, "start_frame must be an int, got 0.5"),
+    ],
+)
+def test_grid_refuses(sizes, start, error, message):
+    with pytest.raises(error, match=message):
+        Grid(*sizes, start_frame=start)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"rank": 2, "world": 2}, ValueError, r"rank must be below world \(2\), got 2"),
+        ({"rank": -1}, ValueError, "rank must be at least 0, got -1"),
+        ({"world": 0}, ValueError, "world must be at least 1, got 0"),
+        ({"world": 2.0}, TypeError, "world must be an int, got 2.0"),
+        ({"axis": -1}, ValueError, "axis must be at least 0, got -1"),
+        ({"tokens": (0, 4), "world": 2}, ValueError, "tokens must not be combined with axis or world"),
+        ({"tokens": (0, 4), "axis": 1}, ValueError, "tokens must not be combined with axis or world"),
+        ({"tokens": (4, 4)}, ValueError, "tokens stop must be at least 5, got 4"),
+        ({"tokens": (-1, 4)}, ValueError, "tokens start must be at least 0, got -1"),
+    ],
+)
+def test_shard_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Shard(**arguments)
