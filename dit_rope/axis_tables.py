@@ -39,7 +39,10 @@ def _build_axis(key: AxisKey) -> torch.Tensor:
     frequencies, magnitude = inverse_frequencies(key.scaling, key.dim, key.theta, key.frequency_dtype)
     positions = torch.arange(key.first, key.stop, dtype=torch.float32, device=_CPU)
     angles = torch.outer(positions * key.interpolation, frequencies)
-    table = torch.stack((angles.cos(), angles.sin()))
+    # MKL, which computes cos and sin, wakes its threads from about 2,000 values on (unless threads were set by hand);
+    # on a busy machine waiting for them takes 8 ms, a thousand times as long as the values. Pieces stay below that.
+    pieces = (angles,) if torch.compiler.is_compiling() else torch.split(angles, max(1, 1000 // angles.shape[1]))
+    table = torch.stack((torch.cat([p.cos() for p in pieces]), torch.cat([p.sin() for p in pieces])))
     if magnitude != 1.0:
         table = table * magnitude
     # torch rounds float64 to 16 bits by way of float32, which is what models do to their tables in two steps.

@@ -52,8 +52,8 @@ class Subject:
 
     def dense(self) -> Tensors:
         """The dense form that replaces FastVideo's function."""
-        cos, sin = get_rotary_pos_embed(self.grid.sizes, self.head_dim, 1, self.dims, 10_000.0, dtype=self.dtype)
-        return cos.to(self.device), sin.to(self.device)
+        pair = get_rotary_pos_embed(self.grid.sizes, self.head_dim, 1, self.dims, 10_000.0, dtype=self.dtype)
+        return pair if self.device == "cpu" else (pair[0].to(self.device), pair[1].to(self.device))
 
     def check(self) -> None:
         """Exits without a figure unless every way gives the same bits and repeated calls the same object."""

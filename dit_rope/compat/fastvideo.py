@@ -69,8 +69,8 @@ def get_rotary_pos_embed(
     # Dynamo traces through lru_cache, with a warning.
     request_of = _request.__wrapped__ if torch.compiler.is_compiling() else _request
     factors = _factors(theta_rescale_factor), _factors(interpolation_factor)
-    spec, grid = request_of(dims, rope_theta, *factors, dtype, tuple(rope_sizes), start_frame)
-    return dense_table(spec, grid, shard, None, torch.promote_types(dtype, torch.float32), use_real).flat
+    spec, grid, table_dtype = request_of(dims, rope_theta, *factors, dtype, tuple(rope_sizes), start_frame)
+    return dense_table(spec, grid, shard, None, table_dtype, use_real).flat
 
 
 @functools.lru_cache(maxsize=64)
@@ -82,14 +82,14 @@ def _request(
     dtype: torch.dtype,
     sizes: tuple[int, ...],
     start_frame: int,
-) -> tuple[RopeSpec, Grid]:
-    """The checked spec and grid; remembered because checking takes several times as long as a hit in the cache."""
+) -> tuple[RopeSpec, Grid, torch.dtype]:
+    """The checked spec and grid, and the result's dtype; remembered because checks take longer than a cache hit."""
     spec = RopeSpec(dims, theta, Pairing.INTERLEAVED, theta_rescale, interpolation, frequency_dtype=dtype)
-    return spec, Grid(*sizes, start_frame=start_frame)
+    return spec, Grid(*sizes, start_frame=start_frame), torch.promote_types(dtype, torch.float32)
 
 
 def _factors(value: float | Sequence[float]) -> tuple[float, ...]:
-    return tuple(value) if isinstance(value, Sequence) else (value,)
+    return (value,) if isinstance(value, (int, float)) else tuple(value)
 
 
 def _rank_and_world(rank: int | None, world: int | None) -> tuple[int, int]:
