@@ -38,6 +38,12 @@ MARGIN = 1.2
 """No shape reaches further from its centre than this many radii (the corners of the triangle do)."""
 
 
+SQUARE = 0.88
+"""Half the side of a square, in radii."""
+AREAS = (math.pi, 4 * SQUARE**2, 0.75 * math.sqrt(3) * MARGIN**2)
+"""Area of each of SHAPES, in squared radii."""
+
+
 @dataclass(frozen=True)
 class Clips:
     """A batch of n clip descriptions; positions are (row, column) in pixels of the full frame."""
@@ -115,6 +121,16 @@ def random_clips(count: int, frames: int, size: int, generator: torch.Generator)
     return Clips(pick(len(COLOURS)), pick(len(SHAPES)), direction, radius, start, way / (frames - 1))
 
 
+def shape_distances(row: Tensor, column: Tensor, radius: Tensor) -> tuple[Tensor, ...]:
+    """Return the signed distances, in pixels, of points from the outline of each of SHAPES around the origin."""
+    row, column = torch.broadcast_tensors(row, column)
+    return (
+        torch.sqrt(row**2 + column**2) - radius,
+        torch.maximum(row.abs(), column.abs()) - SQUARE * radius,
+        torch.maximum(row, math.sqrt(3) / 2 * column.abs() - row / 2) - MARGIN * radius / 2,
+    )
+
+
 def draw(
     clips: Clips, frames: int, height: int, width: int, origin: Tensor | None = None, first_frame: int = 0
 ) -> Tensor:
@@ -130,12 +146,7 @@ def draw(
     row = (torch.arange(height) + 0.5)[None, None, :, None] - centre[..., 0, None, None]
     column = (torch.arange(width) + 0.5)[None, None, None, :] - centre[..., 1, None, None]
     radius = clips.radius[:, None, None, None]
-    slope, corner = math.sqrt(3) / 2, MARGIN * radius
-    distances = (
-        torch.sqrt(row**2 + column**2) - radius,
-        torch.maximum(row.abs(), column.abs()) - 0.88 * radius,
-        torch.maximum(row.expand(-1, -1, -1, width), slope * column.abs() - row / 2) - corner / 2,
-    )
+    distances = shape_distances(row, column, radius)
     which = clips.shape[:, None, None, None]
     distance = torch.where(which == 0, distances[0], torch.where(which == 1, distances[1], distances[2]))
     cover = (0.5 - distance).clamp(0, 1)[:, None]
@@ -174,7 +185,7 @@ def describe(video: Tensor) -> str:
     """Name what a video (3, frames, height, width) in -1..1 shows, as a prompt of the grammar, or "" if no shape.
 
     The colour is the nearest of the palette, the direction is that of the centroid from the first frame to the last,
-    and the shape follows from how much of its bounding box is filled: square 1, circle pi/4, triangle 1/2.
+    and the shape is that which overlaps best, over all frames, when it is drawn around the centroid with the same area.
     """
     pixels = (video + 1) / 2
     mask = (pixels - BACKGROUND).abs().amax(0) > 0.25
@@ -189,10 +200,12 @@ def describe(video: Tensor) -> str:
     centre = torch.stack([(mask.sum(2) * rows).sum(1) / area, (mask.sum(1) * columns).sum(1) / area], dim=1)
     moved = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32) @ (centre[-1] - centre[0])
     direction = list(DIRECTIONS)[int(moved.argmax())]
-    # A stray pixel would stretch the box, so rows and columns count only if at least 3 pixels of them are filled.
-    box = (mask.sum(2) >= 3).sum(1) * (mask.sum(1) >= 3).sum(1)
-    fill = (area / box.clamp(min=1)).median()
-    shape = min(zip((math.pi / 4, 1.0, 0.5), SHAPES, strict=True), key=lambda pair: abs(float(fill) - pair[0]))[1]
+    row, column = rows[None, :, None] - centre[:, 0, None, None], columns[None, None] - centre[:, 1, None, None]
+    overlaps = []
+    for which, unit in enumerate(AREAS):
+        ideal = shape_distances(row, column, (area / unit).sqrt()[:, None, None])[which] < 0
+        overlaps.append(((mask & ideal).sum() / (mask | ideal).sum()).item())
+    shape = SHAPES[overlaps.index(max(overlaps))]
     return prompt_of(colour, shape, direction)
 
 
@@ -229,10 +242,11 @@ def sample_prompts(
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: AutoencoderKLWan, video: Tensor) -> float:
-    """Return the mean peak signal-to-noise ratio, in dB, of videos (n, 3, ...) in -1..1 through an autoencoder."""
-    error = (vae.decode(vae.encode(video).latent_dist.mode()).sample - video) / 2
-    return float((-10 * torch.log10(error.square().mean((1, 2, 3, 4)))).mean())
+def reconstruct(vae: AutoencoderKLWan, video: Tensor) -> tuple[float, Tensor]:
+    """Send videos (n, 3, ...) in -1..1 through an autoencoder; return their mean PSNR in dB, and what came out."""
+    rebuilt = vae.decode(vae.encode(video).latent_dist.mode()).sample
+    error = (rebuilt - video) / 2
+    return float((-10 * torch.log10(error.square().mean((1, 2, 3, 4)))).mean()), rebuilt
 
 
 def contact_sheet(videos: Tensor, every: int = 4) -> Tensor:

@@ -20,9 +20,9 @@ from ..rotation_args import RotationArgs
 from ..spec import NormKind, Pairing
 from ..tables import ANGLES
 
-# Bytes of one chunk of tokens on CPU, in the arithmetic dtype. Scratch of that size stays in two cores' level 2 caches;
-# a chunk that needs no scratch is only as small as keeps its angles there.
-CHUNK_BYTES = 1 << 20
+# Bytes of one chunk of tokens on CPU, in the arithmetic dtype: scratch of that size stays in the level 3 cache, and
+# what a chunk costs in Python is little beside its work. Without scratch a chunk only has to keep its angles there.
+CHUNK_BYTES = 1 << 22
 DIRECT_CHUNK_BYTES = 1 << 24
 
 
