@@ -17,7 +17,7 @@ from PIL import Image
 from dit_rope.comparison import Request, generate
 
 SAMPLE = Path(__file__).resolve().parent.parent / "samples" / "tiny-wan"
-REQUEST = Request("a red circle moving right", steps=20, frames=17, height=96, width=96, seed=0, guidance_scale=4.0)
+REQUEST = Request("a red circle moving right", steps=20, frames=17, height=96, width=96, seed=4, guidance_scale=4.0)
 
 
 def main() -> None:

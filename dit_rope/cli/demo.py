@@ -35,7 +35,7 @@ def run(
     frames: Annotated[int, typer.Option(min=1, help="Frames of the video.")] = 17,
     size: Annotated[str, typer.Option(help="Pixels: one number, or HEIGHTxWIDTH.")] = "96",
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 4.0,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 4,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each side; they alternate.")] = 1,
     device: Device = None,
     dtype: Annotated[
