@@ -287,8 +287,9 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import export_to_video
 
 pipe = DiffusionPipeline.from_pretrained("samples/tiny-wan")
-video = pipe("a red circle moving right", height={size}, width={size}, num_frames={frames},
-             num_inference_steps={sampling_steps}, guidance_scale={guidance}).frames[0]
+size = {{"height": {size}, "width": {size}, "num_frames": {frames}}}
+settings = {{"num_inference_steps": {sampling_steps}, "guidance_scale": {guidance}}}
+video = pipe("a red circle moving right", **size, **settings).frames[0]
 export_to_video(video, "circle.mp4", fps=8)
 ```
 
