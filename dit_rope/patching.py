@@ -223,6 +223,8 @@ def _describe(plan: _Plan, exact: bool | None, backend: str) -> str:
     else:
         arithmetic = "exact (bitwise equal to unpatched)" if exact else "fast (float32, rounded once)"
     device = next(plan.model.parameters()).device
+    if device.type == "meta":  # a model without weights, which would be loaded to where this machine computes
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = backend if backend != "auto" else next(name for name, why in explain_backends(device) if why == "chosen")
     cross = sum(1 for module in plan.model.modules() if type(module).__name__ == plan.adapter.attention_class)
     replaced = Counter(re.sub(r"\.\d+\.", ".*.", path) for path, _ in plan.attentions)
