@@ -151,7 +151,8 @@ class _Turn:
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor, start: int, stop: int, scratch: torch.Tensor) -> None:
         """Turns the tokens ``start <= j < stop``, ``x`` ``[B, n, H, width]``, into ``out``, which may be x."""
-        tables = [table[:, start:stop] for table in self.tables]
+        whole = stop - start == self.count
+        tables = self.tables if whole else [table[:, start:stop] for table in self.tables]
         if not self.complex:
             self._turn_real(x, out, *tables)
             return
@@ -179,11 +180,14 @@ class _Turn:
 def _run(
     xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], turn: _Turn, norm: _Norm | None
 ) -> None:
+    turning = slice(args.prefix, args.prefix + turn.count)
     for index, (x, out) in enumerate(zip(xs, outs, strict=True)):
-        for start, stop in ((0, args.prefix), (args.prefix + turn.count, x.shape[1])):
-            _copy_still(x[:, start:stop], out[:, start:stop], turn.dtype, norm, index)
-        first = slice(args.prefix, args.prefix + turn.count)
-        _turn_tokens(x[:, first], out[:, first], turn, norm, index)
+        if turn.count == x.shape[1]:
+            _turn_tokens(x, out, turn, norm, index)
+            continue
+        for still in (slice(0, turning.start), slice(turning.stop, None)):
+            _copy_still(x[:, still], out[:, still], turn.dtype, norm, index)
+        _turn_tokens(x[:, turning], out[:, turning], turn, norm, index)
 
 
 def _copy_still(x: torch.Tensor, out: torch.Tensor, dtype: torch.dtype, norm: _Norm | None, index: int) -> None:
@@ -204,12 +208,16 @@ def _turn_tokens(x: torch.Tensor, out: torch.Tensor, turn: _Turn, norm: _Norm | 
     in_place = x.data_ptr() == out.data_ptr()
     scratch_free = direct_in and direct_out and not turn.exact_complex
     step = _chunk_tokens(x, turn.dtype, DIRECT_CHUNK_BYTES if scratch_free else CHUNK_BYTES)
-    chunk = x[:, :step]
-    wide = torch.empty(chunk.shape if not (direct_in and direct_out) else 0, dtype=turn.dtype, device=x.device)
-    across = torch.empty((*chunk.shape[:3], width) if turn.exact_complex else 0, dtype=turn.dtype, device=x.device)
+    shape = (x.shape[0], min(step, x.shape[1]), *x.shape[2:])
+    wide = across = x  # stand-ins: what needs scratch replaces them
+    if not (direct_in and direct_out):
+        wide = torch.empty(shape, dtype=turn.dtype, device=x.device)
+    if turn.exact_complex:
+        across = torch.empty((*shape[:3], width), dtype=turn.dtype, device=x.device)
     for start in range(0, x.shape[1], step):
         stop = min(start + step, x.shape[1])
-        source, target = x[:, start:stop], out[:, start:stop]
+        whole = stop - start == x.shape[1]
+        source, target = (x, out) if whole else (x[:, start:stop], out[:, start:stop])
         if norm is not None:
             source = norm(source.to(turn.dtype), index, wide[:, : stop - start])
         elif not direct_in:
