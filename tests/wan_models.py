@@ -1,4 +1,4 @@
-"""Small random models of the Wan family, in the sizes of diffusers' own tests, and one forward pass of each."""
+"""Small random models of the Wan family, of about the sizes in diffusers' own tests, and one forward pass of each."""
 
 from __future__ import annotations
 
