@@ -102,6 +102,13 @@ def build_text(max_length: int, width: int) -> tuple[PreTrainedTokenizerFast, UM
     return fast, UMT5EncoderModel(config).eval().requires_grad_(False)
 
 
+def name_tokenizer_for_old_releases(folder: Path) -> None:
+    """Make a saved pipeline's files name its tokenizer as transformers 4 and 5 both know it; 5 writes a new name."""
+    for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
+        text = (folder / name).read_text(encoding="utf-8")
+        (folder / name).write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8")
+
+
 def random_clips(count: int, frames: int, size: int, generator: torch.Generator) -> Clips:
     """Draw lots for ``count`` clips of ``frames`` frames whose shapes stay inside a ``size`` x ``size`` pixel frame."""
 

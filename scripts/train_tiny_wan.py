@@ -34,10 +34,9 @@ Text = tuple[PreTrainedTokenizerFast, UMT5EncoderModel]
 
 FRAMES, SIZE = 17, 96  # of a training clip; SIZE is its height and width in pixels
 LATENT_CHANNELS, TEXT_DIM = 8, 64
-TEXT_SLOTS = 8  # what prompts are padded to in training, see PaddedTextAttention
-PIPELINE_TEXT_SLOTS = 512  # what WanPipeline pads prompts to
-FLOW_SHIFT = 3.0
-PROMPT_DROPOUT, SAMPLING_STEPS, GUIDANCE = 0.1, 20, 4.0
+TEXT_SLOTS, PIPELINE_TEXT_SLOTS = 8, 512  # prompts are padded to the first here, to the second by WanPipeline
+FLOW_SHIFT, PROMPT_DROPOUT = 3.0, 0.1
+SAMPLING_STEPS, GUIDANCE = 0.1, 20, 4.0
 CHECKPOINT_SECONDS = 120
 VAE_WINDOWS = ((2, 9, 48), (1, 17, 48), (2, 9, 48), (1, 9, 64))
 """(clips, frames, height = width in pixels) of the autoencoder's batches, taken in turn."""
@@ -246,6 +245,7 @@ def save_pipeline(out: Path, text: Text, vae: AutoencoderKLWan, transformer: Wan
     )
     halves = copy.deepcopy(vae).to(torch.bfloat16), copy.deepcopy(transformer).to(torch.bfloat16)
     WanPipeline(*text, halves[0], scheduler, halves[1]).save_pretrained(out)
+    moving_shapes.name_tokenizer_for_old_releases(out)
 
 
 def write_curves(out: Path, runs: dict[str, Run], every: int = 20) -> None:
