@@ -80,10 +80,15 @@ class Layout:
 
     def coordinates(self, device: torch.device) -> list[torch.Tensor]:
         """Per axis, the coordinate ``[inside]`` int64 of each token within ``sizes``."""
-        first = min(self.token_offset, math.prod(self.sizes))
-        tokens = torch.arange(first, first + self.inside, device=device)
-        coordinates = []
-        for size in reversed(self.sizes):
-            coordinates.append(tokens % size)
-            tokens = tokens // size
-        return coordinates[::-1]
+        return grid_coordinates(self.sizes, self.token_offset, self.count, device)
+
+
+def grid_coordinates(sizes: tuple[int, ...], offset: int, count: int, device: torch.device) -> list[torch.Tensor]:
+    """Per axis, the coordinate int64 of tokens ``offset <= i < offset + count`` of a row-major grid, inside it only."""
+    total = math.prod(sizes)
+    tokens = torch.arange(min(offset, total), min(offset + count, total), device=device)
+    coordinates = []
+    for size in reversed(sizes):
+        coordinates.append(tokens % size)
+        tokens = tokens // size
+    return coordinates[::-1]

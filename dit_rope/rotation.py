@@ -8,7 +8,7 @@ import torch
 
 from . import ops
 from .rotation_args import RotationArgs
-from .spec import NormKind
+from .spec import NormKind, Pairing
 from .tables import RopeTable
 from .validation import check_inplace, check_norm, check_positions, check_tensors, check_token_count
 
@@ -158,8 +158,6 @@ def choose_backend(
 
 def explain_backends(device: str | torch.device) -> list[tuple[str, str]]:
     """Each backend's name and either ``"chosen"`` or why not, for a bfloat16 call on ``device``."""
-    from .spec import Pairing
-
     target = torch.device(device)
     x = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=target)
     rows = torch.zeros(2, 1, 32, device=target)

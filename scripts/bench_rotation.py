@@ -112,7 +112,7 @@ def main() -> None:
             dtype = getattr(torch, name)
             variants = cases(grid, options.heads, options.head_dim, dtype, options.device)
             check(variants, dtype)
-            timings = interleave(variants, options.rounds, options.device)
+            timings = interleave(variants, options.rounds)
             rows += report(timings, dtype, (1, math.prod(grid.sizes), options.heads, options.head_dim))
     name = f"rotation-{options.device.partition(':')[0]}"
     print(write_results(name if options.allocator == "keep" else f"{name}-system-allocator", rows, options.device))

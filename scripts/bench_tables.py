@@ -95,7 +95,7 @@ def time_builds(subject: Subject, rounds: int) -> list[dict[str, object]]:
         "axis tables": cold(subject.table, COLD_TABLES),
         "dense drop-in": cold(subject.dense),
     }
-    timings = interleave(cases, rounds, subject.device)
+    timings = interleave(cases, rounds)
     timings["axis tables"] = scaled(timings["axis tables"], 1 / COLD_TABLES)
     full = timings["full grid"].median
     return [row("cold build", name, "ms", timing, full / timing.median) for name, timing in timings.items()]
@@ -114,8 +114,7 @@ def time_hits(subject: Subject, rounds: int) -> list[dict[str, object]]:
     for case in cases.values():
         case()
     return [
-        row("hit", name, "us", scaled(timing, 1e3 / HITS), None)
-        for name, timing in interleave(cases, rounds, subject.device).items()
+        row("hit", name, "us", scaled(timing, 1e3 / HITS), None) for name, timing in interleave(cases, rounds).items()
     ]
 
 

@@ -7,12 +7,13 @@ import ctypes
 import platform
 import statistics
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from dit_rope.cli.bench import measure
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -26,21 +27,12 @@ class Timing:
     p80: float
 
 
-def interleave(cases: dict[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, Timing]:
+def interleave(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
     """Times every case once per round, in turn, so that a machine that slows down favours none.
 
     Two rounds beforehand are not counted.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for number in range(rounds + 2):
-        for name, case in cases.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            case()
-            _synchronize(device)
-            if number >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: _summary(values) for name, values in seconds.items()}
+    return {name: _summary(seconds) for name, seconds in measure(cases, rounds, warm_up=2).items()}
 
 
 def write_results(name: str, rows: list[dict[str, object]], device: str = "cpu") -> Path:
@@ -85,11 +77,6 @@ def keep_freed_memory() -> None:
 def _summary(seconds: list[float]) -> Timing:
     cuts = statistics.quantiles(seconds, n=5, method="inclusive")
     return Timing(1e3 * cuts[0], 1e3 * statistics.median(seconds), 1e3 * cuts[3])
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
 
 
 def _cpu_name() -> str:

@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 from einops import rearrange
 
+from ..layout import grid_coordinates
 from ..rotation_args import RotationArgs
 from ..spec import NormKind, Pairing
 from ..tables import ANGLES
@@ -52,11 +53,11 @@ def dense_angles(args: RotationArgs, length: int) -> tuple[torch.Tensor, torch.T
     """Cos and sin ``[B or 1, length, 1, pairs]`` of every token of a sequence, (1, 0) where it does not turn."""
     rows = _row_indices(args)
     angles = torch.cat(_gather(_identity_row(args.rows), rows, args.pairs), dim=-1)
-    angles = torch.nn.functional.pad(angles, (0, 0, args.prefix, length - args.prefix - angles.shape[2]))
-    cos, sin = angles.unsqueeze(3).unbind(0)
-    still = torch.ones(length, dtype=torch.bool, device=cos.device)
-    still[args.prefix : args.prefix + rows.shape[1]] = False
-    cos = cos.masked_fill(still[:, None, None], 1.0)
+    around = (0, 0, 0, 0, args.prefix, length - args.prefix - rows.shape[1])
+    cos, sin = (
+        torch.nn.functional.pad(part, around, value=still)
+        for part, still in zip(angles.unsqueeze(3).unbind(0), (1.0, 0.0), strict=True)
+    )
     return cos, -sin if args.inverse else sin
 
 
@@ -242,16 +243,9 @@ def _row_indices(args: RotationArgs) -> torch.Tensor:
     """Row of each turning token on each axis, ``[1 or B, n, axes]`` int64."""
     if args.positions is not None:
         return args.positions.long()
-    total = 1
-    for size in args.sizes:
-        total *= size
-    count = max(0, min(args.count, total - args.token_offset))
-    flat = torch.arange(args.token_offset, args.token_offset + count, device=args.rows.device)
-    columns = []
-    for size, first in zip(reversed(args.sizes), reversed(args.first_rows), strict=True):
-        columns.append(flat % size + first)
-        flat = flat // size
-    return torch.stack(columns[::-1], dim=-1)[None]
+    coordinates = grid_coordinates(args.sizes, args.token_offset, args.count, args.rows.device)
+    columns = [coordinate + first for coordinate, first in zip(coordinates, args.first_rows, strict=True)]
+    return torch.stack(columns, dim=-1)[None]
 
 
 def _gather(table: torch.Tensor, rows: torch.Tensor, pairs: Sequence[int]) -> list[torch.Tensor]:

@@ -65,16 +65,16 @@ def wan_rotate(x: torch.Tensor, freqs_cos: torch.Tensor, freqs_sin: torch.Tensor
     return out.type_as(x)
 
 
-def measure(cases: dict[str, Case], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call, cases taking turns; one call of each beforehand is not counted."""
+def measure(cases: dict[str, Case], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of every call, cases taking turns; ``warm_up`` calls of each beforehand are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for number in range(rounds + 1):
+    for number in range(rounds + warm_up):
         for name, case in cases.items():
             _synchronize()
             start = time.perf_counter()
             case()
             _synchronize()
-            if number:
+            if number >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from .. import rotation
+from ..backends import eager
 from ..rotation_args import RotationArgs
 from ..spec import Grid, NormKind, Pairing, RopeSpec
 from ..tables import rope_table
@@ -224,10 +225,7 @@ def frame_positions(positions: torch.Tensor, here: FrameRows) -> torch.Tensor:
 
 def dense_tables(spec: RopeSpec, positions: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cos and sin ``[1 or B, S, 1, rotary_dim]``, as the model's own rope module gives them."""
-    angles = [rows[:, positions[:, :, 0, axis].long(), :width] for axis, width in enumerate(spec.pairs)]
-    dense = torch.cat(angles, dim=-1).unsqueeze(3)
+    cos, sin = eager.dense_angles(_rotation_args(spec, positions, rows, exact=True), positions.shape[1])
     if spec.pairing is Pairing.INTERLEAVED:
-        cos, sin = dense.repeat_interleave(2, dim=-1)
-    else:
-        cos, sin = dense.repeat(1, 1, 1, 1, 2)
-    return cos, sin
+        return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
+    return cos.repeat(1, 1, 1, 2), sin.repeat(1, 1, 1, 2)
