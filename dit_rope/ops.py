@@ -2,7 +2,8 @@
 
 Each operator takes a list of one or two tensors, so that queries and keys are one launch, and the fields of
 :class:`~dit_rope.rotation_args.RotationArgs` one by one, because a schema knows no structs. Operators trust their
-input; :mod:`dit_rope.rotation` checks it.
+input, which :mod:`dit_rope.rotation` checks; a backend that was chosen while a compiler traced is chosen again when
+the operator runs, on the tensors that come.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from typing import Any
 
 import torch
 
+from .backend_choice import MODULES, choose_backend
 from .backends import eager
+from .cache import in_mode
 from .rotation_args import RotationArgs
 from .spec import NormKind, Pairing
 
 _ARGS = (
-    "Tensor rows, Tensor? positions, int[] pairs, SymInt[] sizes, SymInt[] first_rows, SymInt token_offset, "
-    "SymInt prefix, SymInt count, bool half, bool inverse, bool exact, str backend"
+    "Tensor rows, Tensor? positions, Tensor? entries, int[] pairs, SymInt[] sizes, SymInt[] first_rows, "
+    "SymInt token_offset, SymInt prefix, SymInt count, bool half, bool inverse, bool exact, str backend"
 )
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 _NORM = "Tensor[] weights, float eps, bool across_heads"
 
 _library = torch.library.Library("dit_rope", "DEF")
@@ -32,13 +36,21 @@ _library.define(f"norm_rotate_(Tensor(a!)[] xs, {_NORM}, {_ARGS}) -> ()")
 
 def rotate(xs: Sequence[torch.Tensor], args: RotationArgs, backend: str) -> list[torch.Tensor]:
     """Rotates ``xs`` ``[B, S, H, D]`` into new tensors."""
-    result: list[torch.Tensor] = torch.ops.dit_rope.rotate(list(xs), *_flatten(args), backend)
-    return result
+    if _needs_dispatcher(xs):
+        result: list[torch.Tensor] = torch.ops.dit_rope.rotate(list(xs), *_flatten(args), backend)
+        return result
+    outs = [torch.empty_like(x) for x in xs]
+    MODULES[backend].rotate(xs, args, outs)
+    return outs
 
 
 def rotate_(xs: Sequence[torch.Tensor], args: RotationArgs, backend: str) -> None:
     """Rotates ``xs`` ``[B, S, H, D]`` in place."""
-    torch.ops.dit_rope.rotate_(list(xs), *_flatten(args), backend)
+    if _needs_dispatcher(xs):
+        torch.ops.dit_rope.rotate_(list(xs), *_flatten(args), backend)
+        return
+    MODULES[backend].rotate(xs, args, xs)
+    _count_write(xs)
 
 
 def norm_rotate(
@@ -50,9 +62,14 @@ def norm_rotate(
     backend: str,
 ) -> list[torch.Tensor]:
     """RMSNorm, then rotation, of ``xs`` ``[B, S, H, D]`` into new tensors."""
-    norm_args = (_weight_list(xs, weights, norm), eps, norm is NormKind.ACROSS_HEADS)
-    result: list[torch.Tensor] = torch.ops.dit_rope.norm_rotate(list(xs), *norm_args, *_flatten(args), backend)
-    return result
+    given = _weight_list(xs, weights, norm)
+    if _needs_dispatcher([*xs, *given]):
+        norm_args = (given, eps, norm is NormKind.ACROSS_HEADS)
+        result: list[torch.Tensor] = torch.ops.dit_rope.norm_rotate(list(xs), *norm_args, *_flatten(args), backend)
+        return result
+    outs = [torch.empty_like(x) for x in xs]
+    MODULES[backend].norm_rotate(xs, given or weights, eps, norm, args, outs)
+    return outs
 
 
 def norm_rotate_(
@@ -64,14 +81,36 @@ def norm_rotate_(
     backend: str,
 ) -> None:
     """RMSNorm, then rotation, of ``xs`` ``[B, S, H, D]`` in place."""
-    norm_args = (_weight_list(xs, weights, norm), eps, norm is NormKind.ACROSS_HEADS)
-    torch.ops.dit_rope.norm_rotate_(list(xs), *norm_args, *_flatten(args), backend)
+    given = _weight_list(xs, weights, norm)
+    if _needs_dispatcher([*xs, *given]):
+        norm_args = (given, eps, norm is NormKind.ACROSS_HEADS)
+        torch.ops.dit_rope.norm_rotate_(list(xs), *norm_args, *_flatten(args), backend)
+        return
+    MODULES[backend].norm_rotate(xs, given or weights, eps, norm, args, xs)
+    _count_write(xs)
+
+
+def _needs_dispatcher(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether anybody but the backend has to see the call: autograd, a tracer, a mode or a tensor subclass.
+
+    The dispatcher takes longer to hand a list of tensors to Python and back than a small rotation takes.
+    """
+    if in_mode() or torch._C._len_torch_function_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return True
+    grad = torch.is_grad_enabled()
+    return any(type(x) not in _PLAIN_TYPES or (grad and x.requires_grad) for x in tensors)
+
+
+def _count_write(xs: Sequence[torch.Tensor]) -> None:
+    """Tells autograd, which cannot see what a kernel writes, that ``xs`` have changed."""
+    torch.autograd.graph.increment_version([x for x in xs if not x.is_inference()])
 
 
 def _flatten(args: RotationArgs) -> tuple[Any, ...]:
     return (
         args.rows,
         args.positions,
+        args.entries,
         args.pairs,
         args.sizes,
         args.first_rows,
@@ -85,17 +124,21 @@ def _flatten(args: RotationArgs) -> tuple[Any, ...]:
 
 
 def _unflatten(flat: Sequence[Any]) -> tuple[RotationArgs, str]:
-    rows, positions, pairs, sizes, first_rows, token_offset, prefix, count, half, inverse, exact, backend = flat
+    rows, positions, entries, pairs, sizes, first_rows, token_offset, prefix, count, half, *rest = flat
+    inverse, exact, backend = rest
     pairing = Pairing.HALF if half else Pairing.INTERLEAVED
     where = (tuple(pairs), tuple(sizes), tuple(first_rows), token_offset, prefix, count)
-    return RotationArgs(rows, positions, *where, pairing, inverse, exact), backend
+    return RotationArgs(rows, positions, *where, pairing, inverse, exact, entries), backend
 
 
 def _weight_list(
     xs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor | None], norm: NormKind
 ) -> list[torch.Tensor]:
     """One weight per tensor, or none at all; ones stand in where only the other tensor has a weight."""
-    if all(weight is None for weight in weights):
+    missing = [weight is None for weight in weights]
+    if not any(missing):
+        return list(weights)  # type: ignore[arg-type]
+    if all(missing):
         return []
     return [
         weight
@@ -105,17 +148,9 @@ def _weight_list(
     ]
 
 
-def _backend(name: str) -> Any:
-    if name == "triton":
-        from .backends import triton_kernels
-
-        return triton_kernels
-    return eager
-
-
 def _rotate_into(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], flat: Sequence[Any]) -> None:
     args, backend = _unflatten(flat)
-    _backend(backend).rotate(xs, args, outs)
+    MODULES[choose_backend(xs, args, backend)].rotate(xs, args, outs)
 
 
 def _norm_rotate_into(
@@ -129,7 +164,7 @@ def _norm_rotate_into(
     args, backend = _unflatten(flat)
     norm = NormKind.ACROSS_HEADS if across_heads else NormKind.PER_HEAD
     given: Sequence[torch.Tensor | None] = weights or [None] * len(xs)
-    _backend(backend).norm_rotate(xs, given, eps, norm, args, outs)
+    MODULES[choose_backend(xs, args, backend, norm)].norm_rotate(xs, given, eps, norm, args, outs)
 
 
 @torch.library.impl(_library, "rotate", "CompositeExplicitAutograd")
@@ -142,6 +177,7 @@ def _rotate(xs: list[torch.Tensor], *flat: Any) -> list[torch.Tensor]:
 @torch.library.impl(_library, "rotate_", "CompositeExplicitAutograd")
 def _rotate_inplace(xs: list[torch.Tensor], *flat: Any) -> None:
     _rotate_into(xs, xs, flat)
+    _count_write(xs)
 
 
 @torch.library.impl(_library, "norm_rotate", "CompositeExplicitAutograd")
@@ -158,6 +194,7 @@ def _norm_rotate_inplace(
     xs: list[torch.Tensor], weights: list[torch.Tensor], eps: float, across_heads: bool, *flat: Any
 ) -> None:
     _norm_rotate_into(xs, xs, weights, eps, across_heads, flat)
+    _count_write(xs)
 
 
 @torch.library.register_fake("dit_rope::rotate", lib=_library)
@@ -185,16 +222,18 @@ def _rotate_backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, .
     args: RotationArgs = ctx.args
     given = [grad for grad in grads if grad is not None]
     if not args.exact:
-        turned = iter(rotate(_rows_contiguous(given), replace(args, inverse=not args.inverse), ctx.backend))
+        turned = iter(_turn_back(given, args, ctx.backend))
     else:
         turned = iter([_reference_gradient(grad, args) for grad in given])
     back = [None if grad is None else next(turned) for grad in grads]
-    return (back, *[None] * 12)
+    return (back, *[None] * 13)
 
 
-def _rows_contiguous(xs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Gradients may come expanded or strided in their last dim, which the backends do not take."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in xs]
+def _turn_back(grads: Sequence[torch.Tensor], args: RotationArgs, backend: str) -> list[torch.Tensor]:
+    """Gradients turned by the inverse rotation; they may come expanded or strided in their last dim."""
+    rows = [grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads]
+    back = replace(args, inverse=not args.inverse)
+    return rotate(rows, back, choose_backend(rows, back, backend))
 
 
 def _reference_gradient(grad: torch.Tensor, args: RotationArgs) -> torch.Tensor:
@@ -224,7 +263,7 @@ def _norm_rotate_backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[A
         x_grad, weight_grad = (None, None) if grad is None else _norm_gradient(ctx, x, weight, grad)
         x_grads.append(x_grad)
         weight_grads.append(weight_grad)
-    return (x_grads, weight_grads if weights else [], None, None, *[None] * 12)
+    return (x_grads, weight_grads if weights else [], None, None, *[None] * 13)
 
 
 def _norm_gradient(
@@ -233,7 +272,7 @@ def _norm_gradient(
     """With n = x / rms(x): dx = (dn - n mean(dn n)) / rms(x), where dn is the gradient turned back, times weight."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     dims = (-2, -1) if ctx.across_heads else (-1,)
-    (turned,) = rotate(_rows_contiguous([grad.to(wide)]), replace(ctx.args, inverse=not ctx.args.inverse), ctx.backend)
+    (turned,) = _turn_back([grad.to(wide)], ctx.args, ctx.backend)
     values = x.to(wide)
     scale = torch.rsqrt(values.square().mean(dims, keepdim=True) + ctx.eps)
     normed = values * scale

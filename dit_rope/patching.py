@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .backend_choice import BACKENDS, explain_backends
 from .models import ADAPTERS, ModelAdapter
 from .models.seams import (
     CheckRotation,
@@ -25,7 +26,6 @@ from .models.seams import (
     restore_class,
     swap_class,
 )
-from .rotation import BACKENDS, explain_backends
 from .spec import Grid
 from .tables import build_positions, build_table
 
@@ -82,7 +82,7 @@ def patch(target: Any, *, exact: bool | None = None, backend: str = "auto") -> P
         target: a pipeline, whose supported transformers are all patched, or one transformer.
         exact: True for the same bits as the unpatched model in eager mode; False for float32 arithmetic rounded once,
             with norm and rotation in one pass; None for exact on CPU, where it costs little, and fast elsewhere.
-        backend: ``"auto"``, ``"triton"`` or ``"eager"``.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"eager"``.
 
     Returns:
         A handle with ``report()`` and ``undo()``, also a context manager.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from . import ops
+from .backend_choice import BACKENDS, choose_backend
 from .rotation_args import RotationArgs
-from .spec import NormKind, Pairing
+from .spec import NormKind
 from .tables import RopeTable
 from .validation import check_inplace, check_norm, check_positions, check_tensors, check_token_count
 
-BACKENDS = ("triton", "eager")
+# Layouts of calls that are remembered as valid, per table; a model has a few.
+_MAX_REMEMBERED = 64
 
 
 def rotate(
@@ -35,8 +38,8 @@ def rotate(
     Returns:
         A new tensor, or ``x`` itself when ``inplace``.
     """
-    args = _args(("x",), (x,), table, (prefix, suffix), positions, inverse, exact)
-    return _rotate(("x",), (x,), args, inplace, backend)[0]
+    args, name = _check(("x",), (x,), table, (prefix, suffix), positions, (inverse, exact), backend)
+    return _rotate(("x",), (x,), args, inplace, name)[0]
 
 
 def rotate_qk(
@@ -66,7 +69,7 @@ def rotate_qk(
         inplace: overwrite q and k. Refused when a gradient is wanted.
         exact: the same bits as the model's eager code gives, products rounded before they are added, in the dtype
             that the data and the table promote to. Else float32 arithmetic (float64 for float64 data), rounded once.
-        backend: ``"auto"``, ``"triton"`` or ``"eager"``; one that is named is used or refused.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"eager"``; one that is named is used or refused.
 
     Returns:
         New tensors ``(q, k)``, or the same objects when ``inplace``.
@@ -74,8 +77,8 @@ def rotate_qk(
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
     """
-    args = _args(("q", "k"), (q, k), table, (prefix, suffix), positions, inverse, exact)
-    turned = _rotate(("q", "k"), (q, k), args, inplace, backend)
+    args, name = _check(("q", "k"), (q, k), table, (prefix, suffix), positions, (inverse, exact), backend)
+    turned = _rotate(("q", "k"), (q, k), args, inplace, name)
     return turned[0], turned[1]
 
 
@@ -95,8 +98,9 @@ def norm_rotate(
     backend: str = "auto",
 ) -> torch.Tensor:
     """RMSNorm, then rotation, of one tensor ``[B, S, H, D]``, as :func:`norm_rotate_qk` does of two."""
-    args = _args(("x",), (x,), table, (prefix, suffix), positions, inverse, exact)
-    return _norm_rotate(("x",), (x,), (weight,), eps, norm, args, inplace, backend)[0]
+    how = (norm, eps, (weight,))
+    args, name = _check(("x",), (x,), table, (prefix, suffix), positions, (inverse, exact), backend, how)
+    return _norm_rotate(("x",), (x,), how, args, inplace, name)[0]
 
 
 def norm_rotate_qk(
@@ -126,61 +130,17 @@ def norm_rotate_qk(
 
     The other arguments, the return and the errors are those of :func:`rotate_qk`.
     """
-    args = _args(("q", "k"), (q, k), table, (prefix, suffix), positions, inverse, exact)
-    turned = _norm_rotate(("q", "k"), (q, k), (q_weight, k_weight), eps, norm, args, inplace, backend)
+    how = (norm, eps, (q_weight, k_weight))
+    args, name = _check(("q", "k"), (q, k), table, (prefix, suffix), positions, (inverse, exact), backend, how)
+    turned = _norm_rotate(("q", "k"), (q, k), how, args, inplace, name)
     return turned[0], turned[1]
-
-
-def choose_backend(
-    xs: Sequence[torch.Tensor], args: RotationArgs, backend: str = "auto", norm: NormKind | None = None
-) -> str:
-    """The name of the backend that takes the call.
-
-    ``"auto"`` takes the first of :data:`BACKENDS` that accepts; on CPU that is eager, as Triton's interpreter is for
-    tests.
-
-    Raises:
-        ValueError: an unknown backend, or one that was named and declines, with its reason.
-    """
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be 'auto', 'triton' or 'eager', got {backend!r}")
-    if backend == "eager" or (backend == "auto" and xs[0].device.type in ("cpu", "meta", "mps")):
-        return "eager"
-    from .backends import triton_kernels
-
-    reason = triton_kernels.declined(xs, args, norm)
-    if reason is None:
-        return "triton"
-    if backend == "triton":
-        raise ValueError(f"backend must accept the call, got 'triton', which declines: {reason}")
-    return "eager"
-
-
-def explain_backends(device: str | torch.device) -> list[tuple[str, str]]:
-    """Each backend's name and either ``"chosen"`` or why not, for a bfloat16 call on ``device``."""
-    target = torch.device(device)
-    x = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=target)
-    rows = torch.zeros(2, 1, 32, device=target)
-    args = RotationArgs(rows, None, (32,), (1,), (0,), 0, 0, 1, Pairing.INTERLEAVED, False, False)
-    chosen = choose_backend([x], args)
-    lines = []
-    for name in BACKENDS:
-        if name == chosen:
-            lines.append((name, "chosen"))
-            continue
-        try:
-            choose_backend([x], args, name)
-            lines.append((name, "works here, but another is faster"))
-        except ValueError as error:
-            lines.append((name, str(error).rpartition("declines: ")[2]))
-    return lines
 
 
 def apply(
     xs: Sequence[torch.Tensor], args: RotationArgs, *, inplace: bool = False, backend: str = "auto"
 ) -> list[torch.Tensor]:
     """Rotates tensors whose arguments are known to fit, as hooks do; :func:`rotate_qk` checks, this does not."""
-    name = choose_backend(xs, args, backend)
+    name = backend if torch.compiler.is_compiling() else choose_backend(xs, args, backend)
     if inplace:
         ops.rotate_(xs, args, name)
         return list(xs)
@@ -198,26 +158,65 @@ def apply_norm(
     backend: str = "auto",
 ) -> list[torch.Tensor]:
     """Norms and rotates tensors whose arguments are known to fit, as :func:`apply` rotates them."""
-    name = choose_backend(xs, args, backend, norm)
+    name = backend if torch.compiler.is_compiling() else choose_backend(xs, args, backend, norm)
     if inplace:
         ops.norm_rotate_(xs, weights, eps, norm, args, name)
         return list(xs)
     return ops.norm_rotate(xs, weights, eps, norm, args, name)
 
 
-def _args(
+def _check(
     names: Sequence[str],
     xs: Sequence[torch.Tensor],
     table: RopeTable,
     around: tuple[int, int],
     positions: torch.Tensor | None,
-    inverse: bool,
-    exact: bool,
-) -> RotationArgs:
+    flags: tuple[bool, bool],
+    backend: str,
+    norm: tuple[NormKind, float, Sequence[torch.Tensor | None]] | None = None,
+) -> tuple[RotationArgs, str]:
+    """The arguments of a validated call and its backend; validated once per layout, as every layer asks again."""
     if not isinstance(table, RopeTable):
         raise TypeError(f"table must be a RopeTable, got {type(table).__name__}; make one with dit_rope.rope_table")
+    if torch.compiler.is_compiling():  # the operator chooses when it runs, on real tensors
+        return _validated(names, xs, table, around, positions, flags, backend, norm), backend
+    normed = None if norm is None else (*norm[:2], *map(_layout, norm[2]))
+    key = (*map(_layout, xs), around, _layout(positions), flags, backend, normed)
+    found = table.validated.get(key)
+    if found is None:
+        args = _validated(names, xs, table, around, positions, flags, backend, norm)
+        name = choose_backend(xs, args, backend, None if norm is None or args.exact else norm[0])
+        if len(table.validated) >= _MAX_REMEMBERED:
+            table.validated.clear()
+        found = table.validated[key] = (replace(args, positions=None), name)
+    args, name = found
+    return args if positions is None else args.at(positions), name
+
+
+def _layout(x: object) -> object:
+    """What validation looks at in one argument, so that nothing refused can pass as something accepted."""
+    if isinstance(x, torch.Tensor):
+        return (x.shape, x.stride(), x.dtype, x.device)
+    return type(x)
+
+
+def _validated(
+    names: Sequence[str],
+    xs: Sequence[torch.Tensor],
+    table: RopeTable,
+    around: tuple[int, int],
+    positions: torch.Tensor | None,
+    flags: tuple[bool, bool],
+    backend: str,
+    norm: tuple[NormKind, float, Sequence[torch.Tensor | None]] | None,
+) -> RotationArgs:
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
     check_tensors(names, xs, table.spec.rotary_dim, table.device)
-    prefix, suffix = around
+    if norm is not None:
+        kind, eps, weights = norm
+        check_norm(names, xs, weights, eps, kind)
+    (prefix, suffix), (inverse, exact) = around, flags
     batch, length = xs[0].shape[:2]
     count = table.count if positions is None else length - prefix - suffix
     check_token_count(names[0], length, prefix, count, suffix)
@@ -231,27 +230,30 @@ def _rotate(
 ) -> list[torch.Tensor]:
     if inplace:
         check_inplace(names, xs)
-    return apply(xs, args, inplace=inplace, backend=backend)
+        ops.rotate_(xs, args, backend)
+        return list(xs)
+    return ops.rotate(xs, args, backend)
 
 
 def _norm_rotate(
     names: Sequence[str],
     xs: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor | None],
-    eps: float,
-    norm: NormKind,
+    norm: tuple[NormKind, float, Sequence[torch.Tensor | None]],
     args: RotationArgs,
     inplace: bool,
     backend: str,
 ) -> list[torch.Tensor]:
-    check_norm(names, xs, weights, eps, norm)
+    kind, eps, weights = norm
     if inplace:
         check_inplace(names, xs, [weight for weight in weights if weight is not None])
     if args.exact:
-        normed = [_rms_norm(x, weight, eps, norm) for x, weight in zip(xs, weights, strict=True)]
-        turned = apply(normed, args, inplace=not _needs_grad(normed), backend=backend)
+        normed = [_rms_norm(x, weight, eps, kind) for x, weight in zip(xs, weights, strict=True)]
+        turned = _rotate(names, normed, args, not _needs_grad(normed), backend)
         return [x.copy_(y) for x, y in zip(xs, turned, strict=True)] if inplace else turned
-    return apply_norm(xs, weights, eps, norm, args, inplace=inplace, backend=backend)
+    if inplace:
+        ops.norm_rotate_(xs, weights, eps, kind, args, backend)
+        return list(xs)
+    return ops.norm_rotate(xs, weights, eps, kind, args, backend)
 
 
 def _needs_grad(xs: Sequence[torch.Tensor]) -> bool:

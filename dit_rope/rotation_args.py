@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from .spec import Pairing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RotationArgs:
     """Where each token stands, where its cos and sin are, and how its channels turn.
 
     Token ``i`` of a sequence of S tokens is number ``j = i - prefix`` of the grid's tokens. It turns when
     ``0 <= j < count`` and, without ``positions``, ``token_offset + j < prod(sizes)``; every other token is copied.
 
-    Its row on axis ``a`` is ``positions[b, j, a]`` where ``positions`` is given (a negative row leaves the pairs of
-    that axis unturned), else ``first_rows[a]`` plus the ``a``-th coordinate of flat index ``token_offset + j`` in a
-    row-major grid of ``sizes``. ``rows[0, row, p]`` and ``rows[1, row, p]`` are cos and sin of pair ``p`` of the axis;
-    the pairs of the axes follow one another: axis 0 owns the first ``pairs[0]`` pairs of the head, and so on.
+    Its row on axis ``a`` is ``positions[b, j, a]`` where ``positions`` is given (dims of size 1 are shared; a negative
+    row leaves the pairs of that axis unturned), else ``first_rows[a]`` plus the ``a``-th coordinate of flat index
+    ``token_offset + j`` in a row-major grid of ``sizes``. ``rows[0, row, p]`` and ``rows[1, row, p]`` are cos and sin
+    of pair ``p`` of the axis; the pairs of the axes follow one another: axis 0 owns the first ``pairs[0]`` pairs of
+    the head, and so on.
+
+    A dense table is one axis of as many rows as tokens.
 
     With ``n = sum(pairs)``, pair ``p`` of a head is channels (2 p, 2 p + 1) when interleaved and (p, p + n) when half;
     channels past ``2 n`` are copied. A pair (x1, x2) becomes (x1 cos - x2 sin, x1 sin + x2 cos); ``inverse`` takes
@@ -27,7 +31,7 @@ class RotationArgs:
 
     Attributes:
         rows: ``[2, R, P]`` cos and sin of all axes, axis after axis along R, P = max(pairs), last dim contiguous.
-        positions: ``[1 or B, count, axes]`` int32 rows of ``rows``, or None.
+        positions: ``[1 or B, 1 or count, axes]`` int32 rows of ``rows``, or None.
         pairs: channel pairs of each axis.
         sizes: the local grid, ignored with positions.
         first_rows: row of each axis' coordinate 0, ignored with positions.
@@ -38,6 +42,8 @@ class RotationArgs:
         inverse: turn backwards.
         exact: the roundings of the model's eager code, no fused multiply-add; else float32 arithmetic (float64 for
             float64 data), rounded once.
+        entries: int32 ``[n]``: only these batch entries of the tensors turn, in place, and positions are ``[1 or n,
+            1 or count, axes]``, the b-th row for batch entry ``entries[b]``; None for all of them, in order.
     """
 
     rows: torch.Tensor
@@ -51,3 +57,25 @@ class RotationArgs:
     pairing: Pairing
     inverse: bool
     exact: bool
+    entries: torch.Tensor | None = None
+
+    def at(self, positions: torch.Tensor) -> RotationArgs:
+        """The same rotation at other positions."""
+        other = object.__new__(RotationArgs)  # a tenth of what dataclasses.replace takes, in every call of a layer
+        vars(other).update(vars(self), positions=positions)
+        return other
+
+    @cached_property
+    def numbers(self) -> tuple[object, ...]:
+        """Everything but the tensors, to tell one rotation from another in a dictionary."""
+        return (
+            self.pairs,
+            self.sizes,
+            self.first_rows,
+            self.token_offset,
+            self.prefix,
+            self.count,
+            self.pairing,
+            self.inverse,
+            self.exact,
+        )

@@ -22,6 +22,9 @@ class Pairing(enum.Enum):
     INTERLEAVED = "interleaved"
     HALF = "half"
 
+    # Enum's own hash is a Python function, which would run in every lookup of a cache; members are singletons.
+    __hash__ = object.__hash__
+
 
 class NormKind(enum.Enum):
     """What one RMSNorm of queries or keys averages over.
@@ -32,6 +35,8 @@ class NormKind(enum.Enum):
 
     PER_HEAD = "per_head"
     ACROSS_HEADS = "across_heads"
+
+    __hash__ = object.__hash__
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import contextlib
 import enum
 import mmap
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -122,6 +122,8 @@ class RopeTable:
         first_rows: row of ``rows`` that holds coordinate 0 of each axis of this shard.
         token_offset: flat index, in a row-major grid of ``sizes``, of the shard's first token.
         count: tokens of the shard, padding included.
+        validated: layouts of calls that were found to fit the table, and their arguments and backend; kept here by
+            :mod:`dit_rope.rotation` so that they live as long as the table.
     """
 
     spec: RopeSpec
@@ -134,6 +136,7 @@ class RopeTable:
     first_rows: tuple[int, ...]
     token_offset: int
     count: int
+    validated: dict[object, tuple[RotationArgs, str]] = field(default_factory=dict, repr=False)
 
     def axis(self, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cos and sin ``[sizes[axis], spec.pairs[axis]]`` of one axis: views of ``rows``."""

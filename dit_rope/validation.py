@@ -89,7 +89,7 @@ def check_norm(
         raise TypeError(f"norm must be a NormKind, got {norm!r}")
     if isinstance(eps, bool) or not isinstance(eps, int | float):
         raise TypeError(f"eps must be a float, got {eps!r}")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and at least 0, got {eps}")
     for name, x, weight in zip(names, xs, weights, strict=True):
         if weight is None:
@@ -133,6 +133,8 @@ def check_inplace(names: Sequence[str], xs: Sequence[torch.Tensor], weights: Seq
 
 
 def _overlaps_itself(x: torch.Tensor) -> bool:
+    if x.is_contiguous():
+        return False
     span = 1
     for stride, size in sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1):
         if stride < span:

@@ -1,111 +1,167 @@
-// The contract of the rotation kernels: the arguments of one rotation, where a token stands, and how a pair turns.
+// The contract of the rotation kernels: their arguments, where a token stands, and how channels are read, turned and
+// written.
 //
-// It says in CUDA what dit_rope/rotation_args.py says in Python, so that a kernel that includes it agrees with every
-// other backend. Includes nothing, so that NVRTC needs no include path. Element offsets are 64-bit throughout.
+// It says in CUDA what dit_rope/rotation_args.py says in Python. Element offsets of tokens and heads are 64-bit, offsets
+// inside a head 32-bit. A kernel is compiled for a Plan: a struct of constants that dit_rope/backends/cuda_kernels.py
+// writes from the shapes and dtypes of a call; everything that varies with length, position or address is an argument.
 
 #pragma once
+
+#include "ptx.cuh"
 
 namespace dit_rope {
 
 constexpr int kMaxAxes = 4;
+constexpr int kWarp = 32;
 
-// Arguments of one rotation, passed to a kernel by value. Table is float, or double for float64 data.
-// Members go from 8-byte to 4-byte ones: the layout has no padding between them and can be packed by the host.
-template <typename Table>
-struct RotationArgs {
-  const Table* rows;         // [2, R, P]: cos, then sin, of all axes, axis after axis along R; last dim contiguous
-  const int* positions;      // [1 or B, count, axes] rows of the table, contiguous; or null: rows come from the grid
-  long long sin_offset;      // elements from a cosine to its sine
-  long long row_stride;      // elements from a row of the table to the next
-  long long position_batch;  // elements from one batch entry of positions to the next; 0 when all share one
-  long long token_offset;    // flat grid index of the first token; ignored with positions
-  long long prefix;          // tokens before the grid's
-  long long count;           // the grid's tokens in this sequence, padding included
-  int axes;                  // 1 to kMaxAxes
-  int pairs[kMaxAxes];       // channel pairs of each axis
-  int sizes[kMaxAxes];       // the local grid, axis 0 slowest; ignored with positions
-  int first_rows[kMaxAxes];  // table row of coordinate 0 of each axis; ignored with positions
-  int half;                  // 1: pair p is channels (p, p + n), n = sum of pairs; 0: channels (2 p, 2 p + 1)
-  int inverse;               // 1: turn backwards
+enum Norm { kNoNorm, kPerHead, kAcrossHeads };
+
+// Where one tensor [B, S, H, D] is, where its result goes, and the weight of its norm.
+struct Tensor {
+  const void* x;
+  void* out;           // may be x: a channel is read and written by one thread
+  const void* weight;  // [D] per head, [H, D] across heads, or null
 };
 
-// Finds the table rows of one token. Returns false when the token is copied unturned: prefix, suffix or padding.
-// A negative row leaves the pairs of that axis unturned.
-template <typename Table>
-__device__ __forceinline__ bool token_rows(const RotationArgs<Table>& args, long long batch, long long token,
-                                           int (&rows)[kMaxAxes]) {
-  const long long number = token - args.prefix;
-  if (number < 0 || number >= args.count) return false;
-  if (args.positions != nullptr) {
-    const int* position = args.positions + batch * args.position_batch + number * args.axes;
-    for (int axis = 0; axis < args.axes; ++axis) rows[axis] = position[axis];
-    return true;
+// Elements from one batch entry, token and head of a tensor and of its result to the next.
+struct Strides {
+  long long x_batch, x_token, x_head;
+  long long out_batch, out_token, out_head;
+};
+
+// Arguments of one launch, passed by value. What changes from call to call is in front, and members go from 8-byte to
+// 4-byte ones: no padding, so the host packs them field by field.
+struct RotationArgs {
+  Tensor query;
+  Tensor key;            // unused where Plan::key_heads is 0
+  const void* rows;      // [2, R, P]: cos, then sin, of all axes, axis after axis along R; last dim contiguous
+  const int* positions;  // [1 or B, 1 or count, axes] rows of the table; or null: rows come from the grid
+  const int* entries;    // [B] which batch entry of x is turned as entry b; or null: entry b itself
+  Strides query_strides;
+  Strides key_strides;
+  long long sin_offset;  // elements from a cosine to its sine
+  long long row_stride;  // elements from a row of the table to the next
+  long long position_batch, position_token, position_axis;
+  int batches;               // B, on grid axes y and z; blocks past it do nothing
+  int entry_count;           // batch entries that x has; an entry outside of them is left alone
+  int row_count;             // R; a row at or past it is never read and does not turn
+  int tokens;                // S
+  int prefix;                // tokens before the grid's
+  int turning;               // how many tokens after the prefix turn
+  int token_offset;          // flat grid index of the first of them; ignored with positions
+  int inverse;               // 1: turn backwards
+  int keep_still;            // 1: tokens that do not turn are neither read nor written
+  int sizes[kMaxAxes];       // the grid, axis 0 slowest; ignored with positions
+  int spans[kMaxAxes];       // product of the sizes after the axis; ignored with positions
+  int first_rows[kMaxAxes];  // table row of coordinate 0 of each axis; ignored with positions
+  float eps;
+};
+
+// The table row of a token on one axis, -1 where it does not turn. `number` counts from the first token after the
+// prefix.
+__device__ __forceinline__ int token_row(const RotationArgs& args, int batch, int number, int axis) {
+  if (number < 0 || number >= args.turning) return -1;
+  if (args.positions == nullptr) {
+    const unsigned index = static_cast<unsigned>(args.token_offset) + number;
+    return args.first_rows[axis] + static_cast<int>(index / args.spans[axis] % args.sizes[axis]);
   }
-  long long rest = args.token_offset + number;
-  for (int axis = args.axes - 1; axis >= 0; --axis) {
-    rows[axis] = args.first_rows[axis] + static_cast<int>(rest % args.sizes[axis]);
-    rest /= args.sizes[axis];
-  }
-  return rest == 0;  // what is left over counts whole grids: the token is padding past the last one
+  const int row = args.positions[batch * args.position_batch + number * args.position_token +
+                                 axis * args.position_axis];
+  return row < args.row_count ? row : -1;
 }
 
-// Finds the axis that owns pair `pair` of a head, and the pair's column in that axis' rows.
-// `pair` must be below the sum of args.pairs.
-template <typename Table>
-__device__ __forceinline__ int pair_axis(const RotationArgs<Table>& args, int pair, int& column) {
+// The axis that owns pair `pair` of a head; `first` becomes the axis' first pair.
+template <class Plan>
+__device__ __forceinline__ int pair_axis(int pair, int& first) {
+  first = 0;
   int axis = 0;
-  for (; pair >= args.pairs[axis]; ++axis) pair -= args.pairs[axis];
-  column = pair;
+  if (Plan::axes > 1 && pair >= Plan::bound1) first = Plan::bound1, axis = 1;
+  if (Plan::axes > 2 && pair >= Plan::bound2) first = Plan::bound2, axis = 2;
+  if (Plan::axes > 3 && pair >= Plan::bound3) first = Plan::bound3, axis = 3;
   return axis;
 }
 
-// Finds the two channels of pair `pair`, of `all_pairs` in all.
-template <typename Table>
-__device__ __forceinline__ void pair_channels(const RotationArgs<Table>& args, int pair, int all_pairs, int& first,
-                                              int& second) {
-  first = args.half ? pair : 2 * pair;
-  second = args.half ? pair + all_pairs : 2 * pair + 1;
-}
-
-// Reads cos and sin of one pair; (1, 0) for a negative row. The sine carries the sign of args.inverse.
-template <typename Table>
-__device__ __forceinline__ void pair_angle(const RotationArgs<Table>& args, int row, int column, Table& cosine,
-                                           Table& sine) {
-  if (row < 0) {
-    cosine = Table(1);
-    sine = Table(0);
+// Turns the pair (a, b) into (a cos - b sin, a sin + b cos). Exact: every product and every sum is rounded on its own,
+// to the dtype that data and table promote to, as eager PyTorch does; the compiler never contracts these intrinsics.
+// Fast: one product is fused into the sum, two roundings a channel instead of three.
+template <class Plan>
+__device__ __forceinline__ void turn(float& a, float& b, float cosine, float sine) {
+  if constexpr (!Plan::exact) {
+    const float first = __fmaf_rn(a, cosine, -__fmul_rn(b, sine));
+    b = __fmaf_rn(a, sine, __fmul_rn(b, cosine));
+    a = first;
     return;
   }
-  const Table* entry = args.rows + row * args.row_stride + column;
-  cosine = entry[0];
-  sine = args.inverse ? -entry[args.sin_offset] : entry[args.sin_offset];
+  float a_cosine = __fmul_rn(a, cosine), b_sine = __fmul_rn(b, sine);
+  float a_sine = __fmul_rn(a, sine), b_cosine = __fmul_rn(b, cosine);
+  round_two<typename Plan::Table>(a_cosine, b_sine);
+  round_two<typename Plan::Table>(a_sine, b_cosine);
+  a = __fsub_rn(a_cosine, b_sine);
+  b = __fadd_rn(a_sine, b_cosine);
 }
 
-// Turns one pair with the roundings of eager code: every product and every sum is rounded on its own. The compiler
-// never contracts these intrinsics into a fused multiply-add, whatever its flags.
-__device__ __forceinline__ void turn_exact(float& first, float& second, float cosine, float sine) {
-  const float a = first, b = second;
-  first = __fsub_rn(__fmul_rn(a, cosine), __fmul_rn(b, sine));
-  second = __fadd_rn(__fmul_rn(a, sine), __fmul_rn(b, cosine));
-}
+template <int kBytes>
+struct AccessOf;
+template <>
+struct AccessOf<16> {
+  using Type = uint4;
+};
+template <>
+struct AccessOf<8> {
+  using Type = uint2;
+};
+template <>
+struct AccessOf<4> {
+  using Type = unsigned;
+};
+template <>
+struct AccessOf<2> {
+  using Type = unsigned short;
+};
 
-__device__ __forceinline__ void turn_exact(double& first, double& second, double cosine, double sine) {
-  const double a = first, b = second;
-  first = __dsub_rn(__dmul_rn(a, cosine), __dmul_rn(b, sine));
-  second = __dadd_rn(__dmul_rn(a, sine), __dmul_rn(b, cosine));
-}
+// Neighbouring channels of one row, kept as they lie in memory. kAccess: bytes of one memory access.
+template <typename Number, int kChannels, int kAccess>
+struct Chunk {
+  using Access = typename AccessOf<kAccess>::Type;
+  static constexpr int kNumbers = Word<Number>::kNumbers;
+  static constexpr int kWords = kChannels / kNumbers;
+  static constexpr int kAccesses = kWords * 4 / kAccess;
+  static_assert(kChannels % kNumbers == 0 && kWords * 4 % kAccess == 0, "a chunk is whole words and whole accesses");
 
-// Turns one pair with two roundings a channel instead of three.
-__device__ __forceinline__ void turn_fast(float& first, float& second, float cosine, float sine) {
-  const float a = first, b = second;
-  first = __fmaf_rn(a, cosine, -__fmul_rn(b, sine));
-  second = __fmaf_rn(a, sine, __fmul_rn(b, cosine));
-}
+  alignas(16) unsigned words[kWords];
 
-__device__ __forceinline__ void turn_fast(double& first, double& second, double cosine, double sine) {
-  const double a = first, b = second;
-  first = __fma_rn(a, cosine, -__dmul_rn(b, sine));
-  second = __fma_rn(a, sine, __dmul_rn(b, cosine));
-}
+  // Reads what nobody reads again: it is first to leave the caches, so that tables and weights stay.
+  __device__ __forceinline__ void load_once(const Number* from) {
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) {
+      reinterpret_cast<Access*>(words)[i] = __ldcs(reinterpret_cast<const Access*>(from) + i);
+    }
+  }
+
+  // Reads what other blocks read too, and nobody writes.
+  __device__ __forceinline__ void load_shared(const Number* from) {
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) {
+      reinterpret_cast<Access*>(words)[i] = __ldg(reinterpret_cast<const Access*>(from) + i);
+    }
+  }
+
+  __device__ __forceinline__ void store(Number* to) const {
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) {
+      store_whole(reinterpret_cast<Access*>(to) + i, reinterpret_cast<const Access*>(words)[i]);
+    }
+  }
+
+  __device__ __forceinline__ void unpack(float (&values)[kChannels]) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) Word<Number>::unpack(words[i], values + kNumbers * i);
+  }
+
+  __device__ __forceinline__ void pack(const float (&values)[kChannels]) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = Word<Number>::pack(values + kNumbers * i);
+  }
+};
 
 }  // namespace dit_rope

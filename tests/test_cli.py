@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import dit_rope
 from dit_rope import cli
+from dit_rope.backend_choice import explain_backends
 
 COMMANDS = ("demo", "inspect", "bench", "doctor")
 DEMO = ("--prompt", "a", "--steps", "2", "--frames", "5", "--size", "32x48", "--device", "cpu")
@@ -48,7 +49,7 @@ def test_doctor_prints_versions_devices_and_why_each_backend_is_or_is_not_chosen
     assert result.exit_code == 0
     assert torch.__version__ in result.output
     assert f"cpu: {torch.get_num_threads()} threads" in result.output
-    verdicts = dict(dit_rope.rotation.explain_backends("cpu"))
+    verdicts = dict(explain_backends("cpu"))
     assert verdicts["eager"] == "chosen"
     for backend, verdict in verdicts.items():
         assert backend in result.output

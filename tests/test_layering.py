@@ -25,6 +25,7 @@ LAYERS = (
     ("dit_rope.axis_tables", "dit_rope.layout", "dit_rope.validation"),
     ("dit_rope.tables",),
     ("dit_rope.backends",),
+    ("dit_rope.backend_choice",),
     ("dit_rope.ops",),
     ("dit_rope.rotation",),
     ("dit_rope.streaming", "dit_rope.compat", "dit_rope.models"),
@@ -34,13 +35,17 @@ LAYERS = (
 )
 """From the bottom up: a module imports from below its own layer, never from beside it."""
 SAME_UNIT = ("dit_rope.models", "dit_rope.cli", "dit_rope.compat")
-"""Packages whose modules may import one another. Backends may not, but for the pair below."""
-PAIR = ("dit_rope.backends.triton_kernels", "dit_rope.backends.triton_device")
-"""One backend in two files, so that the second can be imported only where Triton is."""
+"""Packages whose modules may import one another. Backends may not, but for what follows."""
+TRITON = ("dit_rope.backends.triton_kernels", "dit_rope.backends.triton_device")
+CUDA, PLAN, LAUNCH = (f"dit_rope.backends.cuda_{name}" for name in ("kernels", "plan", "launch"))
+GPU_CALLS = "dit_rope.backends.gpu_calls"
+BESIDE = {TRITON, (CUDA, PLAN), (LAUNCH, PLAN), (LAUNCH, CUDA), (TRITON[0], GPU_CALLS), (CUDA, GPU_CALLS)}
+"""What needs Triton or the CUDA bindings is a file of its own, imported only where they are; what both GPU backends
+ask of a call is written once."""
 
 HOME = {
-    "triton": PAIR,
-    "cuda": ("dit_rope.backends.cuda_kernels",),
+    "triton": TRITON,
+    "cuda": (LAUNCH,),
     "diffusers": ("dit_rope.models", "dit_rope.patching", "dit_rope.comparison", "dit_rope.cli"),
     "transformers": (),
     "typer": ("dit_rope.cli",),
@@ -105,7 +110,7 @@ def offences(name: str, source: str, is_package: bool = False) -> list[str]:
         top = module.split(".")[0]
         if top == "dit_rope":
             together = any(within(name, (unit,)) and within(module, (unit,)) for unit in SAME_UNIT)
-            if not (together or (name, module) == PAIR or layer(module) < layer(name)):
+            if not (together or (name, module) in BESIDE or layer(module) < layer(name)):
                 found.append(f"{name} imports {module}, which is not below it")
         elif not within(name, HOME.get(top, (name,))):
             found.append(f"{name} imports {top}, which belongs in {HOME[top]}")
@@ -130,6 +135,9 @@ def test_module_imports_only_what_its_layer_may(name):
         ("dit_rope.tables", "def f():\n    from .rotation import rotate"),
         ("dit_rope.backends.eager", "from . import triton_kernels"),
         ("dit_rope.backends.triton_device", "from .triton_kernels import rotate"),
+        ("dit_rope.backends.gpu_calls", "from .cuda_kernels import Plan"),
+        ("dit_rope.backends.cuda_kernels", "from .triton_kernels import rotate"),
+        ("dit_rope.backends.cuda_kernels", "from cuda.core import Device"),
         ("dit_rope.rotation", "import dit_rope"),
         ("dit_rope.compat.fastvideo", "from ..patching import patch"),
         ("dit_rope.comparison", "from . import cli"),
@@ -170,7 +178,8 @@ before = set(sys.modules)
 state = (dict(os.environ), torch.get_default_dtype(), torch.get_num_threads(), threading.active_count())
 import dit_rope
 loaded = {name.split(".")[0] for name in set(sys.modules) - before}
-assert not loaded & {"triton", "diffusers", "transformers", "typer", "rich", "skimage", "PIL", "kernels"}, loaded
+heavy = {"triton", "cuda", "diffusers", "transformers", "typer", "rich", "skimage", "PIL", "kernels"}
+assert not loaded & heavy, loaded
 assert state == (dict(os.environ), torch.get_default_dtype(), torch.get_num_threads(), threading.active_count())
 assert not torch.cuda.is_initialized()
 info = dit_rope.cache_info()

@@ -9,7 +9,7 @@ import torch
 
 import dit_rope
 from dit_rope import Grid, NormKind, Pairing, RopeSpec, RopeTable, norm_rotate, norm_rotate_qk, rotate, rotate_qk
-from dit_rope.rotation import choose_backend, explain_backends
+from dit_rope.backend_choice import choose_backend, explain_backends
 
 H, D = 3, 10
 
@@ -158,7 +158,7 @@ def test_rotate_qk_refuses_tensors_that_do_not_fit(
         ({"prefix": -1, "suffix": 1}, ValueError, "prefix must be at least 0, got -1"),
         ({"prefix": 1.0}, TypeError, "prefix must be an int, got 1.0"),
         ({"suffix": 3}, ValueError, r"0 \+ 12 \+ 3 = 15 tokens, got 12"),
-        ({"backend": "cutlass"}, ValueError, "backend must be 'auto', 'triton' or 'eager', got 'cutlass'"),
+        ({"backend": "cutlass"}, ValueError, "got 'cutlass'"),
         ({"positions": torch.zeros(1, 12, 3)}, TypeError, "positions must be an int32 tensor, got torch.float32"),
         (
             {"positions": torch.zeros(12, 3, dtype=torch.int32)},

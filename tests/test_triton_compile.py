@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from dit_rope.backends.triton_kernels import Norm, launch_arguments
+from dit_rope.backends.gpu_calls import Norm
+from dit_rope.backends.triton_kernels import launch_arguments
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.spec import NormKind, Pairing
 

@@ -111,7 +111,7 @@ def test_declined_names_what_is_wrong_with_the_tensors(x: torch.Tensor, change, 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"rows": ARGS.rows.double()}, "tables must be float32, got torch.float64"),
+        ({"rows": ARGS.rows.double()}, "tables must be float32 or of the data's dtype torch.bfloat16, got torch.float64"),
         ({"rows": ARGS.rows.mT.contiguous().mT}, "last dim of the tables must be contiguous"),
         ({"rows": torch.zeros(2, 1, 1).expand(2, 2**30, 1)}, "fewer than 2**31 elements"),
         ({"positions": torch.zeros(1, 24, 3, dtype=torch.int64)}, "positions must be int32, got torch.int64"),

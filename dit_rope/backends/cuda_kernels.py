@@ -1,9 +1,38 @@
-"""Finds the CUDA sources that ship with the package."""
+"""The rotation, and RMSNorm with rotation, as one CUDA C++ launch on an NVIDIA GPU.
+
+This module decides whether the kernel of ``kernels/rope.cu`` can take a call, what its arguments are, and
+remembers both per layout. :mod:`dit_rope.backends.cuda_plan` chooses the constants it is compiled for,
+:mod:`dit_rope.backends.cuda_launch` compiles and launches it.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
+import torch
+
+from ..rotation_args import RotationArgs
+from ..spec import MAX_AXES, NormKind, Pairing
+from .cuda_plan import ACCESS_BYTES, MAX_HELD, WARP, Plan, Signature, deal_threads, plan_for
+from .gpu_calls import COMMON, Call, Constraint, Norm, first_reason, turning_tokens
+
+MIN_CAPABILITY = (8, 0)
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# struct RotationArgs of kernels/rope.cuh: 9 pointers, 17 other members of 8 bytes, 22 of 4.
+_POINTERS, _NUMBERS = struct.Struct("=9q"), struct.Struct("=17q21if")
+ARGUMENTS_SIZE = _POINTERS.size + _NUMBERS.size
+MAX_GRID_ROWS = 65_535
+MAX_LAUNCHES = 1024
+
+_launches: dict[object, Launch] = {}
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -18,6 +47,261 @@ def kernel_sources() -> Path:
     """
     candidates = (_PACKAGE / "_kernels", _PACKAGE.parent / "kernels")
     for folder in candidates:
-        if (folder / "rope.cuh").is_file():
+        if (folder / "rope.cu").is_file():
             return folder
-    raise FileNotFoundError(f"rope.cuh must be in {candidates[0]} or {candidates[1]}; reinstall dit_rope")
+    raise FileNotFoundError(f"rope.cu must be in {candidates[0]} or {candidates[1]}; reinstall dit_rope")
+
+
+def declined(xs: Sequence[torch.Tensor], args: RotationArgs, norm: NormKind | None = None) -> str | None:
+    """Why this backend cannot rotate ``xs`` (or, with ``norm``, norm and rotate them), or None when it can.
+
+    The shapes of ``xs``, ``[B, S, H, D]``, and what ``args`` says of them are taken as validated.
+    """
+    return first_reason(CONSTRAINTS, Call(xs, args, norm))
+
+
+def rotate(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor]) -> None:
+    """Rotates one or two tensors ``xs[i]`` ``[B, S, H_i, D]`` into ``outs[i]``, in one launch on the current stream.
+
+    Every element of ``outs`` is written; ``outs`` may be ``xs``, which are then turned in place (and must be, with
+    ``args.entries``). float16, bfloat16 or float32 data; float32 arithmetic, rounded once, and with the model's own
+    roundings when ``args.exact``. The caller has made sure that :func:`declined` gives no reason.
+    """
+    _launch(xs, args, outs, None)
+
+
+def norm_rotate(
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor | None],
+    eps: float,
+    norm: NormKind,
+    args: RotationArgs,
+    outs: Sequence[torch.Tensor],
+) -> None:
+    """RMSNorm of one or two tensors ``xs[i]`` ``[B, S, H_i, D]``, then their rotation, into ``outs[i]``, in one launch.
+
+    One read and one write of the data; float32 arithmetic, rounded once. Unturned tokens and channels are normed too.
+    ``weights[i]`` is ``[D]`` per head or ``[H_i * D]`` across heads, or all are None. ``outs`` may be ``xs``.
+    """
+    _launch(xs, args, outs, Norm(norm, [_readable(weight) for weight in weights], eps))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What calls with one layout of their tensors have in common.
+
+    Attributes:
+        plan: the constants of the kernel.
+        grid: thread blocks along x, y and z; none of y and z is past the driver's 65,535.
+        numbers: ``struct RotationArgs`` of ``kernels/rope.cuh`` after the pointers.
+    """
+
+    plan: Plan
+    grid: tuple[int, int, int]
+    numbers: bytes
+
+
+def launch_of(
+    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None = None
+) -> tuple[Launch, bytes]:
+    """The launch of one call, the same object for equal layouts, and its pointers; the call is not validated."""
+    x, y, out, y_out = xs[0], xs[-1], outs[0], outs[-1]
+    rows, positions, entries = args.rows, args.positions, args.entries
+    weights = [] if norm is None else [weight for weight in norm.weights if weight is not None]
+    pointers = [x.data_ptr(), out.data_ptr(), 0, y.data_ptr(), y_out.data_ptr(), 0, rows.data_ptr(), 0, 0]
+    if weights:
+        pointers[2], pointers[5] = weights[0].data_ptr(), weights[-1].data_ptr()
+    if positions is not None:
+        pointers[7] = positions.data_ptr()
+    if entries is not None:
+        pointers[8] = entries.data_ptr()
+    key = (
+        *(len(xs), x.dtype, x.shape, x.stride(), out.stride(), y.shape, y.stride(), y_out.stride()),
+        *(args.numbers, rows.shape, rows.stride(), rows.dtype),
+        None if positions is None else (positions.shape, positions.stride()),
+        None if entries is None else entries.shape,
+        None if norm is None else (norm.kind, norm.eps, tuple([weight.dtype for weight in weights])),
+        (pointers[0] | pointers[1] | pointers[3] | pointers[4]) % ACCESS_BYTES,
+        (pointers[2] | pointers[5]) % ACCESS_BYTES,
+        pointers[0] == pointers[1],
+    )
+    launch = _launches.get(key)
+    if launch is None:
+        if len(_launches) >= MAX_LAUNCHES:
+            _launches.clear()
+        launch = _launches[key] = _launch_of(xs, args, outs, norm)
+    return launch, _POINTERS.pack(*pointers)
+
+
+def _launch_of(
+    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None
+) -> Launch:
+    plan = plan_of(xs, args, outs, norm)
+    batch, tokens = xs[0].shape[:2] if args.entries is None else (args.entries.shape[0], xs[0].shape[1])
+    rows = min(batch, MAX_GRID_ROWS)
+    grid = (-(-tokens // plan.tokens), rows, -(-batch // rows))
+    return Launch(plan, grid, _pack_numbers(xs, args, outs, norm, batch))
+
+
+def plan_of(
+    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None = None
+) -> Plan:
+    """The constants that the kernel is compiled for in one call; the call is not validated.
+
+    Nothing in it depends on the number of tokens, the batch, or where in the grid a token stands.
+    """
+    weights = [] if norm is None else [weight for weight in norm.weights if weight is not None]
+    signature = _signature(Call(xs, args, norm.kind if norm else None))
+    return plan_for(
+        replace(
+            signature,
+            weights=tuple(weight.dtype for weight in weights),
+            keep_still=_keeps_still(xs, outs, norm),
+            alignment=_alignment([*xs, *outs]),
+            weight_alignment=_alignment(weights),
+        )
+    )
+
+
+def _signature(call: Call) -> Signature:
+    """The signature of a call without weights, out of place, aligned."""
+    xs, args = call.xs, call.args
+    return Signature(
+        data=xs[0].dtype,
+        table=args.rows.dtype,
+        weights=(),
+        heads=tuple(x.shape[2] for x in xs),
+        head_dim=xs[0].shape[3],
+        pairs=args.pairs,
+        half=args.pairing is Pairing.HALF,
+        exact=args.exact,
+        norm=call.norm,
+        keep_still=False,
+        some_entries=args.entries is not None,
+        alignment=ACCESS_BYTES,
+        weight_alignment=ACCESS_BYTES,
+    )
+
+
+def _pack_numbers(
+    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None, batch: int
+) -> bytes:
+    x, positions = xs[0], args.positions
+    strides = [(*a.stride()[:3], *out.stride()[:3]) for a, out in zip(xs, outs, strict=True)]
+    spare = MAX_AXES - len(args.sizes)
+    sizes: tuple[int, ...] = (*args.sizes, *(1,) * spare)
+    spans: tuple[int, ...] = (1,) * MAX_AXES
+    by_position: tuple[int, ...] = (0, 0, 0)
+    if positions is None:
+        spans = (sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1)
+    else:
+        steps = zip(positions.stride(), positions.shape, strict=True)
+        by_position = tuple(stride if size > 1 else 0 for stride, size in steps)
+    return _NUMBERS.pack(
+        *strides[0],
+        *strides[-1],
+        *args.rows.stride()[:2],
+        *by_position,
+        batch,
+        x.shape[0],
+        args.rows.shape[1],
+        x.shape[1],
+        args.prefix,
+        turning_tokens(args, x.shape[1]),
+        args.token_offset,
+        args.inverse,
+        _keeps_still(xs, outs, norm),
+        *sizes,
+        *spans,
+        *args.first_rows,
+        *(0,) * spare,
+        norm.eps if norm else 0.0,
+    )
+
+
+def _launch(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None) -> None:
+    if xs[0].numel() == 0 or (args.entries is not None and args.entries.numel() == 0):
+        return
+    _launcher().run(*launch_of(xs, args, outs, norm), xs[0].device)
+
+
+@functools.cache
+def _launcher() -> ModuleType:
+    """What needs the CUDA bindings, imported when the first call is made."""
+    return importlib.import_module(".cuda_launch", __package__)
+
+
+def _readable(weight: torch.Tensor | None) -> torch.Tensor | None:
+    if weight is None:
+        return None
+    return (weight if weight.dtype in WEIGHT_DTYPES else weight.float()).contiguous()
+
+
+def _keeps_still(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], norm: Norm | None) -> bool:
+    """In place and without a norm, what does not turn is neither read nor written."""
+    return norm is None and all(x.data_ptr() == out.data_ptr() for x, out in zip(xs, outs, strict=True))
+
+
+def _alignment(tensors: Sequence[torch.Tensor]) -> int:
+    """Bytes, up to 16, that every row of the last dim of every tensor is aligned to."""
+    bits = ACCESS_BYTES
+    for tensor in tensors:
+        bits |= tensor.data_ptr()
+        for size, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False):
+            if size > 1:  # a stride nobody steps by cannot cost alignment
+                bits |= stride * tensor.element_size()
+    return bits & -bits
+
+
+def _is_even(call: Call) -> bool:
+    half = call.args.pairing is Pairing.HALF
+    return call.xs[0].shape[3] % 2 == 0 and not (half and sum(call.args.pairs) % 2)
+
+
+def _fits_threads(call: Call) -> bool:
+    signature = _signature(call)
+    threads = deal_threads(signature)
+    whole = signature.head_dim % threads.chunk == 0 and not (signature.half and sum(signature.pairs) % threads.chunk)
+    one_warp = call.norm is not NormKind.PER_HEAD or threads.lanes <= WARP
+    return whole and one_warp and threads.held <= MAX_HELD
+
+
+@functools.cache
+def _why_no_device(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip:
+        return f"device must be an NVIDIA GPU, got {device}"
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"compute capability must be at least {'.'.join(map(str, MIN_CAPABILITY))}, got {capability}"
+    missing = [name for name in ("cuda.core", "cuda.bindings") if not _is_installed(name)]
+    return f"{' and '.join(missing)} must be installed; pip install 'dit-rope[cuda]'" if missing else None
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package that holds it
+        return False
+
+
+CONSTRAINTS = (
+    Constraint(
+        lambda call: _why_no_device(call.xs[0].device) is None,
+        lambda call: str(_why_no_device(call.xs[0].device)),
+    ),
+    *COMMON,
+    Constraint(
+        _is_even,
+        lambda call: (
+            f"head dim, and the pairs of half pairing, must be even, got {call.xs[0].shape[3]} and "
+            f"{sum(call.args.pairs)}"
+        ),
+    ),
+    Constraint(
+        _fits_threads,
+        lambda call: (
+            f"the heads of a token must fit the registers of one block, got {[x.shape[2] for x in call.xs]} heads "
+            f"of {call.xs[0].shape[3]} channels"
+        ),
+    ),
+)

@@ -50,7 +50,10 @@ def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: Pa
 
 
 def dense_angles(args: RotationArgs, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cos and sin ``[B or 1, length, 1, pairs]`` of every token of a sequence, (1, 0) where it does not turn."""
+    """Cos and sin ``[B or 1, length, 1, pairs]`` of every token of a sequence, (1, 0) where it does not turn.
+
+    B is the batch of ``args.positions``, which with ``args.entries`` counts those.
+    """
     rows = _row_indices(args)
     angles = torch.cat(_gather(_identity_row(args.rows), rows, args.pairs), dim=-1)
     around = (0, 0, 0, 0, args.prefix, length - args.prefix - rows.shape[1])
@@ -65,8 +68,11 @@ def rotate(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.
     """Rotates each ``xs[i]`` ``[B, S, H, D]`` into ``outs[i]``, which may be ``xs[i]`` itself.
 
     Every element of ``outs`` is written; the layout of tokens and channels is that of :class:`RotationArgs`.
+
+    Raises:
+        IndexError: a position is past the table, or an entry of ``args.entries`` past the batch.
     """
-    _run(xs, args, outs, _Turn(args, xs[0].dtype), norm=None)
+    _run(xs, args, outs, norm=None)
 
 
 def norm_rotate(
@@ -81,8 +87,11 @@ def norm_rotate(
 
     Arithmetic is float32 (float64 for float64 data) and rounded once. Weights are ``[D]`` per head, ``[H * D]``
     across heads, or None.
+
+    Raises:
+        IndexError: as :func:`rotate`.
     """
-    _run(xs, args, outs, _Turn(replace(args, exact=False), xs[0].dtype), norm=_Norm(norm, eps, weights))
+    _run(xs, replace(args, exact=False), outs, norm=_Norm(norm, eps, weights))
 
 
 class _Norm:
@@ -178,9 +187,11 @@ class _Turn:
         out2.copy_(turned2)
 
 
-def _run(
-    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], turn: _Turn, norm: _Norm | None
-) -> None:
+def _run(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: _Norm | None) -> None:
+    if args.entries is not None:
+        _run_entries(xs, args.entries.long(), replace(args, entries=None), norm)
+        return
+    turn = _Turn(args, xs[0].dtype)
     turning = slice(args.prefix, args.prefix + turn.count)
     for index, (x, out) in enumerate(zip(xs, outs, strict=True)):
         if turn.count == x.shape[1]:
@@ -189,6 +200,14 @@ def _run(
         for still in (slice(0, turning.start), slice(turning.stop, None)):
             _copy_still(x[:, still], out[:, still], turn.dtype, norm, index)
         _turn_tokens(x[:, turning], out[:, turning], turn, norm, index)
+
+
+def _run_entries(xs: Sequence[torch.Tensor], entries: torch.Tensor, args: RotationArgs, norm: _Norm | None) -> None:
+    """Turns some batch entries of ``xs`` in place, which are gathered, turned together, and put back."""
+    picked = [x.index_select(0, entries) for x in xs]
+    _run(picked, args, picked, norm)
+    for x, turned in zip(xs, picked, strict=True):
+        x.index_copy_(0, entries, turned)
 
 
 def _copy_still(x: torch.Tensor, out: torch.Tensor, dtype: torch.dtype, norm: _Norm | None, index: int) -> None:
@@ -242,19 +261,18 @@ def _readable(x: torch.Tensor, turn: _Turn) -> bool:
 def _row_indices(args: RotationArgs) -> torch.Tensor:
     """Row of each turning token on each axis, ``[1 or B, n, axes]`` int64."""
     if args.positions is not None:
-        return args.positions.long()
+        return args.positions.long().expand(-1, args.count, -1)
     coordinates = grid_coordinates(args.sizes, args.token_offset, args.count, args.rows.device)
     columns = [coordinate + first for coordinate, first in zip(coordinates, args.first_rows, strict=True)]
     return torch.stack(columns, dim=-1)[None]
 
 
 def _gather(table: torch.Tensor, rows: torch.Tensor, pairs: Sequence[int]) -> list[torch.Tensor]:
-    """``[..., B or 1, n, pairs[a]]`` of each axis from ``table`` ``[..., R + 1, P]`` at ``rows`` ``[B or 1, n, axes]``.
+    """``[..., B or 1, n, pairs[a]]`` of each axis from ``table`` ``[..., 1 + R, P]`` at ``rows`` ``[B or 1, n, axes]``.
 
-    The last row of the table is the identity, for negative rows.
+    The first row of the table is the identity, for negative rows; row 0 comes after it.
     """
-    flat = rows.flatten(0, 1)
-    flat = torch.where(flat < 0, table.shape[-2] - 1, flat)
+    flat = (rows.flatten(0, 1) + 1).clamp_(min=0)
     gathered = (table.index_select(-2, flat[:, axis]) for axis in range(len(pairs)))
     return [part[..., :width].unflatten(-2, rows.shape[:2]) for part, width in zip(gathered, pairs, strict=True)]
 
@@ -265,10 +283,10 @@ def _identity(x: torch.Tensor) -> tuple[object, ...]:
 
 
 def _identity_row(rows: torch.Tensor) -> torch.Tensor:
-    """``rows`` ``[2, R, P]`` with a row (1, 0) after the last, which the row index -1 selects."""
+    """``rows`` ``[2, R, P]`` after a row (1, 0): ``[2, 1 + R, P]``."""
     identity = rows.new_zeros(2, 1, rows.shape[2])
     identity[0] = 1.0
-    return torch.cat((rows, identity), dim=1)
+    return torch.cat((identity, rows), dim=1)
 
 
 def _chunk_tokens(x: torch.Tensor, dtype: torch.dtype, chunk_bytes: int) -> int:

@@ -16,18 +16,18 @@ import triton.language as tl
 # shard or start frame must not compile anything. Their types are fixed in the signature for the same reason.
 RUN_TIME = (
     *(f"{x}_{stride}" for x in ("q", "q_out", "k", "k_out") for stride in ("batch", "token", "head")),
-    *("rows_plane", "rows_row", "positions_batch", "positions_token", "positions_axis"),
-    *("tokens", "prefix", "turning", "token_offset", "span0", "span1", "span2"),
+    *("rows_plane", "rows_row", "positions_batch", "positions_token", "positions_axis", "entries_batch"),
+    *("row_count", "entry_count", "tokens", "prefix", "turning", "token_offset", "span0", "span1", "span2"),
     *("first0", "first1", "first2", "first3", "eps"),
 )
 
 
 @triton.jit
 def _load_angles(
-    rows, rows_plane, rows_row, positions, positions_batch, positions_token, positions_axis, batch, j, turns, rest,
-    spans, firsts, BOUNDS: tl.constexpr, AXES: tl.constexpr, PADDED: tl.constexpr, INVERSE: tl.constexpr,
+    rows, rows_plane, rows_row, row_count, positions, positions_batch, positions_token, positions_axis, batch, j,
+    turns, rest, spans, firsts, BOUNDS: tl.constexpr, AXES: tl.constexpr, PADDED: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Cos and sin of the pairs of this program's tokens, and whether each turns: three ``[tokens, 1, PADDED]``.
+    """Cos and sin (float32) of the pairs of this program's tokens, and whether each turns: ``[tokens, 1, PADDED]``.
 
     ``j`` and ``turns`` are ``[tokens]``: the token's number in the grid, and whether it turns; ``rest`` is its flat
     index there. Each axis' row is found once per token, and selected for the pairs that the axis owns.
@@ -40,6 +40,7 @@ def _load_angles(
         if positions is not None:
             at = positions + batch * positions_batch + j.to(tl.int64) * positions_token + a * positions_axis
             axis_row = tl.load(at, mask=turns, other=-1)
+            axis_row = tl.where(axis_row < row_count, axis_row, -1)
         else:
             coordinate = rest if a == AXES - 1 else rest // spans[a]
             rest = rest - coordinate * spans[a]
@@ -47,11 +48,12 @@ def _load_angles(
         own = (pair >= BOUNDS[a]) & (pair < BOUNDS[a + 1])
         row = tl.where(own, axis_row[None, :], row)
         column = tl.where(own, pair - BOUNDS[a], column)
-    # A row stays negative for the pairs of an axis that its position leaves alone, and past the last pair.
+    # A row stays negative for the pairs of an axis that its position leaves alone, or that it sends past the table, and
+    # past the last pair.
     turn = (row >= 0) & turns[None, :]
     at = rows + row * rows_row + column
-    cos = tl.load(at, mask=turn, other=1.0, eviction_policy="evict_last")
-    sin = tl.load(at + rows_plane, mask=turn, other=0.0, eviction_policy="evict_last")
+    cos = tl.load(at, mask=turn, other=1.0, eviction_policy="evict_last").to(tl.float32)
+    sin = tl.load(at + rows_plane, mask=turn, other=0.0, eviction_policy="evict_last").to(tl.float32)
     if INVERSE:
         sin = -sin
     return tl.trans(cos)[:, None, :], tl.trans(sin)[:, None, :], tl.trans(turn)[:, None, :]
@@ -107,9 +109,15 @@ def _store_tile(
 
 
 @triton.jit
+def _product(x, factor, PRODUCT: tl.constexpr):
+    """Product of two float32 blocks, rounded to the dtype PRODUCT and widened again."""
+    return (x * factor).to(PRODUCT).to(tl.float32)
+
+
+@triton.jit
 def _turn_tile(
     row, x1, x2, tail, scale, w1, w2, w_tail, cos, sin, turn, mask, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    PAIRS: tl.constexpr, PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr,
+    PAIRS: tl.constexpr, PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """Applies the norm's scale and weight, if they are not None, turns the pairs and stores all at ``row``."""
     x1, x2, tail = x1.to(tl.float32), x2.to(tl.float32), tail.to(tl.float32)
@@ -120,8 +128,8 @@ def _turn_tile(
         if TAIL > 0:
             tail = tail * w_tail.to(tl.float32)
     # A select, not only cos = 1 and sin = 0: what does not turn is copied as it is, infinities and -0 included.
-    y1 = tl.where(turn, x1 * cos - x2 * sin, x1)
-    y2 = tl.where(turn, x1 * sin + x2 * cos, x2)
+    y1 = tl.where(turn, _product(x1, cos, PRODUCT) - _product(x2, sin, PRODUCT), x1)
+    y2 = tl.where(turn, _product(x1, sin, PRODUCT) + _product(x2, cos, PRODUCT), x2)
     _store_tile(row, y1, y2, tail, mask, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF)
 
 
@@ -156,7 +164,7 @@ def _head_scale(x1, x2, tail, eps, DIM: tl.constexpr, TAIL: tl.constexpr):
 def _turn_row(
     x, x_rows, x_head, out, out_rows, out_head, weight, live, cos, sin, turn, eps,
     HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
-    PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr,
+    PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """Norms each token across its heads, then turns them: TILE heads at a time, of which it keeps all.
 
@@ -189,7 +197,7 @@ def _turn_row(
         x1, x2, tail = tiles[first // TILE]
         _turn_tile(
             out + first * out_head + out_rows, x1, x2, tail, scale, w1, w2, w_tail, cos, sin, turn, mask, DIM, WIDTH,
-            PAIRS, PADDED, TAIL, HALF,
+            PAIRS, PADDED, TAIL, HALF, PRODUCT,
         )  # fmt: skip
 
 
@@ -197,7 +205,7 @@ def _turn_row(
 def _turn_heads(
     x, x_rows, x_head, out, out_rows, out_head, weight, live, cos, sin, turn, eps,
     HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
-    PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
+    PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Norms each head of each token, where NORM says so, and turns it, TILE heads at a time."""
     head = tl.arange(0, TILE)[None, :, None]
@@ -215,17 +223,18 @@ def _turn_heads(
         scale = _head_scale(x1, x2, tail, eps, DIM, TAIL) if NORM == "per_head" else None
         _turn_tile(
             out + first * out_head + out_rows, x1, x2, tail, scale, w1, w2, w_tail, cos, sin, turn, mask, DIM, WIDTH,
-            PAIRS, PADDED, TAIL, HALF,
+            PAIRS, PADDED, TAIL, HALF, PRODUCT,
         )  # fmt: skip
 
 
 @triton.jit
 def _turn_tensor(
-    x, x_batch, x_token, x_head, out, out_batch, out_token, out_head, weight, batch, token, live, cos, sin, turn, eps,
+    x, x_batch, x_token, x_head, out, out_batch, out_token, out_head, weight, entry, token, live, cos, sin, turn, eps,
     HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
-    PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, ALIGN: tl.constexpr, NORM: tl.constexpr,
+    PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, ALIGN: tl.constexpr, PRODUCT: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
-    """Norms and turns every head of one tensor for the tokens of this program.
+    """Norms and turns every head of one tensor for the tokens of this program, in batch entry ``entry``.
 
     ``cos``, ``sin``, ``turn`` are ``[tokens, 1, PADDED]``; ``token`` and ``live`` (whether it is written) are
     ``[tokens]``. Strides come in units of ALIGN elements: the multiplication here is what tells the compiler that
@@ -236,45 +245,47 @@ def _turn_tensor(
     head = tl.arange(0, TILE)[None, :, None]
     token = token[:, None, None].to(tl.int64)
     live = live[:, None, None]
-    x += batch * x_batch * ALIGN
-    out += batch * out_batch * ALIGN
+    x += entry * x_batch * ALIGN
+    out += entry * out_batch * ALIGN
     x_rows = token * x_token * ALIGN + head * x_head
     out_rows = token * out_token * ALIGN + head * out_head
     if NORM == "across_heads":
         _turn_row(
             x, x_rows, x_head, out, out_rows, out_head, weight, live, cos, sin, turn, eps, HEADS, TILE, DIM, WIDTH,
-            PAIRS, PADDED, TAIL, HALF,
+            PAIRS, PADDED, TAIL, HALF, PRODUCT,
         )  # fmt: skip
     else:
         _turn_heads(
             x, x_rows, x_head, out, out_rows, out_head, weight, live, cos, sin, turn, eps, HEADS, TILE, DIM, WIDTH,
-            PAIRS, PADDED, TAIL, HALF, NORM,
+            PAIRS, PADDED, TAIL, HALF, PRODUCT, NORM,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def norm_turn_kernel(
-    q, q_out, q_weight, k, k_out, k_weight, rows, positions,
+    q, q_out, q_weight, k, k_out, k_weight, rows, positions, entries,
     q_batch: tl.int64, q_token: tl.int64, q_head: tl.int64,
     q_out_batch: tl.int64, q_out_token: tl.int64, q_out_head: tl.int64,
     k_batch: tl.int64, k_token: tl.int64, k_head: tl.int64,
     k_out_batch: tl.int64, k_out_token: tl.int64, k_out_head: tl.int64,
     rows_plane: tl.int64, rows_row: tl.int64,
-    positions_batch: tl.int64, positions_token: tl.int64, positions_axis: tl.int64,
-    tokens: tl.int32, prefix: tl.int32, turning: tl.int32, token_offset: tl.int32,
-    span0: tl.int32, span1: tl.int32, span2: tl.int32,
+    positions_batch: tl.int64, positions_token: tl.int64, positions_axis: tl.int64, entries_batch: tl.int64,
+    row_count: tl.int32, entry_count: tl.int32, tokens: tl.int32, prefix: tl.int32, turning: tl.int32,
+    token_offset: tl.int32, span0: tl.int32, span1: tl.int32, span2: tl.int32,
     first0: tl.int32, first1: tl.int32, first2: tl.int32, first3: tl.int32, eps: tl.float32,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BOUNDS: tl.constexpr, AXES: tl.constexpr, PADDED: tl.constexpr,
-    TAIL: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr, KEEP_STILL: tl.constexpr, ALIGN: tl.constexpr,
-    NORM: tl.constexpr,
+    TAIL: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr, EXACT: tl.constexpr, KEEP_STILL: tl.constexpr,
+    ALIGN: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Norms and turns TOKENS tokens of ``q`` and, unless None, ``k`` ``[B, tokens, heads, DIM]`` into their outs.
 
-    Program p of grid axis 0 has block ``p % ceil(tokens / TOKENS)`` of one batch entry. Axis a owns the pairs
-    ``BOUNDS[a] <= p < BOUNDS[a + 1]``. Token ``prefix + j`` turns when ``0 <= j < turning``; ``span{a}`` is the
-    product of the grid's sizes after axis a. WIDTH is how many channels of a head are written, PADDED the next power
-    of two of its pairs, TAIL that of the channels past them where those are loaded apart (else 0). KEEP_STILL leaves
+    Program p of grid axis 0 has block ``p % blocks`` of batch entry ``p // blocks``, where ``blocks`` is
+    ``ceil(tokens / TOKENS)``; with ``entries``, of the batch entry that stands there, which is left alone unless it is
+    at least 0 and below ``entry_count``. Axis a owns the pairs ``BOUNDS[a] <= p < BOUNDS[a + 1]``. Token
+    ``prefix + j`` turns when ``0 <= j < turning``; ``span{a}`` is the product of the grid's sizes after axis a. WIDTH
+    is how many channels of a head are written, PADDED the next power of two of its pairs, TAIL that of the channels
+    past them where those are loaded apart (else 0). EXACT rounds products to the dtype of the table. KEEP_STILL leaves
     tokens that do not turn as they are in the outs. NORM is a NormKind's value or "none".
     """
     program = tl.program_id(0)
@@ -284,17 +295,25 @@ def norm_turn_kernel(
     j = token - prefix
     turns = (j >= 0) & (j < turning)
     live = turns if KEEP_STILL else token < tokens
+    entry = batch
+    if entries is not None:
+        entry = tl.load(entries + batch * entries_batch).to(tl.int64)
+        known = (entry >= 0) & (entry < entry_count)
+        live = live & known
+        turns = turns & known
+    product: tl.constexpr = rows.dtype.element_ty if EXACT else tl.float32
 
     cos, sin, turn = _load_angles(
-        rows, rows_plane, rows_row, positions, positions_batch, positions_token, positions_axis, batch, j, turns,
-        token_offset + j, (span0, span1, span2, 1), (first0, first1, first2, first3), BOUNDS, AXES, PADDED, INVERSE,
+        rows, rows_plane, rows_row, row_count, positions, positions_batch, positions_token, positions_axis, batch, j,
+        turns, token_offset + j, (span0, span1, span2, 1), (first0, first1, first2, first3), BOUNDS, AXES, PADDED,
+        INVERSE,
     )  # fmt: skip
     _turn_tensor(
-        q, q_batch, q_token, q_head, q_out, q_out_batch, q_out_token, q_out_head, q_weight, batch, token, live, cos,
-        sin, turn, eps, Q_HEADS, TILE, DIM, WIDTH, BOUNDS[AXES], PADDED, TAIL, HALF, ALIGN, NORM,
+        q, q_batch, q_token, q_head, q_out, q_out_batch, q_out_token, q_out_head, q_weight, entry, token, live, cos,
+        sin, turn, eps, Q_HEADS, TILE, DIM, WIDTH, BOUNDS[AXES], PADDED, TAIL, HALF, ALIGN, product, NORM,
     )  # fmt: skip
     if k is not None:
         _turn_tensor(
-            k, k_batch, k_token, k_head, k_out, k_out_batch, k_out_token, k_out_head, k_weight, batch, token, live,
-            cos, sin, turn, eps, K_HEADS, TILE, DIM, WIDTH, BOUNDS[AXES], PADDED, TAIL, HALF, ALIGN, NORM,
+            k, k_batch, k_token, k_head, k_out, k_out_batch, k_out_token, k_out_head, k_weight, entry, token, live,
+            cos, sin, turn, eps, K_HEADS, TILE, DIM, WIDTH, BOUNDS[AXES], PADDED, TAIL, HALF, ALIGN, product, NORM,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,29 +19,17 @@ import torch
 
 from ..rotation_args import RotationArgs
 from ..spec import MAX_AXES, NormKind, Pairing
+from .gpu_calls import COMMON, Call, Constraint, Norm, first_reason, turning_tokens
 
 DEVICE_TYPES = ("cuda", "xpu", "hip")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_TENSORS = 2
-MAX_HEAD_DIM = 512
 # Padded channels of a token that an RMSNorm across heads keeps in registers: at most 64 a thread of 8 warps.
 MAX_NORM_ROW = 16384
-# Token numbers are int32 in the kernel; a program may count one block past the last token.
-MAX_TOKENS = 2**31 - 4096
+MAX_TABLE_ELEMENTS = 2**31 - 1
 
 # Lanes of a warp; AMD's server GPUs have 64. A tile with fewer elements than its lanes want narrows their accesses.
 WARP_LANES = 64 if torch.version.hip else 32
 MAX_WARPS = 8
 ACCESS_BYTES = 16
-
-
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm before the rotation: which channels are averaged, one weight (or None) per tensor, and eps."""
-
-    kind: NormKind
-    weights: Sequence[torch.Tensor | None]
-    eps: float
 
 
 @dataclass(frozen=True)
@@ -60,14 +48,15 @@ def declined(xs: Sequence[torch.Tensor], args: RotationArgs, norm: NormKind | No
 
     The shapes of ``xs``, ``[B, S, H, D]``, and what ``args`` says of them are taken as validated.
     """
-    return next((reason for holds, reason in _constraints(xs, args, norm) if not holds), None)
+    return first_reason(CONSTRAINTS, Call(xs, args, norm))
 
 
 def rotate(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor]) -> None:
     """Rotates one or two tensors ``xs[i]`` ``[B, S, H_i, D]`` into ``outs[i]``, in one launch.
 
-    Every element of ``outs`` is written; ``outs`` may be ``xs``, which are then turned in place. float16, bfloat16 or
-    float32 data; float32 arithmetic, rounded once, and without fused multiply-add when ``args.exact``.
+    Every element of ``outs`` is written; ``outs`` may be ``xs``, which are then turned in place (and must be, with
+    ``args.entries``). float16, bfloat16 or float32 data; float32 arithmetic, rounded once, and with the model's own
+    roundings when ``args.exact``.
 
     Raises:
         ValueError: when :func:`declined` gives a reason.
@@ -103,7 +92,7 @@ def launch_arguments(
     Everything that varies with length, position or address is a run-time argument; what Triton compiles for is the
     constants alone, the dtypes, and whether the pointers are 16-byte aligned.
     """
-    batch, tokens, _, dim = xs[0].shape
+    tokens, dim = xs[0].shape[1], xs[0].shape[3]
     in_place = all(x.data_ptr() == out.data_ptr() for x, out in zip(xs, outs, strict=True))
     # In place and without a norm, what does not turn is neither read nor written.
     keep_still = in_place and norm is None
@@ -113,6 +102,7 @@ def launch_arguments(
     arguments = {
         **_tensor_arguments(xs, outs, norm, align),
         **_table_arguments(args, tokens),
+        **_entry_arguments(args, xs[0].shape[0]),
         "tokens": tokens,
         "eps": norm.eps if norm else 0.0,
         "TILE": tile.heads,
@@ -125,20 +115,21 @@ def launch_arguments(
         "TAIL": tile.tail,
         "HALF": args.pairing is Pairing.HALF,
         "INVERSE": args.inverse,
+        "EXACT": args.exact,
         "KEEP_STILL": keep_still,
         "ALIGN": align,
         "NORM": norm.kind.value if norm else "none",
     }
     # One stage: loads go to registers at once; a software pipeline would take them through shared memory.
     options = {"num_warps": tile.warps, "num_stages": 1, "enable_fp_fusion": not args.exact}
-    return batch * -(-tokens // tile.tokens), arguments, options
+    return _batches(xs, args) * -(-tokens // tile.tokens), arguments, options
 
 
 def _launch(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None) -> None:
     reason = declined(xs, args, norm.kind if norm else None)
     if reason is not None:
         raise ValueError(f"the Triton backend cannot take this call: {reason}")
-    if xs[0].shape[0] == 0 or xs[0].shape[1] == 0:
+    if _batches(xs, args) == 0 or xs[0].shape[1] == 0:
         return
     from .triton_device import norm_turn_kernel
 
@@ -147,40 +138,9 @@ def _launch(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch
         norm_turn_kernel[(programs,)](**arguments, **options)
 
 
-def _constraints(xs: Sequence[torch.Tensor], args: RotationArgs, norm: NormKind | None) -> Iterator[tuple[bool, str]]:
-    """What must hold, each with the reason to give when it does not; lazily, since a later one may need an earlier."""
-    yield _has_triton(), "triton is not installed"
-    yield 1 <= len(xs) <= MAX_TENSORS, f"it takes 1 to {MAX_TENSORS} tensors, got {len(xs)}"
-    x = xs[0]
-    yield (
-        x.device.type in DEVICE_TYPES or (x.device.type == "cpu" and _interpreting()),
-        f"device must be a GPU ({', '.join(DEVICE_TYPES)}), got {x.device}; the CPU needs TRITON_INTERPRET=1",
-    )
-    yield x.dtype in DTYPES, f"dtype must be float16, bfloat16 or float32, got {x.dtype}"
-    yield all(other.dtype == x.dtype for other in xs), f"tensors must share a dtype, got {[y.dtype for y in xs]}"
-    yield args.rows.dtype == torch.float32, f"tables must be float32, got {args.rows.dtype}"
-    yield all(_dense_last(y) for y in xs), f"the last dim must be contiguous, got strides {[y.stride() for y in xs]}"
-    yield _dense_last(args.rows), f"the last dim of the tables must be contiguous, got strides {args.rows.stride()}"
-    yield (
-        args.positions is None or args.positions.dtype == torch.int32,
-        f"positions must be int32, got {args.positions.dtype if args.positions is not None else None}",
-    )
-    tokens, heads, dim = x.shape[1], max(y.shape[2] for y in xs), x.shape[3]
-    yield min(y.shape[2] for y in xs) > 0, "tensors must have at least one head"
-    yield 1 <= len(args.pairs) <= MAX_AXES, f"it takes 1 to {MAX_AXES} axes, got {len(args.pairs)}"
-    yield dim <= MAX_HEAD_DIM, f"head dim must be at most {MAX_HEAD_DIM}, got {dim}"
-    rotary_dim = 2 * sum(args.pairs)
-    yield 2 <= rotary_dim <= dim, f"rotary_dim must be 2 to the head dim {dim}, got {rotary_dim}"
-    yield tokens <= MAX_TOKENS, f"tokens must be at most {MAX_TOKENS}, got {tokens}"
-    last = max(args.token_offset + args.count, math.prod(args.sizes))
-    yield args.positions is not None or last <= MAX_TOKENS, f"grid tokens must be at most {MAX_TOKENS}, got {last}"
-    yield args.rows.numel() < 2**31, f"tables must have fewer than 2**31 elements, got {args.rows.numel()}"
-    yield norm is None or not args.exact, "exact mode covers the rotation, not a norm before it"
-    row = _power_of_two(heads) * _power_of_two(dim)
-    yield (
-        norm is not NormKind.ACROSS_HEADS or row <= MAX_NORM_ROW,
-        f"a norm across heads must have at most {MAX_NORM_ROW} channels, padded to powers of two, got {row}",
-    )
+def _batches(xs: Sequence[torch.Tensor], args: RotationArgs) -> int:
+    """How many batch entries turn."""
+    return int(xs[0].shape[0] if args.entries is None else args.entries.shape[0])
 
 
 @functools.cache
@@ -197,6 +157,10 @@ def _interpreting() -> bool:
     from .triton_device import norm_turn_kernel
 
     return not isinstance(norm_turn_kernel, JITFunction)
+
+
+def _takes(device: torch.device) -> bool:
+    return device.type in DEVICE_TYPES or (device.type == "cpu" and _interpreting())
 
 
 def _on_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -255,14 +219,11 @@ def _tensor_arguments(
 
 def _table_arguments(args: RotationArgs, tokens: int) -> dict[str, Any]:
     """Where the angles of a token are: the tables, the positions or the grid, and which tokens turn."""
-    turning = min(args.count, tokens - args.prefix)
     strides = (0, 0, 0)
     firsts, spans = [0] * MAX_AXES, [1] * MAX_AXES
     if args.positions is not None:
-        batch, token, axis = args.positions.stride()
-        strides = (batch if args.positions.shape[0] > 1 else 0, token, axis)
+        strides = (*_shared_strides(args.positions, 2), args.positions.stride(2))
     else:
-        turning = min(turning, math.prod(args.sizes) - args.token_offset)
         for a, first in enumerate(args.first_rows):
             firsts[a], spans[a] = first, math.prod(args.sizes[a + 1 :])
     return {
@@ -271,23 +232,63 @@ def _table_arguments(args: RotationArgs, tokens: int) -> dict[str, Any]:
         "rows_row": args.rows.stride(1),
         "positions": args.positions,
         **dict(zip(("positions_batch", "positions_token", "positions_axis"), strides, strict=True)),
+        "row_count": args.rows.shape[1],
         "prefix": args.prefix,
-        "turning": max(turning, 0),
+        "turning": turning_tokens(args, tokens),
         "token_offset": args.token_offset,
         **{f"span{a}": spans[a] for a in range(MAX_AXES - 1)},
         **{f"first{a}": firsts[a] for a in range(MAX_AXES)},
     }
 
 
+def _entry_arguments(args: RotationArgs, batch: int) -> dict[str, Any]:
+    """Which of the ``batch`` entries of the tensors turn."""
+    return {
+        "entries": args.entries,
+        "entries_batch": 0 if args.entries is None else args.entries.stride(0),
+        "entry_count": batch,
+    }
+
+
 def _strides(x: torch.Tensor) -> tuple[int, ...]:
-    """Strides of B, S and H; 0 where the size is 1, so that a stride nobody steps by cannot cost alignment."""
-    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+    """Strides of B, S and H, in elements."""
+    return _shared_strides(x, 3)
 
 
-def _dense_last(x: torch.Tensor) -> bool:
-    return x.shape[-1] == 1 or x.stride(-1) == 1
+def _shared_strides(x: torch.Tensor, dims: int) -> tuple[int, ...]:
+    """Strides of the first ``dims`` dims; 0 where the size is 1: nobody steps by it, and it cannot cost alignment."""
+    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:dims], x.stride()[:dims], strict=True))
 
 
 def _power_of_two(n: int) -> int:
     """The least power of two that is at least ``n``, for ``n`` at least 1."""
     return 1 << (n - 1).bit_length()
+
+
+def _norm_row(call: Call) -> int:
+    """Channels of a token, heads and channels padded to powers of two, as an RMSNorm across heads keeps them."""
+    return _power_of_two(max(x.shape[2] for x in call.xs)) * _power_of_two(call.xs[0].shape[3])
+
+
+CONSTRAINTS = (
+    Constraint(lambda call: _has_triton(), lambda call: "triton is not installed"),
+    Constraint(
+        lambda call: _takes(call.xs[0].device),
+        lambda call: (
+            f"device must be a GPU ({', '.join(DEVICE_TYPES)}), got {call.xs[0].device}; the CPU needs "
+            "TRITON_INTERPRET=1"
+        ),
+    ),
+    *COMMON,
+    Constraint(
+        lambda call: call.args.rows.numel() <= MAX_TABLE_ELEMENTS,
+        lambda call: f"tables must have fewer than 2**31 elements, got {call.args.rows.numel()}",
+    ),
+    Constraint(
+        lambda call: call.norm is not NormKind.ACROSS_HEADS or _norm_row(call) <= MAX_NORM_ROW,
+        lambda call: (
+            f"a norm across heads must have at most {MAX_NORM_ROW} channels, padded to powers of two, got "
+            f"{_norm_row(call)}"
+        ),
+    ),
+)

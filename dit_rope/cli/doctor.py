@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
+from ..backend_choice import explain_backends
 from ..backends.cuda_kernels import kernel_sources
-from ..rotation import explain_backends
 
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "einops")
+GPU_PACKAGES = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "triton")
+PACKAGES = ("torch", *GPU_PACKAGES, "diffusers", "transformers", "accelerate", "peft", "einops")
 
 
 def run() -> None:

@@ -1,0 +1,54 @@
+"""Which backend takes a call, and why each other does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .backends import cuda_kernels, eager, triton_kernels
+from .rotation_args import RotationArgs
+from .spec import NormKind, Pairing
+
+MODULES: dict[str, Any] = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
+BACKENDS = tuple(MODULES)
+"""From the fastest to the one that takes every call; ``"auto"`` asks them in this order."""
+
+
+def choose_backend(
+    xs: Sequence[torch.Tensor], args: RotationArgs, backend: str = "auto", norm: NormKind | None = None
+) -> str:
+    """The name of the backend that takes the call.
+
+    ``"auto"`` takes the first of :data:`BACKENDS` that accepts; on CPU that is eager, as Triton's interpreter is for
+    tests.
+
+    Raises:
+        ValueError: an unknown backend, or one that was named and declines, with its reason.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    if backend == "eager" or (backend == "auto" and xs[0].device.type in ("cpu", "meta", "mps")):
+        return "eager"
+    for name in BACKENDS[:-1] if backend == "auto" else (backend,):
+        reason = MODULES[name].declined(xs, args, norm)
+        if reason is None:
+            return name
+    if backend == "auto":
+        return "eager"
+    raise ValueError(f"backend must accept the call, got {backend!r}, which declines: {reason}")
+
+
+def explain_backends(device: str | torch.device) -> list[tuple[str, str]]:
+    """Each backend's name and either ``"chosen"`` or why not, for a bfloat16 call on ``device``."""
+    target = torch.device(device)
+    x = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=target)
+    rows = torch.zeros(2, 1, 32, device=target)
+    args = RotationArgs(rows, None, (32,), (1,), (0,), 0, 0, 1, Pairing.INTERLEAVED, False, False)
+    chosen = choose_backend([x], args)
+    lines = []
+    for name in BACKENDS:
+        reason = None if name == "eager" else MODULES[name].declined([x], args)
+        lines.append((name, "chosen" if name == chosen else reason or "works here, but another is faster"))
+    return lines

@@ -1,0 +1,208 @@
+"""Other people's rotations of the same queries and keys: each gives a call for a problem, or a reason why not.
+
+Nothing of a peer is installed or copied: what Python finds on its path is called as its documentation says.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+from .problems import EPS, Call, Operation, Problem, Tensors, Unavailable
+
+PEER_MODULES = {
+    # flash-attn's package needs its compiled extension, which the one file with the Triton kernel does not.
+    "flash-attn": ("flash_attn.ops.triton.rotary", "rotary_flash_attn"),
+    "liger-kernel": ("liger_kernel.transformers.rope",),
+    "comfy-kitchen": ("comfy_kitchen",),
+    "flashinfer-python": ("flashinfer",),
+}
+"""Distributions, and the modules of each that are tried in turn."""
+
+
+def model(problem: Problem) -> Call:
+    """The code of diffusers' models in eager mode: Wan's own, or the one that the others share."""
+    return _model_code(problem)
+
+
+def compiled_model(problem: Problem, compiler: str = "inductor") -> Call:
+    """The same through ``torch.compile``."""
+    torch._dynamo.reset()  # one function, compiled for every shape, would run into the limit of recompilations
+    call = torch.compile(_model_code(problem), fullgraph=True, dynamic=False, backend=compiler)
+    if problem.operation.in_place:
+        raise Unavailable("the model's code is not in place")
+    return call
+
+
+def flash_attn(problem: Problem) -> Call:
+    """``apply_rotary`` of flash-attn, a Triton kernel for one tensor; ``conjugate`` is its backward."""
+    apply_rotary = _module("flash-attn").apply_rotary
+    if problem.operation not in (*_ROTATIONS, Operation.IN_PLACE, Operation.HALF_IN_PLACE, Operation.BACKWARD):
+        raise Unavailable("it has no norm")
+    cos, sin = problem.cos_sin
+    how = {
+        "interleaved": not problem.half,
+        "inplace": problem.operation.in_place,
+        "conjugate": problem.operation is Operation.BACKWARD,
+    }
+    return lambda q, k: (apply_rotary(q, cos, sin, **how), apply_rotary(k, cos, sin, **how))
+
+
+def liger(problem: Problem) -> Call:
+    """``liger_rotary_pos_emb`` of Liger-Kernel, in place; it takes ``[B, H, S, D]`` and pairs halves."""
+    rotate = _module("liger-kernel").liger_rotary_pos_emb
+    if problem.operation is not Operation.HALF_IN_PLACE:
+        raise Unavailable("it pairs halves, in place")
+    cos, sin = (torch.cat((part, part), dim=-1)[None] for part in problem.cos_sin)
+
+    def call(q: torch.Tensor, k: torch.Tensor) -> Tensors:
+        turned = rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
+
+    return call
+
+
+def comfy_kitchen(problem: Problem) -> Call:
+    """comfy-kitchen's rotation by 2 x 2 matrices ``[1, S, 1, pairs, 2, 2]``, and its norm per head before one."""
+    kitchen = _module("comfy-kitchen")
+    cos, sin = problem.cos_sin
+    matrices = torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))[None, :, None].contiguous()
+    if problem.operation is Operation.PER_HEAD:
+        return lambda q, k: kitchen.rms_rope(q, k, matrices, *problem.weights, EPS)
+    names = {
+        Operation.ROTATE: "apply_rope",
+        Operation.IN_PLACE: "apply_rope_",
+        Operation.HALF_IN_PLACE: "apply_rope_split_half_",
+    }
+    if problem.operation not in names:
+        raise Unavailable(f"it has no {problem.operation.value}")
+    rotate = getattr(kitchen, names[problem.operation])
+    return lambda q, k: rotate(q, k, matrices)
+
+
+def flashinfer_cache(problem: Problem) -> Call:
+    """``apply_rope_with_cos_sin_cache`` of FlashInfer, and its in-place form, by int32 positions in a dense table."""
+    rope = _module("flashinfer-python").rope
+    if problem.operation not in (*_ROTATIONS, Operation.IN_PLACE, Operation.HALF_IN_PLACE):
+        raise Unavailable("it has neither norm nor backward")
+    cache = torch.cat(problem.cos_sin, dim=-1)
+    positions = torch.arange(problem.shape.tokens, dtype=torch.int32, device=problem.device)
+    width = problem.shape.head_dim
+    if problem.operation.in_place:
+
+        def in_place(q: torch.Tensor, k: torch.Tensor) -> Tensors:
+            flat_q, flat_k = q.view(q.shape[1], -1), k.view(k.shape[1], -1)
+            rope.apply_rope_with_cos_sin_cache_inplace(positions, flat_q, flat_k, width, cache, is_neox=problem.half)
+            return q, k
+
+        return in_place
+
+    def call(q: torch.Tensor, k: torch.Tensor) -> Tensors:
+        flat_q, flat_k = q.view(q.shape[1], -1), k.view(k.shape[1], -1)
+        turned = rope.apply_rope_with_cos_sin_cache(positions, flat_q, flat_k, width, cache, is_neox=problem.half)
+        return turned[0].view(q.shape), turned[1].view(k.shape)
+
+    return call
+
+
+def flashinfer_norm(problem: Problem) -> Call:
+    """``fused_qk_rmsnorm_rope`` of FlashInfer, across heads, without values so that it moves no other bytes.
+
+    It reads q and k side by side in one tensor, which is made once for each input outside the timed call.
+    """
+    fused = getattr(_module("flashinfer-python"), "fused_qk_rmsnorm_rope", None)
+    if fused is None:
+        raise Unavailable("this version has no fused_qk_rmsnorm_rope")
+    shape = problem.shape
+    if problem.operation is not Operation.ACROSS_HEADS:
+        raise Unavailable("it norms across heads and rotates")
+    if shape.prefix or shape.grid.start_frame:
+        raise Unavailable("it has neither text tokens nor a start frame")
+    frames, height, width = shape.grid.sizes
+    how = {
+        "ppf": frames, "pph": height, "ppw": width,
+        "num_frame_channels": shape.dims[0], "num_height_channels": shape.dims[1], "num_width_channels": shape.dims[2],
+        "num_heads_q": shape.heads, "num_heads_k": shape.heads, "num_heads_v": 0,
+        "head_dim": shape.head_dim, "eps": EPS, "base": shape.theta, "interleave": True,
+    }  # fmt: skip
+    packed: dict[int, torch.Tensor] = {}
+
+    def call(q: torch.Tensor, k: torch.Tensor) -> Tensors:
+        both = packed.get(q.data_ptr())
+        if both is None:
+            both = packed[q.data_ptr()] = torch.cat((q.flatten(2), k.flatten(2)), dim=-1)
+        turned_q, turned_k, _ = fused(both, *problem.weights, **how)
+        return turned_q, turned_k
+
+    return call
+
+
+PEERS: dict[str, Callable[[Problem], Call]] = {
+    "model, eager": model,
+    "model, compiled": compiled_model,
+    "flash-attn": flash_attn,
+    "liger": liger,
+    "comfy-kitchen": comfy_kitchen,
+    "flashinfer cos-sin-cache": flashinfer_cache,
+    "flashinfer norm and rope": flashinfer_norm,
+}
+_ROTATIONS = (Operation.ROTATE, Operation.POSITIONS)
+
+
+def _module(distribution: str) -> ModuleType:
+    """The first module of a peer that can be imported."""
+    reasons = []
+    for name in PEER_MODULES[distribution]:
+        try:
+            return importlib.import_module(name)
+        except Exception as error:  # a peer may fail on import with whatever its own imports raise
+            reasons.append(f"{name}: {error}")
+    raise Unavailable("; ".join(reasons))
+
+
+def _model_code(problem: Problem) -> Call:
+    if problem.operation not in (*_ROTATIONS, Operation.PER_HEAD, Operation.ACROSS_HEADS, Operation.BACKWARD):
+        raise Unavailable(f"the model's code has no {problem.operation.value}")
+    rotate = _model_rotation(problem)
+    if problem.operation is Operation.BACKWARD:
+        return _model_backward(problem, rotate)
+    if problem.operation.norm is None:
+        return lambda q, k: (rotate(q), rotate(k))
+    q_weight, k_weight = problem.weights
+    across = problem.operation is Operation.ACROSS_HEADS
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(2) if across else x
+        return torch.nn.functional.rms_norm(flat, flat.shape[-1:], weight, EPS).view(x.shape)
+
+    return lambda q, k: (rotate(norm(q, q_weight)), rotate(norm(k, k_weight)))
+
+
+def _model_rotation(problem: Problem) -> Callable[[torch.Tensor], torch.Tensor]:
+    cos, sin = (part.repeat_interleave(2, dim=-1) for part in problem.cos_sin)
+    if problem.shape.name.startswith(("wan", "streaming")):
+        from dit_rope.cli.bench import wan_rotate
+
+        return functools.partial(wan_rotate, freqs_cos=cos[None, :, None], freqs_sin=sin[None, :, None])
+    try:
+        from diffusers.models.embeddings import apply_rotary_emb
+    except ImportError as error:
+        raise Unavailable(str(error)) from error
+    return lambda x: apply_rotary_emb(x, (cos, sin), sequence_dim=1)
+
+
+def _model_backward(problem: Problem, rotate: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+    size = (1, problem.shape.tokens, problem.shape.heads, problem.shape.head_dim)
+    with torch.enable_grad():
+        leaves = [torch.zeros(size, device=problem.device, dtype=problem.dtype).requires_grad_() for _ in range(2)]
+        outs = [rotate(leaf) for leaf in leaves]
+
+    def backward(q: torch.Tensor, k: torch.Tensor) -> Tensors:
+        turned_q, turned_k = torch.autograd.grad(outs, leaves, (q, k), retain_graph=True)
+        return turned_q, turned_k
+
+    return backward

@@ -1,0 +1,146 @@
+"""What a run on a GPU needs, what of it is here, and how to get the rest."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .peers import PEER_MODULES
+
+TORCH_MINIMUM = (2, 9)
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """Something a check needs: ``version`` gives its version, or raises with what is wrong with it."""
+
+    name: str
+    version: Callable[[], str]
+    remedy: str
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A requirement as this machine has it: its version, or the problem with it."""
+
+    requirement: Requirement
+    version: str = ""
+    problem: str = ""
+
+
+def requirements() -> list[Requirement]:
+    """Everything that some check needs, required things first."""
+    packages = [
+        Requirement("torch", _torch, "pip install 'torch>=2.9' (a CUDA build)"),
+        Requirement("triton", _package("triton"), "pip install triton"),
+        Requirement("cuda-core", _package("cuda.core", "cuda-core"), "pip install cuda-core"),
+        Requirement("cuda-bindings", _package("cuda.bindings.driver", "cuda-bindings"), "pip install cuda-bindings"),
+        Requirement("nvrtc", _nvrtc, "pip install nvidia-cuda-nvrtc, of torch's CUDA version"),
+        Requirement("numpy", _package("numpy"), "pip install numpy"),
+        Requirement("einops", _package("einops"), "pip install einops"),
+        Requirement("typer", _package("typer"), "pip install typer"),
+        Requirement("rich", _package("rich"), "pip install rich"),
+        Requirement("pytest", _package("pytest"), "pip install pytest"),
+        Requirement("diffusers", _diffusers, "pip install diffusers, or bring its wheel and what it imports"),
+        Requirement("hypothesis", _package("hypothesis"), "pip install hypothesis", optional=True),
+        Requirement("compute-sanitizer", _sanitizer, "install the CUDA toolkit, or set CUDA_HOME", optional=True),
+    ]
+    return packages + [
+        Requirement(name, _first_of(modules), f"pip install {name}, or name its folder with --peer-path", optional=True)
+        for name, modules in PEER_MODULES.items()
+    ]
+
+
+def survey(wanted: list[Requirement]) -> list[Finding]:
+    """Looks for each requirement on this machine."""
+    findings = []
+    for requirement in wanted:
+        try:
+            findings.append(Finding(requirement, version=requirement.version()))
+        except Exception as error:  # whatever a broken package raises when it is imported
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            findings.append(Finding(requirement, problem=reason[0]))
+    return findings
+
+
+def describe(findings: list[Finding]) -> list[str]:
+    """One line for each requirement: its version, or what is missing and the remedy."""
+    lines = []
+    for finding in findings:
+        requirement = finding.requirement
+        if finding.problem:
+            word = "optional, missing" if requirement.optional else "MISSING"
+            lines.append(f"  {requirement.name:18} {word}: {finding.problem}; {requirement.remedy}")
+        else:
+            lines.append(f"  {requirement.name:18} {finding.version}")
+    return lines
+
+
+def sanitizer_path() -> str | None:
+    """The compute-sanitizer of the CUDA toolkit, or None."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("compute-sanitizer", path=os.pathsep.join((os.environ.get("PATH", ""), f"{home}/bin")))
+
+
+def _package(module: str, distribution: str | None = None) -> Callable[[], str]:
+    def version() -> str:
+        importlib.import_module(module)
+        try:
+            return importlib.metadata.version(distribution or module)
+        except importlib.metadata.PackageNotFoundError:  # a single file, or a folder on the path
+            return "found"
+
+    return version
+
+
+def _first_of(modules: tuple[str, ...]) -> Callable[[], str]:
+    """Whether any module is there, without importing it: some peers start compilers or contexts on import."""
+
+    def version() -> str:
+        for module in modules:
+            try:
+                if importlib.util.find_spec(module) is not None:
+                    return f"found as {module}"
+            except ModuleNotFoundError:  # a package that would hold it
+                continue
+        raise ModuleNotFoundError(f"no module named {' or '.join(modules)}")
+
+    return version
+
+
+def _torch() -> str:
+    import torch
+
+    numbers = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if numbers < TORCH_MINIMUM:
+        raise RuntimeError(f"version must be at least {'.'.join(map(str, TORCH_MINIMUM))}, got {torch.__version__}")
+    if torch.version.cuda is None:
+        raise RuntimeError(f"it must be built for CUDA, got {torch.__version__}")
+    return f"{torch.__version__}, CUDA {torch.version.cuda}"
+
+
+def _nvrtc() -> str:
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    return f"{major}.{minor}"
+
+
+def _diffusers() -> str:
+    import diffusers
+
+    diffusers.WanTransformer3DModel  # noqa: B018  (resolved lazily: fails here where something it imports is missing)
+    return diffusers.__version__
+
+
+def _sanitizer() -> str:
+    path = sanitizer_path()
+    if path is None:
+        raise FileNotFoundError("not on PATH nor in CUDA_HOME/bin")
+    return path

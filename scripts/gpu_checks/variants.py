@@ -1,0 +1,114 @@
+"""Our own rotation of a problem's queries and keys, by backend, checked against float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+import dit_rope
+from dit_rope import rotation
+
+from .problems import EPS, Call, Operation, Problem, Tensors, Unavailable
+from .reference import sample
+
+BACKENDS = ("cuda", "triton")
+
+
+def own(problem: Problem, backend: str) -> Call:
+    """The call that does the problem's operation with ``backend``.
+
+    Raises:
+        Unavailable: the backend declines the operation, with its reason.
+    """
+    makers = {Operation.BACKWARD: _backward, Operation.SHIFT: _shift}
+    call = makers.get(problem.operation, _forward)(problem, backend)
+    try:
+        call(*problem.inputs(1)[0])
+    except ValueError as error:
+        raise Unavailable(str(error)) from error
+    return call
+
+
+def check_own(problem: Problem, call: Call) -> None:
+    """Fails unless ``call`` gives what float64 gives but for its roundings; exact mode must give eager's bits."""
+    q, k = problem.inputs(1)[0]
+    outs = call(q.clone(), k.clone())
+    shape = problem.shape
+    if problem.operation is Operation.EXACT:
+        expected = dit_rope.rotate_qk(q, k, problem.table, prefix=shape.prefix, exact=True, backend="eager")
+        for name, out, bits in zip("qk", outs, expected, strict=True):
+            if not torch.equal(out, bits):
+                wrong = int((out != bits).sum())
+                raise AssertionError(f"expected the bits of the eager code, got {wrong} other elements of {name}")
+    elif problem.operation is Operation.SHIFT:
+        _check_shift(problem, outs[1], k)
+    else:
+        for index, (out, x) in enumerate(zip(outs, (q, k), strict=True)):
+            problem.expectation.assert_right(out, x, index, f"({problem.operation.value}, {'qk'[index]})")
+
+
+def _forward(problem: Problem, backend: str) -> Call:
+    table, norm = problem.table, problem.operation.norm
+    shared = {"prefix": problem.shape.prefix, "inplace": problem.operation.in_place, "backend": backend}
+    if norm is not None:
+        weights = problem.weights
+        return lambda q, k: dit_rope.norm_rotate_qk(q, k, table, *weights, eps=EPS, norm=norm, **shared)
+    positions = table.positions() if problem.operation is Operation.POSITIONS else None
+    exact = problem.operation is Operation.EXACT
+    return lambda q, k: dit_rope.rotate_qk(q, k, table, positions=positions, exact=exact, **shared)
+
+
+def _backward(problem: Problem, backend: str) -> Call:
+    """Backward of a rotation whose forward ran once; q and k are the gradients of its outputs."""
+    size = (1, problem.shape.tokens, problem.shape.heads, problem.shape.head_dim)
+    with torch.enable_grad():
+        leaves = [torch.zeros(size, device=problem.device, dtype=problem.dtype).requires_grad_() for _ in range(2)]
+        outs = dit_rope.rotate_qk(*leaves, problem.table, prefix=problem.shape.prefix, backend=backend)
+
+    def backward(q: torch.Tensor, k: torch.Tensor) -> Tensors:
+        turned_q, turned_k = torch.autograd.grad(outs, leaves, (q, k), retain_graph=True)
+        return turned_q, turned_k
+
+    return backward
+
+
+def _shift(problem: Problem, backend: str) -> Call:
+    """Keys cached frame by frame move one frame on, all frames but the last, as a rolling cache does."""
+    args, frames = _shift_args(problem)
+
+    def shift(q: torch.Tensor, k: torch.Tensor) -> Tensors:
+        rotation.apply([k.view(frames, -1, *k.shape[2:])], args, inplace=True, backend=backend)
+        return q, k
+
+    return shift
+
+
+def _shift_args(problem: Problem) -> tuple[rotation.RotationArgs, int]:
+    frames = problem.shape.grid.sizes[0]
+    if frames < 2 or problem.shape.prefix:
+        raise Unavailable("a shift needs a grid of at least two frames and no prefix")
+    table = problem.table
+    row = table.first_rows[0] + 1
+    positions = torch.tensor([[[row, *[-1] * (len(table.sizes) - 1)]]], dtype=torch.int32, device=problem.device)
+    entries = torch.arange(frames - 1, dtype=torch.int32, device=problem.device)
+    per_frame = problem.shape.tokens // frames
+    args = table.args(positions=positions)
+    return replace(args, positions=positions, entries=entries, count=per_frame), frames
+
+
+def _check_shift(problem: Problem, out: torch.Tensor, k: torch.Tensor) -> None:
+    """The time axis of all frames but the last is turned by one row, everything else is as it was."""
+    table, shape = problem.table, problem.shape
+    tokens = sample(shape.tokens, problem.device)
+    turns = (tokens < shape.tokens - shape.tokens // shape.grid.sizes[0])[None, :, None, None]
+    row, pairs = table.first_rows[0] + 1, shape.dims[0] // 2
+    cos, sin = (part.double() for part in table.rows[:, row, :pairs])
+    exact = k[:, tokens].double()
+    x1, x2 = exact[..., 0 : 2 * pairs : 2].clone(), exact[..., 1 : 2 * pairs : 2].clone()
+    exact[..., 0 : 2 * pairs : 2] = torch.where(turns, x1 * cos - x2 * sin, x1)
+    exact[..., 1 : 2 * pairs : 2] = torch.where(turns, x1 * sin + x2 * cos, x2)
+    error = float((out[:, tokens].double() - exact).abs().max())
+    allowed = float(torch.finfo(out.dtype).eps * exact.abs().max())
+    if not error <= allowed:
+        raise AssertionError(f"expected an error of at most {allowed:.3g}, got {error:.3g} (shift)")

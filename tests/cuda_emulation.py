@@ -1,0 +1,102 @@
+"""Runs the CUDA kernels on CPU: builds each with g++ over ``cuda_on_cpu/`` and calls it on host memory.
+
+What stands between a call and its kernel is the real thing: the plan, the arguments packed for the driver, the grid.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from dit_rope.backends import cuda_kernels
+from dit_rope.backends.cuda_kernels import Launch, Plan, kernel_sources
+
+HERE = Path(__file__).resolve().parent
+FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-shared", "-fPIC")
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+
+# One kernel whose name differs from plan to plan, behind one function whose name does not.
+ENTRY = """
+extern "C" const char* run(const unsigned* grid, int threads, const void* args, const uintptr_t* allowed, int count) {{
+  return cuda_on_cpu::run(
+      [](const void* args) {{ {operation}(*static_cast<const dit_rope::RotationArgs*>(args)); }},
+      {{grid[0], grid[1], grid[2]}}, threads, args, allowed, count);
+}}
+"""
+
+
+class EmulatedKernels:
+    """Stands in for :mod:`dit_rope.backends.cuda_launch`; keeps what it builds in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ranges: list[tuple[int, int]] = []
+        self.build = functools.cache(self._build)
+
+    def run(self, launch: Launch, pointers: bytes, device: torch.device) -> None:
+        """Runs every block before it returns; raises RuntimeError for an access the kernel must not make."""
+        grid = (ctypes.c_uint * 3)(*launch.grid)
+        allowed = (ctypes.c_size_t * (2 * len(self.ranges)))(*(end for pair in self.ranges for end in pair))
+        kernel = self.build(launch.plan)
+        error = kernel(grid, launch.plan.threads, pointers + launch.numbers, allowed, len(self.ranges))
+        if error:
+            raise RuntimeError(f"{error.decode()} in {launch.plan}")
+
+    def _build(self, plan: Plan) -> Any:
+        sources = [*sorted(kernel_sources().glob("*.cu*")), *sorted((HERE / "cuda_on_cpu").iterdir())]
+        text = f'#include "cuda.hpp"\n{plan.source()}{ENTRY.format(operation=plan.operation)}'
+        digest = hashlib.sha256(text.encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+        library = self.folder / f"{digest}.so"
+        if not library.exists():
+            with_sources = self.folder / f"{digest}-{os.getpid()}"
+            with_sources.mkdir(parents=True)
+            for path in sources:  # the later of two of one name, which is ptx.cuh for a CPU
+                shutil.copy(path, with_sources)
+            (with_sources / "kernel.cpp").write_text(text)
+            command = [COMPILER, *FLAGS, "kernel.cpp", "-o", "kernel.so"]
+            done = subprocess.run(command, cwd=with_sources, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{COMPILER} failed:\n{done.stderr[:8000]}")
+            (with_sources / "kernel.so").replace(library)
+            shutil.rmtree(with_sources)
+        run = ctypes.CDLL(str(library)).run
+        run.restype = ctypes.c_char_p
+        return run
+
+
+@contextmanager
+def emulated(folder: Path) -> Iterator[EmulatedKernels]:
+    """While it is open, the CUDA backend takes tensors on CPU and runs their kernels there."""
+    kernels = EmulatedKernels(folder)
+    real = cuda_kernels._launch
+
+    def launch(xs: Sequence[torch.Tensor], args: Any, outs: Sequence[torch.Tensor], norm: Any) -> None:
+        tensors = [*xs, *outs, *(weight for weight in (norm.weights if norm else ()) if weight is not None)]
+        kernels.ranges = [_range(tensor) for tensor in tensors]
+        real(xs, args, outs, norm)
+
+    with (
+        mock.patch.object(cuda_kernels, "_why_no_device", return_value=None),
+        mock.patch.object(cuda_kernels, "_launch", launch),
+        mock.patch.object(cuda_kernels, "_launcher", return_value=kernels),
+    ):
+        yield kernels
+
+
+def _range(x: torch.Tensor) -> tuple[int, int]:
+    """Addresses from the first byte of a view to past the last."""
+    if x.numel() == 0:
+        return (x.data_ptr(), x.data_ptr())
+    span = 1 + sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
+    return (x.data_ptr(), x.data_ptr() + span * x.element_size())

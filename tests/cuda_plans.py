@@ -1,0 +1,200 @@
+"""The plans that CUDA kernels are compiled for in tests and in ``scripts/cuda_resources.py``, by name.
+
+Every model as it calls the package, with every operation; then as few further plans as a greedy generator needs for
+every two values of two options to meet in at least one plan. The generator is deterministic: the same options give the
+same plans, in the same order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dit_rope.backends.cuda_kernels import Plan, plan_of
+from dit_rope.backends.gpu_calls import Norm
+from dit_rope.rotation_args import RotationArgs
+from dit_rope.spec import NormKind, Pairing
+
+TOKENS = 2
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Heads of queries and of keys, channels of a head, and channel pairs of each axis."""
+
+    counts: tuple[int, int]
+    dim: int
+    pairs: tuple[int, ...]
+
+
+HEADS = {
+    "wan-1.3b": Heads((12, 12), 128, (22, 21, 21)),
+    "wan-14b": Heads((40, 40), 128, (22, 21, 21)),
+    "hunyuan-video": Heads((24, 24), 128, (8, 28, 28)),
+    "ltx": Heads((32, 32), 64, (12, 10, 10)),
+    "cosmos": Heads((16, 16), 128, (22, 21, 21)),
+    "flux2": Heads((48, 48), 128, (16, 16, 16, 16)),
+    "hunyuan-dit": Heads((16, 16), 88, (22, 22)),
+    "gqa": Heads((32, 8), 128, (64,)),
+    "64-heads": Heads((64, 64), 128, (22, 21, 21)),
+    "dim-112": Heads((24, 24), 112, (16, 20, 20)),
+    "partial": Heads((12, 12), 128, (16, 16, 16)),
+}
+
+# The values of every option; the first ones are what models mostly use. `norm_weights` is None without a norm. Data,
+# outputs and weights start at an address of that alignment in bytes.
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "operation": ("rotate", "rotate-in-place", "exact", "norm-per-head", "norm-across-heads", "shift"),
+    "heads": tuple(HEADS),
+    "pairing": (Pairing.INTERLEAVED, Pairing.HALF),
+    "data": (BFLOAT16, FLOAT16, FLOAT32),
+    "table": ("float32", "data"),
+    "tensors": (2, 1),
+    "norm_weights": (None, "data", "float32", "none"),
+    "alignment": (16, 8, 4, 2),
+}
+
+# What models call: their heads and pairing in bfloat16, with a float32 table and weights of the data's dtype.
+MODELS = {
+    "wan-1.3b": Pairing.INTERLEAVED,
+    "wan-14b": Pairing.INTERLEAVED,
+    "hunyuan-video": Pairing.INTERLEAVED,
+    "ltx": Pairing.INTERLEAVED,
+    "cosmos": Pairing.HALF,
+}
+
+Row = dict[str, Any]
+
+
+def is_possible(row: Row) -> bool:
+    """Whether a call can have these options, of which some may still be open."""
+    named = "operation" in row and "norm_weights" in row
+    if named and row["operation"].startswith("norm") != (row["norm_weights"] is not None):
+        return False
+    return not (row.get("data") is FLOAT32 and (row.get("alignment") == 2 or row.get("table") == "data"))
+
+
+def model_rows() -> list[Row]:
+    """Every model with every operation."""
+    return [
+        {
+            "operation": operation,
+            "heads": heads,
+            "pairing": pairing,
+            "data": BFLOAT16,
+            "table": "float32",
+            "tensors": 2,
+            "norm_weights": "data" if operation.startswith("norm") else None,
+            "alignment": 16,
+        }
+        for heads, pairing in MODELS.items()
+        for operation in OPTIONS["operation"]
+    ]
+
+
+def pairs_of(row: Row) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
+    """Every two options of a row, with their values."""
+    return set(itertools.combinations(((name, row[name]) for name in OPTIONS if name in row), 2))
+
+
+def uncovered_pairs(rows: Sequence[Row]) -> list[tuple[tuple[str, Any], tuple[str, Any]]]:
+    """The possible pairs of values that no row has, in the order of the options."""
+    covered = set().union(*(pairs_of(row) for row in rows))
+    values = [[(name, value) for value in OPTIONS[name]] for name in OPTIONS]
+    every = itertools.chain.from_iterable(itertools.product(*two) for two in itertools.combinations(values, 2))
+    return [pair for pair in every if pair not in covered and is_possible(dict(pair))]
+
+
+def pairwise_rows(rows: Sequence[Row]) -> list[Row]:
+    """``rows`` and as many more as every possible pair of values needs.
+
+    A new row takes the first pair that is left, and for each other option the value that covers most of those left.
+    """
+    rows = list(rows)
+    left = dict.fromkeys(uncovered_pairs(rows))
+    while left:
+        row: Row = dict(next(iter(left)))
+        for name in OPTIONS:
+            if name in row:
+                continue
+            candidates = [{**row, name: value} for value in OPTIONS[name]]
+            candidates = [candidate for candidate in candidates if is_possible(candidate)]
+            row = max(candidates, key=lambda candidate: len(pairs_of(candidate) & left.keys()))
+        for pair in pairs_of(row):
+            left.pop(pair, None)
+        rows.append(row)
+    return rows
+
+
+def name_of(row: Row) -> str:
+    """A name that says the operation and heads, then what differs from the first value of each option."""
+    parts = [row["operation"], row["heads"], row["pairing"].value, str(row["data"]).removeprefix("torch.")]
+    if row["table"] == "data":
+        parts.append("16-bit-table")
+    if row["tensors"] == 1:
+        parts.append("one-tensor")
+    if row["norm_weights"] not in (None, "data"):
+        parts.append({"float32": "float32-weights", "none": "no-weights"}[row["norm_weights"]])
+    if row["alignment"] != 16:
+        parts.append(f"aligned-{row['alignment']}")
+    return "-".join(parts)
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: torch.dtype, alignment: int) -> torch.Tensor:
+    """Zeros whose address is a multiple of ``alignment``, and for less than 16 not of twice that."""
+    start = alignment // dtype.itemsize if alignment < 16 else 0
+    count = torch.Size(shape).numel()
+    return torch.zeros(start + count, dtype=dtype)[start:].view(shape)
+
+
+def rotation_args(row: Row) -> RotationArgs:
+    """The arguments of a call with these options."""
+    heads = HEADS[row["heads"]]
+    shift = row["operation"] == "shift"
+    return RotationArgs(
+        rows=torch.zeros(2, 12, max(heads.pairs), dtype=row["data"] if row["table"] == "data" else FLOAT32),
+        positions=torch.zeros(1, TOKENS, len(heads.pairs), dtype=torch.int32) if shift else None,
+        pairs=heads.pairs,
+        sizes=(TOKENS,) * len(heads.pairs),
+        first_rows=(0,) * len(heads.pairs),
+        token_offset=0,
+        prefix=0,
+        count=TOKENS,
+        pairing=row["pairing"],
+        inverse=False,
+        exact=row["operation"] == "exact",
+        entries=torch.zeros(1, dtype=torch.int32) if shift else None,
+    )
+
+
+def norm_of(row: Row) -> Norm | None:
+    """The norm of a call with these options."""
+    if not row["operation"].startswith("norm"):
+        return None
+    heads = HEADS[row["heads"]]
+    kind = NormKind.PER_HEAD if row["operation"] == "norm-per-head" else NormKind.ACROSS_HEADS
+    counts = [1 if kind is NormKind.PER_HEAD else count for count in heads.counts[: row["tensors"]]]
+    dtype = {"data": row["data"], "float32": FLOAT32, "none": None}[row["norm_weights"]]
+    if dtype is None:
+        return Norm(kind, [None] * len(counts), 1e-6)
+    alignment = max(row["alignment"], dtype.itemsize)
+    return Norm(kind, [aligned_zeros((count * heads.dim,), dtype, alignment) for count in counts], 1e-6)
+
+
+def plan_for(row: Row) -> Plan:
+    """The plan of a call with these options."""
+    heads = HEADS[row["heads"]]
+    shapes = [(1, TOKENS, count, heads.dim) for count in heads.counts[: row["tensors"]]]
+    xs, outs = ([aligned_zeros(shape, row["data"], row["alignment"]) for shape in shapes] for _ in range(2))
+    in_place = row["operation"] in ("rotate-in-place", "shift")
+    return plan_of(xs, rotation_args(row), xs if in_place else outs, norm_of(row))
+
+
+MODEL_ROWS = {name_of(row): row for row in model_rows()}
+ROWS = {name_of(row): row for row in pairwise_rows(model_rows())}
+PLANS: dict[str, Plan] = {name: plan_for(row) for name, row in ROWS.items()}

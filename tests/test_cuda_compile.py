@@ -1,0 +1,256 @@
+"""The machine code of the CUDA kernels, for every plan of ``cuda_plans.py`` and every architecture that ships.
+
+NVRTC needs no GPU to compile. Every plan is compiled for every architecture and its resources are checked. Its
+instructions are checked on sm_90, and for the models' own calls everywhere; ``scripts/cuda_resources.py`` reads all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("cuda.core")
+
+from cuda_machine_code import (
+    ARCHS,
+    RESERVED_SHARED,
+    Code,
+    Instruction,
+    Resources,
+    data_accesses,
+    disassemble,
+    is_barrier,
+    is_data_load,
+    is_local,
+    is_store,
+    resident_threads,
+    resources,
+)
+from cuda_plans import MODEL_ROWS, OPTIONS, PLANS, ROWS, is_possible, uncovered_pairs
+
+from dit_rope.backends.cuda_kernels import ARGUMENTS_SIZE, Plan, kernel_sources, plan_of
+from dit_rope.backends.cuda_launch import compile_plan
+from dit_rope.backends.gpu_calls import Norm
+from dit_rope.rotation_args import RotationArgs
+from dit_rope.spec import NormKind, Pairing
+
+# Resident threads of an SM for the models' calls, and for any: what was compiled, rounded down. A thread has 64 bytes
+# of loads under way, so 768 threads keep 48 KiB of reads in flight and 384 keep 24 KiB; by Little's law an SM of an
+# H100 needs 3.35e12 B/s / 132 * 1 us = 25 KB of reads and writes. sm_89 and sm_120 hold 1536 threads at most.
+LEAST_THREADS = {
+    "sm_80": (768, 512),
+    "sm_89": (768, 512),
+    "sm_90": (768, 512),
+    "sm_100": (640, 512),
+    "sm_120": (640, 384),
+}
+STATIC_SHARED = 48 * 1024
+WORKERS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Built:
+    """One plan compiled for one architecture; its code where that is checked."""
+
+    arch: str
+    used: dict[str, Resources]
+    code: Code | None
+
+
+def build(name: str, arch: str) -> Built:
+    cubin = compile_plan(PLANS[name], arch)
+    return Built(arch, resources(cubin), disassemble(cubin) if arch == "sm_90" or name in MODEL_ROWS else None)
+
+
+@pytest.fixture(scope="module", params=PLANS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def plan(name: str) -> Plan:
+    return PLANS[name]
+
+
+@pytest.fixture(scope="module")
+def builds(name: str) -> list[Built]:
+    """The plan on every architecture, compiled side by side: NVRTC and the disassembler leave Python's lock alone."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return list(pool.map(lambda arch: build(name, arch), ARCHS))
+
+
+@pytest.fixture(scope="module")
+def codes(builds: list[Built]) -> dict[str, Code]:
+    return {built.arch: built.code for built in builds if built.code is not None}
+
+
+def named(*starts: str) -> Callable[[Instruction], bool]:
+    return lambda instruction: instruction.name.startswith(starts)
+
+
+def test_plans_cover_every_pair_of_options() -> None:
+    assert uncovered_pairs(list(ROWS.values())) == []
+    assert all(is_possible(row) for row in ROWS.values())
+    for option, values in OPTIONS.items():
+        assert {row[option] for row in ROWS.values()} == set(values)
+    assert {plan.access for plan in PLANS.values()} == {16, 8, 4, 2}
+    assert {plan.weight_access for plan in PLANS.values() if plan.weights} == {16, 8, 4, 2}
+
+
+def test_plan_spills_nothing_and_fits_an_sm(name: str, plan: Plan, builds: list[Built]) -> None:
+    for built in builds:
+        assert list(built.used) == [plan.operation], built.arch
+        used = built.used[plan.operation]
+        assert used.stack == used.local == 0, built.arch
+        assert used.shared - RESERVED_SHARED[built.arch] <= STATIC_SHARED, built.arch
+        least = LEAST_THREADS[built.arch][0 if name in MODEL_ROWS else 1]
+        assert resident_threads(used.registers, plan.threads, built.arch) >= least, (built.arch, used)
+
+
+def test_plan_uses_no_local_memory(codes: dict[str, Code]) -> None:
+    for arch, code in codes.items():
+        assert code.count(is_local) == 0, arch
+
+
+def test_plan_reads_and_writes_its_data_once_in_whole_accesses(plan: Plan, codes: dict[str, Code]) -> None:
+    for arch, code in codes.items():
+        loads = [instruction for instruction in code.instructions if is_data_load(instruction)]
+        stores = [instruction for instruction in code.instructions if is_store(instruction)]
+        assert len(loads) == len(stores) == data_accesses(plan), arch
+        assert {instruction.bytes for instruction in loads + stores} == {plan.access}, arch
+        assert all(instruction.name.startswith("STG.E") for instruction in stores), arch
+
+
+def test_plan_of_aligned_data_moves_16_bytes_at_once(name: str, plan: Plan) -> None:
+    row = ROWS[name]
+    dim_in_chunks = plan.head_dim % 16 == 0 and (not plan.half or sum(plan.pairs) % 8 == 0)
+    if dim_in_chunks or plan.data is torch.float32:
+        assert plan.access == row["alignment"]
+    assert plan.access <= row["alignment"]
+
+
+def test_plan_issues_every_load_before_a_store_or_barrier(codes: dict[str, Code]) -> None:
+    for arch, code in codes.items():
+        last_load = max(code.places(is_data_load))
+        assert last_load < min(code.places(is_store)), arch
+        assert last_load < min(code.places(is_barrier)), arch
+
+
+def test_plan_waits_for_no_load_before_its_data_but_of_an_entry(codes: dict[str, Code]) -> None:
+    """A load that an address depends on delays all others; only that of the number of a batch entry may be one."""
+    for arch, code in codes.items():
+        before = code.instructions[: max(code.places(is_data_load))]
+        loads = [load for load in before if named("LD")(load) and not named("LDC", "LDCU")(load)]
+        others = [load for load in loads if not is_data_load(load) and "CONSTANT" not in load.modifiers]
+        assert len(others) <= 1, arch
+        assert all(load.name == "LDG.E" and load.predicate for load in others), arch
+
+
+def test_plan_fuses_multiply_add_unless_exact(plan: Plan, codes: dict[str, Code]) -> None:
+    """Integer division, the one other arithmetic of a rotation, takes no fused multiply-add of floats."""
+    pairs = data_accesses(plan) * plan.access // plan.data.itemsize // 2
+    for arch, code in codes.items():
+        fused = code.count(named("FFMA"))
+        assert (fused == 0) if plan.exact else (fused >= 2 * pairs), arch
+        assert not plan.exact or code.count(named("FMUL")) >= 4 * pairs, arch
+
+
+def test_plan_rounds_to_nearest(plan: Plan, codes: dict[str, Code]) -> None:
+    words = data_accesses(plan) * plan.access // 4
+    for arch, code in codes.items():
+        packs = [instruction for instruction in code.instructions if named("F2F")(instruction)]
+        assert not any(instruction.modifiers & {"RZ", "RM", "RP"} for instruction in packs), arch
+        if plan.data is torch.float32:
+            assert not packs, arch
+        else:
+            assert len(packs) >= words, arch
+            assert {"BF16" in instruction.modifiers for instruction in packs} == {plan.data is torch.bfloat16}, arch
+
+
+def test_plan_takes_the_packed_arguments(codes: dict[str, Code]) -> None:
+    for arch, code in codes.items():
+        assert code.parameter_bytes == ARGUMENTS_SIZE, arch
+
+
+ARGS = RotationArgs(
+    rows=torch.zeros(2, 12, 22),
+    positions=None,
+    pairs=(22, 21, 21),
+    sizes=(3, 4, 5),
+    first_rows=(0, 3, 7),
+    token_offset=0,
+    prefix=0,
+    count=60,
+    pairing=Pairing.INTERLEAVED,
+    inverse=False,
+    exact=False,
+)
+NORM = Norm(NormKind.PER_HEAD, [torch.ones(128, dtype=torch.bfloat16) for _ in "qk"], 1e-6)
+
+
+def meta(batch: int, tokens: int, heads: int = 12, dim: int = 128) -> torch.Tensor:
+    """Queries without memory, of any length."""
+    return torch.empty(batch, tokens, heads, dim, dtype=torch.bfloat16, device="meta")
+
+
+@pytest.mark.parametrize("norm", [None, NORM], ids=["rotate", "norm"])
+@pytest.mark.parametrize(
+    ("x", "changes"),
+    [
+        (meta(1, 1), {"count": 1}),
+        (meta(1, 75_600), {"count": 75_600, "sizes": (21, 45, 80)}),
+        (meta(1, 2**20), {"count": 2**20, "sizes": (128, 64, 128)}),
+        (meta(3, 61), {}),
+        (meta(70_000, 61), {}),
+        (meta(1, 60), {"prefix": 1, "count": 59}),
+        (meta(1, 60), {"prefix": 16, "count": 32, "token_offset": 1}),
+        (meta(1, 60), {"first_rows": (1, 16, 123_456)}),
+        (meta(1, 60), {"sizes": (1, 1, 2**30)}),
+        (meta(1, 60), {"rows": torch.zeros(2, 4096, 22)}),
+        (meta(1, 60), {"rows": torch.zeros(2, 4096, 23)[:, 1:, 1:]}),
+        (meta(1, 60), {"positions": torch.zeros(1, 60, 3).int()}),
+        (meta(1, 60), {"inverse": True}),
+        (meta(2, 60 * 3).view(2, 60, 3, 12, 128)[:, :, 1], {}),
+        (meta(2, 12, 61).transpose(1, 2), {}),
+        (meta(2, 12, 2**21).transpose(1, 2), {}),
+        (meta(2, 2**22), {}),
+        (meta(1, 60).as_strided((1, 60, 12, 128), (99_999, 1536, 128, 1)), {}),
+    ],
+    ids=[
+        "one-token", "720p", "million-tokens", "batch", "large-batch", "prefix", "shard", "start-frame", "grid",
+        "longer-table", "table-view", "positions", "inverse", "packed", "transposed", "transposed-far", "far-batch",
+        "stride-of-one-batch",
+    ],
+)  # fmt: skip
+def test_call_compiles_nothing_for_a_new_length_position_or_layout(
+    x: torch.Tensor, changes: dict[str, Any], norm: Norm | None
+) -> None:
+    base = plan_of([meta(1, 60)] * 2, ARGS, [meta(1, 60)] * 2, norm)
+    changed = plan_of([x] * 2, replace(ARGS, **changes), [x] * 2, norm)
+    assert changed == base
+    assert changed.source() == base.source()
+
+
+@pytest.mark.parametrize(("step", "access"), [(8, 16), (4, 8), (2, 4), (1, 2)])
+def test_call_narrows_its_accesses_to_the_strides(step: int, access: int) -> None:
+    x = meta(1, 61).as_strided((1, 60, 12, 128), (0, 1536 + step, 128, 1))
+    assert plan_of([x], ARGS, [meta(1, 60)]).access == access
+    assert plan_of([meta(1, 60)], ARGS, [x]).access == access
+
+
+def test_compiler_says_what_is_wrong_with_a_plan() -> None:
+    plan = replace(PLANS["rotate-wan-1.3b-interleaved-bfloat16"], access=3)
+    with pytest.raises(Exception, match="AccessOf<3>"):
+        compile_plan(plan, "sm_90")
+
+
+def test_kernels_are_compiled_from_this_repository(repository: Path) -> None:
+    assert kernel_sources() == repository / "kernels"
