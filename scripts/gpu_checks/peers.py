@@ -12,16 +12,8 @@ from types import ModuleType
 
 import torch
 
-from .problems import EPS, Call, Operation, Problem, Tensors, Unavailable
-
-PEER_MODULES = {
-    # flash-attn's package needs its compiled extension, which the one file with the Triton kernel does not.
-    "flash-attn": ("flash_attn.ops.triton.rotary", "rotary_flash_attn"),
-    "liger-kernel": ("liger_kernel.transformers.rope",),
-    "comfy-kitchen": ("comfy_kitchen",),
-    "flashinfer-python": ("flashinfer",),
-}
-"""Distributions, and the modules of each that are tried in turn."""
+from .problems import EPS, Call, NotOffered, Operation, Problem, Tensors, Unavailable
+from .requirements import PEER_MODULES
 
 
 def model(problem: Problem) -> Call:
@@ -31,18 +23,15 @@ def model(problem: Problem) -> Call:
 
 def compiled_model(problem: Problem, compiler: str = "inductor") -> Call:
     """The same through ``torch.compile``."""
+    _only(problem, Operation.ROTATE, Operation.PER_HEAD, Operation.ACROSS_HEADS)  # compiling each takes seconds
     torch._dynamo.reset()  # one function, compiled for every shape, would run into the limit of recompilations
-    call = torch.compile(_model_code(problem), fullgraph=True, dynamic=False, backend=compiler)
-    if problem.operation.in_place:
-        raise Unavailable("the model's code is not in place")
-    return call
+    return torch.compile(_model_code(problem), fullgraph=True, dynamic=False, backend=compiler)
 
 
 def flash_attn(problem: Problem) -> Call:
     """``apply_rotary`` of flash-attn, a Triton kernel for one tensor; ``conjugate`` is its backward."""
+    _only(problem, *_ROTATIONS, Operation.BACKWARD)
     apply_rotary = _module("flash-attn").apply_rotary
-    if problem.operation not in (*_ROTATIONS, Operation.IN_PLACE, Operation.HALF_IN_PLACE, Operation.BACKWARD):
-        raise Unavailable("it has no norm")
     cos, sin = problem.cos_sin
     how = {
         "interleaved": not problem.half,
@@ -54,9 +43,8 @@ def flash_attn(problem: Problem) -> Call:
 
 def liger(problem: Problem) -> Call:
     """``liger_rotary_pos_emb`` of Liger-Kernel, in place; it takes ``[B, H, S, D]`` and pairs halves."""
+    _only(problem, Operation.HALF_IN_PLACE)
     rotate = _module("liger-kernel").liger_rotary_pos_emb
-    if problem.operation is not Operation.HALF_IN_PLACE:
-        raise Unavailable("it pairs halves, in place")
     cos, sin = (torch.cat((part, part), dim=-1)[None] for part in problem.cos_sin)
 
     def call(q: torch.Tensor, k: torch.Tensor) -> Tensors:
@@ -68,27 +56,24 @@ def liger(problem: Problem) -> Call:
 
 def comfy_kitchen(problem: Problem) -> Call:
     """comfy-kitchen's rotation by 2 x 2 matrices ``[1, S, 1, pairs, 2, 2]``, and its norm per head before one."""
-    kitchen = _module("comfy-kitchen")
-    cos, sin = problem.cos_sin
-    matrices = torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))[None, :, None].contiguous()
-    if problem.operation is Operation.PER_HEAD:
-        return lambda q, k: kitchen.rms_rope(q, k, matrices, *problem.weights, EPS)
     names = {
         Operation.ROTATE: "apply_rope",
         Operation.IN_PLACE: "apply_rope_",
         Operation.HALF_IN_PLACE: "apply_rope_split_half_",
+        Operation.PER_HEAD: "rms_rope",
     }
-    if problem.operation not in names:
-        raise Unavailable(f"it has no {problem.operation.value}")
-    rotate = getattr(kitchen, names[problem.operation])
-    return lambda q, k: rotate(q, k, matrices)
+    _only(problem, *names)
+    rotate = getattr(_module("comfy-kitchen"), names[problem.operation])
+    cos, sin = problem.cos_sin
+    matrices = torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))[None, :, None].contiguous()
+    norm = (*problem.weights, EPS) if problem.weights else ()
+    return lambda q, k: rotate(q, k, matrices, *norm)
 
 
 def flashinfer_cache(problem: Problem) -> Call:
     """``apply_rope_with_cos_sin_cache`` of FlashInfer, and its in-place form, by int32 positions in a dense table."""
+    _only(problem, *_ROTATIONS)
     rope = _module("flashinfer-python").rope
-    if problem.operation not in (*_ROTATIONS, Operation.IN_PLACE, Operation.HALF_IN_PLACE):
-        raise Unavailable("it has neither norm nor backward")
     cache = torch.cat(problem.cos_sin, dim=-1)
     positions = torch.arange(problem.shape.tokens, dtype=torch.int32, device=problem.device)
     width = problem.shape.head_dim
@@ -114,12 +99,11 @@ def flashinfer_norm(problem: Problem) -> Call:
 
     It reads q and k side by side in one tensor, which is made once for each input outside the timed call.
     """
+    _only(problem, Operation.ACROSS_HEADS)
     fused = getattr(_module("flashinfer-python"), "fused_qk_rmsnorm_rope", None)
     if fused is None:
         raise Unavailable("this version has no fused_qk_rmsnorm_rope")
     shape = problem.shape
-    if problem.operation is not Operation.ACROSS_HEADS:
-        raise Unavailable("it norms across heads and rotates")
     if shape.prefix or shape.grid.start_frame:
         raise Unavailable("it has neither text tokens nor a start frame")
     frames, height, width = shape.grid.sizes
@@ -129,13 +113,12 @@ def flashinfer_norm(problem: Problem) -> Call:
         "num_heads_q": shape.heads, "num_heads_k": shape.heads, "num_heads_v": 0,
         "head_dim": shape.head_dim, "eps": EPS, "base": shape.theta, "interleave": True,
     }  # fmt: skip
-    packed: dict[int, torch.Tensor] = {}
+    packed: dict[int, Tensors] = {}
 
     def call(q: torch.Tensor, k: torch.Tensor) -> Tensors:
-        both = packed.get(q.data_ptr())
-        if both is None:
-            both = packed[q.data_ptr()] = torch.cat((q.flatten(2), k.flatten(2)), dim=-1)
-        turned_q, turned_k, _ = fused(both, *problem.weights, **how)
+        if id(q) not in packed:  # q is kept beside its copy, so that no other tensor gets its id
+            packed[id(q)] = q, torch.cat((q.flatten(2), k.flatten(2)), dim=-1)
+        turned_q, turned_k, _ = fused(packed[id(q)][1], *problem.weights, **how)
         return turned_q, turned_k
 
     return call
@@ -150,7 +133,12 @@ PEERS: dict[str, Callable[[Problem], Call]] = {
     "flashinfer cos-sin-cache": flashinfer_cache,
     "flashinfer norm and rope": flashinfer_norm,
 }
-_ROTATIONS = (Operation.ROTATE, Operation.POSITIONS)
+_ROTATIONS = (Operation.ROTATE, Operation.POSITIONS, Operation.IN_PLACE, Operation.HALF_IN_PLACE)
+
+
+def _only(problem: Problem, *operations: Operation) -> None:
+    if problem.operation not in operations:
+        raise NotOffered(problem.operation.value)
 
 
 def _module(distribution: str) -> ModuleType:
@@ -165,8 +153,8 @@ def _module(distribution: str) -> ModuleType:
 
 
 def _model_code(problem: Problem) -> Call:
-    if problem.operation not in (*_ROTATIONS, Operation.PER_HEAD, Operation.ACROSS_HEADS, Operation.BACKWARD):
-        raise Unavailable(f"the model's code has no {problem.operation.value}")
+    if problem.operation.in_place:
+        raise NotOffered(problem.operation.value)
     rotate = _model_rotation(problem)
     if problem.operation is Operation.BACKWARD:
         return _model_backward(problem, rotate)

@@ -24,16 +24,20 @@ class Unavailable(Exception):
     """Why something cannot run here."""
 
 
+class NotOffered(Unavailable):
+    """An operation that a library does not have, which is no news."""
+
+
 class Operation(enum.Enum):
-    """What is done to queries and keys."""
+    """What is done to queries and keys, in the order in which it is measured: what has a target first."""
 
     ROTATE = "rotate"
-    POSITIONS = "rotate by positions"
-    EXACT = "rotate exact"
-    IN_PLACE = "rotate in place"
-    HALF_IN_PLACE = "rotate half in place"
     PER_HEAD = "norm per head, rotate"
     ACROSS_HEADS = "norm across heads, rotate"
+    IN_PLACE = "rotate in place"
+    HALF_IN_PLACE = "rotate half in place"
+    POSITIONS = "rotate by positions"
+    EXACT = "rotate exact"
     BACKWARD = "backward"
     SHIFT = "shift"
 

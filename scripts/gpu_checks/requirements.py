@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .peers import PEER_MODULES
-
 TORCH_MINIMUM = (2, 9)
+PEER_MODULES = {
+    # flash-attn's package needs its compiled extension, which the one file with the Triton kernel does not.
+    "flash-attn": ("flash_attn.ops.triton.rotary", "rotary_flash_attn"),
+    "liger-kernel": ("liger_kernel.transformers.rope",),
+    "comfy-kitchen": ("comfy_kitchen",),
+    "flashinfer-python": ("flashinfer",),
+}
+"""Distributions, and the modules of each that are tried in turn."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ def requirements() -> list[Requirement]:
         Requirement("rich", _package("rich"), "pip install rich"),
         Requirement("pytest", _package("pytest"), "pip install pytest"),
         Requirement("diffusers", _diffusers, "pip install diffusers, or bring its wheel and what it imports"),
-        Requirement("hypothesis", _package("hypothesis"), "pip install hypothesis", optional=True),
+        Requirement("hypothesis", _package("hypothesis"), "pip install hypothesis"),
         Requirement("compute-sanitizer", _sanitizer, "install the CUDA toolkit, or set CUDA_HOME", optional=True),
     ]
     return packages + [

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 import dit_rope
-from dit_rope import rotation
 
 from .problems import EPS, Call, Operation, Problem, Tensors, Unavailable
 from .reference import sample
@@ -74,40 +71,42 @@ def _backward(problem: Problem, backend: str) -> Call:
 
 
 def _shift(problem: Problem, backend: str) -> Call:
-    """Keys cached frame by frame move one frame on, all frames but the last, as a rolling cache does."""
-    args, frames = _shift_args(problem)
+    """Keys cached frame by frame move one frame towards the start, all but those of the last frame."""
+    frames = problem.shape.grid.sizes[0]
+    if frames < 2 or problem.shape.prefix:
+        raise Unavailable("a shift needs a grid of at least two frames and no prefix")
+    table = _shift_table(problem)
+    deltas = torch.ones(frames - 1, 1, dtype=torch.int32, device=problem.device)
+    how = {
+        "deltas": deltas,
+        "blocks": torch.arange(frames - 1, dtype=torch.int32, device=problem.device),
+        "inplace": True,
+        "allow_lossy": True,
+        "backend": backend,
+    }
 
     def shift(q: torch.Tensor, k: torch.Tensor) -> Tensors:
-        rotation.apply([k.view(frames, -1, *k.shape[2:])], args, inplace=True, backend=backend)
+        dit_rope.shift_keys(k.view(frames, -1, *k.shape[2:]), table, **how)
         return q, k
 
     return shift
 
 
-def _shift_args(problem: Problem) -> tuple[rotation.RotationArgs, int]:
-    frames = problem.shape.grid.sizes[0]
-    if frames < 2 or problem.shape.prefix:
-        raise Unavailable("a shift needs a grid of at least two frames and no prefix")
-    table = problem.table
-    row = table.first_rows[0] + 1
-    positions = torch.tensor([[[row, *[-1] * (len(table.sizes) - 1)]]], dtype=torch.int32, device=problem.device)
-    entries = torch.arange(frames - 1, dtype=torch.int32, device=problem.device)
-    per_frame = problem.shape.tokens // frames
-    args = table.args(positions=positions)
-    return replace(args, positions=positions, entries=entries, count=per_frame), frames
+def _shift_table(problem: Problem) -> dit_rope.ShiftTable:
+    return dit_rope.ShiftTable(problem.table.spec, device=problem.device)
 
 
 def _check_shift(problem: Problem, out: torch.Tensor, k: torch.Tensor) -> None:
-    """The time axis of all frames but the last is turned by one row, everything else is as it was."""
-    table, shape = problem.table, problem.shape
+    """The time axis of all frames but the last is turned back by one row, everything else is as it was."""
+    shape = problem.shape
     tokens = sample(shape.tokens, problem.device)
     turns = (tokens < shape.tokens - shape.tokens // shape.grid.sizes[0])[None, :, None, None]
-    row, pairs = table.first_rows[0] + 1, shape.dims[0] // 2
-    cos, sin = (part.double() for part in table.rows[:, row, :pairs])
+    pairs = shape.dims[0] // 2
+    cos, sin = (part.double() for part in _shift_table(problem).rows[:, 1, :pairs])
     exact = k[:, tokens].double()
     x1, x2 = exact[..., 0 : 2 * pairs : 2].clone(), exact[..., 1 : 2 * pairs : 2].clone()
-    exact[..., 0 : 2 * pairs : 2] = torch.where(turns, x1 * cos - x2 * sin, x1)
-    exact[..., 1 : 2 * pairs : 2] = torch.where(turns, x1 * sin + x2 * cos, x2)
+    exact[..., 0 : 2 * pairs : 2] = torch.where(turns, x1 * cos + x2 * sin, x1)
+    exact[..., 1 : 2 * pairs : 2] = torch.where(turns, x2 * cos - x1 * sin, x2)
     error = float((out[:, tokens].double() - exact).abs().max())
     allowed = float(torch.finfo(out.dtype).eps * exact.abs().max())
     if not error <= allowed:

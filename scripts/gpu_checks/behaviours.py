@@ -1,0 +1,292 @@
+"""What a GPU backend must do besides giving right results on one stream: each check by its name, in its own process.
+
+    python -m gpu_checks.behaviours graph-replay --backend cuda        (in the folder scripts/)
+
+Prints what was checked and exits with 0, or says what was expected and what came. Without a name, all of them run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import dit_rope
+from dit_rope import Grid, NormKind, Pairing, RopeSpec, RopeTable
+
+from .profiling import device_work
+from .reference import Expectation
+
+DIMS = (44, 42, 42)
+SMALL = Grid(3, 5, 7)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a check runs; on CPU it is a rehearsal at tiny sizes."""
+
+    backend: str
+    device: str
+
+    @property
+    def real(self) -> bool:
+        """Whether there is a GPU."""
+        return self.device != "cpu"
+
+    def table(self, grid: Grid, pairing: Pairing = Pairing.INTERLEAVED) -> RopeTable:
+        """The table of ``grid`` with Wan's channels."""
+        return dit_rope.rope_table(RopeSpec(DIMS, pairing=pairing), grid, device=self.device)
+
+    def noise(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """Random data."""
+        return torch.empty(shape, device=self.device, dtype=dtype).normal_()
+
+    def synchronize(self) -> None:
+        """Waits for the device."""
+        if self.real:
+            torch.cuda.synchronize()
+
+
+def expect(holds: bool, expected: str, got: object) -> None:
+    """Fails with what was expected and what came."""
+    if not holds:
+        raise AssertionError(f"expected {expected}, got {got}")
+
+
+def small_shapes(setting: Setting) -> str:
+    """Both pairings, text around the grid, unequal heads, odd sizes, in place and not, every norm."""
+    calls = 0
+    for pairing in Pairing:
+        table = setting.table(SMALL, pairing)
+        q, k = (setting.noise(2, SMALL.tokens + 5, heads, 136) for heads in (3, 1))
+        turned = dit_rope.rotate_qk(q, k, table, prefix=3, suffix=2, backend=setting.backend)
+        for out, x in zip(turned, (q, k), strict=True):
+            Expectation(table, 3).assert_right(out, x, context=pairing.value)
+        copies = q.clone(), k.clone()
+        dit_rope.rotate_qk(*copies, table, prefix=3, suffix=2, inplace=True, backend=setting.backend)
+        expect(all(map(torch.equal, copies, turned)), "in place the bits of out of place", "others")
+        for norm in NormKind:
+            weights = [setting.noise(x.shape[3] * (x.shape[2] if norm is NormKind.ACROSS_HEADS else 1)) for x in (q, k)]
+            how = {"prefix": 3, "suffix": 2, "norm": norm, "backend": setting.backend}
+            normed = dit_rope.norm_rotate_qk(q, k, table, *weights, **how)
+            for index, (out, x) in enumerate(zip(normed, (q, k), strict=True)):
+                Expectation(table, 3, norm, weights).assert_right(out, x, index, f"{pairing.value}, {norm.value}")
+            calls += 1
+        calls += 2
+    setting.synchronize()
+    return f"{calls} calls"
+
+
+def past_2_31_elements(setting: Setting) -> str:
+    """One tensor of more than 2^31 elements, rotated, then normed and rotated in place; its last tokens are right."""
+    grid = Grid(71, 100, 100) if setting.real else Grid(2, 3, 3)
+    heads = 24 if setting.real else 2
+    table = setting.table(grid)
+    x = setting.noise(1, grid.tokens, heads, sum(DIMS))
+    expect(not setting.real or x.numel() > 2**31, "more than 2^31 elements", x.numel())
+    out = dit_rope.rotate(x, table, backend=setting.backend)
+    Expectation(table).assert_right(out, x)
+    del out
+    norm, weight = NormKind.ACROSS_HEADS, setting.noise(heads * sum(DIMS))
+    expectation = Expectation(table, 0, norm, (weight,))
+    out = dit_rope.norm_rotate(x, table, weight, norm=norm, backend=setting.backend)
+    expectation.assert_right(out, x)
+    dit_rope.norm_rotate(x, table, weight, norm=norm, inplace=True, backend=setting.backend)
+    expect(torch.equal(x[:, -100:], out[:, -100:]), "in place the bits of out of place in the last tokens", "others")
+    return f"{x.numel():,} elements"
+
+
+def long_sequence_and_batch(setting: Setting) -> str:
+    """More than 65,535 tokens, and as many batch entries, which are limits of a launch grid's second dimension."""
+    long = Grid(8, 100, 100) if setting.real else Grid(2, 3, 3)
+    table = setting.table(long)
+    x = setting.noise(1, long.tokens, 2, sum(DIMS))
+    Expectation(table).assert_right(dit_rope.rotate(x, table, backend=setting.backend), x, context="long sequence")
+    table = setting.table(Grid(1, 1, 3))
+    x = setting.noise(66_000 if setting.real else 3, 3, 1, sum(DIMS))
+    Expectation(table).assert_right(dit_rope.rotate(x, table, backend=setting.backend), x, context="large batch")
+    return f"{long.tokens:,} tokens, {x.shape[0]:,} batch entries"
+
+
+def graph_replay(setting: Setting) -> str:
+    """A captured rotation gives new results for new data, by the same kernels."""
+    table = setting.table(SMALL)
+    q, k = (setting.noise(1, SMALL.tokens, 4, sum(DIMS)) for _ in range(2))
+
+    def call() -> list[torch.Tensor]:
+        turned = dit_rope.rotate_qk(q, k, table, backend=setting.backend)
+        return [*turned, *dit_rope.norm_rotate_qk(q, k, table, backend=setting.backend)]
+
+    replay, outs = _captured(call) if setting.real else (lambda: None, call())
+    for number in range(3):
+        if setting.real:
+            q.normal_()
+            k.normal_()
+        replay()
+        same = all(map(torch.equal, outs, call()))
+        expect(same, f"replay {number} to give the bits of a call", "others")
+    return "3 replays of 2 calls"
+
+
+def _captured(call: Callable[[], list[torch.Tensor]]) -> tuple[Callable[[], None], list[torch.Tensor]]:
+    """A CUDA graph of ``call``, and its outputs."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = call()
+    return graph.replay, outs
+
+
+def torch_compile(setting: Setting) -> str:
+    """A function with a rotation compiles as one graph and gives what it gives uncompiled."""
+    table = setting.table(SMALL)
+    q, k = (setting.noise(1, SMALL.tokens, 4, sum(DIMS)) for _ in range(2))
+
+    def attention_inputs(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        turned_q, turned_k = dit_rope.rotate_qk(q * 2, k, table, backend=setting.backend)
+        return turned_q + 1, turned_k
+
+    compiled = torch.compile(attention_inputs, fullgraph=True, backend="inductor" if setting.real else "aot_eager")
+    for out, expected in zip(compiled(q, k), attention_inputs(q, k), strict=True):
+        torch.testing.assert_close(out, expected)
+    return "fullgraph"
+
+
+def two_streams(setting: Setting) -> str:
+    """Work goes to the current stream: behind what was queued there, and beside what another stream does."""
+    if not setting.real:
+        return "rehearsed"
+    table = setting.table(SMALL)
+    sources = [setting.noise(1, SMALL.tokens, 4, sum(DIMS)) for _ in range(2)]
+    expected = [dit_rope.rotate(x, table, backend=setting.backend) for x in sources]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    inputs = [torch.zeros_like(x) for x in sources]
+    outs: list[torch.Tensor] = [torch.empty(0)] * 2
+    torch.cuda.synchronize()
+    for index, stream in enumerate(streams):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+            inputs[index].copy_(sources[index])  # a launch on any other stream reads the zeros
+            outs[index] = dit_rope.rotate(inputs[index], table, backend=setting.backend)
+    torch.cuda.synchronize()
+    for index in range(2):
+        expect(torch.equal(outs[index], expected[index]), f"stream {index} to wait for its own input", "another result")
+    return "2 streams"
+
+
+def two_threads(setting: Setting) -> str:
+    """Two threads that start together, so that both compile; then 200 calls each, of their own data and shapes."""
+    table = setting.table(SMALL)
+    sources = [setting.noise(1, SMALL.tokens, heads, sum(DIMS)) for heads in (2, 3)]
+    barrier = threading.Barrier(2)
+    problems: list[str] = []
+
+    def work(x: torch.Tensor) -> None:
+        try:
+            barrier.wait()
+            stream = torch.cuda.Stream() if setting.real else None
+            with torch.cuda.stream(stream):
+                outs = [dit_rope.rotate(x, table, backend=setting.backend) for _ in range(200 if setting.real else 3)]
+                setting.synchronize()
+            Expectation(table).assert_right(outs[0], x)
+            expect(all(torch.equal(out, outs[0]) for out in outs), "200 equal results", "different ones")
+        except Exception as error:
+            problems.append(f"{x.shape[2]} heads: {type(error).__name__}: {error}")
+
+    setting.synchronize()
+    threads = [threading.Thread(target=work, args=(x,)) for x in sources]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expect(not problems, "both threads to succeed", "; ".join(problems))
+    return "2 threads"
+
+
+def one_kernel(setting: Setting) -> str:
+    """Every call is one kernel, with no copy or fill beside it."""
+    table = setting.table(SMALL)
+    q, k = (setting.noise(1, SMALL.tokens, 4, sum(DIMS)) for _ in range(2))
+    positions, backend = table.positions(), setting.backend
+    calls: dict[str, Callable[[], object]] = {
+        "rotate": lambda: dit_rope.rotate_qk(q, k, table, backend=backend),
+        "in place": lambda: dit_rope.rotate_qk(q, k, table, inplace=True, backend=backend),
+        "by positions": lambda: dit_rope.rotate_qk(q, k, table, positions=positions, backend=backend),
+        "exact": lambda: dit_rope.rotate_qk(q, k, table, exact=True, backend=backend),
+        **{
+            norm.value: lambda norm=norm: dit_rope.norm_rotate_qk(q, k, table, norm=norm, backend=backend)
+            for norm in NormKind
+        },
+    }
+    for name, call in calls.items():
+        call()
+        work = device_work(call, setting.device)
+        expect(not setting.real or len(work) == 1, f"one kernel for {name} and nothing else", work)
+    return ", ".join(calls)
+
+
+def wan_without_copies(setting: Setting) -> str:
+    """A patched Wan copies nothing from the host in its second step; exactly patched, it gives the unpatched bits."""
+    import wan_models
+
+    dtype = torch.bfloat16 if setting.real else torch.float32
+    model = wan_models.build("wan", dtype).to(setting.device)
+    latent = setting.noise(1, 4, 3, 8, 12, dtype=dtype)
+    text = setting.noise(1, 12, 16, dtype=dtype)
+    timestep = torch.tensor([500], device=setting.device)
+
+    def step() -> torch.Tensor:
+        return model(latent, timestep, text, return_dict=False)[0]
+
+    with torch.inference_mode():
+        expected = step()
+        with dit_rope.patch(model, backend=setting.backend, exact=True):
+            got = step()
+        others = int((got != expected).sum())
+        expect(torch.equal(got, expected), "the unpatched bits from exact mode", f"{others} other elements")
+        before = [name for name in device_work(step, setting.device) if "HtoD" in name]
+        with dit_rope.patch(model, backend=setting.backend, exact=False):
+            got = step()
+            torch.testing.assert_close(got, expected, rtol=0.1, atol=0.1)
+            copies = [name for name in device_work(step, setting.device) if "HtoD" in name]
+    expect(not copies, "no host-to-device copy in the second step", f"{len(copies)}, unpatched {len(before)}")
+    return "second step, and exact bits"
+
+
+CHECKS: dict[str, Callable[[Setting], str]] = {
+    "small-shapes": small_shapes,
+    "past-2^31-elements": past_2_31_elements,
+    "long-sequence-and-batch": long_sequence_and_batch,
+    "graph-replay": graph_replay,
+    "torch-compile": torch_compile,
+    "two-streams": two_streams,
+    "two-threads": two_threads,
+    "one-kernel": one_kernel,
+    "wan-without-copies": wan_without_copies,
+}
+
+
+def main() -> None:
+    """Runs the named checks, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="name", help=", ".join(CHECKS))
+    parser.add_argument("--backend", default="cuda")
+    parser.add_argument("--rehearse", action="store_true", help="on CPU at tiny sizes, by the eager backend")
+    options = parser.parse_args()
+    setting = Setting("eager", "cpu") if options.rehearse else Setting(options.backend, "cuda")
+    for name in options.names or CHECKS:
+        torch.manual_seed(0)
+        try:
+            print(f"{name}: {CHECKS[name](setting)}", flush=True)
+        except AssertionError as error:
+            sys.exit(f"{name}: {error}")
+
+
+if __name__ == "__main__":
+    main()
