@@ -52,7 +52,7 @@ def measure(kernel: Kernel) -> dict[str, object]:
         "arch": arch,
         "registers": used.registers,
         "shared_bytes": used.shared,
-        "threads": plan.threads,
+        "block_threads": plan.threads,
         "resident_threads": resident_threads(used.registers, plan.threads, arch),
         "instructions": len(code.instructions),
         "data_loads": code.count(is_data_load),

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from dit_rope.backends.cuda_kernels import Plan, plan_of
+from dit_rope.backends.cuda_kernels import plan_of
+from dit_rope.backends.cuda_plan import Plan
 from dit_rope.backends.gpu_calls import Norm
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.spec import NormKind, Pairing

@@ -20,7 +20,8 @@ import torch
 pytest.importorskip("cuda.core")
 
 from dit_rope.backends import cuda_kernels, cuda_launch
-from dit_rope.backends.cuda_kernels import ARGUMENTS_SIZE, MAX_GRID_ROWS, Launch, Plan, launch_of
+from dit_rope.backends.cuda_kernels import ARGUMENTS_SIZE, MAX_GRID_ROWS, Launch, launch_of
+from dit_rope.backends.cuda_plan import Plan
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.spec import NormKind, Pairing
 
@@ -241,6 +242,13 @@ def test_grid_covers_every_token_of_every_batch_entry_within_the_driver_s_limits
     assert rows <= MAX_GRID_ROWS == 65_535
     assert layers <= 65_535
     assert len(pointers + launch.numbers) == ARGUMENTS_SIZE
+
+
+def test_launch_in_place_serves_no_call_that_is_so_for_one_tensor_only() -> None:
+    """In place, channels past the turning ones are neither read nor written; into other memory they are copied."""
+    q, k, other = (queries(1, 24, 3, 40) for _ in range(3))
+    widths = [launch_of([q, k], ARGS, outs)[0].plan.width for outs in ([q, k], [q, other], [other, k], [q, k])]
+    assert widths == [32, 40, 40, 32]
 
 
 def test_grid_has_a_row_for_each_entry_that_turns() -> None:

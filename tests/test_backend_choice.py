@@ -1,0 +1,245 @@
+"""Which backend takes a call; and the CUDA backend, its kernels run on CPU, behind everything that calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cuda_emulation
+import pytest
+import torch
+from oracle import rms_norm
+from oracle import rotate as rotate_oracle
+from tolerance import assert_within
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dit_rope
+from dit_rope import Grid, NormKind, RopeSpec, RopeTable, norm_rotate_qk, ops, rope_table, rotate, rotate_qk
+from dit_rope.backend_choice import BACKENDS, MODULES, choose_backend, explain_backends
+
+ACROSS = NormKind.ACROSS_HEADS
+
+
+class Watching(TorchDispatchMode):
+    """A dispatch mode that changes nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def table() -> RopeTable:
+    dit_rope.cache_clear()  # a table remembers which backend took a layout, and the emulated one comes and goes
+    return rope_table(RopeSpec((8, 4, 4)), Grid(2, 3, 4))
+
+
+@pytest.fixture(scope="session")
+def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cuda-on-cpu")
+
+
+@pytest.fixture
+def cuda(built_kernels: Path) -> Iterator[cuda_emulation.EmulatedKernels]:
+    """The CUDA backend takes tensors on CPU."""
+    if cuda_emulation.COMPILER is None:
+        pytest.skip("needs a C++ compiler")
+    with cuda_emulation.emulated(built_kernels) as kernels:
+        yield kernels
+
+
+def queries_and_keys(**options: Any) -> list[torch.Tensor]:
+    return [torch.randn(1, 24, heads, 16, **options) for heads in (4, 2)]
+
+
+def test_backends_are_asked_from_the_fastest_on(table: RopeTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert BACKENDS == ("cuda", "triton", "eager")
+    xs = [x.to("meta") for x in queries_and_keys()]
+    gpu = [torch.empty_like(x) for x in xs]
+    asked: list[str] = []
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(MODULES[name], "declined", lambda xs, args, norm=None, name=name: asked.append(name))
+
+    class OnGpu:
+        device = torch.device("cuda")
+
+    assert choose_backend([OnGpu()], table.args()) == "cuda"  # type: ignore[list-item]
+    assert asked == ["cuda"]
+    assert choose_backend(gpu, table.args()) == "eager"
+
+
+def test_choose_backend_falls_through_those_that_decline(table: RopeTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(MODULES["cuda"], "declined", lambda xs, args, norm=None: "no")
+    monkeypatch.setattr(MODULES["triton"], "declined", lambda xs, args, norm=None: None)
+    assert choose_backend([OnGpu()], table.args()) == "triton"  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="got 'cuda', which declines: no"):
+        choose_backend([OnGpu()], table.args(), "cuda")  # type: ignore[list-item]
+    monkeypatch.setattr(MODULES["triton"], "declined", lambda xs, args, norm=None: "nor I")
+    assert choose_backend([OnGpu()], table.args()) == "eager"  # type: ignore[list-item]
+
+
+def test_explain_backends_gives_a_reason_for_each_that_is_not_chosen() -> None:
+    verdicts = dict(explain_backends("cpu"))
+    assert verdicts["eager"] == "chosen"
+    assert "NVIDIA" in verdicts["cuda"]
+    assert "GPU" in verdicts["triton"]
+
+
+def test_cuda_is_refused_by_name_where_there_is_none(table: RopeTable) -> None:
+    q, k = queries_and_keys()
+    with pytest.raises(ValueError, match="got 'cuda', which declines: device must be an NVIDIA GPU, got cpu"):
+        rotate_qk(q, k, table, backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_norm_rotate_on_cuda_is_as_accurate_as_float32(cuda: object, table: RopeTable, dtype: torch.dtype) -> None:
+    q, k = queries_and_keys(dtype=dtype)
+    weights = [torch.randn(x.shape[2] * 16).to(dtype) for x in (q, k)]
+    outs = norm_rotate_qk(q, k, table, *weights, norm=ACROSS, backend="cuda")
+    naive = norm_rotate_qk(q.float(), k.float(), table, *(w.float() for w in weights), norm=ACROSS, backend="eager")
+    cos, sin = table.cos_sin(repeat=False)
+    for x, weight, out, float32 in zip((q, k), weights, outs, naive, strict=True):
+        exact = rotate_oracle(rms_norm(x, weight, 1e-6, across_heads=True), cos, sin, interleaved=True)
+        assert_within(out, exact, float32)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_gradients_on_cuda_equal_those_of_eager(cuda: object, table: RopeTable, exact: bool) -> None:
+    """Fast gradients come from the kernel too: the inverse rotation, in float32 for both."""
+    results = {}
+    for backend in ("cuda", "eager"):
+        torch.manual_seed(3)
+        leaves = [x.requires_grad_() for x in queries_and_keys()]
+        weights = [torch.randn(x.shape[2] * 16, requires_grad=True) for x in leaves]
+        q, k = rotate_qk(*leaves, table, exact=exact, backend=backend)
+        q, k = norm_rotate_qk(q, k, table, *weights, norm=ACROSS, backend=backend)
+        (q * torch.linspace(-1, 1, q.numel()).view_as(q)).sum().backward(retain_graph=True)
+        k.square().sum().backward()
+        results[backend] = [leaf.grad for leaf in (*leaves, *weights)]
+    for ours, theirs in zip(results["cuda"], results["eager"], strict=True):
+        assert ours is not None
+        assert theirs is not None
+        # Two float32 computations of the same gradient, a dozen roundings each.
+        assert (ours - theirs).abs().max() <= 16 * torch.finfo(torch.float32).eps * theirs.abs().max()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_cuda_traces_without_a_graph_break(cuda: object, table: RopeTable, dynamic: bool) -> None:
+    def turn(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        q, k = rotate_qk(q, k, table, backend="cuda")
+        return norm_rotate_qk(q, k, table, norm=ACROSS, backend="cuda")[0] + 1
+
+    q, k = queries_and_keys()
+    compiled = torch.compile(turn, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    assert torch.equal(compiled(q, k), turn(q, k))
+
+
+def test_a_backend_named_while_tracing_is_still_refused_when_it_runs(table: RopeTable) -> None:
+    compiled = torch.compile(lambda q: rotate(q, table, backend="cuda"), backend="aot_eager", fullgraph=True)
+    with pytest.raises(ValueError, match="got 'cuda', which declines"):
+        compiled(queries_and_keys()[0])
+
+
+def test_calls_that_nobody_watches_skip_the_dispatcher(table: RopeTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient, a mode or a subclass needs the operator; anything else goes to the backend at once."""
+    seen = []
+    real = torch.ops.dit_rope.rotate
+
+    def watched(*args: Any) -> Any:
+        seen.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(torch.ops.dit_rope, "rotate", watched)
+    (q, k), args = queries_and_keys(), table.args()
+    ops.rotate([q, k], args, "eager")
+    assert seen == []
+    ops.rotate([q.requires_grad_(), k], args, "eager")
+    assert len(seen) == 1
+    with torch.no_grad():
+        ops.rotate([q, k], args, "eager")
+    assert len(seen) == 1
+    with Watching():
+        ops.rotate([q.detach(), k], args, "eager")
+    assert len(seen) == 2
+    with pytest.raises(RuntimeError, match="Batching rule"):  # and no backend gets a batched tensor as a plain one
+        torch.func.vmap(lambda x: ops.rotate([x], args, "eager")[0])(q.detach()[None])
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("backend", ["cuda", "eager"])
+@pytest.mark.parametrize("watched", [False, True], ids=["direct", "dispatched"])
+def test_inplace_calls_count_as_writes(cuda: object, table: RopeTable, backend: str, watched: bool) -> None:
+    (q, k), args = queries_and_keys(), table.args()
+    before = q._version, k._version
+    with Watching() if watched else torch.no_grad():
+        ops.rotate_([q, k], args, backend)
+    assert q._version > before[0]
+    assert k._version > before[1]
+
+
+def test_inplace_calls_take_inference_tensors(table: RopeTable) -> None:
+    with torch.inference_mode():
+        q, k = queries_and_keys()
+        expected = rotate_qk(q, k, table)
+        rotate_qk(q, k, table, inplace=True)
+    assert torch.equal(q, expected[0])
+    assert torch.equal(k, expected[1])
+
+
+def test_validation_remembers_layouts_and_nothing_refused(table: RopeTable) -> None:
+    q, k = queries_and_keys()
+    for _ in range(3):
+        rotate_qk(q, k, table)
+    assert len(table.validated) == 1
+    for _ in range(2):  # a refusal is not remembered as accepted, nor an acceptance as a refusal
+        with pytest.raises(ValueError, match="prefix"):
+            rotate_qk(q, k, table, prefix=1)
+        with pytest.raises(TypeError, match="k must have the dtype of q"):
+            rotate_qk(q, k.double(), table)
+    assert len(table.validated) == 1
+    for length in range(100):
+        rotate(torch.randn(1, 24 + length, 1, 16), table, suffix=length)
+    assert len(table.validated) <= 64
+
+
+def test_launch_is_one_object_per_layout_and_follows_the_pointers(cuda: object, table: RopeTable) -> None:
+    from dit_rope.backends import cuda_kernels
+
+    def launch(xs: list[torch.Tensor], **changes: Any) -> tuple[cuda_kernels.Launch, bytes]:
+        args = replace(table.args(), **changes)
+        return cuda_kernels.launch_of(xs, args, [torch.empty_like(x) for x in xs])
+
+    xs, ys = queries_and_keys(), queries_and_keys()
+    (first, pointers), (second, others) = launch(xs), launch(ys)
+    assert first is second
+    assert pointers != others
+    assert launch(queries_and_keys(), token_offset=1)[0] is not first
+    assert launch(queries_and_keys(), inverse=True)[0] is not first
+    assert launch([x[:, :23] for x in queries_and_keys()])[0] is not first
+    assert launch(queries_and_keys(dtype=torch.bfloat16))[0] is not first
+
+
+@pytest.mark.parametrize("backend", ["auto", "cuda"])
+def test_patched_model_runs_on_the_cuda_backend(cuda: Any, random_wan: Any, backend: str) -> None:
+    """On CPU ``"auto"`` stays eager; named, the kernels do both norms and rotations of every layer."""
+    transformer = random_wan.transformer
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 3, 4, 6),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 7, 16),
+        "return_dict": False,
+    }
+    runs: list[str] = []
+    real = cuda.run
+    cuda.run = lambda launch, *rest: (runs.append(launch.plan.operation), real(launch, *rest))[1]
+    with torch.no_grad():
+        (expected,) = transformer(**inputs)
+        with dit_rope.patch(transformer, exact=False, backend=backend) as handle:
+            assert ("cuda" in handle.report()) is (backend == "cuda")
+            (patched,) = transformer(**inputs)
+    assert runs == (["norm_rotate"] * 4 if backend == "cuda" else [])
+    assert (patched - expected).abs().max() <= 1e-5 * expected.abs().max()
