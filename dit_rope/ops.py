@@ -53,6 +53,12 @@ def rotate_(xs: Sequence[torch.Tensor], args: RotationArgs, backend: str) -> Non
     _count_write(xs)
 
 
+def rotate_into(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], backend: str) -> None:
+    """Rotates ``xs`` ``[B, S, H, D]`` into ``outs``, which autograd and tracers do not see."""
+    MODULES[backend].rotate(xs, args, outs)
+    _count_write(outs)
+
+
 def norm_rotate(
     xs: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor | None],

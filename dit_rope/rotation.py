@@ -147,6 +147,17 @@ def apply(
     return ops.rotate(xs, args, name)
 
 
+def apply_into(
+    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], *, backend: str = "auto"
+) -> None:
+    """Rotates ``xs`` into tensors that are there already, such as a cache; as :func:`apply`, and without gradients."""
+    if torch.compiler.is_compiling():
+        for out, turned in zip(outs, apply(xs, args, backend=backend), strict=True):
+            out.copy_(turned)
+        return
+    ops.rotate_into(xs, args, outs, choose_backend(xs, args, backend))
+
+
 def apply_norm(
     xs: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor | None],

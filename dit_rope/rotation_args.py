@@ -65,6 +65,18 @@ class RotationArgs:
         vars(other).update(vars(self), positions=positions)
         return other
 
+    def of_frames(self, first: int, frames: int) -> RotationArgs:
+        """The rotation of ``frames`` whole frames of this grid, from frame ``first`` on."""
+        tokens = self.count // self.sizes[0]
+        other = object.__new__(RotationArgs)
+        vars(other).update(
+            {name: value for name, value in vars(self).items() if name != "numbers"},
+            sizes=(frames, *self.sizes[1:]),
+            first_rows=(self.first_rows[0] + first, *self.first_rows[1:]),
+            count=frames * tokens,
+        )
+        return other
+
     @cached_property
     def numbers(self) -> tuple[object, ...]:
         """Everything but the tensors, to tell one rotation from another in a dictionary."""

@@ -39,50 +39,54 @@ struct Shared {
   float square_sums[Plan::tokens][Shape<Plan>::kTokenWarps][2];  // of queries and of keys, warp by warp
 };
 
-// Where one thread stands, and whether it has anything to read and write.
+// Where one thread stands, and whether it has anything to read and write. Unsigned: 64-bit offsets are cheaper so.
 struct Place {
-  int slot, row, lane;
-  int batch, token, entry;
+  unsigned slot, row, lane;
+  unsigned batch, token, entry;
   bool live;
 };
 
-// First channel of a chunk of a lane; Plan::width or more where the lane does not own it.
+// First channel of a lane.
 template <class Plan>
-__device__ __forceinline__ int first_channel(int lane, int chunk) {
+__device__ __forceinline__ int first_channel(int lane) {
   constexpr int kPairLanes = Shape<Plan>::kPairLanes;
-  if (!Plan::half) return lane * Plan::chunk;
-  if (lane < kPairLanes) return lane * Plan::chunk + chunk * Plan::pairs;
-  return 2 * Plan::pairs + (2 * (lane - kPairLanes) + chunk) * Plan::chunk;
+  return !Plan::half || lane < kPairLanes ? lane * Plan::chunk
+                                          : 2 * Plan::pairs + 2 * (lane - kPairLanes) * Plan::chunk;
+}
+
+// Channels from the first chunk of a lane to chunk number `chunk`, which the lane owns if it is below Plan::width.
+template <class Plan>
+__device__ __forceinline__ int chunk_offset(int lane, int chunk) {
+  return chunk * (lane < Shape<Plan>::kPairLanes ? Plan::pairs : Plan::chunk);
 }
 
 template <class Plan>
 __device__ __forceinline__ Place find_place(const RotationArgs& args) {
-  constexpr int kTokenThreads = Shape<Plan>::kTokenThreads;
-  const int thread = threadIdx.x;
+  constexpr unsigned kTokenThreads = Shape<Plan>::kTokenThreads, kLanes = Plan::lanes, kTokens = Plan::tokens;
+  const unsigned thread = threadIdx.x;
   Place place;
-  place.slot = min(thread / kTokenThreads, Plan::tokens - 1);
-  place.row = thread % kTokenThreads / Plan::lanes;
-  place.lane = thread % Plan::lanes;
+  place.slot = min(thread / kTokenThreads, kTokens - 1);
+  place.row = thread % kTokenThreads / kLanes;
+  place.lane = thread % kLanes;
   place.batch = blockIdx.z * gridDim.y + blockIdx.y;
-  place.token = blockIdx.x * Plan::tokens + place.slot;
-  place.entry = place.batch < args.batches ? place.batch : -1;
-  if (args.entries != nullptr && place.entry >= 0) place.entry = args.entries[place.batch];
-  const int number = place.token - args.prefix;
-  const bool still = args.keep_still && (number < 0 || number >= args.turning);
-  place.live = thread < Plan::tokens * kTokenThreads && place.token < args.tokens && !still &&
-               static_cast<unsigned>(place.entry) < static_cast<unsigned>(args.entry_count) &&
-               first_channel<Plan>(place.lane, 0) < Plan::width;
+  place.token = blockIdx.x * kTokens + place.slot;
+  place.entry = place.batch < args.batches ? place.batch : args.entry_count;  // the latter is none
+  if (Plan::shift && place.batch < args.batches) place.entry = args.entries[place.batch];
+  const bool still = args.keep_still && place.token - args.prefix >= args.turning;  // wraps around before the prefix
+  place.live = thread < kTokens * kTokenThreads && place.token < args.tokens && !still &&
+               place.entry < args.entry_count && first_channel<Plan>(place.lane) < Plan::width;
   return place;
 }
 
 // Table rows of the block's tokens, one thread for each token and axis.
 template <class Plan>
 __device__ __forceinline__ void find_rows(const RotationArgs& args, const Place& place, Shared<Plan>& shared) {
-  const int first_token = place.token - place.slot;
+  const unsigned first_number = place.token - place.slot - args.prefix;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < Plan::tokens * Plan::axes; i += Plan::threads) {
-    const int slot = i / Plan::axes, axis = i % Plan::axes;
-    shared.rows[slot][axis] = token_row(args, place.batch, first_token + slot - args.prefix, axis);
+  for (unsigned i = threadIdx.x; i < Plan::tokens * Plan::axes; i += Plan::threads) {
+    const unsigned slot = i / Plan::axes, axis = i % Plan::axes;
+    const bool there = place.entry < args.entry_count;
+    shared.rows[slot][axis] = there ? token_row(args, place.batch, first_number + slot, axis) : -1;
   }
 }
 
@@ -91,8 +95,8 @@ template <class Plan>
 __device__ __forceinline__ void read_angles(const RotationArgs& args, Shared<Plan>& shared) {
   using Table = typename Plan::Table;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < Plan::tokens * Plan::pairs; i += Plan::threads) {
-    const int slot = i / Plan::pairs, pair = i % Plan::pairs;
+  for (unsigned i = threadIdx.x; i < Plan::tokens * Plan::pairs; i += Plan::threads) {
+    const unsigned slot = i / Plan::pairs, pair = i % Plan::pairs;
     int first;
     const int row = shared.rows[slot][pair_axis<Plan>(pair, first)];
     if (row < 0) continue;
@@ -159,8 +163,13 @@ __device__ __forceinline__ float sum_of_lanes(float sum) {
   return sum;
 }
 
+// 1 / sqrt(square_sum / count + eps) to about one unit in the last place. The correctly rounded division and root are
+// subroutines, a third of a norm's instructions; one Newton step makes the approximate root about as good.
 __device__ __forceinline__ float inverse_rms(float square_sum, int count, float eps) {
-  return __frsqrt_rn(__fadd_rn(__fdiv_rn(square_sum, static_cast<float>(count)), eps));
+  const float mean = __fmaf_rn(square_sum, 1.0f / static_cast<float>(count), eps);
+  const float root = rsqrtf(mean);
+  const float error = __fmaf_rn(-__fmul_rn(mean, root), root, 1.0f);
+  return error == error ? __fmaf_rn(__fmul_rn(0.5f, root), error, root) : root;  // 0 and infinity have no error
 }
 
 // What one thread has of one tensor: its chunks of kRows heads, and of their weights.
@@ -182,18 +191,18 @@ struct Heads {
 
   __device__ __forceinline__ bool owns(int i, int chunk) const {
     const bool head = kHeads % Plan::rows == 0 || place.row + i * Plan::rows < kHeads;
-    const bool channels = !Plan::half || first_channel<Plan>(place.lane, chunk) < Plan::width;
-    return place.live && head && channels;
+    const int channel = first_channel<Plan>(place.lane) + chunk_offset<Plan>(place.lane, chunk);
+    return place.live && head && (!Plan::half || channel < Plan::width);
   }
 
   __device__ __forceinline__ void load() {
-    const Data* head = static_cast<const Data*>(tensor.x) + place.entry * strides.x_batch +
-                       place.token * strides.x_token + place.row * strides.x_head;
+    const Data* head = static_cast<const Data*>(tensor.x) + first_channel<Plan>(place.lane) +
+                       place.entry * strides.x_batch + place.token * strides.x_token + place.row * strides.x_head;
 #pragma unroll
     for (int i = 0; i < kRows; ++i, head += Plan::rows * strides.x_head) {
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk) {
-        if (owns(i, chunk)) data[i][chunk].load_once(head + first_channel<Plan>(place.lane, chunk));
+        if (owns(i, chunk)) data[i][chunk].load_once(head + chunk_offset<Plan>(place.lane, chunk));
       }
     }
   }
@@ -203,10 +212,11 @@ struct Heads {
 #pragma unroll
     for (int i = 0; i < kWeightRows; ++i) {
       const int head = Plan::norm == kAcrossHeads ? place.row + i * Plan::rows : 0;
-      const Weight* weight = static_cast<const Weight*>(tensor.weight) + head * Plan::head_dim;
+      const Weight* weight =
+          static_cast<const Weight*>(tensor.weight) + head * Plan::head_dim + first_channel<Plan>(place.lane);
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk) {
-        if (owns(i, chunk)) weights[i][chunk].load_shared(weight + first_channel<Plan>(place.lane, chunk));
+        if (owns(i, chunk)) weights[i][chunk].load_shared(weight + chunk_offset<Plan>(place.lane, chunk));
       }
     }
   }
@@ -255,8 +265,8 @@ struct Heads {
 
   // Norms, turns and writes every row. `factor` is 1 / rms where the norm is across heads.
   __device__ __forceinline__ void finish(const Angles<Plan>& angles, float factor, float eps) {
-    Data* head = static_cast<Data*>(tensor.out) + place.entry * strides.out_batch + place.token * strides.out_token +
-                 place.row * strides.out_head;
+    Data* head = static_cast<Data*>(tensor.out) + first_channel<Plan>(place.lane) +
+                 place.entry * strides.out_batch + place.token * strides.out_token + place.row * strides.out_head;
 #pragma unroll
     for (int i = 0; i < kRows; ++i, head += Plan::rows * strides.out_head) {
       Channels<Plan> values;
@@ -270,7 +280,7 @@ struct Heads {
       for (int chunk = 0; chunk < kChunks; ++chunk) {
         if (!owns(i, chunk)) continue;
         data[i][chunk].pack(values[chunk]);
-        data[i][chunk].store(head + first_channel<Plan>(place.lane, chunk));
+        data[i][chunk].store(head + chunk_offset<Plan>(place.lane, chunk));
       }
     }
   }
@@ -319,6 +329,8 @@ __device__ __forceinline__ void rotate_tokens(const RotationArgs& args, Shared<P
   } else {
     __syncthreads();
   }
+  // A norm per head has yet to shuffle, for which it needs every thread.
+  if (Plan::norm != kPerHead && !place.live) return;
   const Angles<Plan> angles(shared, place.slot, place.lane);
   query.finish(angles, factors[0], args.eps);
   if constexpr (kKeys) key.finish(angles, factors[1], args.eps);

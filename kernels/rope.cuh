@@ -36,37 +36,36 @@ struct RotationArgs {
   Tensor key;            // unused where Plan::key_heads is 0
   const void* rows;      // [2, R, P]: cos, then sin, of all axes, axis after axis along R; last dim contiguous
   const int* positions;  // [1 or B, 1 or count, axes] rows of the table; or null: rows come from the grid
-  const int* entries;    // [B] which batch entry of x is turned as entry b; or null: entry b itself
+  const int* entries;    // [B] which batch entry of x is turned as entry b; read where Plan::shift
   Strides query_strides;
   Strides key_strides;
   long long sin_offset;  // elements from a cosine to its sine
   long long row_stride;  // elements from a row of the table to the next
   long long position_batch, position_token, position_axis;
-  int batches;               // B, on grid axes y and z; blocks past it do nothing
-  int entry_count;           // batch entries that x has; an entry outside of them is left alone
+  unsigned batches;          // B, on grid axes y and z; blocks past it do nothing
+  unsigned entry_count;      // batch entries that x has; an entry outside of them is left alone
   int row_count;             // R; a row at or past it is never read and does not turn
-  int tokens;                // S
-  int prefix;                // tokens before the grid's
-  int turning;               // how many tokens after the prefix turn
-  int token_offset;          // flat grid index of the first of them; ignored with positions
+  unsigned tokens;           // S
+  unsigned prefix;           // tokens before the grid's
+  unsigned turning;          // how many tokens after the prefix turn
+  unsigned token_offset;     // flat grid index of the first of them; ignored with positions
   int inverse;               // 1: turn backwards
   int keep_still;            // 1: tokens that do not turn are neither read nor written
-  int sizes[kMaxAxes];       // the grid, axis 0 slowest; ignored with positions
-  int spans[kMaxAxes];       // product of the sizes after the axis; ignored with positions
+  unsigned sizes[kMaxAxes];  // the grid, axis 0 slowest; ignored with positions
+  unsigned spans[kMaxAxes];  // product of the sizes after the axis; ignored with positions
   int first_rows[kMaxAxes];  // table row of coordinate 0 of each axis; ignored with positions
   float eps;
 };
 
 // The table row of a token on one axis, -1 where it does not turn. `number` counts from the first token after the
 // prefix.
-__device__ __forceinline__ int token_row(const RotationArgs& args, int batch, int number, int axis) {
-  if (number < 0 || number >= args.turning) return -1;
+__device__ __forceinline__ int token_row(const RotationArgs& args, unsigned batch, unsigned number, int axis) {
+  if (number >= args.turning) return -1;
   if (args.positions == nullptr) {
-    const unsigned index = static_cast<unsigned>(args.token_offset) + number;
-    return args.first_rows[axis] + static_cast<int>(index / args.spans[axis] % args.sizes[axis]);
+    return args.first_rows[axis] + (args.token_offset + number) / args.spans[axis] % args.sizes[axis];
   }
-  const int row = args.positions[batch * args.position_batch + number * args.position_token +
-                                 axis * args.position_axis];
+  const int row = __ldg(args.positions + batch * args.position_batch + number * args.position_token +
+                        axis * args.position_axis);
   return row < args.row_count ? row : -1;
 }
 

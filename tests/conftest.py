@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,19 @@ def _seed() -> None:
 def device(request: pytest.FixtureRequest) -> str:
     """Every kind of device a test runs on; the marker ``gpu`` selects those that need one."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def contract_backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The backend and device that the environment names for ``backend_contract.py``, ready to take calls.
+
+    Kernels that are built for a CPU are kept in the folder DIT_ROPE_EMULATION_CACHE, where that is set.
+    """
+    from contract_calls import prepared
+
+    kept = os.environ.get("DIT_ROPE_EMULATION_CACHE")
+    with prepared(Path(kept) if kept else tmp_path_factory.mktemp("kernels")):
+        yield
 
 
 @pytest.fixture(scope="session")

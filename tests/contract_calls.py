@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,9 @@ from tolerance import assert_within
 from dit_rope.backends import cuda_kernels, eager, triton_kernels
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.spec import NormKind, Pairing
+
+HERE = Path(__file__).resolve().parent
+FILES = ("backend_contract.py", "backend_contract_entries.py")
 
 HALF, INTERLEAVED = Pairing.HALF, Pairing.INTERLEAVED
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -47,6 +52,20 @@ PAST_THE_TABLE = {
 ONE_WEIGHT = {f"test_norm_rotate_weights_are_optional_each[{kind.value}]" for kind in NormKind}
 # Every test that a backend may skip, and must.
 SKIPPED = {"eager": PAST_THE_TABLE, "triton": set(), "cuda": ODD_DIMS | ONE_WEIGHT}[BACKEND]
+
+
+def run_contract(backend: str, device: str) -> None:
+    """Runs every test of the contract in a process of its own; raises AssertionError, with its output, if one fails."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"DIT_ROPE_BACKEND": backend, "DIT_ROPE_DEVICE": device, "PYTHONPATH": str(HERE.parent)}
+    if (backend, device) == ("triton", "cpu"):
+        environment["TRITON_INTERPRET"] = "1"
+    files = [str(HERE / name) for name in FILES]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", *files],
+        env=environment, cwd=HERE.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-20_000:]}\n{done.stderr[-2_000:]}"
 
 
 @contextmanager
@@ -262,6 +281,8 @@ def copies(xs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 def compare(x: torch.Tensor, out: torch.Tensor, angles: Dense, args: RotationArgs, context: str = "") -> None:
     """Compares the rotation ``out`` of ``x``, on any device, with the oracle; what does not turn, bit by bit."""
     x, out = x.cpu(), out.cpu()
+    if x.numel() == 0:
+        return
     exact = rotate_oracle(x, angles.cos, angles.sin, interleaved=args.pairing is INTERLEAVED)
     dtype = torch.promote_types(x.dtype, args.rows.dtype) if args.exact else F32
     naive = formula(x, angles, args.pairing, dtype)
@@ -301,6 +322,8 @@ def check_norm_rotation(
     inputs = copies(xs)
     norm_rotate(xs, weights, eps, kind, args, outs)
     for i, (x, given, out) in enumerate(zip(inputs, weights, outs, strict=True)):
+        if x.numel() == 0:
+            continue
         weight = None if given is None else given.cpu()
         normed = rms_norm(x, weight, eps, across_heads=kind is NormKind.ACROSS_HEADS)
         exact = rotate_oracle(normed, angles.cos, angles.sin, interleaved=args.pairing is INTERLEAVED)

@@ -82,8 +82,8 @@ def emulated(folder: Path) -> Iterator[EmulatedKernels]:
     real = cuda_kernels._launch
 
     def launch(xs: Sequence[torch.Tensor], args: Any, outs: Sequence[torch.Tensor], norm: Any) -> None:
-        tensors = [*xs, *outs, *(weight for weight in (norm.weights if norm else ()) if weight is not None)]
-        kernels.ranges = [_range(tensor) for tensor in tensors]
+        tensors = [*xs, *outs, *(norm.weights if norm else ()), args.positions]
+        kernels.ranges = [_range(tensor) for tensor in tensors if tensor is not None]
         real(xs, args, outs, norm)
 
     with (

@@ -51,9 +51,9 @@ from dit_rope.spec import NormKind, Pairing
 # of loads under way, so 768 threads keep 48 KiB of reads in flight and 384 keep 24 KiB; by Little's law an SM of an
 # H100 needs 3.35e12 B/s / 132 * 1 us = 25 KB of reads and writes. sm_89 and sm_120 hold 1536 threads at most.
 LEAST_THREADS = {
-    "sm_80": (768, 512),
-    "sm_89": (768, 512),
-    "sm_90": (768, 512),
+    "sm_80": (640, 512),
+    "sm_89": (640, 512),
+    "sm_90": (640, 512),
     "sm_100": (640, 512),
     "sm_120": (640, 384),
 }

@@ -8,6 +8,7 @@ import model_code
 import oracle
 import pytest
 import torch
+from contract_calls import run_contract
 from tolerance import assert_within
 
 import dit_rope
@@ -31,6 +32,10 @@ def run(xs: list[torch.Tensor], table: RopeTable, exact: bool, **kwargs: object)
     outs = [torch.full_like(x, torch.nan) for x in xs]
     eager.rotate(xs, table.args(exact=exact, **kwargs), outs)
     return outs
+
+
+def test_eager_keeps_the_contract(device: str) -> None:
+    run_contract("eager", device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)

@@ -100,6 +100,20 @@ KERNELS = {
     "rotate-partial-half": (12, 128, torch.bfloat16, replace(HALF, pairs=(16, 16, 16)), None),
     "rotate-dim-112": (12, 112, torch.bfloat16, replace(ARGS, pairs=(16, 20, 20)), None),
     "rotate-positions": (12, 128, torch.bfloat16, replace(ARGS, positions=torch.zeros(1, 60, 3).int()), None),
+    "rotate-exact-table-of-bfloat16": (
+        12,
+        128,
+        torch.bfloat16,
+        replace(ARGS, rows=ARGS.rows.bfloat16(), exact=True),
+        None,
+    ),
+    "shift-in-place": (
+        12,
+        128,
+        torch.bfloat16,
+        replace(ARGS, positions=torch.zeros(1, 1, 3).int(), entries=torch.zeros(1).int()),
+        None,
+    ),
     "norm-per-head": (24, 128, torch.bfloat16, ARGS, Norm(NormKind.PER_HEAD, ones(128), 1e-6)),
     "norm-per-head-half": (24, 128, torch.bfloat16, HALF, Norm(NormKind.PER_HEAD, ones(128), 1e-6)),
     "norm-across-12-heads": (12, 128, torch.bfloat16, ARGS, Norm(NormKind.ACROSS_HEADS, ones(1536), 1e-6)),
@@ -166,6 +180,18 @@ def test_kernel_fuses_multiply_add_unless_exact(exact: bool) -> None:
 
 
 @pytest.mark.usefixtures("_own_cache")
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+def test_kernel_rounds_products_to_the_dtype_of_the_table_only_where_exact(exact: bool) -> None:
+    """Roundings beyond those of the stored numbers, 8 to a store; no pass over the code may fold them away."""
+    xs = queries_and_keys(12, 128, torch.bfloat16)
+    args = replace(ARGS, rows=ARGS.rows.bfloat16(), exact=exact)
+    ptx = compiled(specialise(xs, args, [x.clone() for x in xs])).asm["ptx"]
+    stored = 8 * len(re.findall(r"st\.global", ptx))
+    assert (len(re.findall(r"(?:mul|cvt)\.rn\.bf16", ptx)) > stored) is exact
+    assert ("fma" in ptx) is not exact
+
+
+@pytest.mark.usefixtures("_own_cache")
 def test_kernel_rounds_to_nearest() -> None:
     xs = queries_and_keys(12, 128, torch.bfloat16)
     ptx = compiled(specialise(xs, ARGS, [x.clone() for x in xs])).asm["ptx"]
@@ -207,6 +233,32 @@ def test_launch_compiles_nothing_for_a_new_length_position_or_layout(x: torch.Te
     launch = specialise([x] * 2, replace(ARGS, **changes), [x] * 2)
     assert launch.types == base.types
     assert launch.options == base.options
+
+
+def test_launch_compiles_nothing_for_other_entries_or_shared_positions() -> None:
+    """The entries may be a view, of any length, and positions of one token or of all."""
+    entries, positions = torch.zeros(8, dtype=torch.int32), torch.zeros(1, 1, 3, dtype=torch.int32)
+    base = replace(ARGS, entries=entries, positions=positions)
+    pairs = torch.zeros(16, 2, dtype=torch.int32)[:, 0]
+    launches = [
+        specialise([meta(batch, 60)], args, [meta(batch, 60)])
+        for batch, args in (
+            (9, base),
+            (1, base),
+            (9, replace(base, entries=pairs)),
+            (9, replace(base, entries=entries[:1])),
+            (9, replace(base, positions=torch.zeros(8, 60, 3, dtype=torch.int32))),
+        )
+    ]
+    assert all(launch.types == launches[0].types for launch in launches)
+
+
+def test_launch_has_programs_for_the_entries_alone() -> None:
+    args = replace(ARGS, entries=torch.zeros(3, dtype=torch.int32))
+    whole, arguments, _ = launch_arguments([meta(3, 60)], ARGS, [meta(3, 60)], None)
+    some, others, _ = launch_arguments([meta(99, 60)], args, [meta(99, 60)], None)
+    assert whole == some
+    assert (arguments["entry_count"], others["entry_count"]) == (3, 99)
 
 
 def test_launch_uses_one_dimension_of_the_grid_past_65535_blocks() -> None:

@@ -1,8 +1,8 @@
-"""The Triton backend on CPU: which calls it takes, and its kernels under Triton's interpreter, in another process.
+"""The Triton backend: which calls it takes, and the contract of every backend, in another process.
 
-Whether kernels are interpreted or compiled is decided once per process, when Triton decorates them. The cases that
-run them are therefore in ``triton_interpreter_cases.py``, which the test here starts with TRITON_INTERPRET=1, while
-this process keeps the kernels that ``test_triton_compile.py`` compiles.
+Whether kernels are interpreted or compiled is decided once per process, when Triton decorates them. The contract
+therefore runs apart, on a CPU with TRITON_INTERPRET=1, while this process keeps the kernels that
+``test_triton_compile.py`` compiles.
 """
 
 from __future__ import annotations
@@ -15,25 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from contract_calls import run_contract
 
 from dit_rope.backends import triton_kernels
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.spec import NormKind, Pairing
 
 HERE = Path(__file__).resolve().parent
-CASES = HERE / "triton_interpreter_cases.py"
 
 
-def test_kernels_pass_every_case_under_the_interpreter() -> None:
+def test_kernel_keeps_the_contract(device: str) -> None:
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", str(CASES)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)},
-        cwd=HERE.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"{done.stdout[-20_000:]}\n{done.stderr[-2_000:]}"
+    run_contract("triton", device)
 
 
 ARGS = RotationArgs(
@@ -111,7 +104,10 @@ def test_declined_names_what_is_wrong_with_the_tensors(x: torch.Tensor, change, 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"rows": ARGS.rows.double()}, "tables must be float32 or of the data's dtype torch.bfloat16, got torch.float64"),
+        (
+            {"rows": ARGS.rows.double()},
+            "tables must be float32 or of the data's dtype torch.bfloat16, got torch.float64",
+        ),
         ({"rows": ARGS.rows.mT.contiguous().mT}, "last dim of the tables must be contiguous"),
         ({"rows": torch.zeros(2, 1, 1).expand(2, 2**30, 1)}, "fewer than 2**31 elements"),
         ({"positions": torch.zeros(1, 24, 3, dtype=torch.int64)}, "positions must be int32, got torch.int64"),

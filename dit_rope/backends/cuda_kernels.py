@@ -123,7 +123,7 @@ def launch_of(
         None if norm is None else (norm.kind, norm.eps, tuple([weight.dtype for weight in weights])),
         (pointers[0] | pointers[1] | pointers[3] | pointers[4]) % ACCESS_BYTES,
         (pointers[2] | pointers[5]) % ACCESS_BYTES,
-        pointers[0] == pointers[1],
+        (pointers[0] == pointers[1], pointers[3] == pointers[4]),
     )
     launch = _launches.get(key)
     if launch is None:
@@ -222,6 +222,8 @@ def _pack_numbers(
 def _launch(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None) -> None:
     if xs[0].numel() == 0 or (args.entries is not None and args.entries.numel() == 0):
         return
+    if args.entries is not None and not args.entries.is_contiguous():
+        args = replace(args, entries=args.entries.contiguous())
     _launcher().run(*launch_of(xs, args, outs, norm), xs[0].device)
 
 

@@ -91,7 +91,12 @@ class Plan:
             "tokens": self.tokens,
             "threads": self.threads,
         }
-        flags = {"half": self.half, "exact": self.exact, "weighted": bool(self.weights)}
+        flags = {
+            "shift": self.operation == "shift",
+            "half": self.half,
+            "exact": self.exact,
+            "weighted": bool(self.weights),
+        }
         lines = [
             '#include "rope.cu"',
             "struct Plan {",

@@ -54,8 +54,8 @@ def dense_angles(args: RotationArgs, length: int) -> tuple[torch.Tensor, torch.T
 
     B is the batch of ``args.positions``, which with ``args.entries`` counts those.
     """
-    rows = _row_indices(args)
-    angles = torch.cat(_gather(_identity_row(args.rows), rows, args.pairs), dim=-1)
+    table, rows = _needed_rows(args.rows, _row_indices(args))
+    angles = torch.cat(_gather(_identity_row(table), rows, args.pairs), dim=-1)
     around = (0, 0, 0, 0, args.prefix, length - args.prefix - rows.shape[1])
     cos, sin = (
         torch.nn.functional.pad(part, around, value=still)
@@ -135,9 +135,13 @@ class _Turn:
         self.count = self.tables[0].shape[1]
 
     def _remembered(self) -> Sequence[torch.Tensor]:
-        """The tables, from the cache on CPU, where every layer of a model asks for them again."""
+        """The tables, from the cache on CPU, where every layer of a model asks for them again.
+
+        Not those of positions on one axis: they take one gather, and who serves text brings new positions to each call.
+        """
         args, inputs = self.args, [t for t in (self.args.rows, self.args.positions) if t is not None]
-        if args.rows.device.type != "cpu" or any(t.is_inference() for t in inputs):
+        once = len(args.pairs) == 1 and args.positions is not None
+        if once or args.rows.device.type != "cpu" or any(t.is_inference() for t in inputs):
             return self._gathered()
         where = (args.pairs, args.sizes, args.first_rows, args.token_offset, args.count)
         key = (tuple(map(_identity, inputs)), where, args.pairing, args.inverse, self.exact_complex, self.dtype)
@@ -147,7 +151,8 @@ class _Turn:
 
     def _gathered(self) -> list[torch.Tensor]:
         args = self.args
-        cos, sin = _identity_row(args.rows.to(self.dtype)).unbind(0)
+        table, rows = _needed_rows(args.rows, _row_indices(args))
+        cos, sin = _identity_row(table.to(self.dtype)).unbind(0)
         sin = -sin if args.inverse else sin
         if not self.complex:
             tables: tuple[torch.Tensor, ...] = (cos, sin)
@@ -156,7 +161,6 @@ class _Turn:
             tables = (torch.complex(cos, zero), torch.complex(zero, sin))
         else:
             tables = (torch.complex(cos, sin),)
-        rows = _row_indices(args)
         return [torch.cat(_gather(table, rows, args.pairs), dim=-1).unsqueeze(2) for table in tables]
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor, start: int, stop: int, scratch: torch.Tensor) -> None:
@@ -231,7 +235,8 @@ def _turn_tokens(x: torch.Tensor, out: torch.Tensor, turn: _Turn, norm: _Norm | 
     shape = (x.shape[0], min(step, x.shape[1]), *x.shape[2:])
     wide = across = x  # stand-ins: what needs scratch replaces them
     if not (direct_in and direct_out):
-        wide = torch.empty(shape, dtype=turn.dtype, device=x.device)
+        even = (*shape[:3], shape[3] + shape[3] % 2)  # complex numbers start at even channels
+        wide = torch.empty(even, dtype=turn.dtype, device=x.device)[..., : shape[3]]
     if turn.exact_complex:
         across = torch.empty((*shape[:3], width), dtype=turn.dtype, device=x.device)
     for start in range(0, x.shape[1], step):
@@ -265,6 +270,20 @@ def _row_indices(args: RotationArgs) -> torch.Tensor:
     coordinates = grid_coordinates(args.sizes, args.token_offset, args.count, args.rows.device)
     columns = [coordinate + first for coordinate, first in zip(coordinates, args.first_rows, strict=True)]
     return torch.stack(columns, dim=-1)[None]
+
+
+def _needed_rows(table: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A table ``[2, R, P]`` no longer than ``rows`` ``[B or 1, n, axes]``, and the rows in it.
+
+    A cache for a million positions is not converted for a few tokens: their rows come first, in its own dtype.
+    """
+    if table.shape[1] <= rows.numel():
+        return table, rows
+    flat = rows.flatten()
+    numbers = torch.arange(flat.shape[0], device=flat.device).masked_fill_(flat < 0, -1)
+    where = flat.clamp(min=0)
+    # One by one: of both at once, index_select copies the whole table where cosines and sines share a row of memory.
+    return torch.stack([part.index_select(0, where) for part in table.unbind(0)]), numbers.view(rows.shape)
 
 
 def _gather(table: torch.Tensor, rows: torch.Tensor, pairs: Sequence[int]) -> list[torch.Tensor]:

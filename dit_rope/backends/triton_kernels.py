@@ -219,7 +219,7 @@ def _tensor_arguments(
 
 def _table_arguments(args: RotationArgs, tokens: int) -> dict[str, Any]:
     """Where the angles of a token are: the tables, the positions or the grid, and which tokens turn."""
-    strides = (0, 0, 0)
+    strides: tuple[int, ...] = (0, 0, 0)
     firsts, spans = [0] * MAX_AXES, [1] * MAX_AXES
     if args.positions is not None:
         strides = (*_shared_strides(args.positions, 2), args.positions.stride(2))

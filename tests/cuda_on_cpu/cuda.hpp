@@ -111,13 +111,13 @@ inline Access __ldg(const Access* from) {
   return __ldcs(from);
 }
 
-inline int min(int a, int b) { return a < b ? a : b; }
+inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __frsqrt_rn(float a) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(a))); }
+// As far off as the GPU's approximation may be: two units in the last place.
+inline float rsqrtf(float a) { return static_cast<float>((1.0 + 0x1p-22) / std::sqrt(static_cast<double>(a))); }
 
 namespace cuda_on_cpu {
 
