@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -26,7 +27,8 @@ from .models.seams import (
     restore_class,
     swap_class,
 )
-from .spec import Grid
+from .scaling import axis_frequencies
+from .spec import Grid, Scaling, Scalings
 from .tables import build_positions, build_table
 
 
@@ -45,19 +47,47 @@ class _Plan:
     attentions: list[tuple[str, torch.nn.Module]]
 
 
+@dataclass(frozen=True)
+class _Options:
+    """How a patched model computes, as :func:`patch` takes it."""
+
+    exact: bool | None = None
+    backend: str = "auto"
+    scaling: Scalings | Callable[[], Scalings] = None
+
+    def __post_init__(self) -> None:
+        if self.exact is not None and not isinstance(self.exact, bool):
+            raise TypeError(f"exact must be True, False or None, got {self.exact!r}")
+        if self.backend not in ("auto", *BACKENDS):
+            raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {self.backend!r}")
+
+    def rope_settings(self, plan: _Plan) -> RopeSettings:
+        """What the rope module of ``plan`` is to build.
+
+        Raises:
+            TypeError, ValueError: for a scaling that the model's axes cannot have.
+        """
+        spec = plan.adapter.spec(plan.rope)
+        if callable(self.scaling):
+            return RopeSettings(spec, plan.adapter.frames, self.scaling)
+        spec = spec.with_scaling(self.scaling)
+        for axis in range(len(spec.dims)):
+            axis_frequencies(spec, axis)
+        return RopeSettings(spec, plan.adapter.frames)
+
+
 @dataclass
 class Patch:
     """A patch in place: what it replaced, and the way back. As a context manager it undoes itself at the end."""
 
     _plans: list[_Plan]
-    exact: bool | None
-    backend: str
+    _options: _Options
     active: bool = field(default=True, init=False)
 
     def report(self) -> str:
         """Every replaced object, the arithmetic and backend, and what was left alone and why."""
         state = "" if self.active else " (undone)"
-        return "\n".join(f"{_describe(plan, self.exact, self.backend)}{state}" for plan in self._plans)
+        return "\n".join(f"{_describe(plan, self._options)}{state}" for plan in self._plans)
 
     def undo(self) -> None:
         """Gives every module its own class back and removes the hooks; a second call does nothing."""
@@ -75,7 +105,13 @@ class Patch:
         self.undo()
 
 
-def patch(target: Any, *, exact: bool | None = None, backend: str = "auto") -> Patch:
+def patch(
+    target: Any,
+    *,
+    exact: bool | None = None,
+    backend: str = "auto",
+    scaling: Scalings | Callable[[], Scalings] = None,
+) -> Patch:
     """Replaces table building and rotation in a diffusers pipeline or transformer, in place, on these objects only.
 
     Args:
@@ -83,27 +119,31 @@ def patch(target: Any, *, exact: bool | None = None, backend: str = "auto") -> P
         exact: True for the same bits as the unpatched model in eager mode; False for float32 arithmetic rounded once,
             with norm and rotation in one pass; None for exact on CPU, where it costs little, and fast elsewhere.
         backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"eager"``.
+        scaling: what the model's frequencies are scaled by: a Scaling for all axes, or a tuple of one Scaling or None
+            for frame, height and width. Or a function without arguments that returns one of these, called once in
+            every forward pass of the model, for scalings that follow the timestep: it closes over what it looks at.
+            Each value it returns is an entry of the table cache, which drops the oldest; ``torch.compile`` breaks its
+            graph there. Scaled tables may be longer than the model's own.
 
     Returns:
         A handle with ``report()`` and ``undo()``, also a context manager.
 
     Raises:
         UnsupportedModelError: nothing in ``target`` can be patched; names the supported models.
-        ValueError: it is patched already, or its modules are not what this version knows; nothing is changed then.
+        ValueError: it is patched already, its modules are not what this version knows, or the scaling is not one that
+            its axes can have; nothing is changed then.
     """
-    if exact is not None and not isinstance(exact, bool):
-        raise TypeError(f"exact must be True, False or None, got {exact!r}")
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    options = _Options(exact, backend, scaling)
     plans = _plans(target)
+    settings = [options.rope_settings(plan) for plan in plans]
     try:
-        for plan in plans:
-            _apply(plan, exact, backend)
+        for plan, rope_settings in zip(plans, settings, strict=True):
+            _apply(plan, rope_settings, options)
     except BaseException:
         for plan in plans:
             _restore(plan.model)
         raise
-    return Patch(plans, exact, backend)
+    return Patch(plans, options)
 
 
 def unpatch(target: Any) -> None:
@@ -118,7 +158,7 @@ def inspect(target: Any) -> str:
     Raises:
         UnsupportedModelError, ValueError: as :func:`patch`.
     """
-    return "\n".join(_describe(plan, None, "auto") for plan in _plans(target))
+    return "\n".join(_describe(plan, _Options()) for plan in _plans(target))
 
 
 def _modules(target: Any) -> list[tuple[str, torch.nn.Module]]:
@@ -198,10 +238,10 @@ def _table_mismatch(rope: torch.nn.Module, adapter: ModelAdapter) -> str | None:
     return None
 
 
-def _apply(plan: _Plan, exact: bool | None, backend: str) -> None:
-    adapter, spec = plan.adapter, plan.adapter.spec(plan.rope)
-    swap_class(plan.rope, RopeSeam, RopeSettings(spec, adapter.frames))
-    settings = NormSettings(spec, adapter.norm, spec.rotary_dim, exact, backend)
+def _apply(plan: _Plan, rope_settings: RopeSettings, options: _Options) -> None:
+    adapter, spec = plan.adapter, rope_settings.spec
+    swap_class(plan.rope, RopeSeam, rope_settings)
+    settings = NormSettings(spec, adapter.norm, spec.rotary_dim, options.exact, options.backend)
     for _, norm in _norm_paths(plan.attentions):
         swap_class(norm, NormSeam, settings)
     for _, attention in plan.attentions:
@@ -217,15 +257,27 @@ def _restore(model: torch.nn.Module) -> None:
         remove_hooks(module)
 
 
-def _describe(plan: _Plan, exact: bool | None, backend: str) -> str:
-    if exact is None:
-        arithmetic = "exact on CPU (bitwise equal to unpatched), fast elsewhere (float32, rounded once)"
+def _scaling_of(scaling: Scalings | Callable[[], Scalings]) -> str:
+    if callable(scaling):
+        name = getattr(scaling, "__qualname__", type(scaling).__name__)
+        return f"what {name} returns, asked once in every forward pass"
+    if scaling is None or isinstance(scaling, Scaling):
+        return f"{scaling or 'none'} on every axis"
+    return ", ".join(f"{one or 'none'} on axis {axis}" for axis, one in enumerate(scaling))
+
+
+def _describe(plan: _Plan, options: _Options) -> str:
+    same = "bitwise equal to unpatched" if options.scaling is None else "rounded as unpatched"
+    exact, fast = f"exact ({same})", "fast (float32, rounded once)"
+    if options.exact is None:
+        arithmetic = f"exact on CPU ({same}), fast elsewhere (float32, rounded once)"
     else:
-        arithmetic = "exact (bitwise equal to unpatched)" if exact else "fast (float32, rounded once)"
+        arithmetic = exact if options.exact else fast
     device = next(plan.model.parameters()).device
     if device.type == "meta":  # a model without weights, which would be loaded to where this machine computes
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = backend if backend != "auto" else next(name for name, why in explain_backends(device) if why == "chosen")
+    automatic = next(name for name, why in explain_backends(device) if why == "chosen")
+    under_compile = "all of it" if options.scaling is None else "all but the scaled tables"
     cross = sum(1 for module in plan.model.modules() if type(module).__name__ == plan.adapter.attention_class)
     replaced = Counter(re.sub(r"\.\d+\.", ".*.", path) for path, _ in plan.attentions)
     lines = [
@@ -234,8 +286,9 @@ def _describe(plan: _Plan, exact: bool | None, backend: str) -> str:
         *(f"  {stem}.norm_q and .norm_k, {count} of each: norm and rotate" for stem, count in replaced.items()),
         *(f"  {stem}, {count}: two hooks, so that its processor does not rotate" for stem, count in replaced.items()),
         f"  arithmetic: {arithmetic}",
-        f"  backend on {device}: {chosen}",
-        "  left alone under torch.compile: all of it, because the compiler fuses the model's own code",
+        f"  backend on {device}: {automatic if options.backend == 'auto' else options.backend}",
+        *([] if options.scaling is None else [f"  frequencies scaled: {_scaling_of(options.scaling)}"]),
+        f"  left alone under torch.compile: {under_compile}, because the compiler fuses the model's own code",
         f"  left alone: {cross - len(plan.attentions)} attention modules, which do not rotate",
     ]
     return "\n".join(lines)

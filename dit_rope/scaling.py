@@ -1,187 +1,205 @@
-"""Frequency scaling: how a named scaling changes the frequencies of one axis, one function per name.
+"""Frequency scaling: the registry of types, what a scaling comes to on an axis, and scalings read from configurations.
 
-The formulas and parameter names are those of transformers' ``modeling_rope_utils.py`` (5.23), so that a model's
-``rope_scaling`` values can be passed on as they are. ``seq_len`` stands for the length that the two types which
-depend on it see there at run time.
+The types themselves are in :mod:`dit_rope.scaling_types`; :func:`register_scaling` adds others.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from .spec import Scaling
+from .cache import FifoCache
+from .scaling_types import TYPES, AxisFrequencies, ScalingFunction, ScalingType, default, ntk_theta
+from .spec import RopeSpec, Scaling
 
-# (dim, theta, dtype, **parameters) -> (inverse frequencies [dim / 2] on CPU, factor of cos and sin)
-ScalingFunction = Callable[..., tuple[torch.Tensor, float]]
+# Keys of transformers' dictionaries that say which type it is, or belong to the rotation and not to its scaling.
+_TYPE_KEYS = ("type", "rope_type")
+_OF_THE_SPEC = frozenset({*_TYPE_KEYS, "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"})
+_IN_MODEL_CONFIG = ("rope_parameters", "rope_scaling")
+_CONTEXT_OF_MODEL = ("max_position_embeddings", "original_max_position_embeddings")
 
-
-def base_frequencies(dim: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
-    """``theta ** (-2 j / dim)`` for pairs j: ``[dim / 2]`` in ``dtype``, on CPU (RoFormer, arXiv:2104.09864).
-
-    Rounded step by step in ``dtype``, as FastVideo and diffusers round it.
-    """
-    exponents = torch.arange(0, dim, 2, device="cpu").to(dtype) / dim
-    return 1.0 / (theta**exponents)
-
-
-def linear(dim: int, theta: float, dtype: torch.dtype, *, factor: float) -> tuple[torch.Tensor, float]:
-    """Every frequency divided by ``factor`` (position interpolation, arXiv:2306.15595)."""
-    return base_frequencies(dim, theta, dtype) / _positive("factor", factor), 1.0
-
-
-def dynamic(
-    dim: int, theta: float, dtype: torch.dtype, *, factor: float, max_position_embeddings: float, seq_len: float
-) -> tuple[torch.Tensor, float]:
-    """NTK-aware: theta grows with ``seq_len / max_position_embeddings``, not at all up to a ratio of 1."""
-    if dim == 2:
-        raise ValueError("dynamic scaling must have more than 2 channels per axis, got 2; dim / (dim - 2) is undefined")
-    ratio = max(1.0, _positive("seq_len", seq_len) / _positive("max_position_embeddings", max_position_embeddings))
-    growth = _positive("factor", factor) * ratio - (factor - 1.0)
-    return base_frequencies(dim, theta * growth ** (dim / (dim - 2)), dtype), 1.0
-
-
-def yarn(
-    dim: int,
-    theta: float,
-    dtype: torch.dtype,
-    *,
-    factor: float,
-    original_max_position_embeddings: float,
-    attention_factor: float | None = None,
-    truncate: bool = True,
-    **settings: float,
-) -> tuple[torch.Tensor, float]:
-    """YaRN (arXiv:2309.00071): slow pairs interpolated, fast ones kept, a ramp between, cos and sin scaled up.
-
-    ``settings``: ``beta_fast`` (32) and ``beta_slow`` (1), in turns over the original length, bound the ramp;
-    ``mscale`` and ``mscale_all_dim``, both or neither, replace the scale of cos and sin by their ratio.
-    """
-    known = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
-    if unknown := settings.keys() - known.keys():
-        raise ValueError(f"yarn scaling must not have parameters {sorted(unknown)}; it knows {sorted(known)}")
-    values = known | settings
-    _positive("factor", factor)
-
-    def pair_that_turns(turns: float) -> float:
-        length = _positive("original_max_position_embeddings", original_max_position_embeddings)
-        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = pair_that_turns(values["beta_fast"]), pair_that_turns(values["beta_slow"])
-    if truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    width = (high - low) or 0.001
-    ramp = ((torch.arange(dim // 2, dtype=torch.float64, device="cpu") - low) / width).clamp(0, 1).to(dtype)
-    frequencies = base_frequencies(dim, theta, dtype)
-
-    def magnitude(mscale: float) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
-
-    if attention_factor is None:
-        scales = values["mscale"], values["mscale_all_dim"]
-        attention_factor = magnitude(scales[0]) / magnitude(scales[1]) if all(scales) else magnitude(1.0)
-    return frequencies * (1 - ramp) + frequencies / factor * ramp, attention_factor
-
-
-def longrope(
-    dim: int,
-    theta: float,
-    dtype: torch.dtype,
-    *,
-    short_factor: Sequence[float],
-    long_factor: Sequence[float],
-    factor: float,
-    original_max_position_embeddings: float,
-    seq_len: float,
-) -> tuple[torch.Tensor, float]:
-    """LongRoPE (arXiv:2402.13753): a divisor per pair, from one list up to the original length, another past it."""
-    length = _positive("original_max_position_embeddings", original_max_position_embeddings)
-    name, divisors = ("long_factor", long_factor) if seq_len > length else ("short_factor", short_factor)
-    if len(divisors) != dim // 2:
-        raise ValueError(f"{name} must have one value per channel pair of an axis ({dim // 2}), got {len(divisors)}")
-    magnitude = math.sqrt(1.0 + math.log(_positive("factor", factor)) / math.log(length)) if factor > 1.0 else 1.0
-    return base_frequencies(dim, theta, dtype) / torch.tensor(divisors, dtype=dtype, device="cpu"), magnitude
-
-
-def llama3(
-    dim: int,
-    theta: float,
-    dtype: torch.dtype,
-    *,
-    factor: float,
-    low_freq_factor: float,
-    high_freq_factor: float,
-    original_max_position_embeddings: float,
-) -> tuple[torch.Tensor, float]:
-    """Llama 3.1: waves longer than ``length / low_freq_factor`` are interpolated, short ones kept, a blend between."""
-    if high_freq_factor <= low_freq_factor:
-        raise ValueError(f"high_freq_factor must be above low_freq_factor ({low_freq_factor}), got {high_freq_factor}")
-    frequencies = base_frequencies(dim, theta, dtype)
-    length = _positive("original_max_position_embeddings", original_max_position_embeddings)
-    turns = length * frequencies / (2 * math.pi)
-    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return frequencies * kept + frequencies / _positive("factor", factor) * (1 - kept), 1.0
-
-
-def proportional(
-    dim: int, theta: float, dtype: torch.dtype, *, partial_rotary_factor: float = 1.0, factor: float = 1.0
-) -> tuple[torch.Tensor, float]:
-    """The first ``partial_rotary_factor`` of the pairs turn as on the whole axis, the others do not turn."""
-    if not 0.0 < partial_rotary_factor <= 1.0:
-        raise ValueError(f"partial_rotary_factor must be above 0 and at most 1, got {partial_rotary_factor}")
-    frequencies = base_frequencies(dim, theta, dtype) / _positive("factor", factor)
-    frequencies[int(partial_rotary_factor * dim // 2) :] = 0.0
-    return frequencies, 1.0
-
-
-_REGISTRY: dict[str, ScalingFunction] = {
-    function.__name__: function for function in (linear, dynamic, yarn, longrope, llama3, proportional)
-}
+_Key = tuple[Scaling | None, int, float, torch.dtype]
+# Asked for once per axis of each new table: a stream, or steps of a changing scaling, ask for the same ones again.
+_FREQUENCIES: FifoCache[_Key, AxisFrequencies] = FifoCache("frequency", 256, 2**20, lambda found: (found.inverse,))
 
 
 def register_scaling(name: str, function: ScalingFunction) -> None:
-    """Makes ``Scaling.of(name, ...)`` call ``function(dim, theta, dtype, **parameters)``.
+    """Makes ``Scaling.of(name, **options)`` call ``function(dim, theta, dtype, **options)``.
 
-    It returns the axis' inverse frequencies, ``[dim / 2]`` on CPU, and the factor of cos and sin. It must depend on
-    nothing else: tables are cached under the name and the parameters.
+    It returns the :class:`AxisFrequencies` of an axis of ``dim`` channels, and must depend on its arguments alone:
+    what it returned is remembered for them. ``torch.compile`` traces it where it traces the building of a table.
 
     Raises:
-        ValueError: for a name that is taken; cached tables would keep the old meaning.
+        ValueError: for a name that is taken; what was remembered would keep the old meaning.
     """
-    if name in _REGISTRY:
+    if name in TYPES:
         raise ValueError(f"name must not be that of a registered scaling, got {name!r}")
-    _REGISTRY[name] = function
+    TYPES[name] = ScalingType(function)
 
 
-def inverse_frequencies(
-    scaling: Scaling | None, dim: int, theta: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, float]:
-    """Frequencies ``[dim / 2]`` of one axis on CPU, and the factor its cos and sin are multiplied by.
+def known_scalings() -> tuple[str, ...]:
+    """Names of the registered types, sorted."""
+    return tuple(sorted(TYPES))
+
+
+def axis_frequencies(spec: RopeSpec, axis: int) -> AxisFrequencies:
+    """The numbers of one axis of ``spec``, with its scaling, theta_rescale and interpolation in them.
 
     Raises:
-        ValueError: for an unknown scaling, naming the known ones, or parameters that it does not take.
+        ValueError: for an unknown type, naming the known ones, or options that it does not take; for a type of the
+            frame axis on another.
     """
+    dim, rescale, scaling = spec.dims[axis], spec.theta_rescale[axis], spec.axis_scaling(axis)
+    if scaling is not None and axis > 0 and scaling.kind in TYPES and TYPES[scaling.kind].frame_axis_only:
+        others = ", None" * (len(spec.dims) - 1)
+        raise ValueError(
+            f"scaling must have {scaling.kind} on the frame axis alone, got it on axis {axis}; pass "
+            f"(Scaling.of({scaling.kind!r}, ...){others})"
+        )
+    theta = spec.theta if rescale == 1.0 else ntk_theta(dim, spec.theta, rescale)
+    found = scaled_frequencies(scaling, dim, theta, spec.frequency_dtype)
+    if spec.interpolation[axis] == 1.0:
+        return found
+    scale = found.position_scale * spec.interpolation[axis]
+    return AxisFrequencies(found.inverse, found.magnitude, found.position_divisor, scale, found.angle_divisor)
+
+
+def scaled_frequencies(scaling: Scaling | None, dim: int, theta: float, dtype: torch.dtype) -> AxisFrequencies:
+    """The numbers of an axis of ``dim`` channels; shared with other callers, not to be written to.
+
+    Raises:
+        ValueError: for an unknown type, naming the known ones, or options that it does not take.
+    """
+    build = functools.partial(_resolve, scaling, dim, theta, dtype)
+    return _FREQUENCIES.get((scaling, dim, theta, dtype), torch.device("cpu"), build)
+
+
+def _resolve(scaling: Scaling | None, dim: int, theta: float, dtype: torch.dtype) -> AxisFrequencies:
     if scaling is None:
-        return base_frequencies(dim, theta, dtype), 1.0
-    function = _REGISTRY.get(scaling.kind)
-    if function is None:
-        raise ValueError(f"scaling must be one of {', '.join(sorted(_REGISTRY))}, got {scaling.kind!r}")
-    parameters = dict(scaling.parameters)
-    try:
-        inspect.signature(function).bind(dim, theta, dtype, **parameters)
-    except TypeError as error:
-        raise ValueError(f"{scaling.kind} scaling must have its own parameters, got {parameters}: {error}") from None
-    frequencies, magnitude = function(dim, theta, dtype, **parameters)
-    if frequencies.shape != (dim // 2,):
-        raise ValueError(f"{scaling.kind} scaling must return {dim // 2} frequencies, got {list(frequencies.shape)}")
-    return frequencies, magnitude
+        return default(dim, theta, dtype)
+    options = dict(scaling.parameters)
+    function = _function(scaling.kind)
+    _check_options(scaling.kind, function, options)
+    found = function(dim, theta, dtype, **options)
+    if not isinstance(found, AxisFrequencies):
+        raise TypeError(f"{scaling.kind} scaling must return AxisFrequencies, got {type(found).__name__}")
+    if found.inverse.shape != (dim // 2,) or found.inverse.device.type != "cpu":
+        raise ValueError(
+            f"{scaling.kind} scaling must return {dim // 2} frequencies on CPU, "
+            f"got {list(found.inverse.shape)} on {found.inverse.device}"
+        )
+    return found
 
 
-def _positive(name: str, value: float) -> float:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
-    return value
+def _function(kind: str) -> ScalingFunction:
+    if kind not in TYPES:
+        raise ValueError(f"scaling must be one of {', '.join(known_scalings())}, got {kind!r}")
+    return TYPES[kind].function
+
+
+def _options_of(function: ScalingFunction) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The named options of a type, those after (dim, theta, dtype), and whether it takes others besides."""
+    parameters = list(inspect.signature(function).parameters.values())[3:]
+    named = {parameter.name: parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+    return named, len(named) < len(parameters)
+
+
+def _check_options(kind: str, function: ScalingFunction, options: Mapping[str, object]) -> None:
+    named, takes_others = _options_of(function)
+    missing = [name for name, option in named.items() if option.default is option.empty and name not in options]
+    if missing:
+        raise ValueError(f"{kind} scaling must have {', '.join(missing)}, got {dict(options)}")
+    unknown = [name for name in options if name not in named]
+    if unknown and not takes_others:
+        takes = ", ".join(named) or "no options"
+        raise ValueError(f"{kind} scaling must not have {', '.join(unknown)}, got {dict(options)}; it takes {takes}")
+
+
+def scaling_from_config(config: object, *, layer_type: str | None = None, **context: float | None) -> Scaling | None:
+    """The scaling that a configuration asks for, as transformers writes it; None where it asks for none.
+
+    Theta and the share of channels that turn are read from the same place by whoever makes the spec:
+    ``RopeSpec((rotary_dim(head_dim, config["partial_rotary_factor"]),), theta=config["rope_theta"], ...)``.
+
+    Args:
+        config: a ``rope_scaling`` or ``rope_parameters`` dictionary (``type`` is read before ``rope_type``), a
+            dataclass with such fields, a model's configuration that holds one of them, or None.
+        layer_type: which entry of a dictionary with one per layer type, such as ``"full_attention"``.
+        context: options that only the caller knows, used where the type takes them and ``config`` has none:
+            ``seq_len`` (for dynamic and longrope), ``max_position_embeddings``.
+
+    Raises:
+        TypeError: neither a dictionary nor an object with such attributes.
+        ValueError: no type given, an unknown one, or options that it lacks or does not take.
+    """
+    return _from_config(config, layer_type, context)
+
+
+def _from_config(config: object, layer_type: str | None, context: Mapping[str, float | None]) -> Scaling | None:
+    if config is None:
+        return None
+    given = _as_mapping(config)
+    if any(name in given for name in _IN_MODEL_CONFIG):
+        inner = next((given[name] for name in _IN_MODEL_CONFIG if given.get(name) is not None), None)
+        of_model = {name: given[name] for name in _CONTEXT_OF_MODEL if given.get(name) is not None}
+        return _from_config(inner, layer_type, of_model | {n: v for n, v in context.items() if v is not None})
+    if given and all(entry is None or isinstance(entry, Mapping) for entry in given.values()):
+        if layer_type is None or layer_type not in given:
+            raise ValueError(f"layer_type must be one of {', '.join(given)}, got {layer_type!r}")
+        return _from_config(given[layer_type], None, context)
+    kind = next((given[key] for key in _TYPE_KEYS if given.get(key) is not None), None)
+    if kind is None:
+        raise ValueError(f"rope_scaling must contain 'type' or 'rope_type', got {dict(given)}")
+    return _scaling(kind, given, context)
+
+
+def _scaling(kind: object, given: Mapping[str, Any], context: Mapping[str, float | None]) -> Scaling | None:
+    if not isinstance(kind, str):
+        raise TypeError(f"the type in rope_scaling must be a string, got {kind!r}")
+    function = _function(kind)
+    named, _ = _options_of(function)
+    options = {name: value for name, value in context.items() if name in named}
+    options |= {name: value for name, value in given.items() if name in named or name not in _OF_THE_SPEC}
+    options = {name: value for name, value in options.items() if value is not None}
+    _check_options(kind, function, options)
+    return None if function is default else Scaling.of(kind, **options)
+
+
+def _as_mapping(config: object) -> Mapping[str, Any]:
+    """A dictionary as it is; of an object, its public attributes."""
+    if isinstance(config, Mapping):
+        return config
+    named = (*_IN_MODEL_CONFIG, *_TYPE_KEYS, *_CONTEXT_OF_MODEL)
+    # A model's configuration may give these by __getattr__, and a dataclass with slots has no __dict__.
+    known = {*named, *getattr(config, "__dict__", ()), *getattr(config, "__dataclass_fields__", ())}
+    found = {name: getattr(config, name) for name in known if not name.startswith("_") and hasattr(config, name)}
+    if isinstance(config, type) or not any(name in found for name in (*_IN_MODEL_CONFIG, *_TYPE_KEYS)):
+        raise TypeError(
+            "config must be a rope_scaling dictionary, an object with such attributes, or None, "
+            f"got {type(config).__name__}"
+        )
+    return found
+
+
+def rotary_dim(head_dim: int, partial_rotary_factor: float = 1.0) -> int:
+    """Channels of a head that turn: a share of them, rounded half up and then down to an even number, at least 2.
+
+    A factor of 0 or less, or of 1 or more, means all. The rule of InfiniLM (``model_config.cpp`` at df1a1fd9).
+
+    Raises:
+        TypeError, ValueError: for a head of fewer than 2 channels, or a factor that is not finite.
+    """
+    if isinstance(head_dim, bool) or not isinstance(head_dim, int):
+        raise TypeError(f"head_dim must be an int, got {head_dim!r}")
+    if head_dim < 2:
+        raise ValueError(f"head_dim must be at least 2, got {head_dim}")
+    if not math.isfinite(partial_rotary_factor):
+        raise ValueError(f"partial_rotary_factor must be finite, got {partial_rotary_factor}")
+    whole = not 0.0 < partial_rotary_factor < 1.0
+    channels = head_dim if whole else math.floor(head_dim * partial_rotary_factor + 0.5)
+    return max(2, min(channels, head_dim) // 2 * 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -39,21 +39,55 @@ class NormKind(enum.Enum):
     __hash__ = object.__hash__
 
 
+ScalingValue = float | int | bool | tuple[float, ...] | None
+
+
 @dataclass(frozen=True)
 class Scaling:
-    """A frequency scaling by name, with its parameters (see :mod:`dit_rope.scaling`).
+    """A frequency scaling of one axis, by the name of its type and its options (see :mod:`dit_rope.scaling`).
 
     ``parameters`` is a sorted tuple of (name, value) pairs, so that equal scalings are equal and hashable.
+
+    Raises:
+        TypeError: for a type that is no string, or an option that is neither a number nor numbers.
     """
 
     kind: str
-    parameters: tuple[tuple[str, float | int | bool | tuple[float, ...]], ...] = ()
+    parameters: tuple[tuple[str, ScalingValue], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kind, str):
+            raise TypeError(f"kind must be the name of a scaling type, got {self.kind!r}")
+        for name, value in self.parameters:
+            values = value if isinstance(value, tuple) else (value,)
+            if value is not None and not all(isinstance(number, (int, float)) for number in values):
+                raise TypeError(f"{name} of {self.kind} scaling must be a number or numbers, got {value!r}")
 
     @classmethod
-    def of(cls, kind: str, **parameters: float | int | bool | Sequence[float]) -> Scaling:
+    def of(cls, kind: str, **parameters: ScalingValue | Sequence[float]) -> Scaling:
         """Makes a scaling from keyword parameters: ``Scaling.of("linear", factor=4.0)``."""
-        frozen = {name: tuple(value) if isinstance(value, Sequence) else value for name, value in parameters.items()}
+        frozen = {
+            name: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+            for name, value in parameters.items()
+        }
         return cls(kind, tuple(sorted(frozen.items())))
+
+    def __str__(self) -> str:
+        return f"{self.kind}({', '.join(f'{name}={value}' for name, value in self.parameters)})"
+
+
+Scalings = Scaling | Sequence[Scaling | None] | None
+
+
+def _scalings(given: Scalings, axes: int) -> Scaling | tuple[Scaling | None, ...] | None:
+    """One spelling for equal choices: what all axes share on its own, else a tuple of one Scaling or None per axis."""
+    if given is None or isinstance(given, Scaling):
+        return given
+    if not isinstance(given, (tuple, list)) or not all(one is None or isinstance(one, Scaling) for one in given):
+        raise TypeError(f"scaling must be a Scaling, None, or a tuple of them, one per axis, got {given!r}")
+    if len(given) != axes:
+        raise ValueError(f"scaling must be one for all axes or have one per axis ({axes}), got {len(given)}")
+    return given[0] if all(one == given[0] for one in given) else tuple(given)
 
 
 def _per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple[float, ...]:
@@ -89,7 +123,8 @@ class RopeSpec:
             (NTK-aware scaling, as FastVideo's and HunyuanVideo's builders have it).
         interpolation: per axis, or one for all: positions are multiplied by it (position interpolation,
             arXiv:2306.15595).
-        scaling: a named frequency scaling, or None.
+        scaling: a frequency scaling for all axes, or a tuple of one Scaling or None per axis. A tuple of equals is kept
+            as that one; :meth:`axis_scaling` reads either form.
         frequency_dtype: dtype in which frequencies are formed. Angles take the wider of it and float32, the
             dtype of positions. float64 for Wan, float32 for HunyuanVideo.
 
@@ -102,7 +137,7 @@ class RopeSpec:
     pairing: Pairing = Pairing.INTERLEAVED
     theta_rescale: tuple[float, ...] = field(default=(1.0,))
     interpolation: tuple[float, ...] = field(default=(1.0,))
-    scaling: Scaling | None = None
+    scaling: Scaling | tuple[Scaling | None, ...] | None = None
     frequency_dtype: torch.dtype = torch.float64
 
     def __post_init__(self) -> None:
@@ -113,8 +148,6 @@ class RopeSpec:
             raise ValueError(f"dims must be even, got {dims}; two channels turn together")
         if not isinstance(self.pairing, Pairing):
             raise TypeError(f"pairing must be a Pairing, got {self.pairing!r}")
-        if self.scaling is not None and not isinstance(self.scaling, Scaling):
-            raise TypeError(f"scaling must be a Scaling or None, got {self.scaling!r}")
         if not (isinstance(self.frequency_dtype, torch.dtype) and self.frequency_dtype.is_floating_point):
             raise TypeError(f"frequency_dtype must be a floating point torch.dtype, got {self.frequency_dtype!r}")
         rescale = _per_axis("theta_rescale", self.theta_rescale, len(dims))
@@ -127,6 +160,15 @@ class RopeSpec:
         object.__setattr__(self, "theta", _per_axis("theta", self.theta, 1)[0])
         object.__setattr__(self, "theta_rescale", rescale)
         object.__setattr__(self, "interpolation", _per_axis("interpolation", self.interpolation, len(dims)))
+        object.__setattr__(self, "scaling", _scalings(self.scaling, len(dims)))
+
+    def axis_scaling(self, axis: int) -> Scaling | None:
+        """The scaling of one axis."""
+        return self.scaling[axis] if isinstance(self.scaling, tuple) else self.scaling
+
+    def with_scaling(self, scaling: Scalings) -> RopeSpec:
+        """The same rotation with another scaling, or with none."""
+        return replace(self, scaling=_scalings(scaling, len(self.dims)))
 
     @property
     def rotary_dim(self) -> int:

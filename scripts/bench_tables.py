@@ -6,14 +6,17 @@
 Results are checked before anything is timed: dense tables must equal the full-grid build to the bit, and repeated calls
 must return the same object. A cold build starts from empty caches. Memory comes as the C library hands it out: a table
 stays in the cache while a model runs, so that its pages are fresh when it is built. Hits are timed by the thousand, on
-the way through the lock and the check that nobody wrote to the entry.
+the way through the lock and the check that nobody wrote to the entry. Hits per second are those of one thread and of
+eight together, which share one table.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -26,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from oracle import full_grid_table
 
 HITS = 1000
+THREADS = (1, 8)
+HITS_OF_THREADS = 40_000
 COLD_TABLES = 10
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -118,6 +123,24 @@ def time_hits(subject: Subject, rounds: int) -> list[dict[str, object]]:
     ]
 
 
+def time_threads(subject: Subject, rounds: int) -> list[dict[str, object]]:
+    """One row per number of threads that ask for one table: hits per second, of all of them together."""
+    cache_clear()
+    subject.table()
+    with ThreadPoolExecutor(max(THREADS)) as pool:
+
+        def ask(threads: int) -> None:
+            def work(_: int) -> None:
+                for _ in range(HITS_OF_THREADS // threads):
+                    subject.table()
+
+            list(pool.map(work, range(threads)))
+
+        cases: dict[str, Callable[[], object]] = {f"threads: {n}": functools.partial(ask, n) for n in THREADS}
+        timings = interleave(cases, rounds)
+    return [row("hits", name, "1/s", rate(timing, HITS_OF_THREADS), None) for name, timing in timings.items()]
+
+
 def count_bytes(subject: Subject) -> list[dict[str, object]]:
     """The bytes one entry holds, axis arrays and packed rows together, and how many times less than the full grid."""
     dense = sum(tensor.numel() * tensor.element_size() for tensor in subject.full_grid())
@@ -134,6 +157,11 @@ def count_bytes(subject: Subject) -> list[dict[str, object]]:
 def scaled(timing: Timing, factor: float) -> Timing:
     """The same timing in another unit."""
     return Timing(timing.p20 * factor, timing.median * factor, timing.p80 * factor)
+
+
+def rate(timing: Timing, calls: int) -> Timing:
+    """Calls per second; the 20th percentile of a rate is the 80th of its time."""
+    return Timing(*(round(1e3 * calls / time) for time in (timing.p80, timing.median, timing.p20)))
 
 
 def row(what: str, variant: str, unit: str, timing: Timing, ratio: float | None) -> dict[str, object]:
@@ -160,7 +188,9 @@ def main() -> None:
     sizes = tuple(int(size) for size in options.grid.split("x"))
     subject = Subject(sizes, options.head_dim, DTYPES[options.dtype], options.device)
     subject.check()
-    rows = [*time_builds(subject, options.rounds), *time_hits(subject, options.rounds), *count_bytes(subject)]
+    rounds = options.rounds
+    rows = [*time_builds(subject, rounds), *time_hits(subject, rounds), *time_threads(subject, rounds)]
+    rows += count_bytes(subject)
     print(f"{options.grid} tokens, {options.head_dim} channels, {options.dtype} on {options.device}")
     print(f"{'':34}{'p20':>14}{'median':>14}{'p80':>14}   times better")
     for line in rows:

@@ -1,14 +1,23 @@
-"""Scaled frequencies against numbers computed by transformers 5.23 (``modeling_rope_utils.py``) in float32."""
+"""Scaled frequencies against transformers 5.23's initialisers, and against the video models that scale theirs."""
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
+from diffusers.models.transformers.transformer_cosmos import CosmosRotaryPosEmbed
+from diffusers.models.transformers.transformer_kandinsky import Kandinsky5RoPE3D
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from dit_rope import Grid, RopeSpec, Scaling, cache_clear, rope_table
-from dit_rope.scaling import base_frequencies, inverse_frequencies, register_scaling
+from dit_rope import AxisFrequencies, Grid, Pairing, RopeSpec, Scaling, cache_clear, known_scalings, rope_table
+from dit_rope.scaling import axis_frequencies, register_scaling, scaled_frequencies, scaling_from_config
+from dit_rope.scaling_types import base_frequencies, intrinsic_pair
 
 LLAMA3 = {
     "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
@@ -22,7 +31,7 @@ LONGROPE = {
 YARN = {"factor": 4.0, "original_max_position_embeddings": 4096}
 DYNAMIC = {"factor": 2.0, "max_position_embeddings": 4096}
 
-# (scaling, frequencies of 16 channels at theta 10,000, factor of cos and sin)
+# (scaling, frequencies of 16 channels at theta 10,000, factor of cos and sin), computed by transformers in float32.
 GOLDEN = {
     "linear": (
         Scaling.of("linear", factor=4.0),
@@ -74,86 +83,284 @@ LLAMA3_28_TO_34 = [
     0.0032114461, 0.0021665706, 0.0013718937, 0.00085675146, 0.00052484602, 0.00031269365, 0.00017850779,
 ]  # fmt: skip
 
+# rope_parameters as transformers takes them, and a length for the types that depend on it.
+PARAMETERS = {
+    "linear": ({"rope_type": "linear", "factor": 3.0}, None),
+    "dynamic past the trained length": ({"rope_type": "dynamic", "factor": 1.7}, 20_000),
+    "dynamic within the trained length": ({"rope_type": "dynamic", "factor": 1.7}, 700),
+    "yarn": ({"rope_type": "yarn", "factor": 6.0, "original_max_position_embeddings": 2048, "beta_fast": 20}, None),
+    "yarn without a factor": ({"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 2048}, None),
+    "longrope without a factor": (
+        {"rope_type": "longrope", "original_max_position_embeddings": 2048} | {
+            f"{name}_factor": [start + j / 9 for j in range(32)] for name, start in (("short", 1.0), ("long", 2.0))
+        },
+        2049,
+    ),
+    "longrope with an attention factor": (
+        {"rope_type": "longrope", "original_max_position_embeddings": 2048, "attention_factor": 1.25} | {
+            f"{name}_factor": [start + j / 9 for j in range(32)] for name, start in (("short", 1.0), ("long", 2.0))
+        },
+        2048,
+    ),
+    "llama3": ({"rope_type": "llama3", **LLAMA3, "original_max_position_embeddings": 2048}, None),
+    "proportional": ({"rope_type": "proportional", "partial_rotary_factor": 0.3}, None),
+}  # fmt: skip
 
+
+@pytest.mark.requirement(6)
 @pytest.mark.parametrize(("scaling", "frequencies", "magnitude"), GOLDEN.values(), ids=GOLDEN.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_scaling_gives_the_frequencies_of_transformers(scaling, frequencies, magnitude, dtype):
-    ours, factor = inverse_frequencies(scaling, 16, 10_000.0, dtype)
-    assert ours.dtype == dtype
-    torch.testing.assert_close(ours.double(), torch.tensor(frequencies, dtype=torch.float64), rtol=1e-6, atol=0)
-    assert math.isclose(factor, magnitude, rel_tol=1e-12)
+def test_scaling_gives_stored_frequencies_of_transformers(scaling, frequencies, magnitude, dtype):
+    ours = scaled_frequencies(scaling, 16, 10_000.0, dtype)
+    assert ours.inverse.dtype == dtype
+    torch.testing.assert_close(ours.inverse.double(), torch.tensor(frequencies).double(), rtol=1e-6, atol=0)
+    assert math.isclose(ours.magnitude, magnitude, rel_tol=1e-12)
 
 
+@pytest.mark.requirement(6)
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+@pytest.mark.parametrize(("parameters", "seq_len"), PARAMETERS.values(), ids=PARAMETERS.keys())
+def test_scaling_from_a_model_configuration_is_transformers_own(parameters, seq_len, theta):
+    config = LlamaConfig(
+        hidden_size=256, num_attention_heads=4, max_position_embeddings=8192,
+        rope_parameters={**parameters, "rope_theta": theta},
+    )  # fmt: skip
+    theirs, magnitude = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"), seq_len=seq_len)
+    ours = scaled_frequencies(scaling_from_config(config, seq_len=seq_len), 64, theta, torch.float32)
+    # Roundings of float32 in another order: a power and three more operations on each side.
+    torch.testing.assert_close(ours.inverse, theirs, rtol=8 * 2**-24, atol=0)
+    assert math.isclose(ours.magnitude, magnitude, rel_tol=1e-12)
+
+
+@pytest.mark.requirement(6)
 def test_llama3_gives_the_frequencies_of_transformers_at_both_thresholds():
-    ours, factor = inverse_frequencies(Scaling.of("llama3", **LLAMA3), 128, 500_000.0, torch.float64)
+    ours = scaled_frequencies(Scaling.of("llama3", **LLAMA3), 128, 500_000.0, torch.float64)
     expected = torch.tensor(LLAMA3_28_TO_34, dtype=torch.float64)
-    torch.testing.assert_close(ours[28:35], expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(ours[:28], base_frequencies(128, 500_000.0, torch.float64)[:28])
-    assert math.isclose(ours[63].item(), 3.06892588e-07, rel_tol=1e-6)
-    assert factor == 1.0
+    torch.testing.assert_close(ours.inverse[28:35], expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.inverse[:28], base_frequencies(128, 500_000.0, torch.float64)[:28])
+    assert math.isclose(ours.inverse[63].item(), 3.06892588e-07, rel_tol=1e-6)
+    assert ours.magnitude == 1.0
 
 
 def test_yarn_takes_an_attention_factor_of_its_own():
-    _, factor = inverse_frequencies(Scaling.of("yarn", **YARN, attention_factor=1.5), 16, 1e4, torch.float64)
-    assert factor == 1.5
+    assert scaled_frequencies(Scaling.of("yarn", **YARN, attention_factor=1.5), 16, 1e4, torch.float64).magnitude == 1.5
 
 
-def test_no_scaling_is_the_plain_formula():
-    ours, factor = inverse_frequencies(None, 16, 10_000.0, torch.float64)
+@pytest.mark.parametrize("scaling", [None, Scaling.of("default"), Scaling.of("none")], ids=str)
+def test_no_scaling_is_the_plain_formula(scaling):
+    ours = scaled_frequencies(scaling, 16, 10_000.0, torch.float64)
     expected = torch.tensor([10_000.0 ** (-2 * j / 16) for j in range(8)], dtype=torch.float64)
-    torch.testing.assert_close(ours, expected, rtol=1e-15, atol=0)
-    assert factor == 1.0
+    torch.testing.assert_close(ours.inverse, expected, rtol=1e-15, atol=0)
+    assert ours.numbers[2:] == (1.0, 1.0, 1.0, 1.0)
 
 
-def test_table_uses_the_scaling_and_its_magnitude():
-    cos, sin = rope_table(RopeSpec((16,), scaling=Scaling.of("yarn", **YARN)), Grid(5), dtype=torch.float64).axis(0)
-    frequencies, magnitude = inverse_frequencies(Scaling.of("yarn", **YARN), 16, 1e4, torch.float64)
-    angles = torch.outer(torch.arange(5.0, dtype=torch.float64), frequencies)
-    torch.testing.assert_close(cos, angles.cos() * magnitude, rtol=0, atol=1e-15)
-    torch.testing.assert_close(sin, angles.sin() * magnitude, rtol=0, atol=1e-15)
+@pytest.mark.parametrize(("linear_factor", "ntk_factor"), [(2.0, 1.0), (1.0, 2.0), (1.0, 1.7)])
+def test_linear_and_ntk_with_exponent_one_are_luminas_bitwise(linear_factor, ntk_factor):
+    expected = get_1d_rotary_pos_embed(36, 40, linear_factor=linear_factor, ntk_factor=ntk_factor, use_real=False)
+    linear, ntk = Scaling.of("linear", factor=linear_factor), Scaling.of("ntk", factor=ntk_factor, exponent=1.0)
+    scaling = linear if ntk_factor == 1.0 else ntk
+    table = rope_table(RopeSpec((36,), scaling=scaling, frequency_dtype=torch.float32), Grid(40))
+    frequencies = axis_frequencies(table.spec, 0).inverse[:4].tolist()
+    golden = {1.0: [0.5, 0.29974210, 0.17969070, 0.10772168], 2.0: [1, 0.57683802, 0.33274215, 0.19193830]}
+    assert frequencies == pytest.approx(golden.get(ntk_factor, frequencies), rel=1e-6)
+    # torch.polar takes cos and sin of scalars; they round up to one unit in the last place apart from those of vectors.
+    torch.testing.assert_close(table.complex(), expected, rtol=0, atol=2**-23)
 
 
+def test_ntk_is_hunyuans_theta_rescale():
+    assert math.isclose(256.0 * 2.0 ** (16 / 14), 565.2938310, rel_tol=1e-9)
+    ours = scaled_frequencies(Scaling.of("ntk", factor=2.0), 16, 256.0, torch.float32)
+    assert torch.equal(ours.inverse, base_frequencies(16, 256.0 * 2.0 ** (16 / 14), torch.float32))
+
+
+@pytest.mark.parametrize(("scale", "fps"), [((2.0, 1.0, 1.0), 30), ((1.0, 3.0, 3.0), 16), ((20 / 24, 2.0, 2.0), None)])
+def test_fps_and_ntk_are_cosmos_bitwise(scale, fps):
+    theirs = CosmosRotaryPosEmbed(128, (60, 60, 60), (1, 1, 1), base_fps=24, rope_scale=scale)
+    expected = theirs(torch.empty(1, 0, 50, 4, 6), fps=fps)
+    first = Scaling.of("fps", fps=fps, factor=scale[0]) if fps else Scaling.of("ntk", factor=scale[0])
+    spec = RopeSpec(
+        (44, 42, 42), pairing=Pairing.HALF, frequency_dtype=torch.float32,
+        scaling=(first, *(Scaling.of("ntk", factor=factor) for factor in scale[1:])),
+    )  # fmt: skip
+    for ours, their in zip(rope_table(spec, Grid(50, 4, 6)).cos_sin(), expected, strict=True):
+        assert torch.equal(ours, their)
+
+
+def test_fps_and_ntk_give_stored_numbers_of_cosmos():
+    scaling = (Scaling.of("fps", fps=16), Scaling.of("ntk", factor=3.0), Scaling.of("ntk", factor=3.0))
+    spec = RopeSpec((44, 42, 42), frequency_dtype=torch.float32, scaling=scaling)
+    cos, _ = rope_table(spec, Grid(5, 4, 6)).cos_sin(repeat=False)
+    token = cos[2 * 24 + 3 * 6 + 5, [0, 1, 22, 23, 43, 44]]
+    golden = [-0.98999250, -0.39218289, -0.98999250, -0.25768730, 0.28366220, -0.99602264]
+    torch.testing.assert_close(token, torch.tensor(golden), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [(1.0, 2.0, 2.0), (1.0, 3.16, 3.16)])
+def test_kandinsky5_is_its_models_bitwise(scale):
+    positions = [torch.arange(size) for size in (5, 4, 6)]
+    theirs = Kandinsky5RoPE3D((16, 24, 24))((1, 5, 4, 6), positions, scale).squeeze(4).reshape(120, 32, 2, 2)
+    scaling = tuple(Scaling.of("kandinsky5", scale=factor) for factor in scale)
+    table = rope_table(RopeSpec((16, 24, 24), scaling=scaling, frequency_dtype=torch.float32), Grid(5, 4, 6))
+    cos, sin = table.cos_sin(repeat=False)
+    assert torch.equal(cos, theirs[..., 0, 0])
+    assert torch.equal(sin, theirs[..., 1, 0])
+
+
+def test_riflex_finds_the_intrinsic_pair_of_upstreams_example():
+    assert intrinsic_pair(16, 256.0, 48) == (4, 50)
+    assert [intrinsic_pair(16, 256.0, period)[1] for period in (6, 13, 25, 50, 101, 201, 402, 804)] == [
+        6, 13, 25, 50, 101, 201, 402, 804,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("which", [{"k": 4}, {"repetition": 48}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_riflex_slows_that_pair_alone_to_less_than_one_turn(which, dtype):
+    ours = scaled_frequencies(Scaling.of("riflex", frames=66, **which), 16, 256.0, dtype).inverse
+    trained = base_frequencies(16, 256.0, dtype)
+    assert ours[3] == torch.tensor(0.9 * 2 * math.pi / 66, dtype=dtype)
+    assert ours[3].item() == pytest.approx(0.0856797996, rel=1e-7)
+    assert torch.equal(torch.cat((ours[:3], ours[4:])), torch.cat((trained[:3], trained[4:])))
+
+
+def test_riflex_leaves_a_video_that_fits_its_period_as_trained():
+    ours = scaled_frequencies(Scaling.of("riflex", frames=33, k=4), 16, 256.0, torch.float32).inverse
+    assert torch.equal(ours, base_frequencies(16, 256.0, torch.float32))
+
+
+@pytest.mark.parametrize("kind", ["riflex", "fps"])
+def test_scaling_of_frames_is_refused_on_another_axis(kind):
+    options = {"frames": 66, "k": 1} if kind == "riflex" else {"fps": 16}
+    scaling = Scaling.of(kind, **options)
+    spec = RopeSpec((8, 6, 4), scaling=(scaling, None, None))
+    assert axis_frequencies(spec, 0).numbers != axis_frequencies(spec.with_scaling(None), 0).numbers
+    with pytest.raises(ValueError, match=rf"scaling must have {kind} on the frame axis alone, .* None, None\)"):
+        rope_table(spec.with_scaling(scaling), Grid(2, 3, 4))
+
+
+def test_interpolation_applies_besides_a_scaling_of_positions():
+    spec = RopeSpec((8,), scaling=Scaling.of("fps", fps=12.0), interpolation=0.25)
+    angles = axis_frequencies(spec, 0).angles(torch.arange(5.0, dtype=torch.float64))
+    expected = torch.outer(torch.arange(5.0).double() / 12 * 24 * 0.25, base_frequencies(8, 1e4, torch.float64))
+    torch.testing.assert_close(angles, expected, rtol=1e-15, atol=0)
+
+
+@pytest.mark.requirement(1)
 def test_registered_scaling_is_called_once_per_distinct_axis():
     calls = []
 
     def halved(dim, theta, dtype, *, by):
         calls.append(dim)
-        return base_frequencies(dim, theta, dtype) / by, 1.0
+        return AxisFrequencies(base_frequencies(dim, theta, dtype) / by)
 
     cache_clear()
     register_scaling("halved_for_a_test", halved)
     spec = RopeSpec((8, 4, 4), scaling=Scaling.of("halved_for_a_test", by=2.0))
     table = rope_table(spec, Grid(3, 5, 5))
     assert rope_table(spec, Grid(3, 5, 5)) is table
+    assert torch.equal(table.rows, rope_table(spec.with_scaling(Scaling.of("linear", factor=2.0)), table.grid).rows)
     assert calls == [8, 4]
+    assert "halved_for_a_test" in known_scalings()
     with pytest.raises(ValueError, match="name must not be that of a registered scaling, got 'halved_for_a_test'"):
         register_scaling("halved_for_a_test", halved)
 
 
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (torch.ones(4), TypeError, "must return AxisFrequencies, got Tensor"),
+        (AxisFrequencies(torch.ones(3)), ValueError, r"must return 4 frequencies on CPU, got \[3\] on cpu"),
+        (AxisFrequencies(torch.ones(4, device="meta")), ValueError, r"got \[4\] on meta"),
+    ],
+)
+def test_registered_scaling_that_returns_something_else_is_refused(returned, error, message):
+    name = f"returns_{message[:30]}"
+    register_scaling(name, lambda dim, theta, dtype: returned)
+    with pytest.raises(error, match=message):
+        scaled_frequencies(Scaling.of(name), 8, 1e4, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"inverse": [1.0]}, TypeError, "inverse must be a floating point tensor"),
+        ({"inverse": torch.ones(2, dtype=torch.int64)}, TypeError, "inverse must be a floating point tensor"),
+        ({"magnitude": 0.0}, ValueError, "magnitude must be positive and finite, got 0.0"),
+        ({"position_scale": math.inf}, ValueError, "position_scale must be positive and finite, got inf"),
+    ],
+)
+def test_axis_frequencies_refuses(fields, error, message):
+    with pytest.raises(error, match=message):
+        AxisFrequencies(**{"inverse": torch.ones(2)} | fields)
+
+
+@pytest.mark.requirement(2)
 def test_unknown_scaling_is_refused_naming_those_that_import_registered():
-    known = "dynamic, .*linear, llama3, longrope, proportional, yarn"
-    with pytest.raises(ValueError, match=f"scaling must be one of {known}, got 'ntk'"):
-        rope_table(RopeSpec((8,), scaling=Scaling.of("ntk")), Grid(2))
+    names = "default, dynamic, fps, .*kandinsky5, linear, llama3, longrope, none, ntk, proportional, .*riflex, yarn"
+    with pytest.raises(ValueError, match=f"scaling must be one of {names}, got 'su'"):
+        rope_table(RopeSpec((8,), scaling=Scaling.of("su")), Grid(2))
+
+
+@pytest.mark.requirement(5)
+def test_import_alone_registers_every_type(repository):
+    program = "import json, dit_rope; print(json.dumps(dit_rope.known_scalings()))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=repository, check=True)
+    assert {
+        "default", "none", "linear", "ntk", "dynamic", "yarn", "longrope", "llama3", "proportional", "riflex", "fps",
+        "kandinsky5",
+    } == set(json.loads(done.stdout))  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        (Scaling.of("linear"), r"linear scaling must have its own parameters, got \{\}: missing .* 'factor'"),
-        (Scaling.of("linear", factor=2.0, base=3.0), "unexpected keyword argument 'base'"),
+        (Scaling.of("default", factor=2.0), "default scaling must not have factor, got .*; it takes no options"),
+        (Scaling.of("linear"), r"linear scaling must have factor, got \{\}"),
+        (Scaling.of("linear", factor=2.0, base=3.0), "linear scaling must not have base, got .*; it takes factor"),
         (Scaling.of("linear", factor=0.0), "factor must be positive and finite, got 0.0"),
-        (Scaling.of("yarn", factor=2.0), "missing .* 'original_max_position_embeddings'"),
-        (Scaling.of("yarn", **YARN, beta=2.0), r"yarn scaling must not have parameters \['beta'\]; it knows"),
-        (Scaling.of("longrope", **LONGROPE | {"short_factor": [1.0]}, seq_len=1), r"one value per .* \(8\), got 1"),
+        (Scaling.of("ntk", factor=-1.0, exponent=1.0), "factor must be positive and finite, got -1.0"),
+        (Scaling.of("yarn", original_max_position_embeddings=64), "yarn scaling must have factor, or max_position_emb"),
+        (Scaling.of("yarn", **YARN, beta=2.0), "yarn scaling must not have beta; it also takes .*'beta_fast'"),
+        (Scaling.of("longrope", **LONGROPE, seq_len=1, scale=1), "longrope scaling must not have scale; it also takes"),
+        (Scaling.of("longrope", **LONGROPE | {"short_factor": [1.0]}, seq_len=1), r"per .* \(8\), got \(1.0,\)"),
+        (Scaling.of("longrope", **LONGROPE | {"long_factor": 2.0}, seq_len=9000), r"long_factor must have .* got 2.0"),
         (Scaling.of("llama3", **LLAMA3 | {"high_freq_factor": 1.0}), r"must be above low_freq_factor \(1.0\), got 1.0"),
         (Scaling.of("proportional", partial_rotary_factor=1.5), "above 0 and at most 1, got 1.5"),
+        (Scaling.of("riflex", frames=60), "riflex scaling must have k or repetition, and not both, got None and None"),
+        (Scaling.of("riflex", frames=60, k=9), r"k must be an int from 1 to .* pairs of the axis \(8\), got 9"),
+        (Scaling.of("riflex", frames=60, k=2.5), r"k must be an int from 1 to .* got 2.5"),
+        (Scaling.of("fps", fps=0), "fps must be positive and finite, got 0"),
+    ],
+    ids=str,
+)
+def test_scaling_refuses_options(scaling, message):
+    with pytest.raises(ValueError, match=message):
+        scaled_frequencies(scaling, 16, 10_000.0, torch.float64)
+
+
+@pytest.mark.requirement(4)
+@pytest.mark.parametrize(
+    ("kind", "missing"),
+    [
+        ("linear", "factor"),
+        ("ntk", "factor"),
+        ("dynamic", "factor, max_position_embeddings, seq_len"),
+        ("yarn", "original_max_position_embeddings"),
+        ("longrope", "short_factor, long_factor, original_max_position_embeddings, seq_len"),
+        ("llama3", "factor, low_freq_factor, high_freq_factor, original_max_position_embeddings"),
+        ("riflex", "frames"),
+        ("fps", "fps"),
     ],
 )
-def test_scaling_refuses_parameters(scaling, message):
-    with pytest.raises(ValueError, match=message):
-        inverse_frequencies(scaling, 16, 10_000.0, torch.float64)
+def test_scaling_names_every_option_it_lacks(kind, missing):
+    with pytest.raises(ValueError, match=f"{kind} scaling must have {missing}, got"):
+        scaled_frequencies(Scaling.of(kind), 16, 10_000.0, torch.float64)
+    with pytest.raises(ValueError, match=f"{kind} scaling must have {missing}, got"):
+        scaling_from_config({"rope_type": kind})
 
 
-def test_dynamic_scaling_refuses_an_axis_of_two_channels():
+@pytest.mark.parametrize("kind", ["ntk", "dynamic"])
+def test_ntk_refuses_an_axis_of_two_channels(kind):
+    options = {"factor": 2.0} if kind == "ntk" else DYNAMIC | {"seq_len": 1}
     with pytest.raises(ValueError, match=r"dim / \(dim - 2\) is undefined"):
-        inverse_frequencies(Scaling.of("dynamic", **DYNAMIC, seq_len=1), 2, 10_000.0, torch.float64)
+        scaled_frequencies(Scaling.of(kind, **options), 2, 10_000.0, torch.float64)

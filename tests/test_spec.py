@@ -41,6 +41,37 @@ def test_scaling_is_equal_in_any_order_of_its_parameters_and_takes_lists():
     assert hash(Scaling.of("a", y=[1.0])) == hash(Scaling.of("a", y=(1.0,)))
 
 
+def test_spec_keeps_one_scaling_for_all_axes_or_one_per_axis():
+    linear, ntk = Scaling.of("linear", factor=2.0), Scaling.of("ntk", factor=2.0)
+    same = RopeSpec((8, 6), scaling=[linear, Scaling.of("linear", factor=2)])
+    assert same == RopeSpec((8, 6), scaling=linear)
+    assert (same.axis_scaling(0), same.axis_scaling(1)) == (linear, linear)
+    other = RopeSpec((8, 6), scaling=[linear, None])
+    assert other == same.with_scaling((linear, None)) != same.with_scaling((linear, ntk))
+    assert (other.axis_scaling(0), other.axis_scaling(1)) == (linear, None)
+    assert hash(other) == hash(RopeSpec((8, 6), scaling=(linear, None)))
+    assert RopeSpec((8, 6), scaling=(None, None)) == RopeSpec((8, 6)) == other.with_scaling(None)
+
+
+def test_scaling_shows_itself():
+    assert str(Scaling.of("yarn", factor=4.0, truncate=False)) == "yarn(factor=4.0, truncate=False)"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (3, {}, "kind must be the name of a scaling type, got 3"),
+        ("linear", {"factor": "4"}, "factor of linear scaling must be a number or numbers, got '4'"),
+        ("linear", {"factor": {4: 5}}, "factor of linear scaling must be a number or numbers"),
+        ("longrope", {"short_factor": [1.0, None]}, r"must be a number or numbers, got \(1.0, None\)"),
+        ("linear", {"factor": torch.ones(1)}, "factor of linear scaling must be a number or numbers"),
+    ],
+)
+def test_scaling_refuses(kind, options, message):
+    with pytest.raises(TypeError, match=message):
+        Scaling.of(kind, **options)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -56,7 +87,13 @@ def test_scaling_is_equal_in_any_order_of_its_parameters_and_takes_lists():
         ({"theta_rescale": (1.0, 2.0)}, ValueError, r"one value per axis \(3\), got \(1.0, 2.0\)"),
         ({"theta_rescale": 2.0, "dims": (8, 2)}, ValueError, "theta_rescale must be 1 on an axis of 2 channels"),
         ({"interpolation": -1.0}, ValueError, "interpolation must be positive and finite, got -1.0"),
-        ({"scaling": "linear"}, TypeError, "scaling must be a Scaling or None, got 'linear'"),
+        (
+            {"scaling": "linear"},
+            TypeError,
+            "scaling must be a Scaling, None, or a tuple of them, one per axis, got 'linear'",
+        ),
+        ({"scaling": (None, "linear", None)}, TypeError, "scaling must be a Scaling, None, or a tuple of them"),
+        ({"scaling": (None, None)}, ValueError, r"scaling must be one for all axes or have one per axis \(3\), got 2"),
         ({"frequency_dtype": torch.int32}, TypeError, "frequency_dtype must be a floating point torch.dtype"),
         ({"frequency_dtype": "float32"}, TypeError, "frequency_dtype must be a floating point torch.dtype"),
     ],

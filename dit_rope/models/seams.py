@@ -10,7 +10,9 @@ What travels through the model in place of dense cos and sin is a pair of tensor
 ``[1, S, 1, axes]``, which whoever splits a sequence can split, and the packed axis tables ``[2, R, P]``, a few kB.
 
 While torch.compile traces, the model's own code is left in place: what the compiler fuses, an operator it cannot look
-into would only split. A compiled block behind an uncompiled rope module gets its dense tables back from the rows.
+into would only split. A compiled block behind an uncompiled rope module gets its dense tables back from the rows. A
+rope module that scales frequencies is not the model's own: its tables are traced, or, where a function of the user's
+chooses the scaling, made outside the graph.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import torch
 from .. import rotation
 from ..backends import eager
 from ..rotation_args import RotationArgs
-from ..spec import Grid, NormKind, Pairing, RopeSpec
+from ..spec import Grid, NormKind, Pairing, RopeSpec, Scalings
 from ..tables import rope_table
 from .adapter import FrameRows
 
@@ -45,10 +47,11 @@ _seam_classes: dict[tuple[type, type], type[torch.nn.Module]] = {}
 
 @dataclass(frozen=True)
 class RopeSettings:
-    """What a rope module's own forward is replaced with."""
+    """What a rope module's own forward is replaced with; ``choose`` is asked for the scaling of each forward."""
 
     spec: RopeSpec
     frames: Callable[..., FrameRows]
+    choose: Callable[[], Scalings] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,31 @@ class RopeSeam(Seam):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Int32 rows ``[1, S, 1, axes]`` and packed axis tables ``[2, R, P]``, from the caches."""
         settings: RopeSettings | None = vars(self).get(_SETTINGS)
-        if settings is None or torch.compiler.is_compiling():
+        if settings is None:
             return _unpatched_forward(self)(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            return self._rows(settings, args, kwargs)
+        if settings.choose is not None:
+            # What it returns is new at any call, and would be compiled in.
+            return torch.compiler.disable(self._rows)(settings, args, kwargs)
+        if settings.spec.scaling is None:
+            return _unpatched_forward(self)(*args, **kwargs)
+        return dense_tables(settings.spec, *self._rows(settings, args, kwargs))
+
+    def _rows(
+        self, settings: RopeSettings, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         here = settings.frames(self, *args, **kwargs)
         latent = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         dtype = next(buffer.dtype for buffer in self.buffers())  # type: ignore[attr-defined]
-        table = rope_table(settings.spec, Grid(*here.grid), device=latent.device, dtype=dtype)
-        return frame_positions(table.positions(), here), table.rows
+        grid = Grid(*here.grid)
+        table = rope_table(settings.spec, grid, device=latent.device, dtype=dtype)
+        rows = table.rows
+        if settings.choose is not None:
+            spec = settings.spec.with_scaling(settings.choose())
+            rows = rope_table(spec, grid, device=latent.device, dtype=dtype).rows
+        # Positions are those of any scaling, so that one entry of the cache serves all that are chosen.
+        return frame_positions(table.positions(), here), rows
 
 
 class NormSeam(Seam):

@@ -1,0 +1,330 @@
+"""The types of frequency scaling that come with the package: one function each, which is all there is to a type.
+
+A function takes the channels of one axis, theta, the dtype of frequencies and the type's own options, and returns the
+:class:`AxisFrequencies` that result. Formulas and names of options are those of each type's source: for language
+models transformers' ``modeling_rope_utils.py`` (5.23), so that a model's ``rope_parameters`` pass on as they are.
+``seq_len`` stands for the length that the two types which depend on it see there at run time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class AxisFrequencies:
+    """What a scaling comes to: the numbers from which the angles of one axis follow.
+
+    Attributes:
+        inverse: radians per position of each pair, ``[dim / 2]`` on CPU, in the dtype of frequencies.
+        magnitude: what cos and sin are multiplied by.
+        position_divisor, position_scale: positions are divided by the one, then multiplied by the other.
+        angle_divisor: angles are divided by it.
+
+    Three numbers where one would do, because each model's code rounds at its own place.
+
+    Raises:
+        TypeError, ValueError: naming the field, the rule and the value.
+    """
+
+    inverse: torch.Tensor
+    magnitude: float = 1.0
+    position_divisor: float = 1.0
+    position_scale: float = 1.0
+    angle_divisor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inverse, torch.Tensor) or not self.inverse.is_floating_point():
+            raise TypeError(f"inverse must be a floating point tensor, got {self.inverse!r}")
+        for name in ("magnitude", "position_divisor", "position_scale", "angle_divisor"):
+            _positive(name, getattr(self, name))
+
+    @property
+    def numbers(self) -> tuple[object, ...]:
+        """Everything here as one hashable value: equal numbers, whatever they came from, are equal."""
+        divisors = self.position_divisor, self.position_scale, self.angle_divisor
+        return self.inverse.dtype, tuple(self.inverse.tolist()), self.magnitude, *divisors
+
+    def angles(self, positions: torch.Tensor) -> torch.Tensor:
+        """Radians ``[n, dim / 2]`` of ``positions`` ``[n]``, in the wider dtype of positions and frequencies."""
+        if self.position_divisor != 1.0:
+            positions = positions / self.position_divisor
+        angles = torch.outer(positions * self.position_scale, self.inverse)
+        return angles if self.angle_divisor == 1.0 else angles / self.angle_divisor
+
+
+ScalingFunction = Callable[..., AxisFrequencies]
+"""``(dim, theta, dtype, *, options...) -> AxisFrequencies``"""
+
+
+@dataclass(frozen=True)
+class ScalingType:
+    """A registered type: its function, and whether it means anything on axes other than the frame's."""
+
+    function: ScalingFunction
+    frame_axis_only: bool = False
+
+
+TYPES: dict[str, ScalingType] = {}
+
+
+def _scaling_type(*names: str, frame_axis_only: bool = False) -> Callable[[ScalingFunction], ScalingFunction]:
+    """Registers a function under ``names``, or under its own."""
+
+    def register(function: ScalingFunction) -> ScalingFunction:
+        TYPES.update(dict.fromkeys(names or (function.__name__,), ScalingType(function, frame_axis_only)))
+        return function
+
+    return register
+
+
+def base_frequencies(dim: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
+    """``theta ** (-2 j / dim)`` for pairs j: ``[dim / 2]`` in ``dtype``, on CPU (RoFormer, arXiv:2104.09864).
+
+    Rounded step by step in ``dtype``, as FastVideo and diffusers round it.
+    """
+    exponents = torch.arange(0, dim, 2, device="cpu").to(dtype) / dim
+    return 1.0 / (theta**exponents)
+
+
+def ntk_theta(dim: int, theta: float, factor: float) -> float:
+    """``theta * factor ** (dim / (dim - 2))``, which slows the slowest pair down by ``factor`` and leaves the fastest.
+
+    Raises:
+        ValueError: on an axis of 2 channels, where the exponent does not exist.
+    """
+    if dim == 2:
+        raise ValueError("NTK scaling must have more than 2 channels per axis, got 2; dim / (dim - 2) is undefined")
+    return float(theta * factor ** (dim / (dim - 2)))
+
+
+@_scaling_type("default", "none")
+def default(dim: int, theta: float, dtype: torch.dtype) -> AxisFrequencies:
+    """Frequencies as they were trained."""
+    return AxisFrequencies(base_frequencies(dim, theta, dtype))
+
+
+@_scaling_type()
+def linear(dim: int, theta: float, dtype: torch.dtype, *, factor: float) -> AxisFrequencies:
+    """Every frequency divided by ``factor`` (position interpolation, arXiv:2306.15595)."""
+    return AxisFrequencies(base_frequencies(dim, theta, dtype) / _positive("factor", factor))
+
+
+@_scaling_type()
+def ntk(dim: int, theta: float, dtype: torch.dtype, *, factor: float, exponent: float | None = None) -> AxisFrequencies:
+    """NTK-aware: theta times ``factor ** exponent``, which is ``dim / (dim - 2)`` unless given.
+
+    Per axis this is HunyuanVideo's ``theta_rescale_factor`` and Cosmos' ``rope_scale`` (diffusers 0.42.1
+    ``transformer_cosmos.py``). Lumina-Next has exponent 1: ``theta * ntk_factor`` in ``get_1d_rotary_pos_embed`` of
+    diffusers' ``embeddings.py``; its other branch, ``linear_factor``, is the type ``linear``.
+    """
+    _positive("factor", factor)
+    scaled = ntk_theta(dim, theta, factor) if exponent is None else theta * factor**exponent
+    return AxisFrequencies(base_frequencies(dim, scaled, dtype))
+
+
+@_scaling_type()
+def dynamic(
+    dim: int, theta: float, dtype: torch.dtype, *, factor: float, max_position_embeddings: float, seq_len: float
+) -> AxisFrequencies:
+    """NTK-aware: theta grows with ``seq_len / max_position_embeddings``, not at all up to a ratio of 1."""
+    ratio = max(1.0, _positive("seq_len", seq_len) / _positive("max_position_embeddings", max_position_embeddings))
+    growth = _positive("factor", factor) * ratio - (factor - 1.0)
+    return AxisFrequencies(base_frequencies(dim, ntk_theta(dim, theta, growth), dtype))
+
+
+@_scaling_type()
+def yarn(
+    dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    *,
+    original_max_position_embeddings: float,
+    factor: float | None = None,
+    max_position_embeddings: float | None = None,
+    attention_factor: float | None = None,
+    **settings: float,
+) -> AxisFrequencies:
+    """YaRN (arXiv:2309.00071): slow pairs interpolated, fast ones kept, a ramp between, cos and sin scaled up.
+
+    Without ``factor`` it is ``max_position_embeddings / original_max_position_embeddings``. ``settings``:
+    ``beta_fast`` (32) and ``beta_slow`` (1), in turns over the original length, bound the ramp, at whole pairs unless
+    ``truncate`` (True) is False; ``mscale`` and ``mscale_all_dim``, both or neither, replace the scale of cos and sin
+    by their ratio.
+    """
+    known = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0, "truncate": True}
+    if unknown := settings.keys() - known.keys():
+        raise ValueError(f"yarn scaling must not have {', '.join(sorted(unknown))}; it also takes {sorted(known)}")
+    values = known | settings
+    length = _positive("original_max_position_embeddings", original_max_position_embeddings)
+    factor = _growth("yarn", factor, max_position_embeddings, length)
+
+    def pair_that_turns(turns: float) -> float:
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_that_turns(values["beta_fast"]), pair_that_turns(values["beta_slow"])
+    if values["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    width = (high - low) or 0.001
+    ramp = ((torch.arange(dim // 2, dtype=torch.float64, device="cpu") - low) / width).clamp(0, 1).to(dtype)
+    frequencies = base_frequencies(dim, theta, dtype)
+
+    def magnitude(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+    if attention_factor is None:
+        scales = values["mscale"], values["mscale_all_dim"]
+        attention_factor = magnitude(scales[0]) / magnitude(scales[1]) if all(scales) else magnitude(1.0)
+    return AxisFrequencies(frequencies * (1 - ramp) + frequencies / factor * ramp, attention_factor)
+
+
+@_scaling_type()
+def longrope(
+    dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    *,
+    short_factor: Sequence[float],
+    long_factor: Sequence[float],
+    original_max_position_embeddings: float,
+    seq_len: float,
+    max_position_embeddings: float | None = None,
+    **settings: float,
+) -> AxisFrequencies:
+    """LongRoPE (arXiv:2402.13753): a divisor per pair, from one list up to the original length, another past it.
+
+    ``settings``: cos and sin are multiplied by ``attention_factor``, or else by what follows from ``factor``, or else
+    from ``max_position_embeddings / original_max_position_embeddings``.
+    """
+    if unknown := settings.keys() - {"attention_factor", "factor"}:
+        raise ValueError(
+            f"longrope scaling must not have {', '.join(sorted(unknown))}; it also takes attention_factor and factor"
+        )
+    length = _positive("original_max_position_embeddings", original_max_position_embeddings)
+    name, divisors = ("long_factor", long_factor) if seq_len > length else ("short_factor", short_factor)
+    if not isinstance(divisors, Sequence) or len(divisors) != dim // 2:
+        raise ValueError(f"{name} must have one value per channel pair of an axis ({dim // 2}), got {divisors!r}")
+    magnitude = settings.get("attention_factor")
+    if magnitude is None:
+        factor = _growth("longrope", settings.get("factor"), max_position_embeddings, length)
+        magnitude = math.sqrt(1.0 + math.log(factor) / math.log(length)) if factor > 1.0 else 1.0
+    slowed = base_frequencies(dim, theta, dtype) / torch.tensor(divisors, dtype=dtype, device="cpu")
+    return AxisFrequencies(slowed, magnitude)
+
+
+@_scaling_type()
+def llama3(
+    dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    *,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: float,
+) -> AxisFrequencies:
+    """Llama 3.1: waves longer than ``length / low_freq_factor`` are interpolated, short ones kept, a blend between."""
+    if high_freq_factor <= low_freq_factor:
+        raise ValueError(f"high_freq_factor must be above low_freq_factor ({low_freq_factor}), got {high_freq_factor}")
+    frequencies = base_frequencies(dim, theta, dtype)
+    length = _positive("original_max_position_embeddings", original_max_position_embeddings)
+    turns = length * frequencies / (2 * math.pi)
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return AxisFrequencies(frequencies * kept + frequencies / _positive("factor", factor) * (1 - kept))
+
+
+@_scaling_type()
+def proportional(
+    dim: int, theta: float, dtype: torch.dtype, *, partial_rotary_factor: float = 1.0, factor: float = 1.0
+) -> AxisFrequencies:
+    """The first ``partial_rotary_factor`` of the pairs turn as on the whole axis, the others do not turn."""
+    if not 0.0 < partial_rotary_factor <= 1.0:
+        raise ValueError(f"partial_rotary_factor must be above 0 and at most 1, got {partial_rotary_factor}")
+    frequencies = base_frequencies(dim, theta, dtype) / _positive("factor", factor)
+    frequencies[int(partial_rotary_factor * dim // 2) :] = 0.0
+    return AxisFrequencies(frequencies)
+
+
+@_scaling_type(frame_axis_only=True)
+def riflex(
+    dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    *,
+    frames: float,
+    k: int | None = None,
+    repetition: float | None = None,
+    margin: float = 0.9,
+) -> AxisFrequencies:
+    """RIFLEx (arXiv:2502.15894): slows the pair whose period makes long videos repeat, so that it turns less than once.
+
+    ``frames`` is the length to generate, in latent frames, as upstream's ``L_test``. The pair is number ``k``, counted
+    from 1, or the one whose period is nearest to ``repetition``, the latent frame at which videos of this model begin
+    to repeat. It turns at ``margin * 2 pi / frames`` per frame, and is never sped up: a video that fits its period is
+    rotated as trained. Source: ``riflex_utils.py`` of thu-ml/DiT-Extrapolation (d54e1e2).
+    """
+    if (k is None) == (repetition is None):
+        raise ValueError(f"riflex scaling must have k or repetition, and not both, got {k} and {repetition}")
+    if k is None:
+        k, _ = intrinsic_pair(dim, theta, _positive("repetition", repetition))
+    if not isinstance(k, int) or not 1 <= k <= dim // 2:
+        raise ValueError(f"k must be an int from 1 to the number of pairs of the axis ({dim // 2}), got {k}")
+    frequencies = base_frequencies(dim, theta, dtype)
+    frequencies[k - 1 : k].clamp_(max=_positive("margin", margin) * 2 * math.pi / _positive("frames", frames))
+    return AxisFrequencies(frequencies)
+
+
+def intrinsic_pair(dim: int, theta: float, repetition: float) -> tuple[int, int]:
+    """Number, from 1, and period of the pair whose period in positions is nearest to ``repetition``.
+
+    ``identify_k`` of RIFLEx: periods are rounded to whole positions, and the first of equals is taken.
+    """
+    periods = [round(2 * math.pi / (1.0 / theta ** (2 * pair / dim))) for pair in range(dim // 2)]
+    nearest = min(range(len(periods)), key=lambda pair: abs(periods[pair] - repetition))
+    return nearest + 1, periods[nearest]
+
+
+@_scaling_type(frame_axis_only=True)
+def fps(
+    dim: int, theta: float, dtype: torch.dtype, *, fps: float, base_fps: float = 24.0, factor: float = 1.0
+) -> AxisFrequencies:
+    """Frames at their time: positions ``i / fps * base_fps``, and theta scaled as by ``ntk`` with ``factor``.
+
+    The frame axis of Cosmos (diffusers 0.42.1 ``transformer_cosmos.py``), whose height and width have ``ntk``.
+    """
+    theta = theta if _positive("factor", factor) == 1.0 else ntk_theta(dim, theta, factor)
+    frequencies = base_frequencies(dim, theta, dtype)
+    return AxisFrequencies(
+        frequencies, position_divisor=_positive("fps", fps), position_scale=_positive("base_fps", base_fps)
+    )
+
+
+@_scaling_type()
+def kandinsky5(dim: int, theta: float, dtype: torch.dtype, *, scale: float = 1.0) -> AxisFrequencies:
+    """Angles divided by ``scale``, frequencies as ``exp(-ln(theta) j / (dim / 2))``.
+
+    As Kandinsky 5 rounds them (diffusers 0.42.1 ``transformer_kandinsky.py``); its ``scale_factor`` is one per axis.
+    """
+    pairs = dim // 2
+    frequencies = torch.exp(-math.log(theta) * torch.arange(pairs, device="cpu").to(dtype) / pairs)
+    return AxisFrequencies(frequencies, angle_divisor=_positive("scale", scale))
+
+
+def _growth(kind: str, factor: float | None, longest: float | None, original: float) -> float:
+    """``factor``, or else how many times longer than ``original`` the ``longest`` sequence is."""
+    if factor is None and longest is None:
+        raise ValueError(f"{kind} scaling must have factor, or max_position_embeddings in its place, got neither")
+    if factor is None:
+        return _positive("max_position_embeddings", longest) / original
+    return _positive("factor", factor)
+
+
+def _positive(name: str, value: float | None) -> float:
+    if not (isinstance(value, (int, float)) and 0.0 < value < math.inf):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    return value

@@ -1,0 +1,162 @@
+"""Scalings read from configurations, in every form that transformers and others write them; the rotary width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+from transformers import Gemma3TextConfig, LlamaConfig
+
+from dit_rope import Scaling, rotary_dim, scaling_from_config
+
+LINEAR = Scaling.of("linear", factor=4.0)
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+LONG = {"short_factor": [1.0, 2.0], "long_factor": [2.0, 3.0], "original_max_position_embeddings": 64}
+
+
+@dataclass
+class _LinearConfig:
+    rope_type: str = "linear"
+    factor: float = 4.0
+    attention_factor: float | None = None
+
+
+@dataclass(slots=True)
+class _SlottedConfig:
+    type: str = "linear"
+    factor: float = 4.0
+
+
+@dataclass
+class _ModelConfig:
+    head_dim: int = 64
+    max_position_embeddings: int = 4096
+    rope_scaling: dict[str, object] | None = field(default_factory=lambda: dict(DYNAMIC))
+
+
+@pytest.mark.requirement(3)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"type": "linear", "factor": 4.0},
+        {"rope_type": "linear", "factor": 4},
+        {"type": "linear", "rope_type": "yarn", "factor": 4.0},
+        {
+            "rope_type": "linear",
+            "factor": 4.0,
+            "rope_theta": 5e5,
+            "partial_rotary_factor": 0.5,
+            "attention_factor": None,
+        },
+        {"hidden_size": 64, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        _LinearConfig(),
+        _SlottedConfig(),
+        SimpleNamespace(rope_scaling=_LinearConfig()),
+        LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
+        LlamaConfig(rope_scaling={"type": "linear", "factor": 4.0}),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_config_may_be_a_dictionary_a_dataclass_or_a_model(config):
+    assert scaling_from_config(config) == LINEAR
+
+
+@pytest.mark.requirement(3)
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        {"rope_scaling": None},
+        {"rope_type": "default", "rope_theta": 1e6},
+        {"type": "none"},
+        SimpleNamespace(rope_scaling=None),
+        LlamaConfig(),
+    ],
+    ids=str,
+)
+def test_config_that_asks_for_nothing_gives_none(config):
+    assert scaling_from_config(config) is None
+
+
+@pytest.mark.requirement(3)
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ("linear", TypeError, "config must be a rope_scaling dictionary, .*, got str"),
+        ([{"type": "linear"}], TypeError, "config must be a rope_scaling dictionary, .*, got list"),
+        (4.0, TypeError, "got float"),
+        ({"rope_scaling": "linear"}, TypeError, "got str"),
+        ({"type": 3}, TypeError, "the type in rope_scaling must be a string, got 3"),
+        ({"type": "linear", "factor": "4"}, TypeError, "factor of linear scaling must be a number or numbers, got '4'"),
+        ({"factor": 4.0}, ValueError, r"must contain 'type' or 'rope_type', got \{'factor': 4.0\}"),
+        ({}, ValueError, r"must contain 'type' or 'rope_type', got \{\}"),
+        ({"rope_type": None, "factor": 2.0}, ValueError, "must contain 'type' or 'rope_type'"),
+        ({"type": "su", "factor": 2.0}, ValueError, "scaling must be one of default, .*, got 'su'"),
+        ({"type": "linear", "factor": 2.0, "alpha": 1.0}, ValueError, "linear scaling must not have alpha"),
+    ],
+)
+def test_config_is_refused(config, error, message):
+    with pytest.raises(error, match=message):
+        scaling_from_config(config)
+
+
+def test_context_fills_in_what_the_type_takes_and_the_configuration_lacks():
+    expected = Scaling.of("dynamic", factor=2.0, max_position_embeddings=4096, seq_len=9000)
+    assert scaling_from_config(DYNAMIC, max_position_embeddings=4096, seq_len=9000) == expected
+    assert scaling_from_config(_ModelConfig(), seq_len=9000, original_max_position_embeddings=None) == expected
+    assert scaling_from_config({"type": "linear", "factor": 4.0}, seq_len=9000) == LINEAR
+    own = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    assert dict(scaling_from_config(own, original_max_position_embeddings=32).parameters) == {
+        "factor": 2.0, "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    longrope = scaling_from_config({"rope_type": "longrope", **LONG}, seq_len=65, max_position_embeddings=128)
+    assert longrope == Scaling.of("longrope", **LONG, seq_len=65, max_position_embeddings=128)
+
+
+@pytest.mark.parametrize("config", [DYNAMIC, _ModelConfig()], ids=["dictionary", "model"])
+def test_length_is_never_assumed(config):
+    with pytest.raises(ValueError, match="dynamic scaling must have .*seq_len, got"):
+        scaling_from_config(config)
+
+
+def test_share_of_channels_is_an_option_of_proportional_alone():
+    given = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}
+    assert scaling_from_config(given) == Scaling.of("proportional", partial_rotary_factor=0.25)
+
+
+def test_layer_types_have_scalings_of_their_own():
+    config = Gemma3TextConfig(
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+        }
+    )
+    assert scaling_from_config(config, layer_type="full_attention") == LINEAR
+    assert scaling_from_config(config, layer_type="sliding_attention") is None
+    assert scaling_from_config({"a": None, "b": {"type": "none"}}, layer_type="a") is None
+    with pytest.raises(ValueError, match="layer_type must be one of sliding_attention, full_attention, got None"):
+        scaling_from_config(config)
+
+
+@pytest.mark.requirement(11)
+@pytest.mark.parametrize(
+    ("head_dim", "factor", "expected"),
+    [(128, 0.5, 64), (64, 0.25, 16), (80, 0.4, 32), (10, 0.5, 4), (64, 0.01, 2), (64, 0.0, 64), (64, 1.5, 64)],
+)
+def test_rotary_dim_is_a_share_of_the_head_clamped_and_even(head_dim, factor, expected):
+    assert rotary_dim(head_dim, factor) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((1, 0.5), ValueError, "head_dim must be at least 2, got 1"),
+        ((64.0, 0.5), TypeError, "head_dim must be an int, got 64.0"),
+        ((True, 0.5), TypeError, "head_dim must be an int, got True"),
+        ((64, float("nan")), ValueError, "partial_rotary_factor must be finite, got nan"),
+    ],
+)
+def test_rotary_dim_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        rotary_dim(*arguments)
