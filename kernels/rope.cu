@@ -208,7 +208,6 @@ struct Heads {
   }
 
   __device__ __forceinline__ void load_weights() {
-    if constexpr (!Plan::weighted) return;
 #pragma unroll
     for (int i = 0; i < kWeightRows; ++i) {
       const int head = Plan::norm == kAcrossHeads ? place.row + i * Plan::rows : 0;
@@ -313,8 +312,8 @@ __device__ __forceinline__ void rotate_tokens(const RotationArgs& args, Shared<P
   Heads<Plan, typename Plan::KeyWeight, kKeys ? Plan::key_heads : 1> key(args.key, args.key_strides, place);
   query.load();
   if constexpr (kKeys) key.load();
-  query.load_weights();
-  if constexpr (kKeys) key.load_weights();
+  if constexpr (Plan::weighted) query.load_weights();
+  if constexpr (Plan::weighted && kKeys) key.load_weights();
 
   find_rows(args, place, shared);
   __syncthreads();

@@ -14,9 +14,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import dit_rope
+from dit_rope import NormKind, Pairing
 from dit_rope.backends import cuda_kernels
+from dit_rope.backends.gpu_calls import Norm
+from dit_rope.rotation_args import RotationArgs
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = {path.name for path in (ROOT / "kernels").iterdir()}
@@ -76,31 +80,6 @@ print([] if spec is None else list(spec.submodule_search_locations or [spec.orig
 """
 
 
-USES_OF_THE_CONTRACT = """
-#include "rope.cuh"
-using namespace dit_rope;
-
-template <typename T, bool kExact>
-__global__ void turn(RotationArgs<T> args, T* x, long long channels) {
-  int rows[kMaxAxes], column, first, second;
-  if (!token_rows(args, blockIdx.y, blockIdx.x, rows)) return;
-  int pairs = 0;
-  for (int axis = 0; axis < args.axes; ++axis) pairs += args.pairs[axis];
-  T cosine, sine;
-  const int axis = pair_axis(args, threadIdx.x, column);
-  pair_angle(args, rows[axis], column, cosine, sine);
-  pair_channels(args, threadIdx.x, pairs, first, second);
-  T* head = x + (static_cast<long long>(blockIdx.y) * gridDim.x + blockIdx.x) * channels;
-  if (kExact) turn_exact(head[first], head[second], cosine, sine);
-  else turn_fast(head[first], head[second], cosine, sine);
-}
-template __global__ void turn<float, true>(RotationArgs<float>, float*, long long);
-template __global__ void turn<float, false>(RotationArgs<float>, float*, long long);
-template __global__ void turn<double, true>(RotationArgs<double>, double*, long long);
-template __global__ void turn<double, false>(RotationArgs<double>, double*, long long);
-"""
-
-
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_installation_carries_kernels_and_exposes_no_kernels_module(kind, checkout, distributions, tmp_path):
     what = [distributions[0]] if kind == "wheel" else ["--editable", checkout]
@@ -130,23 +109,27 @@ def test_source_distribution_holds_what_a_build_needs(distributions):
     assert not {name for name in names if name.startswith(("tests/", "samples/"))}
 
 
-def test_kernels_folder_starts_with_its_readme_and_contract():
-    assert {"README.md", "rope.cuh"} <= KERNELS
+def test_kernels_folder_holds_sources_and_their_readme():
+    assert {"README.md", "rope.cu", "rope.cuh", "ptx.cuh"} == KERNELS
 
 
 def test_kernel_sources_names_both_places_when_neither_has_them(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_kernels, "_PACKAGE", tmp_path / "dit_rope")
-    with pytest.raises(FileNotFoundError, match=r"rope.cuh must be in .*/dit_rope/_kernels or .*/kernels"):
+    with pytest.raises(FileNotFoundError, match=r"rope.cu must be in .*/dit_rope/_kernels or .*/kernels"):
         cuda_kernels.kernel_sources()
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_rope_contract_compiles(tmp_path):
-    """Every function of the header, for both table types."""
-    source = tmp_path / "uses.cu"
-    source.write_text(USES_OF_THE_CONTRACT)
-    include = f"-I{ROOT / 'kernels'}"
-    run("nvcc", "-c", "-arch=sm_80", "-Werror=all-warnings", include, source, "-o", "uses.o", cwd=tmp_path)
+@pytest.mark.parametrize("norm", [None, *NormKind])
+@pytest.mark.parametrize("pairing", Pairing)
+def test_kernels_compile_without_a_warning(norm, pairing, tmp_path):
+    """Under the toolkit's own compiler, which warns of more than NVRTC does."""
+    xs = [torch.zeros(1, 4, heads, 40, dtype=torch.bfloat16) for heads in (3, 2)]
+    args = RotationArgs(torch.zeros(2, 4, 8), None, (8, 4, 4), (1, 2, 2), (0, 0, 0), 0, 0, 4, pairing, False, False)
+    plan = cuda_kernels.plan_of(xs, args, xs, norm and Norm(norm, [None, None], 1e-6))
+    (tmp_path / "plan.cu").write_text(plan.source())
+    options = ("-arch=sm_80", "-std=c++17", "-Werror=all-warnings", f"-I{ROOT / 'kernels'}")
+    run("nvcc", "-c", *options, "plan.cu", "-o", "plan.o", cwd=tmp_path)
 
 
 def test_package_list_names_every_folder():
