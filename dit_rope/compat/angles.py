@@ -1,0 +1,92 @@
+"""Cos and sin without a cache: the positions of a ragged batch, and the angles at any positions.
+
+Rows come from whichever has fewer: a table of all positions from the lowest to the highest, which is cached and shared
+by all layers, or one row for each token, made for this call. The first needs to know the positions, and so is for
+those in host memory: on CPU, or lists and CPU tensors for queries on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ..axis_tables import ROW_BLOCK
+from ..cache import FifoCache, in_mode
+from ..scaling import axis_frequencies
+from ..scaling_types import AxisFrequencies
+from ..spec import Grid, RopeSpec
+from ..tables import rope_table
+from .dense import check_position_tensor
+
+Ints = torch.Tensor | Sequence[int]
+
+_WITHOUT_FLOAT64 = frozenset({"mps", "npu"})
+_TABLE_POSITIONS = 2**24  # up to here float32, in which tables have their positions, holds every integer
+# Copied to their device once, and there for every layer.
+_FREQUENCIES: FifoCache[tuple[RopeSpec, torch.dtype], AxisFrequencies] = FifoCache(
+    "device frequency", 64, 2**20, lambda found: (found.inverse,)
+)
+
+
+def ragged_positions(indptr: Ints, offsets: Ints, nnz: int) -> torch.Tensor:
+    """The position of every token of a ragged batch: sequence i counts up from ``offsets[i]``.
+
+    ``indptr`` [0, 1, 5, 10] and ``offsets`` [4, 6, 3] give [4, 6, 7, 8, 9, 3, 4, 5, 6, 7]. No wait for the device.
+
+    Args:
+        indptr: ``[batch + 1]`` int32 or int64, from 0 up to nnz, never falling; values are checked on CPU only.
+        offsets: ``[batch]``, on the same device. Both may be sequences of ints.
+        nnz: tokens of all sequences together.
+
+    Returns:
+        ``[nnz]``, int64, on the device of indptr.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value.
+    """
+    starts, firsts = (x if isinstance(x, torch.Tensor) else torch.tensor(x) for x in (indptr, offsets))
+    check_position_tensor("indptr", starts, (1,), None)
+    check_position_tensor("offsets", firsts, (1,), starts.device)
+    if starts.shape[0] != firsts.shape[0] + 1:
+        raise ValueError(
+            f"indptr must have one value more than offsets ({firsts.shape[0]}), got {starts.shape[0]} values"
+        )
+    starts, firsts = starts.long(), firsts.long()
+    lengths = starts.diff()
+    if starts.device.type == "cpu" and not in_mode():
+        ends = int(starts[0]), int(starts[-1])
+        if ends != (0, nnz) or (lengths < 0).any():
+            raise ValueError(f"indptr must rise from 0 to the {nnz} tokens of q, got {starts.tolist()}")
+    shift = torch.repeat_interleave(firsts - starts[:-1], lengths, output_size=nnz)
+    return shift + torch.arange(nnz, device=starts.device)
+
+
+def token_rows(
+    positions: torch.Tensor, spec: RopeSpec, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Cos and sin ``[2, R, n]`` on ``device``, and the row of each token, ``[1, nnz, 1]``; None for one row a token."""
+    wide = torch.promote_types(dtype, torch.float32)
+    if positions.device.type == "cpu" and positions.numel() and not in_mode():
+        lowest, highest = (int(end) for end in positions.aminmax())
+        # In whole blocks, so that the steps of a decoding loop, and its batches, have tables in common.
+        first = lowest // ROW_BLOCK * ROW_BLOCK
+        length = -(-(highest + 1 - first) // ROW_BLOCK) * ROW_BLOCK
+        if first >= 0 and highest < _TABLE_POSITIONS and length <= positions.shape[0]:
+            table = rope_table(spec, Grid(length, start_frame=first), device=device, dtype=wide)
+            return table.rows, (positions - first).to(device, torch.int32)[None, :, None]
+    return _rows_of_tokens(positions.to(device), spec, wide), None
+
+
+def _rows_of_tokens(positions: torch.Tensor, spec: RopeSpec, dtype: torch.dtype) -> torch.Tensor:
+    """Cos and sin ``[2, nnz, n]`` of every token, from angles in float64 where the device has it."""
+    device = positions.device
+    wide = torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
+
+    def on_device() -> AxisFrequencies:
+        found = axis_frequencies(spec, 0)
+        return replace(found, inverse=found.inverse.to(device, wide))
+
+    angles = _FREQUENCIES.get((spec, wide), device, on_device).angles(positions.to(wide))
+    return torch.stack((angles.cos(), angles.sin())).to(dtype)

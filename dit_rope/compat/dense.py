@@ -1,0 +1,180 @@
+"""What the other signatures share: dense tables as the rows of one axis, tokens as ``[B, S, H, D]``, no copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..cache import in_mode
+from ..rotation_args import RotationArgs
+from ..spec import Pairing
+from ..validation import check_tensors
+
+
+def one_axis_args(
+    rows: torch.Tensor,
+    positions: torch.Tensor | None,
+    count: int,
+    *,
+    interleaved: bool,
+    inverse: bool = False,
+    exact: bool = False,
+) -> RotationArgs:
+    """The rotation of ``count`` tokens by ``rows`` ``[2, R, n]``.
+
+    ``positions`` ``[B or 1, count, 1]`` int32 says which row each token has; without, token i has row i, and the rows
+    are taken to be made for this one call.
+    """
+    if positions is None and rows.device.type == "cpu":
+        # The eager backend remembers what it makes of rows that it finds by themselves, which here would serve none.
+        positions = torch.arange(count, dtype=torch.int32, device=rows.device)[None, :, None]
+    return RotationArgs(
+        rows=rows,
+        positions=positions,
+        pairs=(rows.shape[2],),
+        sizes=(count,),
+        first_rows=(0,),
+        token_offset=0,
+        prefix=0,
+        count=count,
+        pairing=Pairing.INTERLEAVED if interleaved else Pairing.HALF,
+        inverse=inverse,
+        exact=exact,
+    )
+
+
+def cache_rows(cache: torch.Tensor, queries: torch.dtype) -> torch.Tensor:
+    """``cos_sin_cache`` ``[R, 2 n]``, cosines first, as ``[2, R, n]``: the same memory.
+
+    Raises:
+        TypeError: a cache that is neither float32 nor of the dtype of the queries.
+        ValueError: a cache of another shape, or with a strided last dim.
+    """
+    if cache.dtype not in (torch.float32, queries):
+        raise TypeError(
+            f"cos_sin_cache must be float32 or of the query's dtype {queries}, got {cache.dtype}; convert it once, "
+            "when it is made"
+        )
+    if cache.stride(1) != 1:
+        raise ValueError(
+            f"cos_sin_cache must be contiguous in its last dim, got strides {cache.stride()}; make it contiguous once"
+        )
+    rows: torch.Tensor = cache.unflatten(1, (2, -1)).transpose(0, 1)
+    return rows
+
+
+def cache_width(cache: object) -> int:
+    """Channels that ``cos_sin_cache`` ``[R, rotary_dim]`` turns.
+
+    Raises:
+        TypeError, ValueError: something else than a matrix with an even number of columns.
+    """
+    if not isinstance(cache, torch.Tensor):
+        raise TypeError(f"cos_sin_cache must be a torch.Tensor, got {type(cache).__name__}")
+    if cache.ndim != 2 or cache.shape[1] < 2 or cache.shape[1] % 2:
+        raise ValueError(f"cos_sin_cache must have shape [positions, even rotary_dim], got {tuple(cache.shape)}")
+    return cache.shape[1]
+
+
+def split_heads(name: str, x: torch.Tensor, tokens: Sequence[int], head_size: int) -> torch.Tensor:
+    """``x`` as ``[B, S, H, D]``, a view: ``tokens`` are its first dims, ``[N]`` (a batch of one) or ``[B, S]``.
+
+    Args:
+        name: of the argument.
+        x: ``[*tokens, H * head_size]`` or ``[*tokens, H, head_size]``.
+        tokens: the shape of the positions.
+        head_size: D.
+
+    Raises:
+        TypeError, ValueError: naming the rule that is broken.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    dims = len(tokens)
+    if x.ndim not in (dims + 1, dims + 2) or tuple(x.shape[:dims]) != tuple(tokens):
+        first = ", ".join(map(str, tokens))
+        raise ValueError(
+            f"{name} must have shape [{first}, heads * head_size] or [{first}, heads, head_size] for positions of "
+            f"shape {tuple(tokens)}, got {tuple(x.shape)}"
+        )
+    if x.shape[-1] % head_size if x.ndim == dims + 1 else x.shape[-1] != head_size:
+        raise ValueError(f"head_size must fit the last dim of {name} ({x.shape[-1]}), got {head_size}")
+    heads = x.unflatten(-1, (-1, head_size)) if x.ndim == dims + 1 else x
+    return heads if dims == 2 else heads.unsqueeze(0)
+
+
+def check_position_tensor(name: str, positions: object, dims: Sequence[int], device: torch.device | None) -> None:
+    """Checks int32 or int64 positions with as many dims as one of ``dims``, on ``device`` unless that is None.
+
+    Raises:
+        TypeError, ValueError: naming the rule that is broken.
+    """
+    if not isinstance(positions, torch.Tensor) or positions.dtype not in (torch.int32, torch.int64):
+        got = positions.dtype if isinstance(positions, torch.Tensor) else type(positions).__name__
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {got}")
+    if positions.ndim not in dims:
+        allowed = " or ".join({1: "[tokens]", 2: "[batch, tokens]"}[dim] for dim in dims)
+        raise ValueError(f"{name} must have shape {allowed}, got {tuple(positions.shape)}")
+    if device is not None and positions.device != device:
+        raise ValueError(f"{name} must be on the device of the queries {device}, got {positions.device}")
+
+
+def position_rows(positions: torch.Tensor, rows: int) -> torch.Tensor:
+    """Positions ``[N]`` or ``[B, S]`` as the int32 ``[1 or B, tokens, 1]`` that kernels read.
+
+    int64 positions are converted, 4 bytes a token. On CPU, where looking costs no wait, each must be a row of the
+    cache; on a GPU the kernels leave the tokens of other positions as they are and read nothing for them.
+
+    Raises:
+        ValueError: on CPU, a position that is not a row.
+    """
+    if positions.device.type == "cpu" and positions.numel() and not in_mode():
+        lowest, highest = (int(end) for end in positions.aminmax())
+        if lowest < 0 or highest >= rows:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"positions must be rows of cos_sin_cache, 0 to {rows - 1}, got {wrong}")
+    where = positions.to(torch.int32).unsqueeze(-1)
+    return where if where.ndim == 3 else where.unsqueeze(0)
+
+
+def prepare_cached(
+    positions: torch.Tensor,
+    named: dict[str, torch.Tensor],
+    head_size: int,
+    cache: torch.Tensor,
+    *,
+    is_neox: bool,
+    rope_dim_offset: int = 0,
+    inverse: bool = False,
+    position_dims: Sequence[int] = (1, 2),
+) -> tuple[list[torch.Tensor], RotationArgs]:
+    """Checks a call with a dense cache, and says it as a rotation.
+
+    Args:
+        positions: ``[N]``, or ``[B, S]`` where ``position_dims`` has 2.
+        named: queries, and keys where there are any, by the names of their arguments.
+        head_size, cache, is_neox, rope_dim_offset, inverse: as :func:`dit_rope.compat.vllm.rotary_embedding` has them.
+        position_dims: how many dims positions may have.
+
+    Returns:
+        The tensors as ``[B, S, H, D]`` views, D without the channels before the offset, and the arguments.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value.
+    """
+    width = cache_width(cache)
+    check_position_tensor("positions", positions, position_dims, cache.device)
+    if isinstance(head_size, bool) or not isinstance(head_size, int) or head_size < 1:
+        raise ValueError(f"head_size must be a positive int, got {head_size!r}")
+    if rope_dim_offset < 0 or rope_dim_offset + width > head_size:
+        raise ValueError(
+            f"rope_dim_offset must be at least 0 and leave {width} of head_size {head_size} channels to turn, got "
+            f"{rope_dim_offset}"
+        )
+    views = [split_heads(name, x, positions.shape, head_size) for name, x in named.items()]
+    xs = [view[..., rope_dim_offset:] for view in views] if rope_dim_offset else views
+    check_tensors(tuple(named), xs, width, cache.device)
+    rows = cache_rows(cache, xs[0].dtype)
+    where = position_rows(positions, rows.shape[1])
+    return xs, one_axis_args(rows, where, where.shape[1], interleaved=not is_neox, inverse=inverse)

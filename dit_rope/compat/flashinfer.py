@@ -1,0 +1,292 @@
+"""FlashInfer's rotary functions over our kernels: same signatures, on ragged batches, with a cache or without one.
+
+Signatures and meaning are those of ``flashinfer/rope.py`` at fb28d724. Every function takes ``backend`` besides, as
+:func:`dit_rope.rotate_qk` does. The others differ from FlashInfer's in this:
+
+- Queries and keys may be float32 or float64 too, of any head size, in any strides with a contiguous last dim.
+- A cache may be float32, or of the queries' dtype; a float16 one is off by up to 2.4e-4 at any position. Positions are
+  checked as :func:`dit_rope.compat.vllm.rotary_embedding` checks them.
+- Without a cache, angles are formed in float64 (float32 on devices that have none, such as MPS) and rounded once, so
+  that they are as good at position 1,000,000 as at 0: the table of errors is in ``docs/compat.md``. FlashInfer forms
+  them in float32. Positions may be negative, and in host memory whatever the device of the queries.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import rotation
+from ..spec import Pairing, RopeSpec, Scaling
+from ..validation import check_inplace, check_tensors
+from .angles import Ints, ragged_positions, token_rows
+from .dense import check_position_tensor, one_axis_args, prepare_cached, split_heads
+
+
+def apply_rope_with_cos_sin_cache(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool = True,
+    *,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotates each token by the row of the cache that its position names, into new tensors.
+
+    Args:
+        positions: ``[nnz]`` int32 or int64 rows of the cache.
+        query, key: ``[nnz, H * head_size]`` or ``[nnz, H, head_size]``, each with its own H.
+        head_size: channels of a head.
+        cos_sin_cache: ``[R, rotary_dim]``, cosines first; its rotary_dim says how many channels turn.
+        is_neox: channels half the rotary_dim apart turn together, else neighbours.
+
+    Returns:
+        Query and key in the shapes they had.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value.
+    """
+    named = {"query": query, "key": key}
+    xs, args = prepare_cached(positions, named, head_size, cos_sin_cache, is_neox=is_neox, position_dims=(1,))
+    turned_query, turned_key = rotation.apply(xs, args, backend=backend)
+    return turned_query.reshape(query.shape), turned_key.reshape(key.shape)
+
+
+def apply_rope_with_cos_sin_cache_inplace(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool = True,
+    *,
+    backend: str = "auto",
+) -> None:
+    """:func:`apply_rope_with_cos_sin_cache`, over query and key themselves."""
+    named = {"query": query, "key": key}
+    xs, args = prepare_cached(positions, named, head_size, cos_sin_cache, is_neox=is_neox, position_dims=(1,))
+    check_inplace(tuple(named), xs)
+    rotation.apply(xs, args, inplace=True, backend=backend)
+
+
+apply_rope_inplace_with_cache = apply_rope_with_cos_sin_cache_inplace
+"""The name under which that function was first asked for."""
+
+
+def apply_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    indptr: Ints,
+    offsets: Ints,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 1,
+    rope_theta: float = 1e4,
+    *,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotates a ragged batch without a cache, into new tensors.
+
+    Args:
+        q, k: ``[nnz, H, D]``, the sequences of the batch one after another, each with its own H.
+        indptr: ``[batch + 1]``: sequence i is tokens ``indptr[i]`` to ``indptr[i + 1]``; see :func:`ragged_positions`.
+        offsets: ``[batch]``: the position of the first token of each sequence.
+        rotary_dim: the first channels of a head that turn; None for all.
+        interleave: neighbouring channels turn together, else those half the rotary_dim apart.
+        rope_scale: positions count as if divided by it.
+        rope_theta: base of the frequencies, ``rope_theta ** (-2 j / rotary_dim)`` for pair j.
+
+    Returns:
+        New tensors ``(q, k)``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value.
+    """
+    spec = _spec(q, rotary_dim, rope_theta, _linear(rope_scale))
+    return _new(q, k, _ragged(q, indptr, offsets), spec, interleave, backend)
+
+
+def apply_rope_inplace(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    indptr: Ints,
+    offsets: Ints,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 1,
+    rope_theta: float = 1e4,
+    *,
+    backend: str = "auto",
+) -> None:
+    """:func:`apply_rope`, over q and k themselves."""
+    spec = _spec(q, rotary_dim, rope_theta, _linear(rope_scale))
+    _over(q, k, _ragged(q, indptr, offsets), spec, interleave, backend)
+
+
+def apply_rope_pos_ids(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    pos_ids: torch.Tensor,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 1,
+    rope_theta: float = 1e4,
+    *,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`apply_rope` with the position of every token, ``[nnz]`` int32 or int64, in place of segments."""
+    spec = _spec(q, rotary_dim, rope_theta, _linear(rope_scale))
+    return _new(q, k, pos_ids, spec, interleave, backend)
+
+
+def apply_rope_pos_ids_inplace(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    pos_ids: torch.Tensor,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 1,
+    rope_theta: float = 1e4,
+    *,
+    backend: str = "auto",
+) -> None:
+    """:func:`apply_rope_pos_ids`, over q and k themselves."""
+    spec = _spec(q, rotary_dim, rope_theta, _linear(rope_scale))
+    _over(q, k, pos_ids, spec, interleave, backend)
+
+
+def apply_llama31_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    indptr: Ints,
+    offsets: Ints,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 8,
+    rope_theta: float = 5e5,
+    low_freq_factor: float = 1,
+    high_freq_factor: float = 4,
+    old_context_len: int = 8192,
+    *,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`apply_rope` with the frequencies of Llama 3.1.
+
+    Waves longer than ``old_context_len / low_freq_factor`` are stretched by ``rope_scale``, those shorter than
+    ``old_context_len / high_freq_factor`` are kept, with a blend between; the numbers of transformers' ``llama3``.
+    """
+    scaling = _llama31(rope_scale, low_freq_factor, high_freq_factor, old_context_len)
+    return _new(q, k, _ragged(q, indptr, offsets), _spec(q, rotary_dim, rope_theta, scaling), interleave, backend)
+
+
+def apply_llama31_rope_inplace(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    indptr: Ints,
+    offsets: Ints,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 8,
+    rope_theta: float = 5e5,
+    low_freq_factor: float = 1,
+    high_freq_factor: float = 4,
+    old_context_len: int = 8192,
+    *,
+    backend: str = "auto",
+) -> None:
+    """:func:`apply_llama31_rope`, over q and k themselves."""
+    scaling = _llama31(rope_scale, low_freq_factor, high_freq_factor, old_context_len)
+    _over(q, k, _ragged(q, indptr, offsets), _spec(q, rotary_dim, rope_theta, scaling), interleave, backend)
+
+
+def apply_llama31_rope_pos_ids(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    pos_ids: torch.Tensor,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 8,
+    rope_theta: float = 5e5,
+    low_freq_factor: float = 1,
+    high_freq_factor: float = 4,
+    old_context_len: int = 8192,
+    *,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`apply_llama31_rope` with the position of every token, ``[nnz]``, in place of segments."""
+    scaling = _llama31(rope_scale, low_freq_factor, high_freq_factor, old_context_len)
+    return _new(q, k, pos_ids, _spec(q, rotary_dim, rope_theta, scaling), interleave, backend)
+
+
+def apply_llama31_rope_pos_ids_inplace(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    pos_ids: torch.Tensor,
+    rotary_dim: int | None = None,
+    interleave: bool = False,
+    rope_scale: float = 8,
+    rope_theta: float = 5e5,
+    low_freq_factor: float = 1,
+    high_freq_factor: float = 4,
+    old_context_len: int = 8192,
+    *,
+    backend: str = "auto",
+) -> None:
+    """:func:`apply_llama31_rope_pos_ids`, over q and k themselves."""
+    scaling = _llama31(rope_scale, low_freq_factor, high_freq_factor, old_context_len)
+    _over(q, k, pos_ids, _spec(q, rotary_dim, rope_theta, scaling), interleave, backend)
+
+
+def _ragged(q: torch.Tensor, indptr: Ints, offsets: Ints) -> torch.Tensor:
+    return ragged_positions(indptr, offsets, q.shape[0])
+
+
+def _linear(rope_scale: float) -> Scaling | None:
+    return None if rope_scale == 1 else Scaling.of("linear", factor=rope_scale)
+
+
+def _llama31(rope_scale: float, low: float, high: float, length: int) -> Scaling:
+    return Scaling.of(
+        "llama3",
+        factor=rope_scale,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position_embeddings=length,
+    )
+
+
+def _spec(q: torch.Tensor, rotary_dim: int | None, theta: float, scaling: Scaling | None) -> RopeSpec:
+    if not isinstance(q, torch.Tensor) or q.ndim != 3:
+        got = tuple(q.shape) if isinstance(q, torch.Tensor) else type(q).__name__
+        raise ValueError(f"q must be a tensor [nnz, heads, head_dim], got {got}")
+    width = q.shape[2] if rotary_dim is None else rotary_dim
+    if isinstance(width, bool) or not isinstance(width, int) or not 2 <= width <= q.shape[2] or width % 2:
+        raise ValueError(f"rotary_dim must be even, at least 2 and at most head_dim {q.shape[2]}, got {width!r}")
+    return RopeSpec((width,), theta, Pairing.HALF, scaling=scaling)  # both pairings have the same table
+
+
+def _new(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, spec: RopeSpec, interleave: bool, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    xs = _tokens(q, k, positions, spec)
+    rows, where = token_rows(positions, spec, q.device, q.dtype)
+    turned = rotation.apply(xs, one_axis_args(rows, where, q.shape[0], interleaved=interleave), backend=backend)
+    return turned[0].squeeze(0), turned[1].squeeze(0)
+
+
+def _over(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, spec: RopeSpec, interleave: bool, backend: str
+) -> None:
+    xs = _tokens(q, k, positions, spec)
+    check_inplace(("q", "k"), xs)
+    rows, where = token_rows(positions, spec, q.device, q.dtype)
+    args = one_axis_args(rows, where, q.shape[0], interleaved=interleave)
+    rotation.apply(xs, args, inplace=True, backend=backend)
+
+
+def _tokens(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, spec: RopeSpec) -> list[torch.Tensor]:
+    check_position_tensor("pos_ids", positions, (1,), None)
+    xs = [split_heads(name, x, positions.shape, q.shape[2]) for name, x in (("q", q), ("k", k))]
+    check_tensors(("q", "k"), xs, spec.rotary_dim, q.device)
+    return xs
