@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracle import full_grid_table
 
-from dit_rope import Grid, RopeSpec, Shard, cache_clear, cache_info, rope_table
+from dit_rope import Grid, RopeSpec, Shard, cache_clear, cache_info, rope_table, rotate
 
 SMALL = RopeSpec(dims=(8, 6, 4))
 GRID = Grid(3, 4, 5)
@@ -47,6 +47,7 @@ def expected_dense(shard: Shard | None, start: int, repeat: bool) -> tuple[torch
     return torch.cat((cos[first:stop], padding)), torch.cat((sin[first:stop], padding * 0))
 
 
+@pytest.mark.requirement(50)
 @pytest.mark.parametrize("repeat", [True, False], ids=["repeated", "pairs"])
 @pytest.mark.parametrize("shard", SHARDS.values(), ids=SHARDS.keys())
 def test_dense_table_of_a_shard_is_its_part_of_the_whole(shard, repeat):
@@ -79,3 +80,13 @@ def test_positions_and_args_lead_to_the_rows_of_the_dense_table(shard):
 def test_each_shard_form_has_an_entry_of_its_own():
     first = {rope_table(SMALL, GRID, shard=shard) for shard in SHARDS.values()}
     assert len(first) == len(SHARDS) == cache_info().tables.entries
+
+
+@pytest.mark.requirement(50)
+def test_seven_tokens_over_four_ranks_turn_as_on_one():
+    """The last rank's second token is padding, and comes back as it is."""
+    grid, x = Grid(7, 1, 1), torch.randn(1, 8, 2, 20)
+    whole = rotate(x, rope_table(SMALL, grid), suffix=1)
+    parts = [rotate(part, rope_table(SMALL, grid, shard=Shard(rank, 4))) for rank, part in enumerate(x.chunk(4, dim=1))]
+    assert torch.equal(torch.cat(parts, dim=1)[:, :7], whole[:, :7])
+    assert torch.equal(parts[3][:, 1], x[:, 7])

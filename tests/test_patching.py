@@ -162,6 +162,7 @@ def test_two_threads_generate_at_two_sizes_with_one_patched_model() -> None:
     assert wrong == []
 
 
+@pytest.mark.requirement(42)
 def test_second_step_builds_no_table() -> None:
     model = wan_models.build("wan")
     with dit_rope.patch(model):
@@ -172,6 +173,19 @@ def test_second_step_builds_no_table() -> None:
     assert second.tables.misses == first.tables.misses
     assert second.axes.misses == first.axes.misses
     assert second.tables.hits > first.tables.hits
+
+
+@pytest.mark.requirement(42)
+def test_second_step_runs_no_operator_to_get_its_tables() -> None:
+    """None to build, and none to cast or to copy from the host."""
+    model = wan_models.build("wan")
+    latent = torch.empty(1, 0, 2, 4, 6)
+    with dit_rope.patch(model):
+        model.rope(latent)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            model.rope(latent)
+    ran = {event.key for event in profile.key_averages() if event.key.startswith("aten::")}
+    assert ran <= {"aten::unsqueeze", "aten::as_strided"}  # views
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

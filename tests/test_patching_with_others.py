@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import wan_models
 
 import dit_rope
+from dit_rope import rotation
+from dit_rope.models import seams
+from dit_rope.models.wan import WAN
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -164,3 +169,27 @@ def test_compiled_by_inductor_stays_within_the_unpatched_models_error(dtype: tor
         patched = forward(torch.compile(model, fullgraph=True), dtype)
     allowed = (unpatched - eager).abs().max() + torch.finfo(dtype).eps / 2 * eager.abs().max()
     assert (patched - eager).abs().max() <= allowed
+
+
+@pytest.mark.requirement(49)
+@pytest.mark.parametrize("split", [torch.Tensor.chunk, torch.Tensor.tensor_split], ids=["chunk", "tensor_split"])
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_rotation_of_a_split_rope_output_is_the_part_of_the_whole(world: int, split: Callable[..., Any]) -> None:
+    """Context parallelism splits what the rope module returns along dim 1, four dims as the model's own tables have."""
+    model = wan_models.build("wan")
+    latent = torch.empty(1, 0, 3, 8, 12)
+    dims = model.rope(latent)[0].ndim
+    with dit_rope.patch(model):
+        positions, rows = model.rope(latent)
+    assert positions.ndim == dims
+    tokens = positions.shape[1]
+    x = torch.randn(1, tokens, 2, model.rope.attention_head_dim)
+    spec = WAN.spec(model.rope)
+
+    def turn(part: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        return rotation.apply([part], seams._rotation_args(spec, where, rows, exact=True))[0]
+
+    parts = [
+        turn(part, where) for part, where in zip(split(x, world, dim=1), split(positions, world, dim=1), strict=True)
+    ]
+    assert torch.equal(torch.cat(parts, dim=1), turn(x, positions))
