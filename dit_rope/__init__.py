@@ -1,31 +1,47 @@
 """Rotary position embedding for video diffusion transformers: each table built once, each rotation one pass."""
 
 from .patching import Patch, UnsupportedModelError, patch, unpatch
+from .rolling_cache import RollingCache
 from .rotation import norm_rotate, norm_rotate_qk, rotate, rotate_qk
+from .scaling import known_scalings, register_scaling, rotary_dim, scaling_from_config
+from .scaling_types import AxisFrequencies
+from .shifting import ShiftTable, plan_eviction, shift_keys
 from .spec import Grid, NormKind, Pairing, RopeSpec, Scaling, Shard
+from .streaming import PositionPolicy, RopeStream
 from .tables import RopeTable, cache_clear, cache_configure, cache_info, rope_table
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AxisFrequencies",
     "Grid",
     "NormKind",
     "Pairing",
     "Patch",
+    "PositionPolicy",
+    "RollingCache",
     "RopeSpec",
+    "RopeStream",
     "RopeTable",
     "Scaling",
     "Shard",
+    "ShiftTable",
     "UnsupportedModelError",
     "__version__",
     "cache_clear",
     "cache_configure",
     "cache_info",
+    "known_scalings",
     "norm_rotate",
     "norm_rotate_qk",
     "patch",
+    "plan_eviction",
+    "register_scaling",
     "rope_table",
+    "rotary_dim",
     "rotate",
     "rotate_qk",
+    "scaling_from_config",
+    "shift_keys",
     "unpatch",
 ]

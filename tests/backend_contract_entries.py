@@ -106,8 +106,10 @@ class Shift:
     frames_only: bool = False
 
     def args(self) -> RotationArgs:
+        """After the entries, in memory, comes that of a block which is not listed."""
         args = self.case.args()
-        entries = torch.tensor(self.entries, dtype=torch.int32, device=DEVICE)
+        other = next(entry for entry in range(self.case.batch) if entry not in self.entries)
+        entries = torch.tensor((*self.entries, other), dtype=torch.int32, device=DEVICE)[:-1]
         if self.frames_only and args.positions is not None:
             args.positions[..., 0].clamp_(min=0)
             args.positions[..., 1:] = -1
@@ -162,6 +164,13 @@ def test_entries_of_two_tensors_with_a_prefix_and_a_tail(dtype: torch.dtype) -> 
 
 def test_entries_without_positions_stand_on_the_grid() -> None:
     Shift(replace(POOL, positions=None, token_offset=2)).check()
+
+
+def test_entries_may_be_more_than_one_dimension_of_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in ``backend_contract.py``; the block past the last entry has the number of one that is not listed."""
+    if BACKEND == "cuda":
+        monkeypatch.setattr("dit_rope.backends.cuda_kernels.MAX_GRID_ROWS", 2)
+    Shift(replace(POOL, positions=(3, 4), prefix=1, count=4), entries=(4, 1, 5)).check()
 
 
 def test_entries_may_be_a_view() -> None:

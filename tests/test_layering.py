@@ -21,6 +21,7 @@ MODULES = {
 
 LAYERS = (
     ("dit_rope.spec", "dit_rope.cache"),
+    ("dit_rope.scaling_types",),
     ("dit_rope.scaling", "dit_rope.rotation_args"),
     ("dit_rope.axis_tables", "dit_rope.layout", "dit_rope.validation"),
     ("dit_rope.tables",),
@@ -28,7 +29,8 @@ LAYERS = (
     ("dit_rope.backend_choice",),
     ("dit_rope.ops",),
     ("dit_rope.rotation",),
-    ("dit_rope.streaming", "dit_rope.compat", "dit_rope.models"),
+    ("dit_rope.streaming", "dit_rope.shifting", "dit_rope.compat", "dit_rope.models"),
+    ("dit_rope.rolling_cache",),
     ("dit_rope.patching",),
     ("dit_rope.comparison", "dit_rope"),
     ("dit_rope.cli",),

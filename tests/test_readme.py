@@ -97,7 +97,7 @@ def test_scaling_types_named_are_known():
         dit_rope.rope_table(dit_rope.RopeSpec((8,), scaling=dit_rope.Scaling.of("no such")), dit_rope.Grid(4))
     known = re.search(r"one of (.*), got", str(refusal.value)).group(1).split(", ")
     assert set(re.findall(r"`(\w+)`", named)) <= set(known)
-    assert len(re.findall(r"`(\w+)`", named)) == 6
+    assert len(re.findall(r"`(\w+)`", named)) == 10
 
 
 @pytest.mark.parametrize("program", ["patch_a_pipeline", "rotate_tensors"])
