@@ -6,7 +6,7 @@
 Frames come in chunks. Each chunk is denoised by several forwards and run once more when it is clean, all at the same
 positions; its self-attention sees the sinks, the frames that are kept and the chunk itself. Frames are decoded and
 written as they come. The folder ``--out`` gets the video, a contact sheet and a plot of time and memory per chunk,
-``scripts/results/streaming-<device>.csv`` the figures behind it.
+``scripts/results/streaming-<device>.csv`` the figures behind it. Needs the extra ``dev``, for matplotlib.
 
 The model must have been trained to stream for the video to be good. The sample was not: see ``docs/streaming.md``.
 """

@@ -300,19 +300,19 @@ def test_a_thousand_sink_moves_in_bfloat16_do_not_drift() -> None:
     assert error(moved_in_place) > 0.2
 
 
-def test_cache_follows_a_reset() -> None:
+@pytest.mark.parametrize("chunks", [3, 5], ids=["a sink just moved", "a sink moved on"])
+def test_cache_follows_a_reset(chunks: int) -> None:
     stream = stream_of(PositionPolicy.SINK_FOLLOW, sinks=1)
     cache = cache_of(stream)
-    chunks = torch.randn(5, 2, 1, 3 * TOKENS, 2, 20)
-    runs = []
+    data, runs = torch.randn(chunks, 2, 1, 3 * TOKENS, 2, 20), []
     for _ in range(2):
-        for chunk in chunks:
+        for chunk in data:
             stream.begin_chunk(3)
             runs.append([part.clone() for part in cache.append(*chunk)[:2]])
             stream.commit()
         stream.begin_chunk(3)  # left unfinished
         stream.reset()
-    for before, after in zip(runs[:5], runs[5:], strict=True):
+    for before, after in zip(runs[:chunks], runs[chunks:], strict=True):
         assert all(map(torch.equal, before, after))
 
 

@@ -73,6 +73,14 @@ def test_table_rows_are_multiples_of_the_step_in_float64_rounded_once(axis: int)
     assert not table.rows[..., pairs:].any()
 
 
+@pytest.mark.requirement(18)
+def test_table_of_float32_frequencies_has_float64_angles() -> None:
+    table = ShiftTable(RopeSpec((16,), frequency_dtype=F32), step=64)
+    frequencies = 1.0 / 10_000.0 ** (torch.arange(0, 16, 2, dtype=F32) / 16)
+    exact = torch.outer(torch.arange(1001, dtype=F64) * 64, frequencies.double())
+    assert torch.equal(table.reserve(1000)[:, :1001], torch.stack((exact.cos(), exact.sin())).float())
+
+
 @pytest.mark.requirement(24)
 def test_table_grows_on_demand_and_old_rows_keep_their_bits() -> None:
     table = ShiftTable(TEXT, step=BLOCK)
@@ -220,6 +228,7 @@ def test_table_of_long_blocks_has_the_recorded_sines() -> None:
 @pytest.mark.requirement(26)
 def test_empty_list_changes_nothing(backend: str) -> None:
     keys = pool(4)
+    keys[0, 0, 0, :2] = torch.tensor([torch.inf, -0.0])  # which no rotation by an angle of zero keeps
     none = torch.empty(0, dtype=torch.int32)
     before = keys.clone()
     out = shift_keys(keys, TEXT, deltas=none.view(0, 1), blocks=none, inplace=True, backend=backend)
