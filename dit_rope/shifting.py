@@ -79,7 +79,7 @@ class ShiftTable:
 
         Raises:
             ValueError: for steps that are no int of at least 0, or more than a table holds.
-        RuntimeError: when it has to grow while a CUDA graph is being captured.
+            RuntimeError: when it has to grow while a CUDA graph is being captured.
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps must be an int of at least 0, got {steps!r}")

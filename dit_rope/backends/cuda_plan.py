@@ -213,11 +213,11 @@ def _chunk(signature: Signature) -> int:
 
 
 def _tokens(token_threads: int) -> int:
-    """Tokens of a block: enough for MIN_THREADS threads, in whole warps where that takes few tokens more."""
+    """Tokens of a block: enough for MIN_THREADS threads, in whole warps where those are within MAX_THREADS."""
     least = -(-MIN_THREADS // token_threads)
     whole = math.lcm(token_threads, WARP) // token_threads
     even = -(-least // whole) * whole
-    return even if even <= 2 * least else least
+    return even if even * token_threads <= MAX_THREADS else least
 
 
 def _power_of_two(n: int) -> int:
