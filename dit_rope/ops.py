@@ -24,7 +24,7 @@ _ARGS = (
     "Tensor rows, Tensor? positions, Tensor? entries, int[] pairs, SymInt[] sizes, SymInt[] first_rows, "
     "SymInt token_offset, SymInt prefix, SymInt count, bool half, bool inverse, bool exact, str backend"
 )
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+_PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 _NORM = "Tensor[] weights, float eps, bool across_heads"
 
 _library = torch.library.Library("dit_rope", "DEF")
@@ -103,8 +103,9 @@ def _needs_dispatcher(tensors: Sequence[torch.Tensor]) -> bool:
     """
     if in_mode() or torch._C._len_torch_function_stack() > 0 or torch._C._get_tracing_state() is not None:
         return True
-    grad = torch.is_grad_enabled()
-    return any(type(x) not in _PLAIN_TYPES or (grad and x.requires_grad) for x in tensors)
+    if not {type(x) for x in tensors} <= _PLAIN_TYPES:
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _count_write(xs: Sequence[torch.Tensor]) -> None:

@@ -234,8 +234,8 @@ def _launcher() -> ModuleType:
 
 
 def _readable(weight: torch.Tensor | None) -> torch.Tensor | None:
-    if weight is None:
-        return None
+    if weight is None or (weight.dtype in WEIGHT_DTYPES and weight.is_contiguous()):
+        return weight
     return (weight if weight.dtype in WEIGHT_DTYPES else weight.float()).contiguous()
 
 
