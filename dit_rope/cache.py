@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import warnings
@@ -104,7 +105,7 @@ class FifoCache(Generic[Key, Value]):
         self._lock = threading.RLock()
         self._entries: dict[tuple[Key, torch.device], _Entry[Value]] = {}
         self._flights: dict[tuple[Key, torch.device], _Flight[Value]] = {}
-        self._bytes = self._hits = self._misses = self._evictions = self._rebuilds = 0
+        self._zero_counters()
         self.configure(max_entries=max_entries, max_bytes=max_bytes)
         _ALL_CACHES.add(self)
 
@@ -117,15 +118,16 @@ class FifoCache(Generic[Key, Value]):
         if in_mode():
             return build()
         slot = (key, device)
-        with self._lock:
-            entry = self._entries.get(slot)
-            if entry is not None:
-                for tensor, version in entry.versions:
-                    if tensor._version != version:
-                        break
-                else:
-                    self._hits += 1
-                    return entry.value
+        # Without the lock, for which threads that only read would queue: an entry is whole before it is in the
+        # dictionary, and one that leaves it at this moment is as good as one that left a moment later.
+        entry = self._entries.get(slot)
+        if entry is not None:
+            for tensor, version in entry.versions:
+                if tensor._version != version:
+                    break
+            else:
+                next(self._hit_numbers)
+                return entry.value
         return build() if device.type == "meta" else self._miss(slot, build)
 
     def _miss(self, slot: tuple[Key, torch.device], build: Callable[[], Value]) -> Value:
@@ -135,7 +137,7 @@ class FifoCache(Generic[Key, Value]):
                 entry = self._entries.get(slot)
                 written = entry is not None and any(tensor._version != v for tensor, v in entry.versions)
                 if entry is not None and not written:
-                    self._hits += 1
+                    next(self._hit_numbers)
                     return entry.value
                 if written:
                     self._drop(slot)
@@ -150,8 +152,7 @@ class FifoCache(Generic[Key, Value]):
                 raise RuntimeError(f"the {self.name} cache must not be asked for a key by that key's own build")
             flight.done.wait()
             if flight.result is not None:
-                with self._lock:
-                    self._hits += 1
+                next(self._hit_numbers)
                 return flight.result[0]
         return self._build(slot, build, mine, written)
 
@@ -226,13 +227,15 @@ class FifoCache(Generic[Key, Value]):
         with self._lock:
             self._entries = {}
             self._flights = {}
-            self._bytes = self._hits = self._misses = self._evictions = self._rebuilds = 0
+            self._zero_counters()
 
     def info(self) -> CacheInfo:
         """The counters and caps at this moment."""
         with self._lock:
+            hits = next(self._hit_numbers) - self._hits_looked_up
+            self._hits_looked_up += 1
             return CacheInfo(
-                self._hits,
+                hits,
                 self._misses,
                 self._evictions,
                 self._rebuilds,
@@ -241,6 +244,12 @@ class FifoCache(Generic[Key, Value]):
                 self._max_entries,
                 self._max_bytes,
             )
+
+    def _zero_counters(self) -> None:
+        self._bytes = self._misses = self._evictions = self._rebuilds = 0
+        # Counts hits: taking its next number is one step, which no other thread can come between. Looking takes one too.
+        self._hit_numbers = itertools.count()
+        self._hits_looked_up = 0
 
     def _before_fork(self) -> None:
         self._lock.acquire()
