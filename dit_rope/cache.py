@@ -247,7 +247,7 @@ class FifoCache(Generic[Key, Value]):
 
     def _zero_counters(self) -> None:
         self._bytes = self._misses = self._evictions = self._rebuilds = 0
-        # Counts hits: taking its next number is one step, which no other thread can come between. Looking takes one too.
+        # Counts hits: taking its next number is one step, between which no other thread can come. Looking takes one.
         self._hit_numbers = itertools.count()
         self._hits_looked_up = 0
 

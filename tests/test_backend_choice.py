@@ -16,7 +16,7 @@ from tolerance import assert_within
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_rope
-from dit_rope import Grid, NormKind, RopeSpec, RopeTable, norm_rotate_qk, ops, rope_table, rotate, rotate_qk
+from dit_rope import Grid, NormKind, RopeSpec, RopeTable, Scaling, norm_rotate_qk, ops, rope_table, rotate, rotate_qk
 from dit_rope.backend_choice import BACKENDS, MODULES, choose_backend, explain_backends
 
 ACROSS = NormKind.ACROSS_HEADS
@@ -105,6 +105,20 @@ def test_norm_rotate_on_cuda_is_as_accurate_as_float32(cuda: object, table: Rope
     for x, weight, out, float32 in zip((q, k), weights, outs, naive, strict=True):
         exact = rotate_oracle(rms_norm(x, weight, 1e-6, across_heads=True), cos, sin, interleaved=True)
         assert_within(out, exact, float32)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "eager"])
+def test_scaled_tables_turn_on_every_backend(cuda: object, backend: str) -> None:
+    """Scaled frequencies, and a magnitude that is not 1, are numbers in the table like any other."""
+    yarn = Scaling.of("yarn", factor=4.0, original_max_position_embeddings=64)
+    spec = RopeSpec((8, 4, 4), scaling=(Scaling.of("riflex", frames=40, repetition=20), yarn, None))
+    table = rope_table(spec, Grid(2, 3, 4, start_frame=5))
+    cos, sin = table.cos_sin(repeat=False)
+    assert (cos.square() + sin.square()).max() > 1.1
+    q, k = queries_and_keys()
+    eager_code = rotate_qk(q, k, table, exact=True, backend="eager")
+    for x, naive, out in zip((q, k), eager_code, rotate_qk(q, k, table, backend=backend), strict=True):
+        assert_within(out, rotate_oracle(x, cos, sin, interleaved=True), naive)
 
 
 @pytest.mark.parametrize("exact", [False, True])
