@@ -88,5 +88,6 @@ def _rows_of_tokens(positions: torch.Tensor, spec: RopeSpec, dtype: torch.dtype)
         found = axis_frequencies(spec, 0)
         return replace(found, inverse=found.inverse.to(device, wide))
 
-    angles = _FREQUENCIES.get((spec, wide), device, on_device).angles(positions.to(wide))
-    return torch.stack((angles.cos(), angles.sin())).to(dtype)
+    frequencies = _FREQUENCIES.get((spec, wide), device, on_device)
+    angles = frequencies.angles(positions.to(wide))
+    return (torch.stack((angles.cos(), angles.sin())) * frequencies.magnitude).to(dtype)
