@@ -16,6 +16,16 @@ BACKENDS = tuple(MODULES)
 """From the fastest to the one that takes every call; ``"auto"`` asks them in this order."""
 
 
+def check_backend(name: str) -> None:
+    """Refuses what is no backend's name, nor ``"auto"``.
+
+    Raises:
+        ValueError: naming those that there are.
+    """
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
+
+
 def choose_backend(
     xs: Sequence[torch.Tensor], args: RotationArgs, backend: str = "auto", norm: NormKind | None = None
 ) -> str:
@@ -27,8 +37,7 @@ def choose_backend(
     Raises:
         ValueError: an unknown backend, or one that was named and declines, with its reason.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    check_backend(backend)
     if backend == "eager" or (backend == "auto" and xs[0].device.type in ("cpu", "meta", "mps")):
         return "eager"
     for name in BACKENDS[:-1] if backend == "auto" else (backend,):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .backend_choice import BACKENDS, explain_backends
+from .backend_choice import check_backend, explain_backends
 from .models import ADAPTERS, ModelAdapter
 from .models.seams import (
     CheckRotation,
@@ -58,8 +58,7 @@ class _Options:
     def __post_init__(self) -> None:
         if self.exact is not None and not isinstance(self.exact, bool):
             raise TypeError(f"exact must be True, False or None, got {self.exact!r}")
-        if self.backend not in ("auto", *BACKENDS):
-            raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {self.backend!r}")
+        check_backend(self.backend)
 
     def rope_settings(self, plan: _Plan) -> RopeSettings:
         """What the rope module of ``plan`` is to build.

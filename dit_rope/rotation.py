@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from . import ops
-from .backend_choice import BACKENDS, choose_backend
+from .backend_choice import check_backend, choose_backend
 from .rotation_args import RotationArgs
 from .spec import NormKind
 from .tables import RopeTable
@@ -221,8 +221,7 @@ def _validated(
     backend: str,
     norm: tuple[NormKind, float, Sequence[torch.Tensor | None]] | None,
 ) -> RotationArgs:
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    check_backend(backend)
     check_tensors(names, xs, table.spec.rotary_dim, table.device)
     if norm is not None:
         kind, eps, weights = norm

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -67,15 +67,12 @@ class RotationArgs:
 
     def of_frames(self, first: int, frames: int) -> RotationArgs:
         """The rotation of ``frames`` whole frames of this grid, from frame ``first`` on."""
-        tokens = self.count // self.sizes[0]
-        other = object.__new__(RotationArgs)
-        vars(other).update(
-            {name: value for name, value in vars(self).items() if name != "numbers"},
+        return replace(
+            self,
             sizes=(frames, *self.sizes[1:]),
             first_rows=(self.first_rows[0] + first, *self.first_rows[1:]),
-            count=frames * tokens,
+            count=frames * (self.count // self.sizes[0]),
         )
-        return other
 
     @cached_property
     def numbers(self) -> tuple[object, ...]:

@@ -41,7 +41,8 @@ SAME_UNIT = ("dit_rope.models", "dit_rope.cli", "dit_rope.compat")
 TRITON = ("dit_rope.backends.triton_kernels", "dit_rope.backends.triton_device")
 CUDA, PLAN, LAUNCH = (f"dit_rope.backends.cuda_{name}" for name in ("kernels", "plan", "launch"))
 GPU_CALLS = "dit_rope.backends.gpu_calls"
-BESIDE = {TRITON, (CUDA, PLAN), (LAUNCH, PLAN), (LAUNCH, CUDA), (TRITON[0], GPU_CALLS), (CUDA, GPU_CALLS)}
+BESIDE = {TRITON, (CUDA, PLAN), (LAUNCH, PLAN), (LAUNCH, CUDA)}
+BESIDE |= {(backend, GPU_CALLS) for backend in (TRITON[0], CUDA, PLAN)}
 """What needs Triton or the CUDA bindings is a file of its own, imported only where they are; what both GPU backends
 ask of a call is written once."""
 

@@ -20,8 +20,19 @@ import torch
 
 from ..rotation_args import RotationArgs
 from ..spec import MAX_AXES, NormKind, Pairing
-from .cuda_plan import ACCESS_BYTES, MAX_HELD, WARP, Plan, Signature, deal_threads, plan_for
-from .gpu_calls import COMMON, Call, Constraint, Norm, first_reason, turning_tokens
+from .cuda_plan import MAX_HELD, WARP, Plan, Signature, deal_threads, plan_for
+from .gpu_calls import (
+    ACCESS_BYTES,
+    COMMON,
+    Call,
+    Constraint,
+    Norm,
+    batch_entries,
+    first_reason,
+    keeps_still,
+    shared_strides,
+    turning_tokens,
+)
 
 MIN_CAPABILITY = (8, 0)
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -107,7 +118,7 @@ def launch_of(
     """The launch of one call, the same object for equal layouts, and its pointers; the call is not validated."""
     x, y, out, y_out = xs[0], xs[-1], outs[0], outs[-1]
     rows, positions, entries = args.rows, args.positions, args.entries
-    weights = [] if norm is None else [weight for weight in norm.weights if weight is not None]
+    weights = [] if norm is None else norm.given
     pointers = [x.data_ptr(), out.data_ptr(), 0, y.data_ptr(), y_out.data_ptr(), 0, rows.data_ptr(), 0, 0]
     if weights:
         pointers[2], pointers[5] = weights[0].data_ptr(), weights[-1].data_ptr()
@@ -137,7 +148,7 @@ def _launch_of(
     xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None
 ) -> Launch:
     plan = plan_of(xs, args, outs, norm)
-    batch, tokens = xs[0].shape[:2] if args.entries is None else (args.entries.shape[0], xs[0].shape[1])
+    batch, tokens = batch_entries(xs, args), xs[0].shape[1]
     rows = min(batch, MAX_GRID_ROWS)
     grid = (-(-tokens // plan.tokens), rows, -(-batch // rows))
     return Launch(plan, grid, _pack_numbers(xs, args, outs, norm, batch))
@@ -150,13 +161,13 @@ def plan_of(
 
     Nothing in it depends on the number of tokens, the batch, or where in the grid a token stands.
     """
-    weights = [] if norm is None else [weight for weight in norm.weights if weight is not None]
+    weights = [] if norm is None else norm.given
     signature = _signature(Call(xs, args, norm.kind if norm else None))
     return plan_for(
         replace(
             signature,
             weights=tuple(weight.dtype for weight in weights),
-            keep_still=_keeps_still(xs, outs, norm),
+            keep_still=keeps_still(xs, outs, norm),
             alignment=_alignment([*xs, *outs]),
             weight_alignment=_alignment(weights),
         )
@@ -195,8 +206,7 @@ def _pack_numbers(
     if positions is None:
         spans = (sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1)
     else:
-        steps = zip(positions.stride(), positions.shape, strict=True)
-        by_position = tuple(stride if size > 1 else 0 for stride, size in steps)
+        by_position = shared_strides(positions, 3)
     return _NUMBERS.pack(
         *strides[0],
         *strides[-1],
@@ -210,7 +220,7 @@ def _pack_numbers(
         turning_tokens(args, x.shape[1]),
         args.token_offset,
         args.inverse,
-        _keeps_still(xs, outs, norm),
+        keeps_still(xs, outs, norm),
         *sizes,
         *spans,
         *args.first_rows,
@@ -220,7 +230,7 @@ def _pack_numbers(
 
 
 def _launch(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None) -> None:
-    if xs[0].numel() == 0 or (args.entries is not None and args.entries.numel() == 0):
+    if xs[0].numel() == 0 or batch_entries(xs, args) == 0:
         return
     if args.entries is not None and not args.entries.is_contiguous():
         args = replace(args, entries=args.entries.contiguous())
@@ -239,19 +249,13 @@ def _readable(weight: torch.Tensor | None) -> torch.Tensor | None:
     return (weight if weight.dtype in WEIGHT_DTYPES else weight.float()).contiguous()
 
 
-def _keeps_still(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], norm: Norm | None) -> bool:
-    """In place and without a norm, what does not turn is neither read nor written."""
-    return norm is None and all(x.data_ptr() == out.data_ptr() for x, out in zip(xs, outs, strict=True))
-
-
 def _alignment(tensors: Sequence[torch.Tensor]) -> int:
     """Bytes, up to 16, that every row of the last dim of every tensor is aligned to."""
     bits = ACCESS_BYTES
     for tensor in tensors:
         bits |= tensor.data_ptr()
-        for size, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False):
-            if size > 1:  # a stride nobody steps by cannot cost alignment
-                bits |= stride * tensor.element_size()
+        for stride in shared_strides(tensor, tensor.ndim - 1):
+            bits |= stride * tensor.element_size()
     return bits & -bits
 
 

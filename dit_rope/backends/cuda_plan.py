@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from ..spec import MAX_AXES, NormKind
+from .gpu_calls import ACCESS_BYTES, power_of_two
 
 WARP = 32
-ACCESS_BYTES = 16
 # Chunks that a thread holds: as many 16-byte loads are in flight before its first store.
 THREAD_CHUNKS = 4
 # More than this many, and their weights, do not fit the registers of a thread.
@@ -188,7 +188,7 @@ def deal_threads(signature: Signature) -> Threads:
     # In half pairing every lane owns two chunks, those of the channels that do not turn too.
     lanes = pairs // chunk + -(-(width - 2 * pairs) // (2 * chunk)) if half else width // chunk
     if norm is NormKind.PER_HEAD:
-        lanes = _power_of_two(lanes)
+        lanes = power_of_two(lanes)
     # Heads that a block works on at once: few enough threads that each holds THREAD_CHUNKS chunks.
     limit = max(1, MAX_THREADS // lanes)
     for rows in range(1, limit + 1):
@@ -218,7 +218,3 @@ def _tokens(token_threads: int) -> int:
     whole = math.lcm(token_threads, WARP) // token_threads
     even = -(-least // whole) * whole
     return even if even * token_threads <= MAX_THREADS else least
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

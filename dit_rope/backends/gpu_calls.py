@@ -15,6 +15,8 @@ from ..spec import MAX_AXES, NormKind
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TENSORS = 2
 MAX_HEAD_DIM = 512
+# The widest memory access of one thread.
+ACCESS_BYTES = 16
 # Token numbers are int32 in the kernels; a program may count one block past the last token.
 MAX_TOKENS = 2**31 - 4096
 
@@ -25,6 +27,11 @@ class Norm(NamedTuple):
     kind: NormKind
     weights: Sequence[torch.Tensor | None]
     eps: float
+
+    @property
+    def given(self) -> list[torch.Tensor]:
+        """The weights that are not None."""
+        return [weight for weight in self.weights if weight is not None]
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,26 @@ def first_reason(constraints: Sequence[Constraint], call: Call) -> str | None:
         if not constraint.holds(call):
             return constraint.reason(call)
     return None
+
+
+def batch_entries(xs: Sequence[torch.Tensor], args: RotationArgs) -> int:
+    """How many batch entries turn."""
+    return int(xs[0].shape[0] if args.entries is None else args.entries.shape[0])
+
+
+def keeps_still(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], norm: Norm | None) -> bool:
+    """In place and without a norm, what does not turn is neither read nor written."""
+    return norm is None and all(x.data_ptr() == out.data_ptr() for x, out in zip(xs, outs, strict=True))
+
+
+def shared_strides(x: torch.Tensor, dims: int) -> tuple[int, ...]:
+    """Strides of the first ``dims`` dims; 0 where the size is 1: nobody steps by it, and it cannot cost alignment."""
+    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:dims], x.stride()[:dims], strict=True))
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least ``n``, for ``n`` at least 1."""
+    return 1 << (n - 1).bit_length()
 
 
 def dense_last(x: torch.Tensor) -> bool:

@@ -19,7 +19,19 @@ import torch
 
 from ..rotation_args import RotationArgs
 from ..spec import MAX_AXES, NormKind, Pairing
-from .gpu_calls import COMMON, Call, Constraint, Norm, first_reason, turning_tokens
+from .gpu_calls import (
+    ACCESS_BYTES,
+    COMMON,
+    Call,
+    Constraint,
+    Norm,
+    batch_entries,
+    first_reason,
+    keeps_still,
+    power_of_two,
+    shared_strides,
+    turning_tokens,
+)
 
 DEVICE_TYPES = ("cuda", "xpu", "hip")
 # Padded channels of a token that an RMSNorm across heads keeps in registers: at most 64 a thread of 8 warps.
@@ -29,7 +41,6 @@ MAX_TABLE_ELEMENTS = 2**31 - 1
 # Lanes of a warp; AMD's server GPUs have 64. A tile with fewer elements than its lanes want narrows their accesses.
 WARP_LANES = 64 if torch.version.hip else 32
 MAX_WARPS = 8
-ACCESS_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -93,12 +104,10 @@ def launch_arguments(
     constants alone, the dtypes, and whether the pointers are 16-byte aligned.
     """
     tokens, dim = xs[0].shape[1], xs[0].shape[3]
-    in_place = all(x.data_ptr() == out.data_ptr() for x, out in zip(xs, outs, strict=True))
-    # In place and without a norm, what does not turn is neither read nor written.
-    keep_still = in_place and norm is None
+    keep_still = keeps_still(xs, outs, norm)
     width = 2 * sum(args.pairs) if keep_still else dim
     tile = _tile(xs, args, width, norm)
-    align = math.gcd(ACCESS_BYTES // xs[0].element_size(), *(s for x in (*xs, *outs) for s in _strides(x)))
+    align = math.gcd(ACCESS_BYTES // xs[0].element_size(), *(s for x in (*xs, *outs) for s in shared_strides(x, 3)))
     arguments = {
         **_tensor_arguments(xs, outs, norm, align),
         **_table_arguments(args, tokens),
@@ -122,25 +131,20 @@ def launch_arguments(
     }
     # One stage: loads go to registers at once; a software pipeline would take them through shared memory.
     options = {"num_warps": tile.warps, "num_stages": 1, "enable_fp_fusion": not args.exact}
-    return _batches(xs, args) * -(-tokens // tile.tokens), arguments, options
+    return batch_entries(xs, args) * -(-tokens // tile.tokens), arguments, options
 
 
 def _launch(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None) -> None:
     reason = declined(xs, args, norm.kind if norm else None)
     if reason is not None:
         raise ValueError(f"the Triton backend cannot take this call: {reason}")
-    if _batches(xs, args) == 0 or xs[0].shape[1] == 0:
+    if batch_entries(xs, args) == 0 or xs[0].shape[1] == 0:
         return
     from .triton_device import norm_turn_kernel
 
     programs, arguments, options = launch_arguments(xs, args, outs, norm)
     with _on_device(xs[0].device):
         norm_turn_kernel[(programs,)](**arguments, **options)
-
-
-def _batches(xs: Sequence[torch.Tensor], args: RotationArgs) -> int:
-    """How many batch entries turn."""
-    return int(xs[0].shape[0] if args.entries is None else args.entries.shape[0])
 
 
 @functools.cache
@@ -184,17 +188,17 @@ def _tile(xs: Sequence[torch.Tensor], args: RotationArgs, width: int, norm: Norm
     """
     heads = max(x.shape[2] for x in xs)
     half = args.pairing is Pairing.HALF
-    padded = _power_of_two(sum(args.pairs) if half else -(-width // 2))
+    padded = power_of_two(sum(args.pairs) if half else -(-width // 2))
     rest = width - 2 * sum(args.pairs)
-    tail = _power_of_two(rest) if half and rest else 0
+    tail = power_of_two(rest) if half and rest else 0
     row_lanes = (padded if half else 2 * padded) * xs[0].element_size() // ACCESS_BYTES
     if norm is not None and norm.kind is NormKind.ACROSS_HEADS:
-        tile = min(_power_of_two(heads), 4 if 0 < heads % 8 <= 4 and heads <= 32 else 8)
+        tile = min(power_of_two(heads), 4 if 0 < heads % 8 <= 4 and heads <= 32 else 8)
         warps = min(max(tile * row_lanes // WARP_LANES, 1), MAX_WARPS)
         tokens = max(warps * WARP_LANES // max(tile * row_lanes, 1), 1)
     else:
         in_flight = 4 if norm is None and not half else 2
-        tile, warps = min(_power_of_two(heads), in_flight), 4
+        tile, warps = min(power_of_two(heads), in_flight), 4
         tokens = max(warps * WARP_LANES // max(row_lanes, 1), 1)
     return _Tile(heads=tile, tokens=tokens, warps=warps, padded=padded, tail=tail)
 
@@ -211,7 +215,7 @@ def _tensor_arguments(
         arguments[f"{name}_weight"] = None if weight is None else weight.contiguous()
         arguments[f"{name.upper()}_HEADS"] = 0 if x is None else x.shape[2]
         for side, tensor in ((name, x), (f"{name}_out", out)):
-            strides = (0, 0, 0) if tensor is None else _strides(tensor)
+            strides = (0, 0, 0) if tensor is None else shared_strides(tensor, 3)
             for dim, stride in zip(("batch", "token", "head"), strides, strict=True):
                 arguments[f"{side}_{dim}"] = stride // align
     return arguments
@@ -222,7 +226,7 @@ def _table_arguments(args: RotationArgs, tokens: int) -> dict[str, Any]:
     strides: tuple[int, ...] = (0, 0, 0)
     firsts, spans = [0] * MAX_AXES, [1] * MAX_AXES
     if args.positions is not None:
-        strides = (*_shared_strides(args.positions, 2), args.positions.stride(2))
+        strides = shared_strides(args.positions, 3)
     else:
         for a, first in enumerate(args.first_rows):
             firsts[a], spans[a] = first, math.prod(args.sizes[a + 1 :])
@@ -250,24 +254,9 @@ def _entry_arguments(args: RotationArgs, batch: int) -> dict[str, Any]:
     }
 
 
-def _strides(x: torch.Tensor) -> tuple[int, ...]:
-    """Strides of B, S and H, in elements."""
-    return _shared_strides(x, 3)
-
-
-def _shared_strides(x: torch.Tensor, dims: int) -> tuple[int, ...]:
-    """Strides of the first ``dims`` dims; 0 where the size is 1: nobody steps by it, and it cannot cost alignment."""
-    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:dims], x.stride()[:dims], strict=True))
-
-
-def _power_of_two(n: int) -> int:
-    """The least power of two that is at least ``n``, for ``n`` at least 1."""
-    return 1 << (n - 1).bit_length()
-
-
 def _norm_row(call: Call) -> int:
     """Channels of a token, heads and channels padded to powers of two, as an RMSNorm across heads keeps them."""
-    return _power_of_two(max(x.shape[2] for x in call.xs)) * _power_of_two(call.xs[0].shape[3])
+    return power_of_two(max(x.shape[2] for x in call.xs)) * power_of_two(call.xs[0].shape[3])
 
 
 CONSTRAINTS = (

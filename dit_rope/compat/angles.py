@@ -17,12 +17,11 @@ from ..cache import FifoCache, in_mode
 from ..scaling import axis_frequencies
 from ..scaling_types import AxisFrequencies
 from ..spec import Grid, RopeSpec
-from ..tables import rope_table
+from ..tables import WITHOUT_FLOAT64, rope_table
 from .dense import check_position_tensor
 
 Ints = torch.Tensor | Sequence[int]
 
-_WITHOUT_FLOAT64 = frozenset({"mps", "npu"})
 _TABLE_POSITIONS = 2**24  # up to here float32, in which tables have their positions, holds every integer
 # Copied to their device once, and there for every layer.
 _FREQUENCIES: FifoCache[tuple[RopeSpec, torch.dtype], AxisFrequencies] = FifoCache(
@@ -82,7 +81,7 @@ def token_rows(
 def _rows_of_tokens(positions: torch.Tensor, spec: RopeSpec, dtype: torch.dtype) -> torch.Tensor:
     """Cos and sin ``[2, nnz, n]`` of every token, from angles in float64 where the device has it."""
     device = positions.device
-    wide = torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
+    wide = torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
     def on_device() -> AxisFrequencies:
         found = axis_frequencies(spec, 0)

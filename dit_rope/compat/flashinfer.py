@@ -104,7 +104,7 @@ def apply_rope(
         TypeError, ValueError: naming the argument, the rule and the value.
     """
     spec = _spec(q, rotary_dim, rope_theta, _linear(rope_scale))
-    return _new(q, k, _ragged(q, indptr, offsets), spec, interleave, backend)
+    return _turn(q, k, _ragged(q, indptr, offsets), spec, interleave, backend)
 
 
 def apply_rope_inplace(
@@ -121,7 +121,7 @@ def apply_rope_inplace(
 ) -> None:
     """:func:`apply_rope`, over q and k themselves."""
     spec = _spec(q, rotary_dim, rope_theta, _linear(rope_scale))
-    _over(q, k, _ragged(q, indptr, offsets), spec, interleave, backend)
+    _turn(q, k, _ragged(q, indptr, offsets), spec, interleave, backend, inplace=True)
 
 
 def apply_rope_pos_ids(
@@ -137,7 +137,7 @@ def apply_rope_pos_ids(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`apply_rope` with the position of every token, ``[nnz]`` int32 or int64, in place of segments."""
     spec = _spec(q, rotary_dim, rope_theta, _linear(rope_scale))
-    return _new(q, k, pos_ids, spec, interleave, backend)
+    return _turn(q, k, pos_ids, spec, interleave, backend)
 
 
 def apply_rope_pos_ids_inplace(
@@ -153,7 +153,7 @@ def apply_rope_pos_ids_inplace(
 ) -> None:
     """:func:`apply_rope_pos_ids`, over q and k themselves."""
     spec = _spec(q, rotary_dim, rope_theta, _linear(rope_scale))
-    _over(q, k, pos_ids, spec, interleave, backend)
+    _turn(q, k, pos_ids, spec, interleave, backend, inplace=True)
 
 
 def apply_llama31_rope(
@@ -177,7 +177,7 @@ def apply_llama31_rope(
     ``old_context_len / high_freq_factor`` are kept, with a blend between; the numbers of transformers' ``llama3``.
     """
     scaling = _llama31(rope_scale, low_freq_factor, high_freq_factor, old_context_len)
-    return _new(q, k, _ragged(q, indptr, offsets), _spec(q, rotary_dim, rope_theta, scaling), interleave, backend)
+    return _turn(q, k, _ragged(q, indptr, offsets), _spec(q, rotary_dim, rope_theta, scaling), interleave, backend)
 
 
 def apply_llama31_rope_inplace(
@@ -197,7 +197,9 @@ def apply_llama31_rope_inplace(
 ) -> None:
     """:func:`apply_llama31_rope`, over q and k themselves."""
     scaling = _llama31(rope_scale, low_freq_factor, high_freq_factor, old_context_len)
-    _over(q, k, _ragged(q, indptr, offsets), _spec(q, rotary_dim, rope_theta, scaling), interleave, backend)
+    _turn(
+        q, k, _ragged(q, indptr, offsets), _spec(q, rotary_dim, rope_theta, scaling), interleave, backend, inplace=True
+    )
 
 
 def apply_llama31_rope_pos_ids(
@@ -216,7 +218,7 @@ def apply_llama31_rope_pos_ids(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`apply_llama31_rope` with the position of every token, ``[nnz]``, in place of segments."""
     scaling = _llama31(rope_scale, low_freq_factor, high_freq_factor, old_context_len)
-    return _new(q, k, pos_ids, _spec(q, rotary_dim, rope_theta, scaling), interleave, backend)
+    return _turn(q, k, pos_ids, _spec(q, rotary_dim, rope_theta, scaling), interleave, backend)
 
 
 def apply_llama31_rope_pos_ids_inplace(
@@ -235,7 +237,7 @@ def apply_llama31_rope_pos_ids_inplace(
 ) -> None:
     """:func:`apply_llama31_rope_pos_ids`, over q and k themselves."""
     scaling = _llama31(rope_scale, low_freq_factor, high_freq_factor, old_context_len)
-    _over(q, k, pos_ids, _spec(q, rotary_dim, rope_theta, scaling), interleave, backend)
+    _turn(q, k, pos_ids, _spec(q, rotary_dim, rope_theta, scaling), interleave, backend, inplace=True)
 
 
 def _ragged(q: torch.Tensor, indptr: Ints, offsets: Ints) -> torch.Tensor:
@@ -266,23 +268,23 @@ def _spec(q: torch.Tensor, rotary_dim: int | None, theta: float, scaling: Scalin
     return RopeSpec((width,), theta, Pairing.HALF, scaling=scaling)  # both pairings have the same table
 
 
-def _new(
-    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, spec: RopeSpec, interleave: bool, backend: str
+def _turn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    positions: torch.Tensor,
+    spec: RopeSpec,
+    interleave: bool,
+    backend: str,
+    *,
+    inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     xs = _tokens(q, k, positions, spec)
-    rows, where = token_rows(positions, spec, q.device, q.dtype)
-    turned = rotation.apply(xs, one_axis_args(rows, where, q.shape[0], interleaved=interleave), backend=backend)
-    return turned[0].squeeze(0), turned[1].squeeze(0)
-
-
-def _over(
-    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, spec: RopeSpec, interleave: bool, backend: str
-) -> None:
-    xs = _tokens(q, k, positions, spec)
-    check_inplace(("q", "k"), xs)
+    if inplace:
+        check_inplace(("q", "k"), xs)
     rows, where = token_rows(positions, spec, q.device, q.dtype)
     args = one_axis_args(rows, where, q.shape[0], interleaved=interleave)
-    rotation.apply(xs, args, inplace=True, backend=backend)
+    turned = rotation.apply(xs, args, inplace=inplace, backend=backend)
+    return turned[0].squeeze(0), turned[1].squeeze(0)
 
 
 def _tokens(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, spec: RopeSpec) -> list[torch.Tensor]:
