@@ -46,6 +46,23 @@ def contract_backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 
 @pytest.fixture(scope="session")
+def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where CUDA kernels are kept that were built for a CPU."""
+    return tmp_path_factory.mktemp("cuda-on-cpu")
+
+
+@pytest.fixture
+def cuda_on_cpu(built_kernels: Path) -> Iterator[Any]:
+    """While it is open, the CUDA backend takes tensors on CPU; gives what stands in for its launches."""
+    import cuda_emulation
+
+    if cuda_emulation.COMPILER is None:
+        pytest.skip("no C++ compiler (g++ or clang++) to build the CUDA kernel for a CPU")
+    with cuda_emulation.emulated(built_kernels) as kernels:
+        yield kernels
+
+
+@pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""
     return ROOT

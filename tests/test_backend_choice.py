@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import cuda_emulation
 import pytest
 import torch
 from oracle import rms_norm
@@ -20,6 +17,12 @@ from dit_rope import Grid, NormKind, RopeSpec, RopeTable, Scaling, norm_rotate_q
 from dit_rope.backend_choice import BACKENDS, MODULES, choose_backend, explain_backends
 
 ACROSS = NormKind.ACROSS_HEADS
+
+
+class OnGpu:
+    """As much of a tensor on a GPU as is asked before a backend is."""
+
+    device = torch.device("cuda")
 
 
 class Watching(TorchDispatchMode):
@@ -35,20 +38,6 @@ def table() -> RopeTable:
     return rope_table(RopeSpec((8, 4, 4)), Grid(2, 3, 4))
 
 
-@pytest.fixture(scope="session")
-def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cuda-on-cpu")
-
-
-@pytest.fixture
-def cuda(built_kernels: Path) -> Iterator[cuda_emulation.EmulatedKernels]:
-    """The CUDA backend takes tensors on CPU."""
-    if cuda_emulation.COMPILER is None:
-        pytest.skip("needs a C++ compiler")
-    with cuda_emulation.emulated(built_kernels) as kernels:
-        yield kernels
-
-
 def queries_and_keys(**options: Any) -> list[torch.Tensor]:
     return [torch.randn(1, 24, heads, 16, **options) for heads in (4, 2)]
 
@@ -61,18 +50,12 @@ def test_backends_are_asked_from_the_fastest_on(table: RopeTable, monkeypatch: p
     for name in ("cuda", "triton"):
         monkeypatch.setattr(MODULES[name], "declined", lambda xs, args, norm=None, name=name: asked.append(name))
 
-    class OnGpu:
-        device = torch.device("cuda")
-
     assert choose_backend([OnGpu()], table.args()) == "cuda"  # type: ignore[list-item]
     assert asked == ["cuda"]
     assert choose_backend(gpu, table.args()) == "eager"
 
 
 def test_choose_backend_falls_through_those_that_decline(table: RopeTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnGpu:
-        device = torch.device("cuda")
-
     monkeypatch.setattr(MODULES["cuda"], "declined", lambda xs, args, norm=None: "no")
     monkeypatch.setattr(MODULES["triton"], "declined", lambda xs, args, norm=None: None)
     assert choose_backend([OnGpu()], table.args()) == "triton"  # type: ignore[list-item]
@@ -96,7 +79,9 @@ def test_cuda_is_refused_by_name_where_there_is_none(table: RopeTable) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_norm_rotate_on_cuda_is_as_accurate_as_float32(cuda: object, table: RopeTable, dtype: torch.dtype) -> None:
+def test_norm_rotate_on_cuda_is_as_accurate_as_float32(
+    cuda_on_cpu: object, table: RopeTable, dtype: torch.dtype
+) -> None:
     q, k = queries_and_keys(dtype=dtype)
     weights = [torch.randn(x.shape[2] * 16).to(dtype) for x in (q, k)]
     outs = norm_rotate_qk(q, k, table, *weights, norm=ACROSS, backend="cuda")
@@ -108,7 +93,7 @@ def test_norm_rotate_on_cuda_is_as_accurate_as_float32(cuda: object, table: Rope
 
 
 @pytest.mark.parametrize("backend", ["cuda", "eager"])
-def test_scaled_tables_turn_on_every_backend(cuda: object, backend: str) -> None:
+def test_scaled_tables_turn_on_every_backend(cuda_on_cpu: object, backend: str) -> None:
     """Scaled frequencies, and a magnitude that is not 1, are numbers in the table like any other."""
     yarn = Scaling.of("yarn", factor=4.0, original_max_position_embeddings=64)
     spec = RopeSpec((8, 4, 4), scaling=(Scaling.of("riflex", frames=40, repetition=20), yarn, None))
@@ -122,7 +107,7 @@ def test_scaled_tables_turn_on_every_backend(cuda: object, backend: str) -> None
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_gradients_on_cuda_equal_those_of_eager(cuda: object, table: RopeTable, exact: bool) -> None:
+def test_gradients_on_cuda_equal_those_of_eager(cuda_on_cpu: object, table: RopeTable, exact: bool) -> None:
     """Fast gradients come from the kernel too: the inverse rotation, in float32 for both."""
     results = {}
     for backend in ("cuda", "eager"):
@@ -142,7 +127,7 @@ def test_gradients_on_cuda_equal_those_of_eager(cuda: object, table: RopeTable, 
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_cuda_traces_without_a_graph_break(cuda: object, table: RopeTable, dynamic: bool) -> None:
+def test_cuda_traces_without_a_graph_break(cuda_on_cpu: object, table: RopeTable, dynamic: bool) -> None:
     def turn(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         q, k = rotate_qk(q, k, table, backend="cuda")
         return norm_rotate_qk(q, k, table, norm=ACROSS, backend="cuda")[0] + 1
@@ -186,7 +171,7 @@ def test_calls_that_nobody_watches_skip_the_dispatcher(table: RopeTable, monkeyp
 
 @pytest.mark.parametrize("backend", ["cuda", "eager"])
 @pytest.mark.parametrize("watched", [False, True], ids=["direct", "dispatched"])
-def test_inplace_calls_count_as_writes(cuda: object, table: RopeTable, backend: str, watched: bool) -> None:
+def test_inplace_calls_count_as_writes(cuda_on_cpu: object, table: RopeTable, backend: str, watched: bool) -> None:
     (q, k), args = queries_and_keys(), table.args()
     before = q._version, k._version
     with Watching() if watched else torch.no_grad():
@@ -220,7 +205,7 @@ def test_validation_remembers_layouts_and_nothing_refused(table: RopeTable) -> N
     assert len(table.validated) <= 64
 
 
-def test_launch_is_one_object_per_layout_and_follows_the_pointers(cuda: object, table: RopeTable) -> None:
+def test_launch_is_one_object_per_layout_and_follows_the_pointers(cuda_on_cpu: object, table: RopeTable) -> None:
     from dit_rope.backends import cuda_kernels
 
     def launch(xs: list[torch.Tensor], **changes: Any) -> tuple[cuda_kernels.Launch, bytes]:
@@ -238,7 +223,7 @@ def test_launch_is_one_object_per_layout_and_follows_the_pointers(cuda: object, 
 
 
 @pytest.mark.parametrize("backend", ["auto", "cuda"])
-def test_patched_model_runs_on_the_cuda_backend(cuda: Any, random_wan: Any, backend: str) -> None:
+def test_patched_model_runs_on_the_cuda_backend(cuda_on_cpu: Any, random_wan: Any, backend: str) -> None:
     """On CPU ``"auto"`` stays eager; named, the kernels do both norms and rotations of every layer."""
     transformer = random_wan.transformer
     inputs = {
@@ -248,8 +233,8 @@ def test_patched_model_runs_on_the_cuda_backend(cuda: Any, random_wan: Any, back
         "return_dict": False,
     }
     runs: list[str] = []
-    real = cuda.run
-    cuda.run = lambda launch, *rest: (runs.append(launch.plan.operation), real(launch, *rest))[1]
+    real = cuda_on_cpu.run
+    cuda_on_cpu.run = lambda launch, *rest: (runs.append(launch.plan.operation), real(launch, *rest))[1]
     with torch.no_grad():
         (expected,) = transformer(**inputs)
         with dit_rope.patch(transformer, exact=False, backend=backend) as handle:

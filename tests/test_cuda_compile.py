@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_call_cases import LAYOUTS, WAN, meta
 
 pytest.importorskip("triton")
 pytest.importorskip("cuda.core")
@@ -44,8 +45,7 @@ from dit_rope.backends.cuda_kernels import ARGUMENTS_SIZE, kernel_sources, plan_
 from dit_rope.backends.cuda_launch import compile_plan
 from dit_rope.backends.cuda_plan import Plan
 from dit_rope.backends.gpu_calls import Norm
-from dit_rope.rotation_args import RotationArgs
-from dit_rope.spec import NormKind, Pairing
+from dit_rope.spec import NormKind
 
 # Resident threads of an SM for the models' calls, and for any: what was compiled, rounded down. A thread has 64 bytes
 # of loads under way, so 768 threads keep 48 KiB of reads in flight and 384 keep 24 KiB; by Little's law an SM of an
@@ -192,61 +192,22 @@ def test_plan_takes_the_packed_arguments(codes: dict[str, Code]) -> None:
         assert code.parameter_bytes == ARGUMENTS_SIZE, arch
 
 
-ARGS = RotationArgs(
-    rows=torch.zeros(2, 12, 22),
-    positions=None,
-    pairs=(22, 21, 21),
-    sizes=(3, 4, 5),
-    first_rows=(0, 3, 7),
-    token_offset=0,
-    prefix=0,
-    count=60,
-    pairing=Pairing.INTERLEAVED,
-    inverse=False,
-    exact=False,
-)
+MORE_LAYOUTS = {
+    "large-batch": (meta(70_000, 61), {}),
+    "table-view": (meta(1, 60), {"rows": torch.zeros(2, 4096, 23)[:, 1:, 1:]}),
+    "positions": (meta(1, 60), {"positions": torch.zeros(1, 60, 3).int()}),
+    "inverse": (meta(1, 60), {"inverse": True}),
+}
 NORM = Norm(NormKind.PER_HEAD, [torch.ones(128, dtype=torch.bfloat16) for _ in "qk"], 1e-6)
 
 
-def meta(batch: int, tokens: int, heads: int = 12, dim: int = 128) -> torch.Tensor:
-    """Queries without memory, of any length."""
-    return torch.empty(batch, tokens, heads, dim, dtype=torch.bfloat16, device="meta")
-
-
 @pytest.mark.parametrize("norm", [None, NORM], ids=["rotate", "norm"])
-@pytest.mark.parametrize(
-    ("x", "changes"),
-    [
-        (meta(1, 1), {"count": 1}),
-        (meta(1, 75_600), {"count": 75_600, "sizes": (21, 45, 80)}),
-        (meta(1, 2**20), {"count": 2**20, "sizes": (128, 64, 128)}),
-        (meta(3, 61), {}),
-        (meta(70_000, 61), {}),
-        (meta(1, 60), {"prefix": 1, "count": 59}),
-        (meta(1, 60), {"prefix": 16, "count": 32, "token_offset": 1}),
-        (meta(1, 60), {"first_rows": (1, 16, 123_456)}),
-        (meta(1, 60), {"sizes": (1, 1, 2**30)}),
-        (meta(1, 60), {"rows": torch.zeros(2, 4096, 22)}),
-        (meta(1, 60), {"rows": torch.zeros(2, 4096, 23)[:, 1:, 1:]}),
-        (meta(1, 60), {"positions": torch.zeros(1, 60, 3).int()}),
-        (meta(1, 60), {"inverse": True}),
-        (meta(2, 60 * 3).view(2, 60, 3, 12, 128)[:, :, 1], {}),
-        (meta(2, 12, 61).transpose(1, 2), {}),
-        (meta(2, 12, 2**21).transpose(1, 2), {}),
-        (meta(2, 2**22), {}),
-        (meta(1, 60).as_strided((1, 60, 12, 128), (99_999, 1536, 128, 1)), {}),
-    ],
-    ids=[
-        "one-token", "720p", "million-tokens", "batch", "large-batch", "prefix", "shard", "start-frame", "grid",
-        "longer-table", "table-view", "positions", "inverse", "packed", "transposed", "transposed-far", "far-batch",
-        "stride-of-one-batch",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("x", "changes"), (LAYOUTS | MORE_LAYOUTS).values(), ids=LAYOUTS | MORE_LAYOUTS)
 def test_call_compiles_nothing_for_a_new_length_position_or_layout(
     x: torch.Tensor, changes: dict[str, Any], norm: Norm | None
 ) -> None:
-    base = plan_of([meta(1, 60)] * 2, ARGS, [meta(1, 60)] * 2, norm)
-    changed = plan_of([x] * 2, replace(ARGS, **changes), [x] * 2, norm)
+    base = plan_of([meta(1, 60)] * 2, WAN, [meta(1, 60)] * 2, norm)
+    changed = plan_of([x] * 2, replace(WAN, **changes), [x] * 2, norm)
     assert changed == base
     assert changed.source() == base.source()
 
@@ -254,8 +215,8 @@ def test_call_compiles_nothing_for_a_new_length_position_or_layout(
 @pytest.mark.parametrize(("step", "access"), [(8, 16), (4, 8), (2, 4), (1, 2)])
 def test_call_narrows_its_accesses_to_the_strides(step: int, access: int) -> None:
     x = meta(1, 61).as_strided((1, 60, 12, 128), (0, 1536 + step, 128, 1))
-    assert plan_of([x], ARGS, [meta(1, 60)]).access == access
-    assert plan_of([meta(1, 60)], ARGS, [x]).access == access
+    assert plan_of([x], WAN, [meta(1, 60)]).access == access
+    assert plan_of([meta(1, 60)], WAN, [x]).access == access
 
 
 def test_compiler_says_what_is_wrong_with_a_plan() -> None:

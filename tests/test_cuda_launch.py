@@ -16,28 +16,15 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_call_cases import SMALL, WRONG_ARGUMENTS, WRONG_TENSORS
 
 pytest.importorskip("cuda.core")
 
 from dit_rope.backends import cuda_kernels, cuda_launch
 from dit_rope.backends.cuda_kernels import ARGUMENTS_SIZE, MAX_GRID_ROWS, Launch, launch_of
 from dit_rope.backends.cuda_plan import Plan
-from dit_rope.rotation_args import RotationArgs
 from dit_rope.spec import NormKind, Pairing
 
-ARGS = RotationArgs(
-    rows=torch.zeros(2, 9, 8),
-    positions=None,
-    pairs=(8, 4, 4),
-    sizes=(2, 3, 4),
-    first_rows=(0, 2, 5),
-    token_offset=0,
-    prefix=0,
-    count=24,
-    pairing=Pairing.INTERLEAVED,
-    inverse=False,
-    exact=False,
-)
 STREAM = 77
 CUDA_0, CUDA_1 = torch.device("cuda", 0), torch.device("cuda", 1)
 SUCCESS = cuda_launch.driver.CUresult.CUDA_SUCCESS
@@ -122,7 +109,7 @@ def queries(*shape: int, device: str = "cpu") -> torch.Tensor:
 def call(**changes: Any) -> tuple[Launch, bytes]:
     """The launch of a small rotation, and its pointers."""
     x = queries(2, 24, 3, 40)
-    return launch_of([x], replace(ARGS, **changes), [x.clone()])
+    return launch_of([x], replace(SMALL, **changes), [x.clone()])
 
 
 def test_kernel_is_compiled_once_for_each_device_and_plan(machine: Machine) -> None:
@@ -139,7 +126,7 @@ def test_kernel_is_compiled_once_for_each_device_and_plan(machine: Machine) -> N
 def test_kernel_is_compiled_once_for_equal_plans_of_other_lengths(machine: Machine) -> None:
     for tokens in (24, 25, 1000):
         x = queries(1, tokens, 3, 40)
-        cuda_launch.run(*launch_of([x], ARGS, [x]), CUDA_0)
+        cuda_launch.run(*launch_of([x], SMALL, [x]), CUDA_0)
     assert len(machine.compiled) == 1
 
 
@@ -234,7 +221,7 @@ def test_launch_leaves_the_current_device_as_it_was(machine: Machine) -> None:
 )
 def test_grid_covers_every_token_of_every_batch_entry_within_the_driver_s_limits(batch: int, tokens: int) -> None:
     x = queries(batch, tokens, 12, 128, device="meta")
-    launch, pointers = launch_of([x, x], replace(ARGS, pairs=(22, 21, 21)), [x, x])
+    launch, pointers = launch_of([x, x], replace(SMALL, pairs=(22, 21, 21)), [x, x])
     columns, rows, layers = launch.grid
     assert columns * launch.plan.tokens >= tokens > (columns - 1) * launch.plan.tokens
     assert rows * layers >= batch > rows * (layers - 1)
@@ -247,20 +234,20 @@ def test_grid_covers_every_token_of_every_batch_entry_within_the_driver_s_limits
 def test_launch_in_place_serves_no_call_that_is_so_for_one_tensor_only() -> None:
     """In place, channels past the turning ones are neither read nor written; into other memory they are copied."""
     q, k, other = (queries(1, 24, 3, 40) for _ in range(3))
-    widths = [launch_of([q, k], ARGS, outs)[0].plan.width for outs in ([q, k], [q, other], [other, k], [q, k])]
+    widths = [launch_of([q, k], SMALL, outs)[0].plan.width for outs in ([q, k], [q, other], [other, k], [q, k])]
     assert widths == [32, 40, 40, 32]
 
 
 def test_grid_has_a_row_for_each_entry_that_turns() -> None:
     x = queries(100, 24, 3, 40)
-    launch, _ = launch_of([x], replace(ARGS, entries=torch.zeros(5, dtype=torch.int32)), [x])
+    launch, _ = launch_of([x], replace(SMALL, entries=torch.zeros(5, dtype=torch.int32)), [x])
     assert launch.grid[1:] == (5, 1)
 
 
 @pytest.mark.parametrize("shape", [(0, 24, 3, 40), (2, 0, 3, 40)])
 def test_call_without_tokens_launches_nothing(machine: Machine, shape: tuple[int, ...]) -> None:
     x = queries(*shape)
-    cuda_kernels.rotate([x], ARGS, [x])
+    cuda_kernels.rotate([x], SMALL, [x])
     assert not machine.launched
 
 
@@ -273,51 +260,35 @@ def x(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
 
 def test_declined_accepts_what_the_kernel_takes(x: torch.Tensor) -> None:
     packed = torch.zeros(1, 24, 3, 3, 40, dtype=torch.bfloat16).unbind(2)
-    assert cuda_kernels.declined([x], ARGS) is None
-    assert cuda_kernels.declined([x, x[:, :, :1]], ARGS) is None
-    assert cuda_kernels.declined(packed[:2], ARGS, NormKind.ACROSS_HEADS) is None
-    assert cuda_kernels.declined([x.transpose(1, 2).contiguous().transpose(1, 2)], replace(ARGS, exact=True)) is None
-    assert cuda_kernels.declined([x], replace(ARGS, rows=ARGS.rows.bfloat16())) is None
+    assert cuda_kernels.declined([x], SMALL) is None
+    assert cuda_kernels.declined([x, x[:, :, :1]], SMALL) is None
+    assert cuda_kernels.declined(packed[:2], SMALL, NormKind.ACROSS_HEADS) is None
+    assert cuda_kernels.declined([x.transpose(1, 2).contiguous().transpose(1, 2)], replace(SMALL, exact=True)) is None
+    assert cuda_kernels.declined([x], replace(SMALL, rows=SMALL.rows.bfloat16())) is None
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda x: [x, x, x], "1 to 2 tensors, got 3"),
-        (lambda x: [x.double()], "dtype must be float16, bfloat16 or float32, got torch.float64"),
-        (lambda x: [x, x.float()], "share a dtype"),
-        (lambda x: [x.transpose(2, 3).contiguous().transpose(2, 3)], "last dim must be contiguous"),
-        (lambda x: [x[:, :, :0]], "at least one head"),
-        (lambda x: [x.new_zeros(1, 24, 1, 520)], "head dim must be at most 512, got 520"),
-        (lambda x: [x[..., :30].contiguous()], "rotary_dim must be 2 to the head dim 30, got 32"),
-        (lambda x: [x.expand(1, 24, 3, 40)[:, :1].expand(1, 2**31, 3, 40)], "tokens must be at most"),
-        (lambda x: [x.new_zeros(1, 24, 3, 41)], "must be even, got 41 and 16"),
-        (lambda x: [x.new_zeros(1, 1, 129, 512)], "registers of one block, got [129] heads of 512 channels"),
-    ],
+WRONG_FOR_CUDA = [
+    (lambda x: [x.new_zeros(1, 24, 3, 41)], "must be even, got 41 and 16"),
+    (lambda x: [x.new_zeros(1, 1, 129, 512)], "registers of one block, got [129] heads of 512 channels"),
+]
+ODD_PAIRS = (
+    {"pairing": Pairing.HALF, "pairs": (8, 4, 3)},
+    "the pairs of half pairing, must be even, got 40 and 15",
 )
+
+
+@pytest.mark.parametrize(("change", "reason"), [*WRONG_TENSORS, *WRONG_FOR_CUDA])
 def test_declined_names_what_is_wrong_with_the_tensors(x: torch.Tensor, change: Any, reason: str) -> None:
-    assert reason in str(cuda_kernels.declined(change(x), ARGS))
+    assert reason in str(cuda_kernels.declined(change(x), SMALL))
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"rows": ARGS.rows.double()}, "tables must be float32 or of the data's dtype torch.bfloat16"),
-        ({"rows": ARGS.rows.half()}, "tables must be float32 or of the data's dtype torch.bfloat16"),
-        ({"rows": ARGS.rows.mT.contiguous().mT}, "last dim of the tables must be contiguous"),
-        ({"positions": torch.zeros(1, 24, 3, dtype=torch.int64)}, "positions must be int32, got torch.int64"),
-        ({"entries": torch.zeros(1, dtype=torch.int64)}, "entries must be int32, got torch.int64"),
-        ({"pairs": (1,) * 5}, "1 to 4 axes, got 5"),
-        ({"token_offset": 2**31 - 1}, "grid tokens must be at most"),
-        ({"pairing": Pairing.HALF, "pairs": (8, 4, 3)}, "the pairs of half pairing, must be even, got 40 and 15"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "reason"), [*WRONG_ARGUMENTS, ODD_PAIRS])
 def test_declined_names_what_is_wrong_with_the_arguments(x: torch.Tensor, changes: Any, reason: str) -> None:
-    assert reason in str(cuda_kernels.declined([x], replace(ARGS, **changes)))
+    assert reason in str(cuda_kernels.declined([x], replace(SMALL, **changes)))
 
 
 def test_declined_leaves_exact_norms_to_the_caller(x: torch.Tensor) -> None:
-    assert "exact mode" in str(cuda_kernels.declined([x], replace(ARGS, exact=True), NormKind.PER_HEAD))
+    assert "exact mode" in str(cuda_kernels.declined([x], replace(SMALL, exact=True), NormKind.PER_HEAD))
 
 
 def why_no_device(device: torch.device) -> str | None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
-import cuda_emulation
 import pytest
 import torch
 from stream_by_definition import StreamByDefinition
@@ -21,15 +19,6 @@ SPEC, WAN = RopeSpec(DIMS), RopeSpec((44, 42, 42))
 F32 = torch.float32
 
 POLICIES = pytest.mark.parametrize("policy", list(PositionPolicy), ids=lambda policy: policy.value)
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """While it is open, the CUDA backend takes tensors on CPU."""
-    if cuda_emulation.COMPILER is None:
-        pytest.skip("no C++ compiler (g++ or clang++) to build the CUDA kernel for a CPU")
-    with cuda_emulation.emulated(tmp_path_factory.mktemp("kernels")):
-        yield
 
 
 def stream_of(policy: PositionPolicy, window: int = 6, sinks: int = 1, **options: Any) -> RopeStream:
@@ -133,7 +122,7 @@ def test_queries_may_share_heads_and_values_be_of_another_size(policy: PositionP
 
 
 @pytest.mark.parametrize("policy", [PositionPolicy.SINK_FOLLOW, PositionPolicy.WINDOW_RELATIVE])
-def test_window_of_the_cuda_kernels(policy: PositionPolicy, kernels: None) -> None:
+def test_window_of_the_cuda_kernels(policy: PositionPolicy, cuda_on_cpu: object) -> None:
     layer = Layer(stream_of(policy, sinks=2, backend="cuda"))
     for frames in (3, 2, 3, 3):
         layer.run_chunk(frames)

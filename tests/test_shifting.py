@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from unittest import mock
 
-import cuda_emulation
 import oracle
 import pytest
 import torch
@@ -23,19 +21,10 @@ VIDEO = RopeSpec((8, 6, 6))
 both_pairings = pytest.mark.parametrize("pairing", list(Pairing), ids=lambda pairing: pairing.value)
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """While it is open, the CUDA backend takes tensors on CPU."""
-    if cuda_emulation.COMPILER is None:
-        pytest.skip("no C++ compiler (g++ or clang++) to build the CUDA kernel for a CPU")
-    with cuda_emulation.emulated(tmp_path_factory.mktemp("kernels")):
-        yield
-
-
 @pytest.fixture(params=["eager", "cuda"])
 def backend(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda":
-        request.getfixturevalue("kernels")
+        request.getfixturevalue("cuda_on_cpu")
     return request.param
 
 
@@ -104,7 +93,7 @@ def test_row_past_the_table_is_an_error_in_the_backend() -> None:
 
 
 @pytest.mark.requirement(24)
-def test_row_past_the_table_does_not_turn_on_a_gpu(kernels: None) -> None:
+def test_row_past_the_table_does_not_turn_on_a_gpu(cuda_on_cpu: object) -> None:
     table, keys = ShiftTable(TEXT), pool(3)
     wrong = (table.rows.shape[1], 2**31 - 1)
     args = rotation_args(table.rows, int32([[wrong[0]], [1], [wrong[1]]]).view(3, 1, 1), TEXT)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_call_cases import LAYOUTS, WAN, meta
 
 from dit_rope.backends.gpu_calls import Norm
 from dit_rope.backends.triton_kernels import launch_arguments
@@ -33,20 +34,7 @@ from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from dit_rope.backends.triton_device import norm_turn_kernel  # noqa: E402
 
-ARGS = RotationArgs(
-    rows=torch.zeros(2, 12, 22),
-    positions=None,
-    pairs=(22, 21, 21),
-    sizes=(3, 4, 5),
-    first_rows=(0, 3, 7),
-    token_offset=0,
-    prefix=0,
-    count=60,
-    pairing=Pairing.INTERLEAVED,
-    inverse=False,
-    exact=False,
-)
-HALF = replace(ARGS, pairing=Pairing.HALF)
+HALF = replace(WAN, pairing=Pairing.HALF)
 
 
 @dataclass(frozen=True)
@@ -92,34 +80,34 @@ def ones(size: int) -> list[torch.Tensor]:
 
 
 KERNELS = {
-    "rotate-wan-1.3b": (12, 128, torch.bfloat16, ARGS, None),
-    "rotate-wan-14b-in-place": (40, 128, torch.bfloat16, ARGS, None),
-    "rotate-exact": (12, 128, torch.bfloat16, replace(ARGS, exact=True), None),
-    "rotate-float32": (12, 128, torch.float32, ARGS, None),
+    "rotate-wan-1.3b": (12, 128, torch.bfloat16, WAN, None),
+    "rotate-wan-14b-in-place": (40, 128, torch.bfloat16, WAN, None),
+    "rotate-exact": (12, 128, torch.bfloat16, replace(WAN, exact=True), None),
+    "rotate-float32": (12, 128, torch.float32, WAN, None),
     "rotate-half-float16": (24, 128, torch.float16, HALF, None),
     "rotate-partial-half": (12, 128, torch.bfloat16, replace(HALF, pairs=(16, 16, 16)), None),
-    "rotate-dim-112": (12, 112, torch.bfloat16, replace(ARGS, pairs=(16, 20, 20)), None),
-    "rotate-positions": (12, 128, torch.bfloat16, replace(ARGS, positions=torch.zeros(1, 60, 3).int()), None),
+    "rotate-dim-112": (12, 112, torch.bfloat16, replace(WAN, pairs=(16, 20, 20)), None),
+    "rotate-positions": (12, 128, torch.bfloat16, replace(WAN, positions=torch.zeros(1, 60, 3).int()), None),
     "rotate-exact-table-of-bfloat16": (
         12,
         128,
         torch.bfloat16,
-        replace(ARGS, rows=ARGS.rows.bfloat16(), exact=True),
+        replace(WAN, rows=WAN.rows.bfloat16(), exact=True),
         None,
     ),
     "shift-in-place": (
         12,
         128,
         torch.bfloat16,
-        replace(ARGS, positions=torch.zeros(1, 1, 3).int(), entries=torch.zeros(1).int()),
+        replace(WAN, positions=torch.zeros(1, 1, 3).int(), entries=torch.zeros(1).int()),
         None,
     ),
-    "norm-per-head": (24, 128, torch.bfloat16, ARGS, Norm(NormKind.PER_HEAD, ones(128), 1e-6)),
+    "norm-per-head": (24, 128, torch.bfloat16, WAN, Norm(NormKind.PER_HEAD, ones(128), 1e-6)),
     "norm-per-head-half": (24, 128, torch.bfloat16, HALF, Norm(NormKind.PER_HEAD, ones(128), 1e-6)),
-    "norm-across-12-heads": (12, 128, torch.bfloat16, ARGS, Norm(NormKind.ACROSS_HEADS, ones(1536), 1e-6)),
-    "norm-across-40-heads": (40, 128, torch.bfloat16, ARGS, Norm(NormKind.ACROSS_HEADS, ones(5120), 1e-6)),
+    "norm-across-12-heads": (12, 128, torch.bfloat16, WAN, Norm(NormKind.ACROSS_HEADS, ones(1536), 1e-6)),
+    "norm-across-40-heads": (40, 128, torch.bfloat16, WAN, Norm(NormKind.ACROSS_HEADS, ones(5120), 1e-6)),
     "norm-across-40-heads-half": (40, 128, torch.bfloat16, HALF, Norm(NormKind.ACROSS_HEADS, ones(5120), 1e-6)),
-    "norm-across-64-heads": (64, 128, torch.bfloat16, ARGS, Norm(NormKind.ACROSS_HEADS, ones(8192), 1e-6)),
+    "norm-across-64-heads": (64, 128, torch.bfloat16, WAN, Norm(NormKind.ACROSS_HEADS, ones(8192), 1e-6)),
 }
 
 
@@ -160,7 +148,7 @@ def test_kernel_moves_16_bytes_at_once_and_spills_nothing(name: str, arch: int, 
 
 
 @pytest.mark.usefixtures("_own_cache")
-@pytest.mark.parametrize("args", [ARGS, HALF], ids=["interleaved", "half"])
+@pytest.mark.parametrize("args", [WAN, HALF], ids=["interleaved", "half"])
 def test_kernel_stores_each_pair_from_the_thread_that_loaded_it(args: RotationArgs) -> None:
     """In place, a conversion of layouts between load and store would let one thread overwrite what another reads."""
     xs = queries_and_keys(12, 128, torch.bfloat16)
@@ -175,7 +163,7 @@ def test_kernel_stores_each_pair_from_the_thread_that_loaded_it(args: RotationAr
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 def test_kernel_fuses_multiply_add_unless_exact(exact: bool) -> None:
     xs = queries_and_keys(12, 128, torch.bfloat16)
-    kernel = compiled(specialise(xs, replace(ARGS, exact=exact), [x.clone() for x in xs]))
+    kernel = compiled(specialise(xs, replace(WAN, exact=exact), [x.clone() for x in xs]))
     assert ("FFMA" in kernel.asm["sass"]) is not exact
 
 
@@ -184,7 +172,7 @@ def test_kernel_fuses_multiply_add_unless_exact(exact: bool) -> None:
 def test_kernel_rounds_products_to_the_dtype_of_the_table_only_where_exact(exact: bool) -> None:
     """Roundings beyond those of the stored numbers, 8 to a store; no pass over the code may fold them away."""
     xs = queries_and_keys(12, 128, torch.bfloat16)
-    args = replace(ARGS, rows=ARGS.rows.bfloat16(), exact=exact)
+    args = replace(WAN, rows=WAN.rows.bfloat16(), exact=exact)
     ptx = compiled(specialise(xs, args, [x.clone() for x in xs])).asm["ptx"]
     stored = 8 * len(re.findall(r"st\.global", ptx))
     assert (len(re.findall(r"(?:mul|cvt)\.rn\.bf16", ptx)) > stored) is exact
@@ -194,43 +182,16 @@ def test_kernel_rounds_products_to_the_dtype_of_the_table_only_where_exact(exact
 @pytest.mark.usefixtures("_own_cache")
 def test_kernel_rounds_to_nearest() -> None:
     xs = queries_and_keys(12, 128, torch.bfloat16)
-    ptx = compiled(specialise(xs, ARGS, [x.clone() for x in xs])).asm["ptx"]
+    ptx = compiled(specialise(xs, WAN, [x.clone() for x in xs])).asm["ptx"]
     to_bfloat16 = set(re.findall(r"cvt\.\S*bf16(?:x2)?\.f32", ptx))
     assert to_bfloat16
     assert to_bfloat16 <= {"cvt.rn.bf16.f32", "cvt.rn.bf16x2.f32"}
 
 
-def meta(batch: int, tokens: int, heads: int = 12, dim: int = 128) -> torch.Tensor:
-    """Queries without memory, of any length."""
-    return torch.empty(batch, tokens, heads, dim, dtype=torch.bfloat16, device="meta")
-
-
-@pytest.mark.parametrize(
-    ("x", "changes"),
-    [
-        (meta(1, 1), {"count": 1}),
-        (meta(1, 75_600), {"count": 75_600, "sizes": (21, 45, 80)}),
-        (meta(1, 2**20), {"count": 2**20, "sizes": (128, 64, 128)}),
-        (meta(3, 61), {}),
-        (meta(1, 60), {"prefix": 1, "count": 59}),
-        (meta(1, 60), {"prefix": 16, "count": 32, "token_offset": 1}),
-        (meta(1, 60), {"first_rows": (1, 16, 123_456)}),
-        (meta(1, 60), {"sizes": (1, 1, 2**30)}),
-        (meta(1, 60), {"rows": torch.zeros(2, 4096, 22)}),
-        (meta(2, 60 * 3).view(2, 60, 3, 12, 128)[:, :, 1], {}),
-        (meta(2, 12, 61).transpose(1, 2), {}),
-        (meta(2, 12, 2**21).transpose(1, 2), {}),
-        (meta(2, 2**22), {}),
-        (meta(1, 60).as_strided((1, 60, 12, 128), (99_999, 1536, 128, 1)), {}),
-    ],
-    ids=[
-        "one-token", "720p", "million-tokens", "batch", "prefix", "shard", "start-frame", "grid", "longer-table",
-        "packed", "transposed", "transposed-far", "far-batch", "stride-of-one-batch",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("x", "changes"), LAYOUTS.values(), ids=LAYOUTS)
 def test_launch_compiles_nothing_for_a_new_length_position_or_layout(x: torch.Tensor, changes: dict[str, Any]) -> None:
-    base = specialise([meta(1, 60)] * 2, ARGS, [meta(1, 60)] * 2)
-    launch = specialise([x] * 2, replace(ARGS, **changes), [x] * 2)
+    base = specialise([meta(1, 60)] * 2, WAN, [meta(1, 60)] * 2)
+    launch = specialise([x] * 2, replace(WAN, **changes), [x] * 2)
     assert launch.types == base.types
     assert launch.options == base.options
 
@@ -238,7 +199,7 @@ def test_launch_compiles_nothing_for_a_new_length_position_or_layout(x: torch.Te
 def test_launch_compiles_nothing_for_other_entries_or_shared_positions() -> None:
     """The entries may be a view, of any length, and positions of one token or of all."""
     entries, positions = torch.zeros(8, dtype=torch.int32), torch.zeros(1, 1, 3, dtype=torch.int32)
-    base = replace(ARGS, entries=entries, positions=positions)
+    base = replace(WAN, entries=entries, positions=positions)
     pairs = torch.zeros(16, 2, dtype=torch.int32)[:, 0]
     launches = [
         specialise([meta(batch, 60)], args, [meta(batch, 60)])
@@ -254,19 +215,19 @@ def test_launch_compiles_nothing_for_other_entries_or_shared_positions() -> None
 
 
 def test_launch_has_programs_for_the_entries_alone() -> None:
-    args = replace(ARGS, entries=torch.zeros(3, dtype=torch.int32))
-    whole, arguments, _ = launch_arguments([meta(3, 60)], ARGS, [meta(3, 60)], None)
+    args = replace(WAN, entries=torch.zeros(3, dtype=torch.int32))
+    whole, arguments, _ = launch_arguments([meta(3, 60)], WAN, [meta(3, 60)], None)
     some, others, _ = launch_arguments([meta(99, 60)], args, [meta(99, 60)], None)
     assert whole == some
     assert (arguments["entry_count"], others["entry_count"]) == (3, 99)
 
 
 def test_launch_uses_one_dimension_of_the_grid_past_65535_blocks() -> None:
-    programs, arguments, _ = launch_arguments([meta(4, 2**20)], ARGS, [meta(4, 2**20)], None)
+    programs, arguments, _ = launch_arguments([meta(4, 2**20)], WAN, [meta(4, 2**20)], None)
     assert programs == 4 * 2**20 // arguments["TOKENS"] > 65_535
 
 
 def test_launch_types_of_strides_are_64_bit_and_of_nothing_else() -> None:
-    types = dict(zip(norm_turn_kernel.arg_names, specialise([meta(1, 60)], ARGS, [meta(1, 60)]).types, strict=True))
+    types = dict(zip(norm_turn_kernel.arg_names, specialise([meta(1, 60)], WAN, [meta(1, 60)]).types, strict=True))
     strides = {name for name in types if name.endswith(("_batch", "_token", "_head", "_axis", "_plane", "_row"))}
     assert {name for name, (kind, *_) in types.items() if kind == "i64"} == strides

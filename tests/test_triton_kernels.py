@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from contract_calls import run_contract
+from gpu_call_cases import SMALL, WRONG_ARGUMENTS, WRONG_TENSORS
 
 from dit_rope.backends import triton_kernels
-from dit_rope.rotation_args import RotationArgs
-from dit_rope.spec import NormKind, Pairing
+from dit_rope.spec import NormKind
 
 HERE = Path(__file__).resolve().parent
 
@@ -27,21 +27,6 @@ HERE = Path(__file__).resolve().parent
 def test_kernel_keeps_the_contract(device: str) -> None:
     pytest.importorskip("triton")
     run_contract("triton", device)
-
-
-ARGS = RotationArgs(
-    rows=torch.zeros(2, 9, 8),
-    positions=None,
-    pairs=(8, 4, 4),
-    sizes=(2, 3, 4),
-    first_rows=(0, 2, 5),
-    token_offset=0,
-    prefix=0,
-    count=24,
-    pairing=Pairing.INTERLEAVED,
-    inverse=False,
-    exact=False,
-)
 
 
 @pytest.fixture
@@ -54,20 +39,20 @@ def x(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
 
 def test_declined_accepts_what_the_kernel_takes(x: torch.Tensor) -> None:
     packed = torch.zeros(1, 24, 3, 3, 40, dtype=torch.bfloat16).unbind(2)
-    assert triton_kernels.declined([x], ARGS) is None
-    assert triton_kernels.declined([x, x[:, :, :1]], ARGS) is None
-    assert triton_kernels.declined(packed[:2], ARGS, NormKind.ACROSS_HEADS) is None
-    assert triton_kernels.declined([x.transpose(1, 2).contiguous().transpose(1, 2)], replace(ARGS, exact=True)) is None
+    assert triton_kernels.declined([x], SMALL) is None
+    assert triton_kernels.declined([x, x[:, :, :1]], SMALL) is None
+    assert triton_kernels.declined(packed[:2], SMALL, NormKind.ACROSS_HEADS) is None
+    assert triton_kernels.declined([x.transpose(1, 2).contiguous().transpose(1, 2)], replace(SMALL, exact=True)) is None
 
 
 def test_declined_names_the_device() -> None:
     pytest.importorskip("triton")
-    assert "got cpu" in str(triton_kernels.declined([torch.zeros(1, 24, 3, 40)], ARGS))
+    assert "got cpu" in str(triton_kernels.declined([torch.zeros(1, 24, 3, 40)], SMALL))
 
 
 def test_declined_says_that_triton_is_missing(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernels, "_has_triton", lambda: False)
-    assert triton_kernels.declined([x], ARGS) == "triton is not installed"
+    assert triton_kernels.declined([x], SMALL) == "triton is not installed"
 
 
 def test_declined_does_not_import_triton_for_a_tensor_on_cpu() -> None:
@@ -84,49 +69,27 @@ def test_declined_does_not_import_triton_for_a_tensor_on_cpu() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, cwd=HERE.parent, env=environment)
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda x: [x, x, x], "1 to 2 tensors, got 3"),
-        (lambda x: [x.double()], "dtype must be float16, bfloat16 or float32, got torch.float64"),
-        (lambda x: [x, x.float()], "share a dtype"),
-        (lambda x: [x.transpose(2, 3).contiguous().transpose(2, 3)], "last dim must be contiguous"),
-        (lambda x: [x[:, :, :0]], "at least one head"),
-        (lambda x: [x.new_zeros(1, 24, 1, 520)], "head dim must be at most 512, got 520"),
-        (lambda x: [x[..., :30].contiguous()], "rotary_dim must be 2 to the head dim 30, got 32"),
-        (lambda x: [x.expand(1, 24, 3, 40)[:, :1].expand(1, 2**31, 3, 40)], "tokens must be at most"),
-    ],
-)
+@pytest.mark.parametrize(("change", "reason"), WRONG_TENSORS)
 def test_declined_names_what_is_wrong_with_the_tensors(x: torch.Tensor, change, reason: str) -> None:
-    assert reason in str(triton_kernels.declined(change(x), ARGS))
+    assert reason in str(triton_kernels.declined(change(x), SMALL))
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        (
-            {"rows": ARGS.rows.double()},
-            "tables must be float32 or of the data's dtype torch.bfloat16, got torch.float64",
-        ),
-        ({"rows": ARGS.rows.mT.contiguous().mT}, "last dim of the tables must be contiguous"),
-        ({"rows": torch.zeros(2, 1, 1).expand(2, 2**30, 1)}, "fewer than 2**31 elements"),
-        ({"positions": torch.zeros(1, 24, 3, dtype=torch.int64)}, "positions must be int32, got torch.int64"),
-        ({"pairs": (1,) * 5}, "1 to 4 axes, got 5"),
-        ({"token_offset": 2**31 - 1}, "grid tokens must be at most"),
-    ],
-)
+TOO_LONG = ({"rows": torch.zeros(2, 1, 1).expand(2, 2**30, 1)}, "fewer than 2**31 elements")
+
+
+@pytest.mark.parametrize(("changes", "reason"), [*WRONG_ARGUMENTS, TOO_LONG])
 def test_declined_names_what_is_wrong_with_the_arguments(x: torch.Tensor, changes, reason: str) -> None:
-    assert reason in str(triton_kernels.declined([x], replace(ARGS, **changes)))
+    assert reason in str(triton_kernels.declined([x], replace(SMALL, **changes)))
 
 
 def test_declined_leaves_exact_norms_and_long_rows_to_the_caller(x: torch.Tensor) -> None:
-    assert "exact mode" in str(triton_kernels.declined([x], replace(ARGS, exact=True), NormKind.PER_HEAD))
+    assert "exact mode" in str(triton_kernels.declined([x], replace(SMALL, exact=True), NormKind.PER_HEAD))
     long = x.new_zeros(1, 24, 65, 256)
-    assert "got 32768" in str(triton_kernels.declined([long], ARGS, NormKind.ACROSS_HEADS))
-    assert triton_kernels.declined([long], ARGS, NormKind.PER_HEAD) is None
+    assert "got 32768" in str(triton_kernels.declined([long], SMALL, NormKind.ACROSS_HEADS))
+    assert triton_kernels.declined([long], SMALL, NormKind.PER_HEAD) is None
 
 
 def test_rotate_refuses_with_the_reason() -> None:
     x = torch.zeros(1, 24, 3, 40, dtype=torch.float64)
     with pytest.raises(ValueError, match="the Triton backend cannot take this call: "):
-        triton_kernels.rotate([x], ARGS, [x])
+        triton_kernels.rotate([x], SMALL, [x])
