@@ -70,11 +70,21 @@ class _Flight(Generic[Value]):
 def in_mode() -> bool:
     """Whether tensors made now belong to a mode of this moment rather than to everybody.
 
-    Under tracing, a dispatch mode (fake, functional, counting) or a function transform (vmap, grad) they may not be
-    real: stored, they would reach callers for whom that mode does not exist, and a stored real tensor would not be
-    fake where a fake one is needed.
+    Under tracing, a dispatch mode (fake, functional) or a function transform (vmap, grad) they may not be real: stored,
+    they would reach callers for whom that mode does not exist, and a stored real tensor would not be fake where a fake
+    one is needed. A mode that only watches, such as one that counts operators, says so by ``only_watches = True``.
     """
-    return torch.compiler.is_compiling() or _dispatch_modes() > 0 or _function_transforms() is not None
+    return (
+        torch.compiler.is_compiling()
+        or (_dispatch_modes() > 0 and not _watched())
+        or _function_transforms() is not None
+    )
+
+
+def _watched() -> bool:
+    """Whether every dispatch mode only watches."""
+    modes = (torch._C._get_dispatch_stack_at(index) for index in range(_dispatch_modes()))
+    return all(getattr(mode, "only_watches", False) for mode in modes)
 
 
 class FifoCache(Generic[Key, Value]):
@@ -92,16 +102,24 @@ class FifoCache(Generic[Key, Value]):
         max_entries: entries held at most, at least 1.
         max_bytes: bytes of tensor storage held at most; a larger value is returned but not kept.
         tensors_of: the tensors a value holds, whose bytes count and whose mutation is watched.
+        across_streams: an entry may be hit from other streams than built it, so that a build on a GPU is waited for;
+            where keys name their stream, nobody has to.
 
     Raises:
         ValueError: for caps that are not positive.
     """
 
     def __init__(
-        self, name: str, max_entries: int, max_bytes: int, tensors_of: Callable[[Value], Iterable[torch.Tensor]]
+        self,
+        name: str,
+        max_entries: int,
+        max_bytes: int,
+        tensors_of: Callable[[Value], Iterable[torch.Tensor]],
+        across_streams: bool = True,
     ) -> None:
         self.name = name
         self._tensors_of = tensors_of
+        self._across_streams = across_streams
         self._lock = threading.RLock()
         self._entries: dict[tuple[Key, torch.device], _Entry[Value]] = {}
         self._flights: dict[tuple[Key, torch.device], _Flight[Value]] = {}
@@ -176,7 +194,7 @@ class FifoCache(Generic[Key, Value]):
                 )
             with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
                 value = build()
-            if device.type in ("cuda", "xpu"):
+            if self._across_streams and device.type in ("cuda", "xpu"):
                 # Any stream may hit this entry from now on, and none of them waits for the one that filled it.
                 torch.accelerator.current_stream(device).synchronize()
             entry = _Entry(value, self._tensors_of(value))
@@ -221,6 +239,12 @@ class FifoCache(Generic[Key, Value]):
             if max_bytes is not None:
                 self._max_bytes = max_bytes
             self._make_room(self._max_entries, self._max_bytes)
+
+    def discard(self, unwanted: Callable[[Key], bool]) -> None:
+        """Drops the entries whose key is ``unwanted``, which are no evictions."""
+        with self._lock:
+            for slot in [slot for slot in self._entries if unwanted(slot[0])]:
+                self._drop(slot)
 
     def clear(self) -> None:
         """Drops every entry and zeroes the counters; a build under way is finished but not kept."""

@@ -22,10 +22,12 @@ from .spec import NormKind, Pairing
 
 _ARGS = (
     "Tensor rows, Tensor? positions, Tensor? entries, int[] pairs, SymInt[] sizes, SymInt[] first_rows, "
-    "SymInt token_offset, SymInt prefix, SymInt count, bool half, bool inverse, bool exact, str backend"
+    "SymInt token_offset, SymInt prefix, SymInt count, bool half, bool inverse, bool exact, SymInt head_rows, "
+    "str backend"
 )
+_ARGS_COUNT = 14
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
-_NORM = "Tensor[] weights, float eps, bool across_heads"
+_NORM = "Tensor[] weights, Tensor[] biases, float eps, str norm"
 
 _library = torch.library.Library("dit_rope", "DEF")
 _library.define(f"rotate(Tensor[] xs, {_ARGS}) -> Tensor[]")
@@ -66,15 +68,16 @@ def norm_rotate(
     norm: NormKind,
     args: RotationArgs,
     backend: str,
+    biases: Sequence[torch.Tensor | None] = (),
 ) -> list[torch.Tensor]:
-    """RMSNorm, then rotation, of ``xs`` ``[B, S, H, D]`` into new tensors."""
-    given = _weight_list(xs, weights, norm)
-    if _needs_dispatcher([*xs, *given]):
-        norm_args = (given, eps, norm is NormKind.ACROSS_HEADS)
+    """Norm, then rotation, of ``xs`` ``[B, S, H, D]`` into new tensors."""
+    given, added = _for_all(xs, weights, norm, 1.0), _for_all(xs, biases, norm, 0.0) if biases else []
+    if _needs_dispatcher([*xs, *given, *added]):
+        norm_args = (given, added, eps, norm.value)
         result: list[torch.Tensor] = torch.ops.dit_rope.norm_rotate(list(xs), *norm_args, *_flatten(args), backend)
         return result
     outs = [torch.empty_like(x) for x in xs]
-    MODULES[backend].norm_rotate(xs, given or weights, eps, norm, args, outs)
+    MODULES[backend].norm_rotate(xs, given or weights, eps, norm, args, outs, added)
     return outs
 
 
@@ -85,14 +88,15 @@ def norm_rotate_(
     norm: NormKind,
     args: RotationArgs,
     backend: str,
+    biases: Sequence[torch.Tensor | None] = (),
 ) -> None:
-    """RMSNorm, then rotation, of ``xs`` ``[B, S, H, D]`` in place."""
-    given = _weight_list(xs, weights, norm)
-    if _needs_dispatcher([*xs, *given]):
-        norm_args = (given, eps, norm is NormKind.ACROSS_HEADS)
+    """Norm, then rotation, of ``xs`` ``[B, S, H, D]`` in place."""
+    given, added = _for_all(xs, weights, norm, 1.0), _for_all(xs, biases, norm, 0.0) if biases else []
+    if _needs_dispatcher([*xs, *given, *added]):
+        norm_args = (given, added, eps, norm.value)
         torch.ops.dit_rope.norm_rotate_(list(xs), *norm_args, *_flatten(args), backend)
         return
-    MODULES[backend].norm_rotate(xs, given or weights, eps, norm, args, xs)
+    MODULES[backend].norm_rotate(xs, given or weights, eps, norm, args, xs, added)
     _count_write(xs)
 
 
@@ -101,7 +105,9 @@ def _needs_dispatcher(tensors: Sequence[torch.Tensor]) -> bool:
 
     The dispatcher takes longer to hand a list of tensors to Python and back than a small rotation takes.
     """
-    if in_mode() or torch._C._len_torch_function_stack() > 0 or torch._C._get_tracing_state() is not None:
+    if in_mode() or torch._C._len_torch_dispatch_stack() > 0:
+        return True  # the second also for modes that only watch
+    if torch._C._len_torch_function_stack() > 0 or torch._C._get_tracing_state() is not None:
         return True
     if not {type(x) for x in tensors} <= _PLAIN_TYPES:
         return True
@@ -127,31 +133,32 @@ def _flatten(args: RotationArgs) -> tuple[Any, ...]:
         args.pairing is Pairing.HALF,
         args.inverse,
         args.exact,
+        args.head_rows,
     )
 
 
 def _unflatten(flat: Sequence[Any]) -> tuple[RotationArgs, str]:
     rows, positions, entries, pairs, sizes, first_rows, token_offset, prefix, count, half, *rest = flat
-    inverse, exact, backend = rest
+    inverse, exact, head_rows, backend = rest
     pairing = Pairing.HALF if half else Pairing.INTERLEAVED
     where = (tuple(pairs), tuple(sizes), tuple(first_rows), token_offset, prefix, count)
-    return RotationArgs(rows, positions, *where, pairing, inverse, exact, entries), backend
+    return RotationArgs(rows, positions, *where, pairing, inverse, exact, entries, head_rows), backend
 
 
-def _weight_list(
-    xs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor | None], norm: NormKind
+def _for_all(
+    xs: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor | None], norm: NormKind, stand_in: float
 ) -> list[torch.Tensor]:
-    """One weight per tensor, or none at all; ones stand in where only the other tensor has a weight."""
-    missing = [weight is None for weight in weights]
+    """One weight or bias per tensor, or none at all; ``stand_in`` fills one where only the other tensor has it."""
+    missing = [parameter is None for parameter in parameters]
     if not any(missing):
-        return list(weights)  # type: ignore[arg-type]
+        return list(parameters)  # type: ignore[arg-type]
     if all(missing):
         return []
     return [
-        weight
-        if weight is not None
-        else x.new_ones(x.shape[2] * x.shape[3] if norm is NormKind.ACROSS_HEADS else x.shape[3])
-        for x, weight in zip(xs, weights, strict=True)
+        parameter
+        if parameter is not None
+        else x.new_full((x.shape[2] * x.shape[3] if norm.across_heads else x.shape[3],), stand_in)
+        for x, parameter in zip(xs, parameters, strict=True)
     ]
 
 
@@ -160,18 +167,12 @@ def _rotate_into(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], flat:
     MODULES[choose_backend(xs, args, backend)].rotate(xs, args, outs)
 
 
-def _norm_rotate_into(
-    xs: Sequence[torch.Tensor],
-    outs: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    eps: float,
-    across_heads: bool,
-    flat: Sequence[Any],
-) -> None:
-    args, backend = _unflatten(flat)
-    norm = NormKind.ACROSS_HEADS if across_heads else NormKind.PER_HEAD
+def _norm_rotate_into(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], flat: Sequence[Any]) -> None:
+    weights, biases, eps, name, *rest = flat
+    args, backend = _unflatten(rest)
+    norm = NormKind(name)
     given: Sequence[torch.Tensor | None] = weights or [None] * len(xs)
-    MODULES[choose_backend(xs, args, backend, norm)].norm_rotate(xs, given, eps, norm, args, outs)
+    MODULES[choose_backend(xs, args, backend, norm)].norm_rotate(xs, given, eps, norm, args, outs, biases)
 
 
 @torch.library.impl(_library, "rotate", "CompositeExplicitAutograd")
@@ -188,19 +189,15 @@ def _rotate_inplace(xs: list[torch.Tensor], *flat: Any) -> None:
 
 
 @torch.library.impl(_library, "norm_rotate", "CompositeExplicitAutograd")
-def _norm_rotate(
-    xs: list[torch.Tensor], weights: list[torch.Tensor], eps: float, across_heads: bool, *flat: Any
-) -> list[torch.Tensor]:
+def _norm_rotate(xs: list[torch.Tensor], *flat: Any) -> list[torch.Tensor]:
     outs = [torch.empty_like(x) for x in xs]
-    _norm_rotate_into(xs, outs, weights, eps, across_heads, flat)
+    _norm_rotate_into(xs, outs, flat)
     return outs
 
 
 @torch.library.impl(_library, "norm_rotate_", "CompositeExplicitAutograd")
-def _norm_rotate_inplace(
-    xs: list[torch.Tensor], weights: list[torch.Tensor], eps: float, across_heads: bool, *flat: Any
-) -> None:
-    _norm_rotate_into(xs, xs, weights, eps, across_heads, flat)
+def _norm_rotate_inplace(xs: list[torch.Tensor], *flat: Any) -> None:
+    _norm_rotate_into(xs, xs, flat)
     _count_write(xs)
 
 
@@ -233,7 +230,7 @@ def _rotate_backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, .
     else:
         turned = iter([_reference_gradient(grad, args) for grad in given])
     back = [None if grad is None else next(turned) for grad in grads]
-    return (back, *[None] * 13)
+    return (back, *[None] * _ARGS_COUNT)
 
 
 def _turn_back(grads: Sequence[torch.Tensor], args: RotationArgs, backend: str) -> list[torch.Tensor]:
@@ -244,7 +241,7 @@ def _turn_back(grads: Sequence[torch.Tensor], args: RotationArgs, backend: str) 
 
 
 def _reference_gradient(grad: torch.Tensor, args: RotationArgs) -> torch.Tensor:
-    cos, sin = eager.dense_angles(args, grad.shape[1])
+    cos, sin = eager.dense_angles(args, *grad.shape[1:3])
     with torch.enable_grad():
         x = torch.zeros_like(grad).requires_grad_()
         out = eager.reference(x, cos, sin, args.pairing)
@@ -253,44 +250,56 @@ def _reference_gradient(grad: torch.Tensor, args: RotationArgs) -> torch.Tensor:
 
 
 def _norm_rotate_setup(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
-    xs, weights, ctx.eps, ctx.across_heads, *flat = inputs
+    xs, weights, biases, ctx.eps, name, *flat = inputs
     ctx.args, ctx.backend = _unflatten(flat)
+    ctx.norm = NormKind(name)
     ctx.tensors = len(xs)
+    ctx.bias_dtypes = [bias.dtype for bias in biases]
     ctx.save_for_backward(*xs, *weights)
 
 
 def _norm_rotate_backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
-    """Gradient of RMSNorm and rotation, in float32 (float64 for float64 data), rounded once."""
-    saved = ctx.saved_tensors
-    xs, weights = saved[: ctx.tensors], saved[ctx.tensors :]
-    x_grads: list[torch.Tensor | None] = []
-    weight_grads: list[torch.Tensor | None] = []
-    for index, (x, grad) in enumerate(zip(xs, grads, strict=True)):
-        weight = weights[index] if weights else None
-        x_grad, weight_grad = (None, None) if grad is None else _norm_gradient(ctx, x, weight, grad)
-        x_grads.append(x_grad)
-        weight_grads.append(weight_grad)
-    return (x_grads, weight_grads if weights else [], None, None, *[None] * 13)
+    """Gradient of norm and rotation, in float32 (float64 for float64 data), rounded once."""
+    saved, count = ctx.saved_tensors, ctx.tensors
+    weights = saved[count:] or [None] * count
+    dtypes = ctx.bias_dtypes or [None] * count
+    found = [
+        (None, None, None) if grad is None else _norm_gradient(ctx, x, weight, bias_dtype, grad)
+        for x, weight, bias_dtype, grad in zip(saved[:count], weights, dtypes, grads, strict=True)
+    ]
+    x_grads, weight_grads, bias_grads = ([each[part] for each in found] for part in range(3))
+    of_parameters = (weight_grads if saved[count:] else [], bias_grads if ctx.bias_dtypes else [])
+    return (x_grads, *of_parameters, None, None, *[None] * _ARGS_COUNT)
 
 
 def _norm_gradient(
-    ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, grad: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """With n = x / rms(x): dx = (dn - n mean(dn n)) / rms(x), where dn is the gradient turned back, times weight."""
+    ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias_dtype: torch.dtype | None, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of x, weight and bias.
+
+    With n = x / rms(x): dx = (dn - n mean(dn n)) / rms(x), where dn is the gradient turned back, times weight. In a
+    LayerNorm x is first less its mean, and so is the result: dx = (dn - mean(dn) - n mean(dn n)) / rms(x - mean(x)).
+    """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dims = (-2, -1) if ctx.across_heads else (-1,)
+    across = ctx.norm.across_heads
+    dims = (-2, -1) if across else (-1,)
     (turned,) = _turn_back([grad.to(wide)], ctx.args, ctx.backend)
     values = x.to(wide)
+    if ctx.norm.centred:
+        values = values - values.mean(dims, keepdim=True)
     scale = torch.rsqrt(values.square().mean(dims, keepdim=True) + ctx.eps)
     normed = values * scale
-    weight_grad = None
+    summed = (0, 1) if across else (0, 1, 2)
+    weight_grad = bias_grad = None
+    if bias_dtype is not None:
+        bias_grad = turned.sum(summed).flatten().to(bias_dtype)
     if weight is not None:
-        kept = (2, 3) if ctx.across_heads else (3,)
-        summed = tuple(dim for dim in range(4) if dim not in kept)
-        weight_grad = (turned * normed).sum(summed).reshape(weight.shape).to(weight.dtype)
-        turned = turned * weight.to(wide).view(x.shape[2:] if ctx.across_heads else weight.shape)
-    x_grad = scale * (turned - normed * (turned * normed).mean(dims, keepdim=True))
-    return x_grad.to(x.dtype), weight_grad
+        weight_grad = (turned * normed).sum(summed).flatten().to(weight.dtype)
+        turned = turned * weight.to(wide).view(x.shape[2:] if across else weight.shape)
+    x_grad = turned - normed * (turned * normed).mean(dims, keepdim=True)
+    if ctx.norm.centred:
+        x_grad = x_grad - turned.mean(dims, keepdim=True)
+    return (scale * x_grad).to(x.dtype), weight_grad, bias_grad
 
 
 torch.library.register_autograd("dit_rope::rotate", _rotate_backward, setup_context=_rotate_setup, lib=_library)

@@ -17,6 +17,10 @@ from .validation import check_inplace, check_norm, check_positions, check_tensor
 # Layouts of calls that are remembered as valid, per table; a model has a few.
 _MAX_REMEMBERED = 64
 
+_Parameters = Sequence[torch.Tensor | None]
+_Norm = tuple[NormKind, float, _Parameters, _Parameters]
+"""Kind, eps, and the weights and biases of each tensor; no biases at all where every one of them is None."""
+
 
 def rotate(
     x: torch.Tensor,
@@ -87,6 +91,7 @@ def norm_rotate(
     table: RopeTable,
     weight: torch.Tensor | None = None,
     *,
+    bias: torch.Tensor | None = None,
     eps: float = 1e-6,
     norm: NormKind = NormKind.PER_HEAD,
     prefix: int = 0,
@@ -97,8 +102,8 @@ def norm_rotate(
     exact: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """RMSNorm, then rotation, of one tensor ``[B, S, H, D]``, as :func:`norm_rotate_qk` does of two."""
-    how = (norm, eps, (weight,))
+    """Norm, then rotation, of one tensor ``[B, S, H, D]``, as :func:`norm_rotate_qk` does of two."""
+    how = (norm, eps, (weight,), () if bias is None else (bias,))
     args, name = _check(("x",), (x,), table, (prefix, suffix), positions, (inverse, exact), backend, how)
     return _norm_rotate(("x",), (x,), how, args, inplace, name)[0]
 
@@ -110,6 +115,8 @@ def norm_rotate_qk(
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
     *,
+    q_bias: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
     eps: float = 1e-6,
     norm: NormKind = NormKind.PER_HEAD,
     prefix: int = 0,
@@ -120,17 +127,21 @@ def norm_rotate_qk(
     exact: bool = False,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm (arXiv:1910.07467) of every token of queries and keys, then their rotation, in one launch.
+    """Norms every token of queries and keys, then rotates them, in one launch.
+
+    The norm is an RMSNorm (Zhang and Sennrich, arXiv:1910.07467), or, of a layer kind, a LayerNorm (Ba, Kiros and
+    Hinton, arXiv:1607.06450): the mean is subtracted, the variance is biased, the bias comes after the weight.
 
     Args:
         q_weight, k_weight: ``[D]`` per head, ``[H * D]`` across heads, or None.
-        eps: added to the mean of squares.
-        norm: what one mean is taken over.
-        exact: ``torch.nn.functional.rms_norm`` first, then the exact rotation.
+        q_bias, k_bias: of the same shapes, or None; of a LayerNorm alone.
+        eps: added to the mean of squares, or to the variance.
+        norm: which norm, and what one mean is taken over.
+        exact: ``torch.nn.functional.rms_norm`` or ``layer_norm`` first, then the exact rotation.
 
     The other arguments, the return and the errors are those of :func:`rotate_qk`.
     """
-    how = (norm, eps, (q_weight, k_weight))
+    how = (norm, eps, (q_weight, k_weight), () if q_bias is None and k_bias is None else (q_bias, k_bias))
     args, name = _check(("q", "k"), (q, k), table, (prefix, suffix), positions, (inverse, exact), backend, how)
     turned = _norm_rotate(("q", "k"), (q, k), how, args, inplace, name)
     return turned[0], turned[1]
@@ -165,15 +176,16 @@ def apply_norm(
     norm: NormKind,
     args: RotationArgs,
     *,
+    biases: Sequence[torch.Tensor | None] = (),
     inplace: bool = False,
     backend: str = "auto",
 ) -> list[torch.Tensor]:
     """Norms and rotates tensors whose arguments are known to fit, as :func:`apply` rotates them."""
     name = backend if torch.compiler.is_compiling() else choose_backend(xs, args, backend, norm)
     if inplace:
-        ops.norm_rotate_(xs, weights, eps, norm, args, name)
+        ops.norm_rotate_(xs, weights, eps, norm, args, name, biases)
         return list(xs)
-    return ops.norm_rotate(xs, weights, eps, norm, args, name)
+    return ops.norm_rotate(xs, weights, eps, norm, args, name, biases)
 
 
 def _check(
@@ -184,14 +196,14 @@ def _check(
     positions: torch.Tensor | None,
     flags: tuple[bool, bool],
     backend: str,
-    norm: tuple[NormKind, float, Sequence[torch.Tensor | None]] | None = None,
+    norm: _Norm | None = None,
 ) -> tuple[RotationArgs, str]:
     """The arguments of a validated call and its backend; validated once per layout, as every layer asks again."""
     if not isinstance(table, RopeTable):
         raise TypeError(f"table must be a RopeTable, got {type(table).__name__}; make one with dit_rope.rope_table")
     if torch.compiler.is_compiling():  # the operator chooses when it runs, on real tensors
         return _validated(names, xs, table, around, positions, flags, backend, norm), backend
-    normed = None if norm is None else (*norm[:2], *map(_layout, norm[2]))
+    normed = None if norm is None else (*norm[:2], *map(_layout, (*norm[2], *norm[3])))
     key = (*map(_layout, xs), around, _layout(positions), flags, backend, normed)
     found = table.validated.get(key)
     if found is None:
@@ -219,13 +231,13 @@ def _validated(
     positions: torch.Tensor | None,
     flags: tuple[bool, bool],
     backend: str,
-    norm: tuple[NormKind, float, Sequence[torch.Tensor | None]] | None,
+    norm: _Norm | None,
 ) -> RotationArgs:
     check_backend(backend)
     check_tensors(names, xs, table.spec.rotary_dim, table.device)
     if norm is not None:
-        kind, eps, weights = norm
-        check_norm(names, xs, weights, eps, kind)
+        kind, eps, weights, biases = norm
+        check_norm(names, xs, weights, eps, kind, biases)
     (prefix, suffix), (inverse, exact) = around, flags
     batch, length = xs[0].shape[:2]
     count = table.count if positions is None else length - prefix - suffix
@@ -248,30 +260,36 @@ def _rotate(
 def _norm_rotate(
     names: Sequence[str],
     xs: Sequence[torch.Tensor],
-    norm: tuple[NormKind, float, Sequence[torch.Tensor | None]],
+    norm: _Norm,
     args: RotationArgs,
     inplace: bool,
     backend: str,
 ) -> list[torch.Tensor]:
-    kind, eps, weights = norm
+    kind, eps, weights, biases = norm
     if inplace:
-        check_inplace(names, xs, [weight for weight in weights if weight is not None])
+        check_inplace(names, xs, [parameter for parameter in (*weights, *biases) if parameter is not None])
     if args.exact:
-        normed = [_rms_norm(x, weight, eps, kind) for x, weight in zip(xs, weights, strict=True)]
+        affine = zip(xs, weights, biases or [None] * len(xs), strict=True)
+        normed = [_torch_norm(x, weight, bias, eps, kind) for x, weight, bias in affine]
         turned = _rotate(names, normed, args, not _needs_grad(normed), backend)
         return [x.copy_(y) for x, y in zip(xs, turned, strict=True)] if inplace else turned
     if inplace:
-        ops.norm_rotate_(xs, weights, eps, kind, args, backend)
+        ops.norm_rotate_(xs, weights, eps, kind, args, backend, biases)
         return list(xs)
-    return ops.norm_rotate(xs, weights, eps, kind, args, backend)
+    return ops.norm_rotate(xs, weights, eps, kind, args, backend, biases)
 
 
 def _needs_grad(xs: Sequence[torch.Tensor]) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in xs)
 
 
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, norm: NormKind) -> torch.Tensor:
-    if norm is NormKind.PER_HEAD:
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
-    flat = x.flatten(2)
-    return torch.nn.functional.rms_norm(flat, flat.shape[-1:], weight, eps).view(x.shape)
+def _torch_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, norm: NormKind
+) -> torch.Tensor:
+    """The norm as torch has it, which is what models call."""
+    flat = x.flatten(2) if norm.across_heads else x
+    if norm.centred:
+        normed = torch.nn.functional.layer_norm(flat, flat.shape[-1:], weight, bias, eps)
+    else:
+        normed = torch.nn.functional.rms_norm(flat, flat.shape[-1:], weight, eps)
+    return normed.view(x.shape)

@@ -23,7 +23,10 @@ class RotationArgs:
     of pair ``p`` of the axis; the pairs of the axes follow one another: axis 0 owns the first ``pairs[0]`` pairs of
     the head, and so on.
 
-    A dense table is one axis of as many rows as tokens.
+    With ``head_rows`` every head has angles of its own: the row of head ``h`` lies ``h * head_rows`` further on than
+    that of head 0, which is the one above, on every axis. A negative row is negative for all heads.
+
+    A dense table is one axis of as many rows as tokens, or, with angles for each head, as tokens and heads together.
 
     With ``n = sum(pairs)``, pair ``p`` of a head is channels (2 p, 2 p + 1) when interleaved and (p, p + n) when half;
     channels past ``2 n`` are copied. A pair (x1, x2) becomes (x1 cos - x2 sin, x1 sin + x2 cos); ``inverse`` takes
@@ -44,6 +47,8 @@ class RotationArgs:
             float64 data), rounded once.
         entries: int32 ``[n]``: only these batch entries of the tensors turn, in place, and positions are ``[1 or n,
             1 or count, axes]``, the b-th row for batch entry ``entries[b]``; None for all of them, in order.
+        head_rows: rows of ``rows`` from those of one head to those of the next, at least 0; 0 where all heads share
+            them. The tensors of a call may have different numbers of heads.
     """
 
     rows: torch.Tensor
@@ -58,6 +63,7 @@ class RotationArgs:
     inverse: bool
     exact: bool
     entries: torch.Tensor | None = None
+    head_rows: int = 0
 
     def at(self, positions: torch.Tensor) -> RotationArgs:
         """The same rotation at other positions."""
@@ -87,4 +93,5 @@ class RotationArgs:
             self.pairing,
             self.inverse,
             self.exact,
+            self.head_rows,
         )

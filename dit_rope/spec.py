@@ -27,16 +27,30 @@ class Pairing(enum.Enum):
 
 
 class NormKind(enum.Enum):
-    """What one RMSNorm of queries or keys averages over.
+    """Which norm of queries or keys comes before the rotation, and what it averages over.
 
-    ``PER_HEAD`` over the D channels of each head (HunyuanVideo, Flux), ``ACROSS_HEADS`` over all H * D
-    channels of a token (Wan, LTX).
+    ``PER_HEAD`` is an RMSNorm over the D channels of each head (HunyuanVideo, Flux, Mochi), ``ACROSS_HEADS`` one over
+    all H * D channels of a token (Wan, LTX). ``LAYER_PER_HEAD`` (CogVideoX) and ``LAYER_ACROSS_HEADS`` are LayerNorms
+    (Ba, Kiros and Hinton, arXiv:1607.06450) over the same channels: they subtract the mean, divide by the root of the
+    biased variance plus eps, and may add a bias after the weight.
     """
 
     PER_HEAD = "per_head"
     ACROSS_HEADS = "across_heads"
+    LAYER_PER_HEAD = "layer_per_head"
+    LAYER_ACROSS_HEADS = "layer_across_heads"
 
     __hash__ = object.__hash__
+
+    @property
+    def across_heads(self) -> bool:
+        """Whether all heads of a token are normed together, by weights ``[H * D]``; else each by weights ``[D]``."""
+        return self in (NormKind.ACROSS_HEADS, NormKind.LAYER_ACROSS_HEADS)
+
+    @property
+    def centred(self) -> bool:
+        """Whether the mean is subtracted: of a LayerNorm, which alone may have a bias."""
+        return self in (NormKind.LAYER_PER_HEAD, NormKind.LAYER_ACROSS_HEADS)
 
 
 ScalingValue = float | int | bool | tuple[float, ...] | None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import enum
 import mmap
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 
@@ -57,11 +57,13 @@ class TableCacheInfo:
         tables: entries as a user counts them: tables, dense forms and position tensors.
         axes: the arrays of single axes, in host memory, which tables of many grids and shards share.
         angles: what the eager backend expands of tables on CPU, for the next call with the same table.
+        models: tables that patched models build themselves.
     """
 
     tables: CacheInfo
     axes: CacheInfo
     angles: CacheInfo
+    models: CacheInfo
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,26 @@ def _tensors_of(value: object) -> tuple[torch.Tensor, ...]:
     return (value,)
 
 
+class ModelTensors(Protocol):
+    """A value of the cache of model tables."""
+
+    @property
+    def tensors(self) -> Iterable[torch.Tensor]:
+        """Everything it keeps in memory."""
+
+
 _TABLES: FifoCache[_TableKey, object] = FifoCache("table", 16, 256 * 2**20, _tensors_of)
 # What the eager backend expands of tables on CPU; here, so that the counters and cache_clear cover it.
 ANGLES: FifoCache[Hashable, Sequence[torch.Tensor]] = FifoCache("angle", 8, 64 * 2**20, lambda tensors: tensors)
+# What rope modules of patched models build themselves, and what their keys hold.
+MODEL_TABLES: FifoCache[Hashable, ModelTensors] = FifoCache(
+    "model table", 64, 2**30, lambda built: built.tensors, across_streams=False
+)
 
 
 def cache_info() -> TableCacheInfo:
-    """Hits, misses, evictions, rebuilds, entries and bytes of the table cache and of the axis cache under it."""
-    return TableCacheInfo(_TABLES.info(), AXES.info(), ANGLES.info())
+    """Hits, misses, evictions, rebuilds, entries and bytes of each cache."""
+    return TableCacheInfo(_TABLES.info(), AXES.info(), ANGLES.info(), MODEL_TABLES.info())
 
 
 def cache_clear() -> None:
@@ -96,15 +110,25 @@ def cache_clear() -> None:
     _TABLES.clear()
     AXES.clear()
     ANGLES.clear()
+    MODEL_TABLES.clear()
 
 
-def cache_configure(*, max_entries: int | None = None, max_bytes: int | None = None) -> None:
-    """Sets the caps of the table cache (16 entries and 256 MiB at first), evicting the oldest where they are passed.
+def cache_configure(
+    *,
+    max_entries: int | None = None,
+    max_bytes: int | None = None,
+    max_model_entries: int | None = None,
+    max_model_bytes: int | None = None,
+) -> None:
+    """Sets the caps of the table cache (16 entries, 256 MiB at first) and of the model tables (64 entries, 1 GiB).
+
+    The oldest entries leave where a new cap is passed.
 
     Raises:
         ValueError: for caps that are not positive.
     """
     _TABLES.configure(max_entries=max_entries, max_bytes=max_bytes)
+    MODEL_TABLES.configure(max_entries=max_model_entries, max_bytes=max_model_bytes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -78,12 +78,17 @@ def check_positions(positions: torch.Tensor, batch: int, count: int, axes: int, 
 
 
 def check_norm(
-    names: Sequence[str], xs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor | None], eps: float, norm: NormKind
+    names: Sequence[str],
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor | None],
+    eps: float,
+    norm: NormKind,
+    biases: Sequence[torch.Tensor | None] = (),
 ) -> None:
-    """Checks the weights and eps of an RMSNorm: ``[D]`` per head, ``[H * D]`` across heads, or None.
+    """Checks eps, the weights and, of a LayerNorm alone, the biases: ``[D]`` per head, ``[H * D]`` across, or None.
 
     Raises:
-        TypeError, ValueError: naming the weight, the rule and the value.
+        TypeError, ValueError: naming the argument, the rule and the value.
     """
     if not isinstance(norm, NormKind):
         raise TypeError(f"norm must be a NormKind, got {norm!r}")
@@ -91,28 +96,36 @@ def check_norm(
         raise TypeError(f"eps must be a float, got {eps!r}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and at least 0, got {eps}")
-    for name, x, weight in zip(names, xs, weights, strict=True):
-        if weight is None:
-            continue
-        label = "weight" if len(xs) == 1 else f"{name}_weight"
-        size = x.shape[2] * x.shape[3] if norm is NormKind.ACROSS_HEADS else x.shape[3]
-        if not isinstance(weight, torch.Tensor):
-            raise TypeError(f"{label} must be a torch.Tensor or None, got {type(weight).__name__}")
-        if not weight.dtype.is_floating_point:
-            raise TypeError(f"{label} must be floating point, got {weight.dtype}")
-        if tuple(weight.shape) != (size,):
-            raise ValueError(f"{label} must have shape [{size}] for {norm}, got {tuple(weight.shape)}")
-        if weight.device != x.device:
-            raise ValueError(f"{label} must be on the device of {name}, {x.device}, got {weight.device}")
+    for what, given in (("weight", weights), ("bias", biases)):
+        for name, x, parameter in zip(names, xs, given, strict=bool(given)):
+            if parameter is None:
+                continue
+            label = what if len(xs) == 1 else f"{name}_{what}"
+            if what == "bias" and not norm.centred:
+                raise ValueError(f"{label} must be None for {norm}, got {parameter!r:.60}; only a LayerNorm has a bias")
+            _check_parameter(label, parameter, name, x, norm)
 
 
-def check_inplace(names: Sequence[str], xs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor] = ()) -> None:
+def _check_parameter(label: str, parameter: torch.Tensor, name: str, x: torch.Tensor, norm: NormKind) -> None:
+    """Checks a weight or bias of the norm of ``x``."""
+    size = x.shape[2] * x.shape[3] if norm.across_heads else x.shape[3]
+    if not isinstance(parameter, torch.Tensor):
+        raise TypeError(f"{label} must be a torch.Tensor or None, got {type(parameter).__name__}")
+    if not parameter.dtype.is_floating_point:
+        raise TypeError(f"{label} must be floating point, got {parameter.dtype}")
+    if tuple(parameter.shape) != (size,):
+        raise ValueError(f"{label} must have shape [{size}] for {norm}, got {tuple(parameter.shape)}")
+    if parameter.device != x.device:
+        raise ValueError(f"{label} must be on the device of {name}, {x.device}, got {parameter.device}")
+
+
+def check_inplace(names: Sequence[str], xs: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor] = ()) -> None:
     """Checks that tensors may be overwritten: nothing needs their old values, and no two elements share memory.
 
     Raises:
-        ValueError: grad is enabled and a tensor or weight requires it; a tensor overlaps itself; two tensors overlap.
+        ValueError: grad is enabled and a tensor or parameter of the norm requires it; a tensor overlaps itself; two tensors overlap.
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*xs, *weights)):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*xs, *parameters)):
         raise ValueError(
             f"inplace must be False when {' or '.join(names)} or a weight requires grad, got True; "
             "use inplace=False, or torch.no_grad() where no gradient is wanted"

@@ -1,9 +1,10 @@
-// One kernel for rotation, for RMSNorm with rotation, and for the shift of rotated keys.
+// One kernel for rotation, for a norm with rotation, and for the shift of rotated keys.
 //
 // A block owns Plan::tokens whole tokens of queries and keys. Its threads are [tokens][rows][lanes]: a lane owns the
 // same channels of every head, so that the cosines and sines of its pairs stay in registers, and walks down the heads in
 // steps of Plan::rows. A thread issues all its loads before anything else. While they are under way the block finds the
-// table rows of its tokens and reads their angles into shared memory, each once per token.
+// table rows of its tokens and reads their angles into shared memory, each once per token. Where every head has angles
+// of its own, nobody shares them: a thread reads those of its heads itself, once for queries and keys.
 //
 // Interleaved pairing: a lane owns one chunk of whole pairs. Half pairing: a lane owns two chunks whose channels are
 // each other's partners; lanes past the last pair own two chunks each of the channels that do not turn.
@@ -11,33 +12,6 @@
 #include "rope.cuh"
 
 namespace dit_rope {
-
-// What a plan implies for one thread and one token.
-template <class Plan>
-struct Shape {
-  static constexpr int kChunks = Plan::half ? 2 : 1;                         // of one lane in one head
-  static constexpr int kPairs = Plan::half ? Plan::chunk : Plan::chunk / 2;  // of one lane
-  static constexpr int kPairLanes = (Plan::pairs + kPairs - 1) / kPairs;     // lanes that own pairs
-  static constexpr int kAngles = (kPairLanes * kPairs + 3) / 4 * 4;          // of one token, padded to 16 bytes
-  static constexpr int kTokenThreads = Plan::rows * Plan::lanes;
-  static constexpr int kTokenWarps = (kTokenThreads + kWarp - 1) / kWarp;
-  static_assert(Plan::norm != kAcrossHeads || Plan::tokens == 1 || kTokenThreads % kWarp == 0,
-                "a norm across heads adds up whole warps");
-  static_assert(Plan::norm != kPerHead || kWarp % Plan::lanes == 0, "a norm per head adds up lanes of one warp");
-};
-
-// The channels of one lane in one head.
-template <class Plan>
-using Channels = float[Shape<Plan>::kChunks][Plan::chunk];
-
-// What the threads of a block share.
-template <class Plan>
-struct Shared {
-  alignas(16) float cosines[Plan::tokens][Shape<Plan>::kAngles];
-  alignas(16) float sines[Plan::tokens][Shape<Plan>::kAngles];
-  int rows[Plan::tokens][kMaxAxes];                        // of the table; negative where the axis does not turn
-  float square_sums[Plan::tokens][Shape<Plan>::kTokenWarps][2];  // of queries and of keys, warp by warp
-};
 
 // Where one thread stands, and whether it has anything to read and write. Unsigned: 64-bit offsets are cheaper so.
 struct Place {
@@ -107,53 +81,17 @@ __device__ __forceinline__ void read_angles(const RotationArgs& args, Shared<Pla
   }
 }
 
-// The angles of one lane, and a bit for each of its pairs that turns.
-template <class Plan>
-struct Angles {
-  static constexpr int kPairs = Shape<Plan>::kPairs;
-  static constexpr int kFloats = kPairs % 4 == 0 ? 4 : kPairs % 2 == 0 ? 2 : 1;  // of one access
-  using Access = typename AccessOf<4 * kFloats>::Type;
-
-  alignas(16) float cosines[kPairs];
-  alignas(16) float sines[kPairs];
-  unsigned turning;
-
-  __device__ __forceinline__ Angles(const Shared<Plan>& shared, int slot, int lane) : turning(0) {
-    if (lane >= Shape<Plan>::kPairLanes) return;
+// The angles of every head of this thread, of which queries and keys have the same.
+template <class Plan, int kRows>
+__device__ __forceinline__ void load_own_angles(
+    const RotationArgs& args, const Place& place, const Shared<Plan>& shared, Angles<Plan> (&angles)[kRows]) {
+  constexpr int kHeads = Plan::query_heads > Plan::key_heads ? Plan::query_heads : Plan::key_heads;
 #pragma unroll
-    for (int i = 0; i < kPairs / kFloats; ++i) {
-      const int from = lane * (kPairs / kFloats) + i;
-      reinterpret_cast<Access*>(cosines)[i] = reinterpret_cast<const Access*>(shared.cosines[slot])[from];
-      reinterpret_cast<Access*>(sines)[i] = reinterpret_cast<const Access*>(shared.sines[slot])[from];
-    }
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const int pair = lane * kPairs + i;
-      int first;
-      const bool turns = pair < Plan::pairs && shared.rows[slot][pair_axis<Plan>(pair, first)] >= 0;
-      turning |= static_cast<unsigned>(turns) << i;
-    }
+  for (int i = 0; i < kRows; ++i) {
+    const int head = place.row + i * Plan::rows;
+    if (place.live && head < kHeads) angles[i].load(args, shared.rows[place.slot], head, place.lane);
   }
-
-  __device__ __forceinline__ void turn_pairs(Channels<Plan>& values, unsigned which) const {
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      float& a = Plan::half ? values[0][pair] : values[0][2 * pair];
-      float& b = Plan::half ? values[Shape<Plan>::kChunks - 1][pair] : values[0][2 * pair + 1];
-      if (which >> pair & 1u) turn<Plan>(a, b, cosines[pair], sines[pair]);
-    }
-  }
-
-  // What does not turn is not multiplied by (1, 0) either, which would change infinities and the signs of zeros.
-  __device__ __forceinline__ void turn_all(Channels<Plan>& values) const {
-    constexpr unsigned kAll = (1u << kPairs) - 1u;
-    if (turning == kAll) {
-      turn_pairs(values, kAll);
-    } else if (turning != 0) {
-      turn_pairs(values, turning);
-    }
-  }
-};
+}
 
 // Sum over groups of kLanes neighbouring threads, a power of two; every thread of the warp takes part.
 template <int kLanes>
@@ -172,19 +110,30 @@ __device__ __forceinline__ float inverse_rms(float square_sum, int count, float 
   return error == error ? __fmaf_rn(__fmul_rn(0.5f, root), error, root) : root;  // 0 and infinity have no error
 }
 
-// What one thread has of one tensor: its chunks of kRows heads, and of their weights.
-template <class Plan, typename Weight, int kHeads>
+// sum / count, the product with the reciprocal put right by what is left of it: a mean may be far larger than what it
+// is subtracted for.
+__device__ __forceinline__ float mean_of(float sum, int count) {
+  const float inverse = 1.0f / static_cast<float>(count);
+  const float mean = __fmul_rn(sum, inverse);
+  return __fmaf_rn(__fmaf_rn(-static_cast<float>(count), mean, sum), inverse, mean);
+}
+
+// What one thread has of one tensor: its chunks of kRows heads, and of their weights and biases.
+template <class Plan, typename Weight, typename Bias, int kHeads>
 struct Heads {
   using Data = typename Plan::Data;
   static constexpr int kChunks = Shape<Plan>::kChunks;
   static constexpr int kRows = (kHeads + Plan::rows - 1) / Plan::rows;
   static constexpr int kWeightRows = Plan::norm == kAcrossHeads ? kRows : 1;
+  template <typename Number>
+  using Parameters = Chunk<Number, Plan::chunk, Plan::weight_access>[kWeightRows][kChunks];
 
   const Tensor& tensor;
   const Strides& strides;
   const Place& place;
   Chunk<Data, Plan::chunk, Plan::access> data[kRows][kChunks];
-  Chunk<Weight, Plan::chunk, Plan::weight_access> weights[kWeightRows][kChunks];
+  Parameters<Weight> weights;
+  Parameters<Bias> biases;
 
   __device__ __forceinline__ Heads(const Tensor& tensor, const Strides& strides, const Place& place)
       : tensor(tensor), strides(strides), place(place) {}
@@ -207,17 +156,23 @@ struct Heads {
     }
   }
 
-  __device__ __forceinline__ void load_weights() {
+  // Weights or biases of this thread's channels, `from` by reference: read from the arguments here, not held before.
+  template <typename Number>
+  __device__ __forceinline__ void load_parameters(const void* const& from, Parameters<Number>& parameters) const {
 #pragma unroll
     for (int i = 0; i < kWeightRows; ++i) {
       const int head = Plan::norm == kAcrossHeads ? place.row + i * Plan::rows : 0;
-      const Weight* weight =
-          static_cast<const Weight*>(tensor.weight) + head * Plan::head_dim + first_channel<Plan>(place.lane);
+      const Number* first = static_cast<const Number*>(from) + head * Plan::head_dim + first_channel<Plan>(place.lane);
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk) {
-        if (owns(i, chunk)) weights[i][chunk].load_shared(weight + chunk_offset<Plan>(place.lane, chunk));
+        if (owns(i, chunk)) parameters[i][chunk].load_shared(first + chunk_offset<Plan>(place.lane, chunk));
       }
     }
+  }
+
+  __device__ __forceinline__ void load_norm() {
+    if constexpr (Plan::weighted) load_parameters(tensor.weight, weights);
+    if constexpr (Plan::biased) load_parameters(tensor.bias, biases);
   }
 
   __device__ __forceinline__ void unpack(int i, Channels<Plan>& values) const {
@@ -226,6 +181,18 @@ struct Heads {
   }
 
   // Sum over this thread's channels of row i.
+  __device__ __forceinline__ float sum(int i, const Channels<Plan>& values) const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      float part = 0.0f;
+#pragma unroll
+      for (int j = 0; j < Plan::chunk; ++j) part = __fadd_rn(part, values[chunk][j]);
+      if (owns(i, chunk)) sum += part;
+    }
+    return sum;
+  }
+
   __device__ __forceinline__ float square_sum(int i, const Channels<Plan>& values) const {
     float sum = 0.0f;
 #pragma unroll
@@ -238,32 +205,62 @@ struct Heads {
     return sum;
   }
 
-  __device__ __forceinline__ float square_sum_of_rows() const {
+  __device__ __forceinline__ float sum_of_rows() const {
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      Channels<Plan> values;
+      unpack(i, values);
+      total += sum(i, values);
+    }
+    return total;
+  }
+
+  __device__ __forceinline__ float square_sum_of_rows(float mean) const {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       Channels<Plan> values;
       unpack(i, values);
+      if constexpr (Plan::centred) centre(mean, values);
       sum += square_sum(i, values);
     }
     return sum;
   }
 
-  __device__ __forceinline__ void scale(int i, float factor, Channels<Plan>& values) const {
+  __device__ __forceinline__ void centre(float mean, Channels<Plan>& values) const {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      float weight[Plan::chunk];
-      if constexpr (Plan::weighted) weights[Plan::norm == kAcrossHeads ? i : 0][chunk].unpack(weight);
+#pragma unroll
+      for (int j = 0; j < Plan::chunk; ++j) values[chunk][j] = __fsub_rn(values[chunk][j], mean);
+    }
+  }
+
+  __device__ __forceinline__ void scale(int i, float factor, Channels<Plan>& values) const {
+    constexpr bool kAcross = Plan::norm == kAcrossHeads;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      float weight[Plan::chunk], bias[Plan::chunk];
+      if constexpr (Plan::weighted) weights[kAcross ? i : 0][chunk].unpack(weight);
+      if constexpr (Plan::biased) biases[kAcross ? i : 0][chunk].unpack(bias);
 #pragma unroll
       for (int j = 0; j < Plan::chunk; ++j) {
-        values[chunk][j] = __fmul_rn(values[chunk][j], factor);
-        if constexpr (Plan::weighted) values[chunk][j] = __fmul_rn(values[chunk][j], weight[j]);
+        float& value = values[chunk][j];
+        value = __fmul_rn(value, factor);
+        if constexpr (Plan::weighted && Plan::biased) {
+          value = __fmaf_rn(value, weight[j], bias[j]);
+        } else if constexpr (Plan::weighted) {
+          value = __fmul_rn(value, weight[j]);
+        } else if constexpr (Plan::biased) {
+          value = __fadd_rn(value, bias[j]);
+        }
       }
     }
   }
 
-  // Norms, turns and writes every row. `factor` is 1 / rms where the norm is across heads.
-  __device__ __forceinline__ void finish(const Angles<Plan>& angles, float factor, float eps) {
+  // Norms, turns and writes every row, by one angle for all of them or by one for each. `mean` and `factor`, which is
+  // 1 / rms, are of a norm across heads.
+  __device__ __forceinline__ void finish(const Angles<Plan>* angles, float mean, float factor, float eps) {
     Data* head = static_cast<Data*>(tensor.out) + first_channel<Plan>(place.lane) +
                  place.entry * strides.out_batch + place.token * strides.out_token + place.row * strides.out_head;
 #pragma unroll
@@ -271,10 +268,14 @@ struct Heads {
       Channels<Plan> values;
       unpack(i, values);
       if constexpr (Plan::norm == kPerHead) {
+        if constexpr (Plan::centred) mean = mean_of(sum_of_lanes<Plan::lanes>(sum(i, values)), Plan::head_dim);
+      }
+      if constexpr (Plan::centred) centre(mean, values);
+      if constexpr (Plan::norm == kPerHead) {
         factor = inverse_rms(sum_of_lanes<Plan::lanes>(square_sum(i, values)), Plan::head_dim, eps);
       }
       if constexpr (Plan::norm != kNoNorm) scale(i, factor, values);
-      angles.turn_all(values);
+      angles[Plan::own_angles ? i : 0].turn_all(values);
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk) {
         if (!owns(i, chunk)) continue;
@@ -287,52 +288,78 @@ struct Heads {
 
 // Adds up the sums of one token's threads, of queries and of keys, for every thread of the token.
 template <class Plan>
-__device__ __forceinline__ void add_up_token(const Place& place, float (&sums)[2], Shared<Plan>& shared) {
+__device__ __forceinline__ void add_up_token(
+    const Place& place, float (&sums)[2], float (&of_warps)[Plan::tokens][Shape<Plan>::kTokenWarps][2]) {
   constexpr int kTokenWarps = Shape<Plan>::kTokenWarps;
   const int warp = threadIdx.x / kWarp % kTokenWarps;
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
     sums[side] = sum_of_lanes<kWarp>(sums[side]);
-    if (threadIdx.x % kWarp == 0) shared.square_sums[place.slot][warp][side] = sums[side];
+    if (threadIdx.x % kWarp == 0) of_warps[place.slot][warp][side] = sums[side];
   }
   __syncthreads();
   sums[0] = sums[1] = 0.0f;
 #pragma unroll
   for (int other = 0; other < kTokenWarps; ++other) {
-    sums[0] += shared.square_sums[place.slot][other][0];
-    sums[1] += shared.square_sums[place.slot][other][1];
+    sums[0] += of_warps[place.slot][other][0];
+    sums[1] += of_warps[place.slot][other][1];
   }
+}
+
+// Means, where they are subtracted, and reciprocal root mean squares of a norm across heads, of queries and of keys.
+// Holds a barrier.
+template <class Plan, class Query, class Key>
+__device__ __forceinline__ void norm_token(
+    const Query& query, const Key& key, const Place& place, float eps, float (&means)[2], float (&factors)[2],
+    Shared<Plan>& shared) {
+  constexpr bool kKeys = Plan::key_heads > 0;
+  constexpr int kQueryChannels = Plan::query_heads * Plan::head_dim, kKeyChannels = Plan::key_heads * Plan::head_dim;
+  if constexpr (Plan::centred) {
+    means[0] = query.sum_of_rows();
+    if constexpr (kKeys) means[1] = key.sum_of_rows();
+    add_up_token<Plan>(place, means, shared.sums[0]);
+    means[0] = mean_of(means[0], kQueryChannels);
+    if constexpr (kKeys) means[1] = mean_of(means[1], kKeyChannels);
+  }
+  factors[0] = query.square_sum_of_rows(means[0]);
+  if constexpr (kKeys) factors[1] = key.square_sum_of_rows(means[1]);
+  add_up_token<Plan>(place, factors, shared.sums[Plan::centred ? 1 : 0]);
+  factors[0] = inverse_rms(factors[0], kQueryChannels, eps);
+  if constexpr (kKeys) factors[1] = inverse_rms(factors[1], kKeyChannels, eps);
 }
 
 template <class Plan>
 __device__ __forceinline__ void rotate_tokens(const RotationArgs& args, Shared<Plan>& shared) {
   constexpr bool kKeys = Plan::key_heads > 0;
   const Place place = find_place<Plan>(args);
-  Heads<Plan, typename Plan::QueryWeight, Plan::query_heads> query(args.query, args.query_strides, place);
-  Heads<Plan, typename Plan::KeyWeight, kKeys ? Plan::key_heads : 1> key(args.key, args.key_strides, place);
+  using Query = Heads<Plan, typename Plan::QueryWeight, typename Plan::QueryBias, Plan::query_heads>;
+  using Key = Heads<Plan, typename Plan::KeyWeight, typename Plan::KeyBias, kKeys ? Plan::key_heads : 1>;
+  Query query(args.query, args.query_strides, place);
+  Key key(args.key, args.key_strides, place);
   query.load();
   if constexpr (kKeys) key.load();
-  if constexpr (Plan::weighted) query.load_weights();
-  if constexpr (Plan::weighted && kKeys) key.load_weights();
+  query.load_norm();
+  if constexpr (kKeys) key.load_norm();
 
   find_rows(args, place, shared);
   __syncthreads();
-  read_angles(args, shared);
-  float factors[2] = {0.0f, 0.0f};
-  if constexpr (Plan::norm == kAcrossHeads) {
-    factors[0] = query.square_sum_of_rows();
-    if constexpr (kKeys) factors[1] = key.square_sum_of_rows();
-    add_up_token(place, factors, shared);  // holds the barrier that the angles need
-    factors[0] = inverse_rms(factors[0], Plan::query_heads * Plan::head_dim, args.eps);
-    if constexpr (kKeys) factors[1] = inverse_rms(factors[1], Plan::key_heads * Plan::head_dim, args.eps);
+  Angles<Plan> angles[Plan::own_angles ? (Query::kRows > Key::kRows ? Query::kRows : Key::kRows) : 1];
+  if constexpr (Plan::own_angles) {
+    load_own_angles(args, place, shared, angles);
   } else {
+    read_angles(args, shared);
+  }
+  float means[2] = {0.0f, 0.0f}, factors[2] = {0.0f, 0.0f};
+  if constexpr (Plan::norm == kAcrossHeads) {
+    norm_token(query, key, place, args.eps, means, factors, shared);  // holds the barrier that the angles need
+  } else if constexpr (!Plan::own_angles) {
     __syncthreads();
   }
   // A norm per head has yet to shuffle, for which it needs every thread.
   if (Plan::norm != kPerHead && !place.live) return;
-  const Angles<Plan> angles(shared, place.slot, place.lane);
-  query.finish(angles, factors[0], args.eps);
-  if constexpr (kKeys) key.finish(angles, factors[1], args.eps);
+  if constexpr (!Plan::own_angles) angles[0].read(shared, place.slot, place.lane);
+  query.finish(angles, means[0], factors[0], args.eps);
+  if constexpr (kKeys) key.finish(angles, means[1], factors[1], args.eps);
 }
 
 }  // namespace dit_rope

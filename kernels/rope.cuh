@@ -1,5 +1,5 @@
-// The contract of the rotation kernels: their arguments, where a token stands, and how channels are read, turned and
-// written.
+// The contract of the rotation kernels: their arguments, where a token stands, how channels are read, by which angles
+// they are turned, and how they are written.
 //
 // It says in CUDA what dit_rope/rotation_args.py says in Python. Element offsets of tokens and heads are 64-bit, offsets
 // inside a head 32-bit. A kernel is compiled for a Plan: a struct of constants that dit_rope/backends/cuda_kernels.py
@@ -16,11 +16,12 @@ constexpr int kWarp = 32;
 
 enum Norm { kNoNorm, kPerHead, kAcrossHeads };
 
-// Where one tensor [B, S, H, D] is, where its result goes, and the weight of its norm.
+// Where one tensor [B, S, H, D] is, where its result goes, and the weight and bias of its norm.
 struct Tensor {
   const void* x;
   void* out;           // may be x: a channel is read and written by one thread
   const void* weight;  // [D] per head, [H, D] across heads, or null
+  const void* bias;    // the same
 };
 
 // Elements from one batch entry, token and head of a tensor and of its result to the next.
@@ -41,6 +42,7 @@ struct RotationArgs {
   Strides key_strides;
   long long sin_offset;  // elements from a cosine to its sine
   long long row_stride;  // elements from a row of the table to the next
+  long long head_rows;   // rows from those of one head to those of the next; read where Plan::own_angles
   long long position_batch, position_token, position_axis;
   unsigned batches;          // B, on grid axes y and z; blocks past it do nothing
   unsigned entry_count;      // batch entries that x has; an entry outside of them is left alone
@@ -137,7 +139,7 @@ struct Chunk {
     }
   }
 
-  // Reads what other blocks read too, and nobody writes.
+  // Reads what other blocks or calls read too, and nobody writes.
   __device__ __forceinline__ void load_shared(const Number* from) {
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) {
@@ -160,6 +162,120 @@ struct Chunk {
   __device__ __forceinline__ void pack(const float (&values)[kChannels]) {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words[i] = Word<Number>::pack(values + kNumbers * i);
+  }
+};
+
+// What a plan implies for one thread and one token.
+template <class Plan>
+struct Shape {
+  static constexpr int kChunks = Plan::half ? 2 : 1;                         // of one lane in one head
+  static constexpr int kPairs = Plan::half ? Plan::chunk : Plan::chunk / 2;  // of one lane
+  static constexpr int kPairLanes = (Plan::pairs + kPairs - 1) / kPairs;     // lanes that own pairs
+  static constexpr int kAngles = (kPairLanes * kPairs + 3) / 4 * 4;          // of one token, padded to 16 bytes
+  static constexpr int kTokenThreads = Plan::rows * Plan::lanes;
+  static constexpr int kTokenWarps = (kTokenThreads + kWarp - 1) / kWarp;
+  static_assert(Plan::norm != kAcrossHeads || Plan::tokens == 1 || kTokenThreads % kWarp == 0,
+                "a norm across heads adds up whole warps");
+  static_assert(Plan::norm != kPerHead || kWarp % Plan::lanes == 0, "a norm per head adds up lanes of one warp");
+};
+
+// The channels of one lane in one head.
+template <class Plan>
+using Channels = float[Shape<Plan>::kChunks][Plan::chunk];
+
+// What the threads of a block share.
+template <class Plan>
+struct Shared {
+  static constexpr int kAngleTokens = Plan::own_angles ? 1 : Plan::tokens;
+  alignas(16) float cosines[kAngleTokens][Shape<Plan>::kAngles];
+  alignas(16) float sines[kAngleTokens][Shape<Plan>::kAngles];
+  int rows[Plan::tokens][kMaxAxes];  // of the table; negative where the axis does not turn
+  // Of queries and of keys, warp by warp; of squares last, of a LayerNorm's values before them.
+  float sums[Plan::centred ? 2 : 1][Plan::tokens][Shape<Plan>::kTokenWarps][2];
+};
+
+// Cosines, or sines, of neighbouring pairs from the table, in accesses of Plan::table_access bytes.
+template <class Plan, int kPairs>
+__device__ __forceinline__ void load_angles(const typename Plan::Table* from, float* values) {
+  using Table = typename Plan::Table;
+  if constexpr (kPairs % Word<Table>::kNumbers == 0) {
+    Chunk<Table, kPairs, Plan::table_access> chunk;
+    chunk.load_shared(from);
+    float unpacked[kPairs];
+    chunk.unpack(unpacked);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) values[i] = unpacked[i];
+  } else {
+    values[0] = widen(Table{__ldg(&from->bits)});
+  }
+}
+
+// The angles of one lane, and a bit for each of its pairs that turns.
+template <class Plan>
+struct Angles {
+  static constexpr int kPairs = Shape<Plan>::kPairs;
+  static constexpr int kFloats = kPairs % 4 == 0 ? 4 : kPairs % 2 == 0 ? 2 : 1;  // of one access
+  using Access = typename AccessOf<4 * kFloats>::Type;
+
+  alignas(16) float cosines[kPairs];
+  alignas(16) float sines[kPairs];
+  unsigned turning = 0;
+
+  // Those that the heads of a token share.
+  __device__ __forceinline__ void read(const Shared<Plan>& shared, int slot, int lane) {
+    if (lane >= Shape<Plan>::kPairLanes) return;
+#pragma unroll
+    for (int i = 0; i < kPairs / kFloats; ++i) {
+      const int from = lane * (kPairs / kFloats) + i;
+      reinterpret_cast<Access*>(cosines)[i] = reinterpret_cast<const Access*>(shared.cosines[slot])[from];
+      reinterpret_cast<Access*>(sines)[i] = reinterpret_cast<const Access*>(shared.sines[slot])[from];
+    }
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int pair = lane * kPairs + i;
+      int first;
+      const bool turns = pair < Plan::pairs && shared.rows[slot][pair_axis<Plan>(pair, first)] >= 0;
+      turning |= static_cast<unsigned>(turns) << i;
+    }
+  }
+
+  // Those of one head from the table, by the `rows` of head 0. As many pairs as one access has are of one axis.
+  __device__ __forceinline__ void load(const RotationArgs& args, const int* rows, int head, int lane) {
+    using Table = typename Plan::Table;
+    constexpr int kGroup = Plan::table_access / sizeof(Table);
+#pragma unroll
+    for (int i = 0; i < kPairs; i += kGroup) {
+      const int pair = lane * kPairs + i;
+      int first;
+      const int row = pair < Plan::pairs ? rows[pair_axis<Plan>(pair, first)] : -1;
+      const long long own_row = row + head * args.head_rows;
+      if (row < 0 || own_row >= args.row_count) continue;
+      const Table* from = static_cast<const Table*>(args.rows) + own_row * args.row_stride + (pair - first);
+      load_angles<Plan, kGroup>(from, cosines + i);
+      load_angles<Plan, kGroup>(from + args.sin_offset, sines + i);
+      turning |= ((1u << kGroup) - 1u) << i;
+#pragma unroll
+      for (int j = i; j < i + kGroup; ++j) sines[j] = args.inverse ? -sines[j] : sines[j];
+    }
+  }
+
+  __device__ __forceinline__ void turn_pairs(Channels<Plan>& values, unsigned which) const {
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      float& a = Plan::half ? values[0][pair] : values[0][2 * pair];
+      float& b = Plan::half ? values[Shape<Plan>::kChunks - 1][pair] : values[0][2 * pair + 1];
+      if (which >> pair & 1u) turn<Plan>(a, b, cosines[pair], sines[pair]);
+    }
+  }
+
+  // What does not turn is not multiplied by (1, 0) either, which would change infinities and the signs of zeros.
+  __device__ __forceinline__ void turn_all(Channels<Plan>& values) const {
+    constexpr unsigned kAll = (1u << kPairs) - 1u;
+    if (turning == kAll) {
+      turn_pairs(values, kAll);
+    } else if (turning != 0) {
+      turn_pairs(values, turning);
+    }
   }
 };
 

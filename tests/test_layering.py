@@ -31,6 +31,7 @@ LAYERS = (
     ("dit_rope.rotation",),
     ("dit_rope.streaming", "dit_rope.shifting", "dit_rope.compat", "dit_rope.models"),
     ("dit_rope.rolling_cache",),
+    ("dit_rope.patch_report",),
     ("dit_rope.patching",),
     ("dit_rope.comparison", "dit_rope"),
     ("dit_rope.cli",),

@@ -15,6 +15,7 @@ import wan_models
 import dit_rope
 from dit_rope import patching
 from dit_rope.models import ADAPTERS
+from dit_rope.models import plan as plan_module
 from dit_rope.models import seams as seams_module
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -70,7 +71,7 @@ def test_patched_model_rotates_in_its_norms(name: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(seams_module.rotation, "apply", lambda *a, **k: calls.append(1) or real(*a, **k))
     with dit_rope.patch(model) as handle:
         forward(model)
-        attentions = [m for _, m in handle._plans[0].adapter.attentions(model)]
+        attentions = handle._plans[0].rotations
     assert len(calls) == 2 * len(attentions) >= 4
 
 
@@ -202,25 +203,75 @@ def test_error_in_a_forward_does_not_reach_the_next(error: type[BaseException]) 
             forward(model)
         bomb.remove()
         if error is RuntimeError:
-            assert seams_module._in_flight.rotation is None
+            assert seams_module._in_flight.flight is None
         assert torch.equal(forward(model), expected)
+
+
+def skips_a_norm(name: str, processor: Any) -> Any:
+    """A processor whose class is called ``name`` and does not norm keys."""
+
+    def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        kept, attn.norm_k = attn.norm_k, torch.nn.Identity()
+        try:
+            return type(processor).__call__(processor, attn, *args, **kwargs)
+        finally:
+            attn.norm_k = kept
+
+    return type(name, (type(processor),), {"__call__": call})()
 
 
 def test_processor_that_skips_a_norm_is_an_error_not_a_lost_rotation() -> None:
     model = wan_models.build("wan")
-
-    class Skips(type(model.blocks[0].attn1.processor)):  # type: ignore[misc]
-        def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
-            kept, attn.norm_k = attn.norm_k, torch.nn.Identity()
-            try:
-                return super().__call__(attn, *args, **kwargs)
-            finally:
-                attn.norm_k = kept
-
     with dit_rope.patch(model):
-        model.blocks[1].attn1.set_processor(Skips())
-        with pytest.raises(RuntimeError, match="processor Skips left 1 of them out"):
+        attention = model.blocks[1].attn1
+        attention.set_processor(skips_a_norm("WanAttnProcessor", attention.processor))
+        with pytest.raises(RuntimeError, match="must call norm_k once each .* processor WanAttnProcessor left"):
             forward(model)
+
+
+def test_unknown_processor_is_left_to_rotate_by_itself() -> None:
+    model = wan_models.build("wan")
+    attention = model.blocks[1].attn1
+    own = attention.processor
+    attention.set_processor(skips_a_norm("Mine", own))
+    expected = forward(model)
+    attention.set_processor(own)
+    with dit_rope.patch(model):
+        attention.set_processor(skips_a_norm("Mine", own))
+        assert torch.equal(forward(model), expected)
+
+
+def test_replaced_norm_is_left_to_the_model() -> None:
+    """Others put modules of their own in place of ours; the whole attention module is theirs then."""
+    model = wan_models.build("wan")
+    mine = torch.nn.RMSNorm(48, eps=0.5)
+    model.blocks[0].attn1.norm_q, kept = mine, model.blocks[0].attn1.norm_q
+    expected = forward(model)
+    model.blocks[0].attn1.norm_q = kept
+    with dit_rope.patch(model):
+        model.blocks[0].attn1.norm_q = mine
+        assert torch.equal(forward(model), expected)
+
+
+def test_skipped_attention_is_no_error() -> None:
+    """Pyramid Attention Broadcast returns the output of an earlier step without running the module."""
+    from diffusers import PyramidAttentionBroadcastConfig
+
+    model = wan_models.build("wan")
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(0, 1000),
+        spatial_attention_block_identifiers=["blocks"],
+        current_timestep_callback=lambda: 500,
+    )
+    model.enable_cache(config)
+    with model.cache_context("cond"):
+        expected = [forward(model) for _ in range(3)]
+    model.disable_cache()
+    model.enable_cache(config)
+    with dit_rope.patch(model), model.cache_context("cond"):
+        actual = [forward(model) for _ in range(3)]
+    assert all(map(torch.equal, actual, expected))
 
 
 def test_patch_refuses_a_patched_model_and_leaves_it_patched() -> None:
@@ -256,14 +307,14 @@ def test_patch_refuses_a_module_whose_forward_was_replaced() -> None:
 def test_failing_patch_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = wan_models.build("wan")
     before = state_of(model)
-    real = patching.swap_class
+    real = plan_module.swap_class
 
     def fail_late(module: torch.nn.Module, *args: Any) -> None:
         if module is model.blocks[1].attn1.norm_q:
             raise MemoryError
         real(module, *args)
 
-    monkeypatch.setattr(patching, "swap_class", fail_late)
+    monkeypatch.setattr(plan_module, "swap_class", fail_late)
     with pytest.raises(MemoryError):
         dit_rope.patch(model)
     assert state_of(model) == before
@@ -277,16 +328,41 @@ def test_unsupported_models_are_refused_by_name() -> None:
         dit_rope.patch("wan")
 
 
-def test_subclass_is_another_model() -> None:
+def test_unsupported_models_are_told_what_they_may_have_meant() -> None:
+    model = type("WanTransformer3DModell", (torch.nn.Module,), {})()
+    with pytest.raises(dit_rope.UnsupportedModelError, match="did you mean .*WanTransformer3DModel"):
+        dit_rope.patch(model)
+
+
+def test_subclass_is_patched_unless_its_forward_is_another() -> None:
     import diffusers
 
-    class Mine(diffusers.WanTransformer3DModel):
-        pass
+    class Tuned(diffusers.WanTransformer3DModel):
+        def count(self) -> int:
+            return 1
+
+    class Other(diffusers.WanTransformer3DModel):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
 
     model = wan_models.build("wan")
-    model.__class__ = Mine
-    with pytest.raises(dit_rope.UnsupportedModelError, match="got model: Mine"):
+    expected = forward(model)
+    model.__class__ = Tuned
+    with dit_rope.patch(model) as handle:
+        assert torch.equal(forward(model), expected)
+        assert "model: Tuned" in handle.report()
+    model.__class__ = Other
+    with pytest.raises(dit_rope.UnsupportedModelError, match="the forward of WanTransformer3DModel, .* got .*Other"):
         dit_rope.patch(model)
+
+
+def test_models_inside_another_are_found() -> None:
+    """Several ControlNets come as one module that holds them."""
+    nets = torch.nn.Module()
+    nets.nets = torch.nn.ModuleList([wan_models.build("wan"), wan_models.build("wan")])
+    with dit_rope.patch(nets) as handle:
+        assert "model.nets.0: WanTransformer3DModel" in handle.report()
+        assert "model.nets.1: WanTransformer3DModel" in handle.report()
 
 
 def test_pipeline_has_both_of_its_transformers_patched() -> None:
@@ -319,15 +395,5 @@ def test_inspect_says_what_patch_would_do_and_does_nothing() -> None:
     assert state_of(model) == before
     with dit_rope.patch(model) as handle:
         assert handle.report() == text
-    assert "blocks.*.attn1.norm_q and .norm_k, 2 of each" in text
+    assert "blocks.*.attn1, 2 of them: norm_q, norm_k norm and rotate" in text
     assert "left alone: 2 attention modules, which do not rotate" in text
-
-
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.model_class)
-def test_adapter_names_classes_that_exist(adapter: Any) -> None:
-    import importlib
-
-    module, _, name = adapter.model.rpartition(".")
-    source = importlib.import_module(module)
-    for class_name in (name, adapter.rope_class, adapter.attention_class):
-        assert hasattr(source, class_name)

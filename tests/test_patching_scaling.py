@@ -158,7 +158,7 @@ def test_function_that_chooses_something_else_is_refused_where_it_is_asked() -> 
     with dit_rope.patch(model, scaling=lambda: "linear"):  # type: ignore[arg-type, return-value]
         with pytest.raises(TypeError, match="scaling must be a Scaling, None, or a tuple of them, .* got 'linear'"):
             forward(model)
-        assert seams_module._in_flight.rotation is None
+        assert seams_module._in_flight.flight is None
 
 
 def test_scaling_of_every_step_leaves_no_more_tables_than_the_cap_and_one_of_positions() -> None:

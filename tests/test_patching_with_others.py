@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 import wan_models
+from zoo import EXAMPLES, Example
 
 import dit_rope
 from dit_rope import rotation
-from dit_rope.models import seams
+from dit_rope.models.formats import Align, AxisRows
 from dit_rope.models.wan import WAN
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -157,6 +159,38 @@ def test_compiled_blocks_behind_an_eager_rope_module_stay_bitwise_equal() -> Non
         assert torch.equal(forward(model), expected)
 
 
+def test_equal_blocks_are_compiled_once() -> None:
+    """Dynamo guards on hooks, also on their numbers; each block would be compiled anew, until a limit refuses."""
+    model = wan_models.build("wan")
+    model.blocks.extend(copy.deepcopy(model.blocks[0]) for _ in range(9))
+    expected = forward(model)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    with dit_rope.patch(model):
+        model.compile_repeated_blocks(backend=counter, fullgraph=True)
+        assert torch.equal(forward(model), expected)
+    assert counter.frame_count == 1
+
+
+COMPILED = [example for example in EXAMPLES if example.name in ("flux", "ltx-coords", "qwen-image", "cogvideox-1.0")]
+
+
+@pytest.mark.parametrize("example", COMPILED, ids=lambda example: example.name)
+def test_compiled_models_with_tables_of_their_own_stay_bitwise_equal(example: Example) -> None:
+    model = example.build()
+
+    def run(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            output: torch.Tensor = example.forward(model)[0]
+            return output
+
+    torch._dynamo.reset()
+    expected = run(torch.compile(model, backend="aot_eager", fullgraph=True))
+    torch._dynamo.reset()
+    with dit_rope.patch(model):
+        assert torch.equal(run(torch.compile(model, backend="aot_eager", fullgraph=True)), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_by_inductor_stays_within_the_unpatched_models_error(dtype: torch.dtype) -> None:
     """The bound: what compiling the unpatched model changes, plus one rounding of the output."""
@@ -184,10 +218,11 @@ def test_rotation_of_a_split_rope_output_is_the_part_of_the_whole(world: int, sp
     assert positions.ndim == dims
     tokens = positions.shape[1]
     x = torch.randn(1, tokens, 2, model.rope.attention_head_dim)
-    spec = WAN.spec(model.rope)
+    form = AxisRows(WAN.tables[0].spec(model.rope))
 
     def turn(part: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        return rotation.apply([part], seams._rotation_args(spec, where, rows, exact=True))[0]
+        (table,) = form.pack((where, rows), part.device)
+        return rotation.apply([part], table.args(part.shape[1], Align.START, exact=True))[0]
 
     parts = [
         turn(part, where) for part, where in zip(split(x, world, dim=1), split(positions, world, dim=1), strict=True)

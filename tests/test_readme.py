@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -17,6 +18,10 @@ from dit_rope import cli
 from dit_rope.models import ADAPTERS
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import write_model_table  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
@@ -86,9 +91,11 @@ def test_files_named_exist(text):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_table_of_models_is_what_can_be_patched():
-    named = re.findall(r"^\|.*\| `(\w+)` \|$", README, flags=re.MULTILINE)
-    assert named == [adapter.model_class for adapter in ADAPTERS]
+def test_tables_of_models_are_those_of_the_adapters():
+    assert write_model_table.with_section(README, write_model_table.rows()) == README
+    assert all(f"| `{adapter.model_class}` |" in README for adapter in ADAPTERS)
+    text = (ROOT / "docs" / "models.md").read_text()
+    assert write_model_table.with_section(text, write_model_table.left_alone()) == text
 
 
 def test_scaling_types_named_are_known():

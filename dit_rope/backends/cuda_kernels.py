@@ -37,8 +37,8 @@ from .gpu_calls import (
 MIN_CAPABILITY = (8, 0)
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# struct RotationArgs of kernels/rope.cuh: 9 pointers, 17 other members of 8 bytes, 22 of 4.
-_POINTERS, _NUMBERS = struct.Struct("=9q"), struct.Struct("=17q21if")
+# struct RotationArgs of kernels/rope.cuh: 11 pointers, 18 other members of 8 bytes, 22 of 4.
+_POINTERS, _NUMBERS = struct.Struct("=11q"), struct.Struct("=18q21if")
 ARGUMENTS_SIZE = _POINTERS.size + _NUMBERS.size
 MAX_GRID_ROWS = 65_535
 MAX_LAUNCHES = 1024
@@ -88,13 +88,16 @@ def norm_rotate(
     norm: NormKind,
     args: RotationArgs,
     outs: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None] = (),
 ) -> None:
-    """RMSNorm of one or two tensors ``xs[i]`` ``[B, S, H_i, D]``, then their rotation, into ``outs[i]``, in one launch.
+    """Norm of one or two tensors ``xs[i]`` ``[B, S, H_i, D]``, then their rotation, into ``outs[i]``, in one launch.
 
     One read and one write of the data; float32 arithmetic, rounded once. Unturned tokens and channels are normed too.
-    ``weights[i]`` is ``[D]`` per head or ``[H_i * D]`` across heads, or all are None. ``outs`` may be ``xs``.
+    ``weights[i]`` is ``[D]`` per head or ``[H_i * D]`` across heads, or all are None, and so is ``biases[i]``. ``outs``
+    may be ``xs``.
     """
-    _launch(xs, args, outs, Norm(norm, [_readable(weight) for weight in weights], eps))
+    added = [_readable(bias) for bias in biases] if biases else ()
+    _launch(xs, args, outs, Norm(norm, [_readable(weight) for weight in weights], eps, added))
 
 
 @dataclass(frozen=True)
@@ -118,23 +121,27 @@ def launch_of(
     """The launch of one call, the same object for equal layouts, and its pointers; the call is not validated."""
     x, y, out, y_out = xs[0], xs[-1], outs[0], outs[-1]
     rows, positions, entries = args.rows, args.positions, args.entries
-    weights = [] if norm is None else norm.given
-    pointers = [x.data_ptr(), out.data_ptr(), 0, y.data_ptr(), y_out.data_ptr(), 0, rows.data_ptr(), 0, 0]
-    if weights:
-        pointers[2], pointers[5] = weights[0].data_ptr(), weights[-1].data_ptr()
+    weights = biases = ()
+    pointers = [x.data_ptr(), out.data_ptr(), 0, 0, y.data_ptr(), y_out.data_ptr(), 0, 0, rows.data_ptr(), 0, 0]
+    if norm is not None:
+        weights, biases = norm.given, norm.added
+        for parameters, place in ((weights, 2), (biases, 3)):
+            if parameters:
+                pointers[place], pointers[place + 4] = parameters[0].data_ptr(), parameters[-1].data_ptr()
     if positions is not None:
-        pointers[7] = positions.data_ptr()
+        pointers[9] = positions.data_ptr()
     if entries is not None:
-        pointers[8] = entries.data_ptr()
+        pointers[10] = entries.data_ptr()
     key = (
         *(len(xs), x.dtype, x.shape, x.stride(), out.stride(), y.shape, y.stride(), y_out.stride()),
         *(args.numbers, rows.shape, rows.stride(), rows.dtype),
         None if positions is None else (positions.shape, positions.stride()),
         None if entries is None else entries.shape,
-        None if norm is None else (norm.kind, norm.eps, tuple([weight.dtype for weight in weights])),
-        (pointers[0] | pointers[1] | pointers[3] | pointers[4]) % ACCESS_BYTES,
-        (pointers[2] | pointers[5]) % ACCESS_BYTES,
-        (pointers[0] == pointers[1], pointers[3] == pointers[4]),
+        None if norm is None else (norm.kind, norm.eps, *_dtypes(weights), None, *_dtypes(biases)),
+        (pointers[0] | pointers[1] | pointers[4] | pointers[5]) % ACCESS_BYTES,
+        (pointers[2] | pointers[3] | pointers[6] | pointers[7]) % ACCESS_BYTES,
+        args.head_rows and pointers[8] % ACCESS_BYTES,
+        (pointers[0] == pointers[1], pointers[4] == pointers[5]),
     )
     launch = _launches.get(key)
     if launch is None:
@@ -161,36 +168,45 @@ def plan_of(
 
     Nothing in it depends on the number of tokens, the batch, or where in the grid a token stands.
     """
-    weights = [] if norm is None else norm.given
+    weights, biases = ([], []) if norm is None else (norm.given, norm.added)
     signature = _signature(Call(xs, args, norm.kind if norm else None))
     return plan_for(
         replace(
             signature,
-            weights=tuple(weight.dtype for weight in weights),
+            weights=_dtypes(weights),
+            biases=_dtypes(biases),
             keep_still=keeps_still(xs, outs, norm),
             alignment=_alignment([*xs, *outs]),
-            weight_alignment=_alignment(weights),
+            weight_alignment=_alignment([*weights, *biases]),
+            table_alignment=_alignment([args.rows]) if args.head_rows else ACCESS_BYTES,
         )
     )
 
 
+def _dtypes(tensors: Sequence[torch.Tensor]) -> tuple[torch.dtype, ...]:
+    return tuple([tensor.dtype for tensor in tensors])
+
+
 def _signature(call: Call) -> Signature:
-    """The signature of a call without weights, out of place, aligned."""
+    """The signature of a call without weights and biases, out of place, aligned."""
     xs, args = call.xs, call.args
     return Signature(
         data=xs[0].dtype,
         table=args.rows.dtype,
         weights=(),
+        biases=(),
         heads=tuple(x.shape[2] for x in xs),
         head_dim=xs[0].shape[3],
         pairs=args.pairs,
         half=args.pairing is Pairing.HALF,
         exact=args.exact,
         norm=call.norm,
+        own_angles=args.head_rows != 0,
         keep_still=False,
         some_entries=args.entries is not None,
         alignment=ACCESS_BYTES,
         weight_alignment=ACCESS_BYTES,
+        table_alignment=ACCESS_BYTES,
     )
 
 
@@ -211,6 +227,7 @@ def _pack_numbers(
         *strides[0],
         *strides[-1],
         *args.rows.stride()[:2],
+        args.head_rows,
         *by_position,
         batch,
         x.shape[0],
@@ -268,7 +285,7 @@ def _fits_threads(call: Call) -> bool:
     signature = _signature(call)
     threads = deal_threads(signature)
     whole = signature.head_dim % threads.chunk == 0 and not (signature.half and sum(signature.pairs) % threads.chunk)
-    one_warp = call.norm is not NormKind.PER_HEAD or threads.lanes <= WARP
+    one_warp = call.norm is None or call.norm.across_heads or threads.lanes <= WARP
     return whole and one_warp and threads.held <= MAX_HELD
 
 

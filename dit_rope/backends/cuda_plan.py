@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -20,7 +21,6 @@ MAX_HELD = 8
 MIN_THREADS, MAX_THREADS = 128, 512
 
 _TYPE_NAMES = {torch.float32: "float", torch.bfloat16: "dit_rope::BFloat16", torch.float16: "dit_rope::Float16"}
-_NORM_NAMES = {None: "kNoNorm", NormKind.PER_HEAD: "kPerHead", NormKind.ACROSS_HEADS: "kAcrossHeads"}
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,17 @@ class Plan:
     Attributes:
         operation: the kernel's name, which profilers show.
         data, table: dtypes of the tensors and of the table.
-        weights: dtypes of the norm's weights, one per tensor, or empty.
+        weights, biases: dtypes of the norm's weights and biases, one per tensor, or empty.
         heads: of each tensor, one or two.
         head_dim: channels of a head.
         width: channels of a head that are read and written.
         pairs: channel pairs of each axis.
         half, exact: as in :class:`~dit_rope.rotation_args.RotationArgs`.
-        norm: what an RMSNorm before the rotation averages over, or None.
+        norm: the norm before the rotation, or None.
+        own_angles: every head turns by angles of its own.
         chunk: neighbouring channels that a thread owns.
-        access, weight_access: bytes of one memory access to data and to weights.
+        access, weight_access: bytes of one memory access to data, and to weights and biases.
+        table_access: of one access to the table where every head has its own angles, else of one number.
         lanes, rows, tokens: threads of a block along channels, heads and tokens.
     """
 
@@ -46,6 +48,7 @@ class Plan:
     data: torch.dtype
     table: torch.dtype
     weights: tuple[torch.dtype, ...]
+    biases: tuple[torch.dtype, ...]
     heads: tuple[int, ...]
     head_dim: int
     width: int
@@ -53,9 +56,11 @@ class Plan:
     half: bool
     exact: bool
     norm: NormKind | None
+    own_angles: bool
     chunk: int
     access: int
     weight_access: int
+    table_access: int
     lanes: int
     rows: int
     tokens: int
@@ -67,13 +72,17 @@ class Plan:
 
     def source(self) -> str:
         """CUDA C++ of the kernel, to be compiled with the folder ``kernels/`` on its include path."""
-        weights = self.weights or (self.data,) * 2
+        given = self.weights or self.biases or (self.data,)
+        weights, biases = self.weights or given, self.biases or given
         types = {
             "Data": self.data,
             "Table": self.table,
             "QueryWeight": weights[0],
             "KeyWeight": weights[-1],
+            "QueryBias": biases[0],
+            "KeyBias": biases[-1],
         }
+        norm = "kNoNorm" if self.norm is None else "kAcrossHeads" if self.norm.across_heads else "kPerHead"
         bounds = [sum(self.pairs[: axis + 1]) for axis in range(MAX_AXES - 1)]
         numbers = {
             "query_heads": self.heads[0],
@@ -86,6 +95,7 @@ class Plan:
             "chunk": self.chunk,
             "access": self.access,
             "weight_access": self.weight_access,
+            "table_access": self.table_access,
             "lanes": self.lanes,
             "rows": self.rows,
             "tokens": self.tokens,
@@ -96,12 +106,15 @@ class Plan:
             "half": self.half,
             "exact": self.exact,
             "weighted": bool(self.weights),
+            "biased": bool(self.biases),
+            "centred": self.norm is not None and self.norm.centred,
+            "own_angles": self.own_angles,
         }
         lines = [
             '#include "rope.cu"',
             "struct Plan {",
             *(f"  using {name} = {_TYPE_NAMES[dtype]};" for name, dtype in types.items()),
-            f"  static constexpr dit_rope::Norm norm = dit_rope::{_NORM_NAMES[self.norm]};",
+            f"  static constexpr dit_rope::Norm norm = dit_rope::{norm};",
             *(f"  static constexpr int {name} = {value};" for name, value in numbers.items()),
             *(f"  static constexpr bool {name} = {str(flag).lower()};" for name, flag in flags.items()),
             "};",
@@ -120,25 +133,29 @@ class Signature:
     """What of a call a kernel is compiled for, before anything is chosen.
 
     Attributes:
-        data, table, weights, heads, head_dim, pairs, half, exact, norm: as in :class:`Plan`.
+        data, table, weights, biases, heads, head_dim, pairs, half, exact, norm, own_angles: as in :class:`Plan`.
         keep_still: what does not turn is neither read nor written.
         some_entries: only some batch entries turn.
-        alignment, weight_alignment: bytes that every row of the data and of the weights is aligned to.
+        alignment, weight_alignment, table_alignment: bytes that every row of the data, of weights and biases, and of
+            the table is aligned to; of the table where every head has its own angles, else 16.
     """
 
     data: torch.dtype
     table: torch.dtype
     weights: tuple[torch.dtype, ...]
+    biases: tuple[torch.dtype, ...]
     heads: tuple[int, ...]
     head_dim: int
     pairs: tuple[int, ...]
     half: bool
     exact: bool
     norm: NormKind | None
+    own_angles: bool
     keep_still: bool
     some_entries: bool
     alignment: int
     weight_alignment: int
+    table_alignment: int
 
 
 @dataclass(frozen=True)
@@ -156,12 +173,14 @@ class Threads:
 def plan_for(signature: Signature) -> Plan:
     """The plan of every call with this signature: one object for equal ones."""
     threads = deal_threads(signature)
-    norm, data, weights = signature.norm, signature.data, signature.weights
+    norm, data = signature.norm, signature.data
+    parameters = signature.weights + signature.biases or (data,)
     return Plan(
         operation="shift" if signature.some_entries else "rotate" if norm is None else "norm_rotate",
         data=data,
         table=signature.table,
-        weights=weights,
+        weights=signature.weights,
+        biases=signature.biases,
         heads=signature.heads,
         head_dim=signature.head_dim,
         width=threads.width,
@@ -169,11 +188,13 @@ def plan_for(signature: Signature) -> Plan:
         half=signature.half,
         exact=signature.exact,
         norm=norm,
+        own_angles=signature.own_angles,
         chunk=threads.chunk,
         access=min(signature.alignment, threads.chunk * data.itemsize),
         weight_access=min(
-            signature.weight_alignment, threads.chunk * min(dtype.itemsize for dtype in weights or (data,))
+            signature.weight_alignment, threads.chunk * min(dtype.itemsize for dtype in parameters)
         ),
+        table_access=_table_access(signature, threads.chunk if signature.half else threads.chunk // 2),
         lanes=threads.lanes,
         rows=threads.rows,
         tokens=_tokens(threads.rows * threads.lanes),
@@ -187,13 +208,13 @@ def deal_threads(signature: Signature) -> Threads:
     width = -(-2 * pairs // chunk) * chunk if signature.keep_still else signature.head_dim
     # In half pairing every lane owns two chunks, those of the channels that do not turn too.
     lanes = pairs // chunk + -(-(width - 2 * pairs) // (2 * chunk)) if half else width // chunk
-    if norm is NormKind.PER_HEAD:
+    if norm is not None and not norm.across_heads:
         lanes = power_of_two(lanes)
     # Heads that a block works on at once: few enough threads that each holds THREAD_CHUNKS chunks.
     limit = max(1, MAX_THREADS // lanes)
     for rows in range(1, limit + 1):
         held = (2 if half else 1) * sum(-(-count // rows) for count in signature.heads)
-        whole_warps = norm is not NormKind.ACROSS_HEADS or rows * lanes % WARP == 0
+        whole_warps = norm is None or not norm.across_heads or rows * lanes % WARP == 0
         if whole_warps and held <= THREAD_CHUNKS:
             break
     return Threads(chunk, width, lanes, rows, held)
@@ -204,12 +225,22 @@ def _chunk(signature: Signature) -> int:
 
     Head dims, and pairs of half pairing, are even.
     """
-    chunk, half = ACCESS_BYTES // signature.data.itemsize, signature.half
+    chunk, half, norm = ACCESS_BYTES // signature.data.itemsize, signature.half, signature.norm
     while signature.head_dim % chunk or (half and sum(signature.pairs) % chunk):
         chunk //= 2
-    while signature.norm is NormKind.PER_HEAD and signature.head_dim > WARP * chunk * (2 if half else 1):
+    in_one_warp = norm is not None and not norm.across_heads
+    while in_one_warp and signature.head_dim > WARP * chunk * (2 if half else 1):
         chunk *= 2
     return chunk
+
+
+def _table_access(signature: Signature, pairs: int) -> int:
+    """Bytes of one access to the table by a lane of so many ``pairs``, all of them of one axis."""
+    size = signature.table.itemsize
+    if not signature.own_angles:
+        return size
+    bounds = itertools.accumulate(signature.pairs)
+    return min(math.gcd(signature.table_alignment, size * math.gcd(pairs, *bounds)), ACCESS_BYTES)
 
 
 def _tokens(token_threads: int) -> int:

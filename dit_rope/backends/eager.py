@@ -35,7 +35,7 @@ def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: Pa
 
     Args:
         x: ``[B, S, H, D]``.
-        cos, sin: ``[B or 1, S, 1, pairs]``; channels past ``2 * pairs`` are returned as they are.
+        cos, sin: ``[B or 1, S, 1 or H, pairs]``; channels past ``2 * pairs`` are returned as they are.
         pairing: which channels turn together.
 
     Returns:
@@ -49,17 +49,18 @@ def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: Pa
     return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
 
 
-def dense_angles(args: RotationArgs, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def dense_angles(args: RotationArgs, length: int, heads: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Cos and sin ``[B or 1, length, 1, pairs]`` of every token of a sequence, (1, 0) where it does not turn.
 
-    B is the batch of ``args.positions``, which with ``args.entries`` counts those.
+    B is the batch of ``args.positions``, which with ``args.entries`` counts those. With ``args.head_rows`` they are
+    ``[B or 1, length, heads, pairs]``.
     """
-    table, rows = _needed_rows(args.rows, _row_indices(args))
+    table, rows = _needed_rows(args.rows, _row_indices(args, heads))
     angles = torch.cat(_gather(_identity_row(table), rows, args.pairs), dim=-1)
     around = (0, 0, 0, 0, args.prefix, length - args.prefix - rows.shape[1])
     cos, sin = (
         torch.nn.functional.pad(part, around, value=still)
-        for part, still in zip(angles.unsqueeze(3).unbind(0), (1.0, 0.0), strict=True)
+        for part, still in zip(angles.unbind(0), (1.0, 0.0), strict=True)
     )
     return cos, -sin if args.inverse else sin
 
@@ -82,51 +83,79 @@ def norm_rotate(
     norm: NormKind,
     args: RotationArgs,
     outs: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None] = (),
 ) -> None:
-    """RMSNorm of each ``xs[i]``, then its rotation, into ``outs[i]``; unturned tokens and channels are normed too.
+    """Norm of each ``xs[i]``, then its rotation, into ``outs[i]``; unturned tokens and channels are normed too.
 
-    Arithmetic is float32 (float64 for float64 data) and rounded once. Weights are ``[D]`` per head, ``[H * D]``
-    across heads, or None.
+    Arithmetic is float32 (float64 for float64 data) and rounded once. Weights and biases are ``[D]`` per head,
+    ``[H * D]`` across heads, or None; no ``biases`` at all are as many Nones.
 
     Raises:
         IndexError: as :func:`rotate`.
     """
-    _run(xs, replace(args, exact=False), outs, norm=_Norm(norm, eps, weights))
+    _run(xs, replace(args, exact=False), outs, norm=_Norm(norm, eps, weights, biases or [None] * len(xs)))
 
 
 class _Norm:
-    """RMSNorm of a chunk of tokens, in the arithmetic dtype (Zhang and Sennrich, arXiv:1910.07467)."""
+    """The norm of a chunk of tokens, in the arithmetic dtype.
 
-    def __init__(self, kind: NormKind, eps: float, weights: Sequence[torch.Tensor | None]) -> None:
-        self.dims = (-2, -1) if kind is NormKind.ACROSS_HEADS else (-1,)
+    RMSNorm is that of Zhang and Sennrich (arXiv:1910.07467), LayerNorm that of Ba, Kiros and Hinton (arXiv:1607.06450).
+    """
+
+    def __init__(
+        self,
+        kind: NormKind,
+        eps: float,
+        weights: Sequence[torch.Tensor | None],
+        biases: Sequence[torch.Tensor | None],
+    ) -> None:
+        self.kind = kind
+        self.dims = (-2, -1) if kind.across_heads else (-1,)
         self.eps = eps
         self.weights = weights
+        self.biases = biases
+        self._squares = torch.empty(0)
 
     def __call__(self, x: torch.Tensor, index: int, out: torch.Tensor) -> torch.Tensor:
         """``x`` ``[B, n, H, D]`` of tensor number ``index``, normed into ``out``, which must not be x."""
-        heads, channels = x.shape[-2:]
-        across = len(self.dims) == 2
-        scale = torch.mul(x, x, out=out).mean(self.dims, keepdim=True).add_(self.eps).rsqrt_()
+        squares = out
+        if self.kind.centred:  # the mean first, since a difference of two large means would lose the variance
+            x = torch.sub(x, x.mean(self.dims, keepdim=True), out=out)
+            squares = self._scratch_like(x)
+        scale = torch.mul(x, x, out=squares).mean(self.dims, keepdim=True).add_(self.eps).rsqrt_()
         torch.mul(x, scale, out=out)
-        weight = self.weights[index]
+        weight, bias = self.weights[index], self.biases[index]
         if weight is not None:
-            out.mul_(weight.view(heads, channels) if across else weight)
+            out.mul_(self._of_head(weight, x))
+        if bias is not None:
+            out.add_(self._of_head(bias, x))
         return out
+
+    def _of_head(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return parameter.view(x.shape[-2:]) if self.kind.across_heads else parameter
+
+    def _scratch_like(self, x: torch.Tensor) -> torch.Tensor:
+        """Memory for the squares of ``x``, the same for every chunk."""
+        if self._squares.numel() < x.numel() or self._squares.device != x.device:
+            self._squares = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
+        return self._squares[: x.numel()].view(x.shape)
 
 
 class _Turn:
     """The angles of the tokens that turn, and how channels are multiplied by them.
 
-    ``tables`` are ``[B or 1, count, 1, pairs]``: one complex table in fast mode, two in exact mode, or real cos and
-    sin where pairs are not adjacent or the arithmetic is 16-bit.
+    ``tables`` are ``[B or 1, count, 1, pairs]``, or ``[B or 1, count, heads, pairs]`` where every head has its own: one
+    complex table in fast mode, two in exact mode, or real cos and sin where pairs are not adjacent or the arithmetic is
+    16-bit.
     """
 
-    def __init__(self, args: RotationArgs, dtype: torch.dtype) -> None:
+    def __init__(self, args: RotationArgs, dtype: torch.dtype, heads: int) -> None:
         if args.exact:
             self.dtype = torch.promote_types(dtype, args.rows.dtype)
         else:
             self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.args = args
+        self.heads = heads if args.head_rows else 1
         self.width = 2 * sum(args.pairs)
         self.adjacent = args.pairing is Pairing.INTERLEAVED
         self.complex = self.adjacent and self.dtype in (torch.float32, torch.float64)
@@ -138,12 +167,13 @@ class _Turn:
         """The tables, from the cache on CPU, where every layer of a model asks for them again.
 
         Not those of positions on one axis: they take one gather, and who serves text brings new positions to each call.
+        With angles for each head they do: that gather is as large as the data.
         """
         args, inputs = self.args, [t for t in (self.args.rows, self.args.positions) if t is not None]
-        once = len(args.pairs) == 1 and args.positions is not None
+        once = len(args.pairs) == 1 and args.positions is not None and not args.head_rows
         if once or args.rows.device.type != "cpu" or any(t.is_inference() for t in inputs):
             return self._gathered()
-        where = (args.pairs, args.sizes, args.first_rows, args.token_offset, args.count)
+        where = (args.pairs, args.sizes, args.first_rows, args.token_offset, args.count, args.head_rows, self.heads)
         key = (tuple(map(_identity, inputs)), where, args.pairing, args.inverse, self.exact_complex, self.dtype)
         # The inputs go in with the tables: their memory stays theirs, and a write to them is noticed.
         kept = ANGLES.get(key, args.rows.device, lambda: [*self._gathered(), *inputs])
@@ -151,7 +181,7 @@ class _Turn:
 
     def _gathered(self) -> list[torch.Tensor]:
         args = self.args
-        table, rows = _needed_rows(args.rows, _row_indices(args))
+        table, rows = _needed_rows(args.rows, _row_indices(args, self.heads))
         cos, sin = _identity_row(table.to(self.dtype)).unbind(0)
         sin = -sin if args.inverse else sin
         if not self.complex:
@@ -161,12 +191,15 @@ class _Turn:
             tables = (torch.complex(cos, zero), torch.complex(zero, sin))
         else:
             tables = (torch.complex(cos, sin),)
-        return [torch.cat(_gather(table, rows, args.pairs), dim=-1).unsqueeze(2) for table in tables]
+        return [torch.cat(_gather(table, rows, args.pairs), dim=-1) for table in tables]
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor, start: int, stop: int, scratch: torch.Tensor) -> None:
         """Turns the tokens ``start <= j < stop``, ``x`` ``[B, n, H, width]``, into ``out``, which may be x."""
-        whole = stop - start == self.count
-        tables = self.tables if whole else [table[:, start:stop] for table in self.tables]
+        tables = self.tables
+        if stop - start != self.count:
+            tables = [table[:, start:stop] for table in tables]
+        if self.heads > x.shape[2]:
+            tables = [table[:, :, : x.shape[2]] for table in tables]
         if not self.complex:
             self._turn_real(x, out, *tables)
             return
@@ -195,7 +228,7 @@ def _run(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Te
     if args.entries is not None:
         _run_entries(xs, args.entries.long(), replace(args, entries=None), norm)
         return
-    turn = _Turn(args, xs[0].dtype)
+    turn = _Turn(args, xs[0].dtype, max(xs[0].shape[2], xs[-1].shape[2]))
     turning = slice(args.prefix, args.prefix + turn.count)
     for index, (x, out) in enumerate(zip(xs, outs, strict=True)):
         if turn.count == x.shape[1]:
@@ -263,17 +296,23 @@ def _readable(x: torch.Tensor, turn: _Turn) -> bool:
     return x.dtype == turn.dtype and x.stride(-1) == 1 and even and x.storage_offset() % 2 == 0
 
 
-def _row_indices(args: RotationArgs) -> torch.Tensor:
-    """Row of each turning token on each axis, ``[1 or B, n, axes]`` int64."""
+def _row_indices(args: RotationArgs, heads: int) -> torch.Tensor:
+    """Row of each turning token on each axis, ``[1 or B, n, 1, axes]`` int64; by head where ``args.head_rows``."""
     if args.positions is not None:
-        return args.positions.long().expand(-1, args.count, -1)
-    coordinates = grid_coordinates(args.sizes, args.token_offset, args.count, args.rows.device)
-    columns = [coordinate + first for coordinate, first in zip(coordinates, args.first_rows, strict=True)]
-    return torch.stack(columns, dim=-1)[None]
+        rows = args.positions.long().expand(-1, args.count, -1)
+    else:
+        coordinates = grid_coordinates(args.sizes, args.token_offset, args.count, args.rows.device)
+        columns = [coordinate + first for coordinate, first in zip(coordinates, args.first_rows, strict=True)]
+        rows = torch.stack(columns, dim=-1)[None]
+    rows = rows.unsqueeze(2)
+    if not args.head_rows:
+        return rows
+    further = torch.arange(heads, device=rows.device)[:, None] * args.head_rows
+    return torch.where(rows < 0, rows, rows + further)
 
 
 def _needed_rows(table: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A table ``[2, R, P]`` no longer than ``rows`` ``[B or 1, n, axes]``, and the rows in it.
+    """A table ``[2, R, P]`` no longer than ``rows`` ``[B or 1, n, heads, axes]``, and the rows in it.
 
     A cache for a million positions is not converted for a few tokens: their rows come first, in its own dtype.
     """
@@ -287,13 +326,14 @@ def _needed_rows(table: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def _gather(table: torch.Tensor, rows: torch.Tensor, pairs: Sequence[int]) -> list[torch.Tensor]:
-    """``[..., B or 1, n, pairs[a]]`` of each axis from ``table`` ``[..., 1 + R, P]`` at ``rows`` ``[B or 1, n, axes]``.
+    """``[..., *rows.shape[:3], pairs[a]]`` of each axis from ``table`` ``[..., 1 + R, P]``.
 
-    The first row of the table is the identity, for negative rows; row 0 comes after it.
+    ``rows`` are ``[B or 1, n, heads, axes]``. The first row of the table is the identity, for negative rows; row 0
+    comes after it.
     """
-    flat = (rows.flatten(0, 1) + 1).clamp_(min=0)
+    flat = (rows.flatten(0, 2) + 1).clamp_(min=0)
     gathered = (table.index_select(-2, flat[:, axis]) for axis in range(len(pairs)))
-    return [part[..., :width].unflatten(-2, rows.shape[:2]) for part, width in zip(gathered, pairs, strict=True)]
+    return [part[..., :width].unflatten(-2, rows.shape[:3]) for part, width in zip(gathered, pairs, strict=True)]
 
 
 def _identity(x: torch.Tensor) -> tuple[object, ...]:

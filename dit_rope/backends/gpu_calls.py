@@ -22,21 +22,27 @@ MAX_TOKENS = 2**31 - 4096
 
 
 class Norm(NamedTuple):
-    """RMSNorm before the rotation: which channels are averaged, one weight (or None) per tensor, and eps."""
+    """The norm before the rotation: which one, one weight (or None) per tensor, eps, and as many biases or none."""
 
     kind: NormKind
     weights: Sequence[torch.Tensor | None]
     eps: float
+    biases: Sequence[torch.Tensor | None] = ()
 
     @property
     def given(self) -> list[torch.Tensor]:
         """The weights that are not None."""
         return [weight for weight in self.weights if weight is not None]
 
+    @property
+    def added(self) -> list[torch.Tensor]:
+        """The biases that are not None."""
+        return [bias for bias in self.biases if bias is not None]
+
 
 @dataclass(frozen=True)
 class Call:
-    """One rotation of ``xs`` ``[B, S, H_i, D]``, after an RMSNorm of kind ``norm`` unless that is None."""
+    """One rotation of ``xs`` ``[B, S, H_i, D]``, after a norm of kind ``norm`` unless that is None."""
 
     xs: Sequence[torch.Tensor]
     args: RotationArgs
@@ -128,6 +134,10 @@ COMMON = (
     Constraint(
         lambda call: call.args.entries is None or call.args.entries.dtype == torch.int32,
         lambda call: f"entries must be int32, got {_dtype_of(call.args.entries)}",
+    ),
+    Constraint(
+        lambda call: call.args.entries is None or call.args.head_rows == 0,
+        lambda call: f"entries must turn by angles that all heads share, got head_rows {call.args.head_rows}",
     ),
     Constraint(
         lambda call: min(call.xs[0].shape[2], call.xs[-1].shape[2]) > 0,

@@ -1,9 +1,9 @@
-"""The GPU program of the Triton backend: RMSNorm and rotation of one or two tensors in one pass over memory.
+"""The GPU program of the Triton backend: norm and rotation of one or two tensors in one pass over memory.
 
 Imported by :mod:`dit_rope.backends.triton_kernels` on first use, so that nothing else needs Triton. A tile is
 ``[tokens, heads, channels]``. Triton lays threads along the contiguous dim first, then along the first: threads
 differ in channels and tokens, and the heads of a tile are registers of one thread, which so keeps the cos and sin of
-a few pairs of one token for every head of both tensors. Each element is loaded once and its pair is formed and stored
+a few pairs of one token for every head of both tensors, unless every head has angles of its own. Each element is loaded once and its pair is formed and stored
 by one thread, which makes a launch in place safe.
 """
 
@@ -17,24 +17,25 @@ import triton.language as tl
 RUN_TIME = (
     *(f"{x}_{stride}" for x in ("q", "q_out", "k", "k_out") for stride in ("batch", "token", "head")),
     *("rows_plane", "rows_row", "positions_batch", "positions_token", "positions_axis", "entries_batch"),
+    "head_rows",
     *("row_count", "entry_count", "tokens", "prefix", "turning", "token_offset", "span0", "span1", "span2"),
     *("first0", "first1", "first2", "first3", "eps"),
 )
 
 
 @triton.jit
-def _load_angles(
-    rows, rows_plane, rows_row, row_count, positions, positions_batch, positions_token, positions_axis, batch, j,
-    turns, rest, spans, firsts, BOUNDS: tl.constexpr, AXES: tl.constexpr, PADDED: tl.constexpr, INVERSE: tl.constexpr,
+def _find_rows(
+    row_count, positions, positions_batch, positions_token, positions_axis, batch, j, turns, rest, spans, firsts,
+    BOUNDS: tl.constexpr, AXES: tl.constexpr, PADDED: tl.constexpr, OWN_ANGLES: tl.constexpr,
 ):  # fmt: skip
-    """Cos and sin (float32) of the pairs of this program's tokens, and whether each turns: ``[tokens, 1, PADDED]``.
+    """The table's row and column of the pairs of this program's tokens, a row of -1 where an axis is left alone.
 
-    ``j`` and ``turns`` are ``[tokens]``: the token's number in the grid, and whether it turns; ``rest`` is its flat
-    index there. Each axis' row is found once per token, and selected for the pairs that the axis owns.
+    ``[PADDED, tokens]``: pairs first, so that a warp reads neighbouring pairs; with OWN_ANGLES ``[tokens, 1, PADDED]``,
+    as channels lie. ``j`` and ``turns`` are ``[tokens]``: the token's number in the grid, and whether it turns; ``rest``
+    is its flat index there. Each axis' row is found once per token, and selected for the pairs that the axis owns.
     """
-    # Pairs first, so that a warp reads neighbouring pairs.
-    pair = tl.arange(0, PADDED)[:, None]
-    row = tl.full([PADDED, j.shape[0]], -1, tl.int32)
+    pair = tl.arange(0, PADDED)[None, None, :] if OWN_ANGLES else tl.arange(0, PADDED)[:, None]
+    row = tl.full([j.shape[0], 1, PADDED] if OWN_ANGLES else [PADDED, j.shape[0]], -1, tl.int32)
     column = pair
     for a in tl.static_range(AXES):
         if positions is not None:
@@ -46,17 +47,37 @@ def _load_angles(
             rest = rest - coordinate * spans[a]
             axis_row = firsts[a] + coordinate
         own = (pair >= BOUNDS[a]) & (pair < BOUNDS[a + 1])
-        row = tl.where(own, axis_row[None, :], row)
+        row = tl.where(own, axis_row[:, None, None] if OWN_ANGLES else axis_row[None, :], row)
         column = tl.where(own, pair - BOUNDS[a], column)
-    # A row stays negative for the pairs of an axis that its position leaves alone, or that it sends past the table, and
-    # past the last pair.
-    turn = (row >= 0) & turns[None, :]
+    return row, column
+
+
+@triton.jit
+def _load_angles(rows, rows_plane, row, rows_row, column, turn, INVERSE: tl.constexpr):
+    """Cos and sin (float32) at rows and columns of the table, (1, 0) where ``turn`` is false."""
     at = rows + row * rows_row + column
     cos = tl.load(at, mask=turn, other=1.0, eviction_policy="evict_last").to(tl.float32)
     sin = tl.load(at + rows_plane, mask=turn, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    if INVERSE:
-        sin = -sin
-    return tl.trans(cos)[:, None, :], tl.trans(sin)[:, None, :], tl.trans(turn)[:, None, :]
+    return cos, -sin if INVERSE else sin
+
+
+@triton.jit
+def _tile_angles(
+    angles, table, head, OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr, INVERSE: tl.constexpr
+):  # fmt: skip
+    """Cos, sin and what turns of the heads ``[1, heads, 1]`` of a tile, in shapes that broadcast with the tile.
+
+    ``angles`` are those that all heads share; with OWN_ANGLES the rows and columns of head 0, and which tokens turn.
+    Strides of the table then come in units of TABLE_ALIGN elements, as the data's do in units of ALIGN.
+    """
+    cos, sin, turn = angles
+    if OWN_ANGLES:
+        row, column, turns = angles
+        rows, rows_plane, rows_row, row_count, head_rows = table
+        own_row = row + head * head_rows.to(tl.int64)
+        turn = (row >= 0) & (own_row < row_count) & turns
+        cos, sin = _load_angles(rows, rows_plane * TABLE_ALIGN, own_row, rows_row * TABLE_ALIGN, column, turn, INVERSE)
+    return cos, sin, turn
 
 
 @triton.jit
@@ -115,18 +136,31 @@ def _product(x, factor, PRODUCT: tl.constexpr):
 
 
 @triton.jit
+def _affine(x, weight, bias):
+    """Weight and bias of a norm, where they are not None, rounded once together."""
+    if bias is not None:
+        if weight is not None:
+            x = tl.fma(x, weight.to(tl.float32), bias.to(tl.float32))
+        else:
+            x = x + bias.to(tl.float32)
+    elif weight is not None:
+        x = x * weight.to(tl.float32)
+    return x
+
+
+@triton.jit
 def _turn_tile(
-    row, x1, x2, tail, scale, w1, w2, w_tail, cos, sin, turn, mask, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    row, x1, x2, tail, scale, w1, w2, w_tail, b1, b2, b_tail, angles, mask, DIM: tl.constexpr, WIDTH: tl.constexpr,
     PAIRS: tl.constexpr, PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """Applies the norm's scale and weight, if they are not None, turns the pairs and stores all at ``row``."""
+    """Applies the norm's scale, weight and bias, where they are not None, turns the pairs and stores all at ``row``."""
     x1, x2, tail = x1.to(tl.float32), x2.to(tl.float32), tail.to(tl.float32)
     if scale is not None:
         x1, x2, tail = x1 * scale, x2 * scale, tail * scale
-    if w1 is not None:
-        x1, x2 = x1 * w1.to(tl.float32), x2 * w2.to(tl.float32)
-        if TAIL > 0:
-            tail = tail * w_tail.to(tl.float32)
+    x1, x2 = _affine(x1, w1, b1), _affine(x2, w2, b2)
+    if TAIL > 0:
+        tail = _affine(tail, w_tail, b_tail)
+    cos, sin, turn = angles
     # A select, not only cos = 1 and sin = 0: what does not turn is copied as it is, infinities and -0 included.
     y1 = tl.where(turn, _product(x1, cos, PRODUCT) - _product(x2, sin, PRODUCT), x1)
     y2 = tl.where(turn, _product(x1, sin, PRODUCT) + _product(x2, cos, PRODUCT), x2)
@@ -134,15 +168,15 @@ def _turn_tile(
 
 
 @triton.jit
-def _squares(x1, x2):
+def _sums(x1, x2, SQUARED: tl.constexpr):
     x1, x2 = x1.to(tl.float32), x2.to(tl.float32)
-    return x1 * x1 + x2 * x2
+    return x1 * x1 + x2 * x2 if SQUARED else x1 + x2
 
 
 @triton.jit
-def _square(x):
+def _terms(x, SQUARED: tl.constexpr):
     x = x.to(tl.float32)
-    return x * x
+    return x * x if SQUARED else x
 
 
 @triton.jit
@@ -152,91 +186,140 @@ def _scale(squares, eps, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _head_scale(x1, x2, tail, eps, DIM: tl.constexpr, TAIL: tl.constexpr):
-    """Reciprocal root mean square of each head ``[tokens, heads, 1]``."""
-    total = tl.sum(_squares(x1, x2), axis=2, keep_dims=True)
+def _head_total(x1, x2, tail, TAIL: tl.constexpr, SQUARED: tl.constexpr):
+    """Sum over the channels, or their squares, of each head ``[tokens, heads, 1]``."""
+    total = tl.sum(_sums(x1, x2, SQUARED), axis=2, keep_dims=True)
     if TAIL > 0:
-        total += tl.sum(_square(tail), axis=2, keep_dims=True)
-    return _scale(total, eps, DIM)
+        total += tl.sum(_terms(tail, SQUARED), axis=2, keep_dims=True)
+    return total
+
+
+@triton.jit
+def _centred(
+    x1, x2, tail, mean, mask, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, PADDED: tl.constexpr,
+    TAIL: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """The channels less their mean, float32; 0 where ``mask`` is false and where a head is padded."""
+    p = tl.arange(0, PADDED)[None, None, :]
+    x1, x2, tail = x1.to(tl.float32) - mean, x2.to(tl.float32) - mean, tail.to(tl.float32) - mean
+    if HALF:
+        x1, x2 = tl.where(mask & (p < PAIRS), x1, 0.0), tl.where(mask & (p < PAIRS), x2, 0.0)
+    else:
+        x1, x2 = tl.where(mask & (2 * p < WIDTH), x1, 0.0), tl.where(mask & (2 * p + 1 < WIDTH), x2, 0.0)
+    if TAIL > 0:
+        channel = 2 * PAIRS + tl.arange(0, TAIL)[None, None, :]
+        tail = tl.where(mask & (channel < DIM), tail, 0.0)
+    return x1, x2, tail
+
+
+@triton.jit
+def _row_total(sums, tail_sums, TAIL: tl.constexpr):
+    """Sum over heads and channels ``[tokens, 1, 1]``."""
+    total = tl.sum(tl.sum(sums, axis=2, keep_dims=True), axis=1, keep_dims=True)
+    if TAIL > 0:
+        total += tl.sum(tl.sum(tail_sums, axis=2, keep_dims=True), axis=1, keep_dims=True)
+    return total
 
 
 @triton.jit
 def _turn_row(
-    x, x_rows, x_head, out, out_rows, out_head, weight, live, cos, sin, turn, eps,
+    x, x_rows, x_head, out, out_rows, out_head, weight, bias, live, angles, table, eps,
     HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
-    PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr,
+    PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr, CENTRED: tl.constexpr,
+    OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """Norms each token across its heads, then turns them: TILE heads at a time, of which it keeps all.
 
-    The row stays in registers, in the dtype of memory, between the sum and the rotation: it is read once.
+    The row stays in registers, in the dtype of memory, between the sums and the rotation: it is read once.
     """
     head = tl.arange(0, TILE)[None, :, None]
-    w1, w2, w_tail = None, None, None
+    w1, w2, w_tail, b1, b2, b_tail = None, None, None, None, None, None
     tiles = ()
-    squares = tl.zeros([x_rows.shape[0], TILE, PADDED], tl.float32)
-    tail_squares = tl.zeros([x_rows.shape[0], TILE, TAIL if TAIL > 0 else 1], tl.float32)
+    sums = tl.zeros([x_rows.shape[0], TILE, PADDED], tl.float32)
+    tail_sums = tl.zeros([x_rows.shape[0], TILE, TAIL if TAIL > 0 else 1], tl.float32)
     for first in tl.static_range(0, HEADS, TILE):
         mask = live & (first + head < HEADS) if HEADS % TILE != 0 else live
         x1, x2, tail = _load_tile(
             x + first * x_head + x_rows, mask, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF, "evict_first"
         )
         tiles += ((x1, x2, tail),)  # type: ignore[assignment]
-        squares += _squares(x1, x2)
+        sums += _sums(x1, x2, not CENTRED)
         if TAIL > 0:
-            tail_squares += _square(tail)
-    total = tl.sum(tl.sum(squares, axis=2, keep_dims=True), axis=1, keep_dims=True)
-    if TAIL > 0:
-        total += tl.sum(tl.sum(tail_squares, axis=2, keep_dims=True), axis=1, keep_dims=True)
-    scale = _scale(total, eps, HEADS * DIM)
+            tail_sums += _terms(tail, not CENTRED)
+    mean = 0.0
+    if CENTRED:
+        mean = tl.div_rn(_row_total(sums, tail_sums, TAIL), HEADS * DIM)
+        sums, tail_sums = tl.zeros_like(sums), tl.zeros_like(tail_sums)
+        for first in tl.static_range(0, HEADS, TILE):
+            x1, x2, tail = tiles[first // TILE]
+            mask = live & (first + head < HEADS)
+            x1, x2, tail = _centred(x1, x2, tail, mean, mask, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF)
+            sums += _sums(x1, x2, True)
+            if TAIL > 0:
+                tail_sums += _terms(tail, True)
+    scale = _scale(_row_total(sums, tail_sums, TAIL), eps, HEADS * DIM)
     for first in tl.static_range(0, HEADS, TILE):
         mask = live & (first + head < HEADS) if HEADS % TILE != 0 else live
         if weight is not None:
             w1, w2, w_tail = _load_tile(
                 weight + (first + head) * DIM, first + head < HEADS, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF, "evict_last"
             )
+        if bias is not None:
+            b1, b2, b_tail = _load_tile(
+                bias + (first + head) * DIM, first + head < HEADS, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF, "evict_last"
+            )
         x1, x2, tail = tiles[first // TILE]
+        if CENTRED:
+            x1, x2, tail = x1.to(tl.float32) - mean, x2.to(tl.float32) - mean, tail.to(tl.float32) - mean
         _turn_tile(
-            out + first * out_head + out_rows, x1, x2, tail, scale, w1, w2, w_tail, cos, sin, turn, mask, DIM, WIDTH,
-            PAIRS, PADDED, TAIL, HALF, PRODUCT,
+            out + first * out_head + out_rows, x1, x2, tail, scale, w1, w2, w_tail, b1, b2, b_tail,
+            _tile_angles(angles, table, first + head, OWN_ANGLES, TABLE_ALIGN, INVERSE), mask, DIM, WIDTH, PAIRS,
+            PADDED, TAIL, HALF, PRODUCT,
         )  # fmt: skip
 
 
 @triton.jit
 def _turn_heads(
-    x, x_rows, x_head, out, out_rows, out_head, weight, live, cos, sin, turn, eps,
+    x, x_rows, x_head, out, out_rows, out_head, weight, bias, live, angles, table, eps,
     HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
     PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr, NORM: tl.constexpr,
+    CENTRED: tl.constexpr, OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """Norms each head of each token, where NORM says so, and turns it, TILE heads at a time."""
     head = tl.arange(0, TILE)[None, :, None]
-    w1, w2, w_tail = None, None, None
+    one = tl.zeros([1, 1, 1], tl.int32)
+    w1, w2, w_tail, b1, b2, b_tail = None, None, None, None, None, None
     if weight is not None:
-        one = tl.zeros([1, 1, 1], tl.int32)
-        w1, w2, w_tail = _load_tile(
-            weight + one, one == 0, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF, "evict_last"
-        )  # fmt: skip
+        w1, w2, w_tail = _load_tile(weight + one, one == 0, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF, "evict_last")
+    if bias is not None:
+        b1, b2, b_tail = _load_tile(bias + one, one == 0, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF, "evict_last")
     for first in range(0, HEADS, TILE):
         mask = live & (first + head < HEADS) if HEADS % TILE != 0 else live
         x1, x2, tail = _load_tile(
             x + first * x_head + x_rows, mask, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF, "evict_first"
         )
-        scale = _head_scale(x1, x2, tail, eps, DIM, TAIL) if NORM == "per_head" else None
+        if CENTRED:
+            mean = tl.div_rn(_head_total(x1, x2, tail, TAIL, False), DIM)
+            x1, x2, tail = _centred(x1, x2, tail, mean, live, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF)
+        scale = _scale(_head_total(x1, x2, tail, TAIL, True), eps, DIM) if NORM == "per_head" else None
         _turn_tile(
-            out + first * out_head + out_rows, x1, x2, tail, scale, w1, w2, w_tail, cos, sin, turn, mask, DIM, WIDTH,
-            PAIRS, PADDED, TAIL, HALF, PRODUCT,
+            out + first * out_head + out_rows, x1, x2, tail, scale, w1, w2, w_tail, b1, b2, b_tail,
+            _tile_angles(angles, table, first + head, OWN_ANGLES, TABLE_ALIGN, INVERSE), mask, DIM, WIDTH, PAIRS,
+            PADDED, TAIL, HALF, PRODUCT,
         )  # fmt: skip
 
 
 @triton.jit
 def _turn_tensor(
-    x, x_batch, x_token, x_head, out, out_batch, out_token, out_head, weight, entry, token, live, cos, sin, turn, eps,
-    HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
+    x, x_batch, x_token, x_head, out, out_batch, out_token, out_head, weight, bias, entry, token, live, angles, table,
+    eps, HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
     PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, ALIGN: tl.constexpr, PRODUCT: tl.constexpr,
-    NORM: tl.constexpr,
+    NORM: tl.constexpr, CENTRED: tl.constexpr, OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr,
+    INVERSE: tl.constexpr,
 ):  # fmt: skip
     """Norms and turns every head of one tensor for the tokens of this program, in batch entry ``entry``.
 
-    ``cos``, ``sin``, ``turn`` are ``[tokens, 1, PADDED]``; ``token`` and ``live`` (whether it is written) are
+    ``angles`` and ``table`` are those of :func:`_tile_angles`; ``token`` and ``live`` (whether it is written) are
     ``[tokens]``. Strides come in units of ALIGN elements: the multiplication here is what tells the compiler that
     every row starts on ALIGN elements, without specialising on strides. Offsets of rows are 64-bit.
     """
@@ -251,24 +334,24 @@ def _turn_tensor(
     out_rows = token * out_token * ALIGN + head * out_head
     if NORM == "across_heads":
         _turn_row(
-            x, x_rows, x_head, out, out_rows, out_head, weight, live, cos, sin, turn, eps, HEADS, TILE, DIM, WIDTH,
-            PAIRS, PADDED, TAIL, HALF, PRODUCT,
+            x, x_rows, x_head, out, out_rows, out_head, weight, bias, live, angles, table, eps, HEADS, TILE, DIM, WIDTH,
+            PAIRS, PADDED, TAIL, HALF, PRODUCT, CENTRED, OWN_ANGLES, TABLE_ALIGN, INVERSE,
         )  # fmt: skip
     else:
         _turn_heads(
-            x, x_rows, x_head, out, out_rows, out_head, weight, live, cos, sin, turn, eps, HEADS, TILE, DIM, WIDTH,
-            PAIRS, PADDED, TAIL, HALF, PRODUCT, NORM,
+            x, x_rows, x_head, out, out_rows, out_head, weight, bias, live, angles, table, eps, HEADS, TILE, DIM, WIDTH,
+            PAIRS, PADDED, TAIL, HALF, PRODUCT, NORM, CENTRED, OWN_ANGLES, TABLE_ALIGN, INVERSE,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def norm_turn_kernel(
-    q, q_out, q_weight, k, k_out, k_weight, rows, positions, entries,
+    q, q_out, q_weight, q_bias, k, k_out, k_weight, k_bias, rows, positions, entries,
     q_batch: tl.int64, q_token: tl.int64, q_head: tl.int64,
     q_out_batch: tl.int64, q_out_token: tl.int64, q_out_head: tl.int64,
     k_batch: tl.int64, k_token: tl.int64, k_head: tl.int64,
     k_out_batch: tl.int64, k_out_token: tl.int64, k_out_head: tl.int64,
-    rows_plane: tl.int64, rows_row: tl.int64,
+    rows_plane: tl.int64, rows_row: tl.int64, head_rows: tl.int64,
     positions_batch: tl.int64, positions_token: tl.int64, positions_axis: tl.int64, entries_batch: tl.int64,
     row_count: tl.int32, entry_count: tl.int32, tokens: tl.int32, prefix: tl.int32, turning: tl.int32,
     token_offset: tl.int32, span0: tl.int32, span1: tl.int32, span2: tl.int32,
@@ -276,7 +359,8 @@ def norm_turn_kernel(
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BOUNDS: tl.constexpr, AXES: tl.constexpr, PADDED: tl.constexpr,
     TAIL: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr, EXACT: tl.constexpr, KEEP_STILL: tl.constexpr,
-    ALIGN: tl.constexpr, NORM: tl.constexpr,
+    ALIGN: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr, OWN_ANGLES: tl.constexpr,
+    TABLE_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Norms and turns TOKENS tokens of ``q`` and, unless None, ``k`` ``[B, tokens, heads, DIM]`` into their outs.
 
@@ -286,7 +370,8 @@ def norm_turn_kernel(
     ``prefix + j`` turns when ``0 <= j < turning``; ``span{a}`` is the product of the grid's sizes after axis a. WIDTH
     is how many channels of a head are written, PADDED the next power of two of its pairs, TAIL that of the channels
     past them where those are loaded apart (else 0). EXACT rounds products to the dtype of the table. KEEP_STILL leaves
-    tokens that do not turn as they are in the outs. NORM is a NormKind's value or "none".
+    tokens that do not turn as they are in the outs. NORM is "none", "per_head" or "across_heads", CENTRED whether it is
+    a LayerNorm. OWN_ANGLES: the rows of a head lie ``head_rows`` further on than those of the head before.
     """
     program = tl.program_id(0)
     blocks = (tokens + (TOKENS - 1)) // TOKENS
@@ -303,17 +388,27 @@ def norm_turn_kernel(
         turns = turns & known
     product: tl.constexpr = rows.dtype.element_ty if EXACT else tl.float32
 
-    cos, sin, turn = _load_angles(
-        rows, rows_plane, rows_row, row_count, positions, positions_batch, positions_token, positions_axis, batch, j,
-        turns, token_offset + j, (span0, span1, span2, 1), (first0, first1, first2, first3), BOUNDS, AXES, PADDED,
-        INVERSE,
+    row, column = _find_rows(
+        row_count, positions, positions_batch, positions_token, positions_axis, batch, j, turns, token_offset + j,
+        (span0, span1, span2, 1), (first0, first1, first2, first3), BOUNDS, AXES, PADDED, OWN_ANGLES,
     )  # fmt: skip
+    table = (rows, rows_plane, rows_row, row_count, head_rows)
+    if OWN_ANGLES:
+        angles = (row, column, turns[:, None, None])
+    else:
+        # A row stays negative for the pairs of an axis that its position leaves alone, or that it sends past the table,
+        # and past the last pair.
+        turn = (row >= 0) & turns[None, :]
+        cos, sin = _load_angles(rows, rows_plane, row, rows_row, column, turn, INVERSE)
+        angles = (tl.trans(cos)[:, None, :], tl.trans(sin)[:, None, :], tl.trans(turn)[:, None, :])
     _turn_tensor(
-        q, q_batch, q_token, q_head, q_out, q_out_batch, q_out_token, q_out_head, q_weight, entry, token, live, cos,
-        sin, turn, eps, Q_HEADS, TILE, DIM, WIDTH, BOUNDS[AXES], PADDED, TAIL, HALF, ALIGN, product, NORM,
+        q, q_batch, q_token, q_head, q_out, q_out_batch, q_out_token, q_out_head, q_weight, q_bias, entry, token, live,
+        angles, table, eps, Q_HEADS, TILE, DIM, WIDTH, BOUNDS[AXES], PADDED, TAIL, HALF, ALIGN, product, NORM, CENTRED,
+        OWN_ANGLES, TABLE_ALIGN, INVERSE,
     )  # fmt: skip
     if k is not None:
         _turn_tensor(
-            k, k_batch, k_token, k_head, k_out, k_out_batch, k_out_token, k_out_head, k_weight, entry, token, live,
-            cos, sin, turn, eps, K_HEADS, TILE, DIM, WIDTH, BOUNDS[AXES], PADDED, TAIL, HALF, ALIGN, product, NORM,
+            k, k_batch, k_token, k_head, k_out, k_out_batch, k_out_token, k_out_head, k_weight, k_bias, entry, token,
+            live, angles, table, eps, K_HEADS, TILE, DIM, WIDTH, BOUNDS[AXES], PADDED, TAIL, HALF, ALIGN, product, NORM,
+            CENTRED, OWN_ANGLES, TABLE_ALIGN, INVERSE,
         )  # fmt: skip

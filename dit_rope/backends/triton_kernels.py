@@ -82,17 +82,18 @@ def norm_rotate(
     norm: NormKind,
     args: RotationArgs,
     outs: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None] = (),
 ) -> None:
-    """RMSNorm of one or two tensors ``xs[i]`` ``[B, S, H_i, D]``, then their rotation, into ``outs[i]``, in one launch.
+    """Norm of one or two tensors ``xs[i]`` ``[B, S, H_i, D]``, then their rotation, into ``outs[i]``, in one launch.
 
     One read and one write of the data; float32 arithmetic, rounded once. Unturned tokens and channels are normed too.
-    ``weights[i]`` is ``[D]`` per head or ``[H_i * D]`` across heads, of any float dtype, or None. ``outs`` may be
-    ``xs``.
+    ``weights[i]`` and, where there are ``biases``, ``biases[i]`` are ``[D]`` per head or ``[H_i * D]`` across heads, of
+    any float dtype, or None. ``outs`` may be ``xs``.
 
     Raises:
         ValueError: when :func:`declined` gives a reason.
     """
-    _launch(xs, args, outs, Norm(norm, weights, eps))
+    _launch(xs, args, outs, Norm(norm, weights, eps, biases))
 
 
 def launch_arguments(
@@ -127,7 +128,9 @@ def launch_arguments(
         "EXACT": args.exact,
         "KEEP_STILL": keep_still,
         "ALIGN": align,
-        "NORM": norm.kind.value if norm else "none",
+        "NORM": "none" if norm is None else "across_heads" if norm.kind.across_heads else "per_head",
+        "CENTRED": norm is not None and norm.kind.centred,
+        "OWN_ANGLES": args.head_rows != 0,
     }
     # One stage: loads go to registers at once; a software pipeline would take them through shared memory.
     options = {"num_warps": tile.warps, "num_stages": 1, "enable_fp_fusion": not args.exact}
@@ -192,7 +195,7 @@ def _tile(xs: Sequence[torch.Tensor], args: RotationArgs, width: int, norm: Norm
     rest = width - 2 * sum(args.pairs)
     tail = power_of_two(rest) if half and rest else 0
     row_lanes = (padded if half else 2 * padded) * xs[0].element_size() // ACCESS_BYTES
-    if norm is not None and norm.kind is NormKind.ACROSS_HEADS:
+    if norm is not None and norm.kind.across_heads:
         tile = min(power_of_two(heads), 4 if 0 < heads % 8 <= 4 and heads <= 32 else 8)
         warps = min(max(tile * row_lanes // WARP_LANES, 1), MAX_WARPS)
         tokens = max(warps * WARP_LANES // max(tile * row_lanes, 1), 1)
@@ -208,11 +211,13 @@ def _tensor_arguments(
 ) -> dict[str, Any]:
     """Pointers, strides in units of ``align`` elements, and head counts of q and k; a missing k is None."""
     arguments: dict[str, Any] = {}
+    weights, biases = (norm.weights, norm.biases) if norm else ((), ())
     for i, name in enumerate("qk"):
         x, out = (xs[i], outs[i]) if i < len(xs) else (None, None)
-        weight = norm.weights[i] if norm and x is not None else None
         arguments[name], arguments[f"{name}_out"] = x, out
-        arguments[f"{name}_weight"] = None if weight is None else weight.contiguous()
+        for what, given in (("weight", weights), ("bias", biases)):
+            parameter = given[i] if i < len(given) else None
+            arguments[f"{name}_{what}"] = None if parameter is None else parameter.contiguous()
         arguments[f"{name.upper()}_HEADS"] = 0 if x is None else x.shape[2]
         for side, tensor in ((name, x), (f"{name}_out", out)):
             strides = (0, 0, 0) if tensor is None else shared_strides(tensor, 3)
@@ -230,10 +235,13 @@ def _table_arguments(args: RotationArgs, tokens: int) -> dict[str, Any]:
     else:
         for a, first in enumerate(args.first_rows):
             firsts[a], spans[a] = first, math.prod(args.sizes[a + 1 :])
+    align = math.gcd(ACCESS_BYTES // args.rows.element_size(), *args.rows.stride()[:2]) if args.head_rows else 1
     return {
         "rows": args.rows,
-        "rows_plane": args.rows.stride(0),
-        "rows_row": args.rows.stride(1),
+        "rows_plane": args.rows.stride(0) // align,
+        "rows_row": args.rows.stride(1) // align,
+        "head_rows": args.head_rows,
+        "TABLE_ALIGN": align,
         "positions": args.positions,
         **dict(zip(("positions_batch", "positions_token", "positions_axis"), strides, strict=True)),
         "row_count": args.rows.shape[1],
@@ -274,7 +282,7 @@ CONSTRAINTS = (
         lambda call: f"tables must have fewer than 2**31 elements, got {call.args.rows.numel()}",
     ),
     Constraint(
-        lambda call: call.norm is not NormKind.ACROSS_HEADS or _norm_row(call) <= MAX_NORM_ROW,
+        lambda call: call.norm is None or not call.norm.across_heads or _norm_row(call) <= MAX_NORM_ROW,
         lambda call: (
             f"a norm across heads must have at most {MAX_NORM_ROW} channels, padded to powers of two, got "
             f"{_norm_row(call)}"

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
 from .. import patching
-
-TRANSFORMERS = ("transformer", "transformer_2")
-"""Components of a pipeline that rotate."""
+from ..models import ADAPTERS
+from ..patch_report import declared
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a pipeline, or of one transformer.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub id of a pipeline, or of one transformer; or the name of a class.")
+    ],
 ) -> None:
     """Print what dit_rope.patch would replace in a model, and what it would leave alone and why.
 
-    Reads configurations only: the model is built without weights, on torch's meta device.
+    Reads configurations only: the model is built without weights, on torch's meta device. Of a class, which needs no
+    folder, it prints what is declared.
     """
+    if model.isidentifier() and not Path(model).exists():
+        typer.echo(_declared(model))
+        return
     for name, transformer in build_transformers(model).items():
         typer.echo(f"{name}:" if name else f"{model}:")
         try:
@@ -27,6 +33,14 @@ def run(
         except patching.UnsupportedModelError as error:
             typer.echo(str(error), err=True)
             raise typer.Exit(1) from error
+
+
+def _declared(name: str) -> str:
+    try:
+        return declared(patching.adapter_named(name))
+    except patching.UnsupportedModelError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
 
 
 def build_transformers(model: str) -> dict[str, Any]:
@@ -41,10 +55,13 @@ def build_transformers(model: str) -> dict[str, Any]:
         index = DiffusionPipeline.load_config(model)
     except (OSError, ValueError):
         return {"": _build(model, None)}
-    names = [name for name in TRANSFORMERS if (index.get(name) or (None, None))[1] is not None]
+    known = {adapter.model_class for adapter in ADAPTERS}
+    names = [name for name, part in index.items() if isinstance(part, (list, tuple)) and part[-1] in known]
     if not names:
         raise typer.BadParameter(
-            f"must have one of {', '.join(TRANSFORMERS)}, got a {index.get('_class_name')} without", param_hint="MODEL"
+            f"must have a component of a supported class, got a {index.get('_class_name')} without; supported models: "
+            + ", ".join(sorted(known)),
+            param_hint="MODEL",
         )
     return {name: _build(model, name) for name in names}
 

@@ -1,252 +1,407 @@
 """The places where a rotation is taken out of a model's own code, and put back.
 
-A rope module and the norms of queries and keys get a subclass of their own class, whose forward is ours; the module,
-its parameters, buffers, hooks and path stay what they are, so that state dicts, LoRA, offloading, copies and pickles
-know no difference, and undoing is giving the class back. The attention module between them gets two forward hooks:
-one takes the rotary tensors out of the call, so that the processor does not rotate, and hands them to the norms; the
-other checks that both norms took them.
-
-What travels through the model in place of dense cos and sin is a pair of tensors: int32 rows of the axis tables,
-``[1, S, 1, axes]``, which whoever splits a sequence can split, and the packed axis tables ``[2, R, P]``, a few kB.
+A rope module and the norms of queries and keys (or their projections, where there is no norm) get a subclass of their
+own class, with one method of ours; the module, its parameters, buffers, hooks and path stay what they are, so that
+state dicts, LoRA, offloading, copies and pickles know no difference, and undoing is giving the class back. The
+attention module between them gets two forward hooks: one takes the rotary tensors out of the call, so that the
+processor does not rotate, and hands them to the norms; the other checks that all of the norms took them.
 
 While torch.compile traces, the model's own code is left in place: what the compiler fuses, an operator it cannot look
-into would only split. A compiled block behind an uncompiled rope module gets its dense tables back from the rows. A
-rope module that scales frequencies is not the model's own: its tables are traced, or, where a function of the user's
-chooses the scaling, made outside the graph.
+into would only split.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
 
 from .. import rotation
-from ..backends import eager
-from ..rotation_args import RotationArgs
-from ..spec import Grid, NormKind, Pairing, RopeSpec, Scalings
-from ..tables import rope_table
-from .adapter import FrameRows
+from .adapter import Layout, Rebound
+from .formats import Align, AxisRows, Format, PackedTable
+from .fused_norms import fused_norm
 
-_SETTINGS = "_dit_rope"
+SETTINGS = "_dit_rope"
+# The same on every module, and none that torch gives out: torch.compile guards on the ids of hooks, and would compile
+# each of a model's equal blocks anew.
+_HOOK_ID = -1
+_PROJECTIONS = frozenset({"to_q", "to_k"})
+
+
+@dataclass
+class Flight:
+    """The rotation that an attention module hands to its norms."""
+
+    tables: list[PackedTable]
+    exact: bool
+    backend: str
+    pending: set[str]
+    dtype: torch.dtype
+    upcasts: bool
 
 
 class _InFlight(threading.local):
-    """The rotation that the attention module now running in this thread hands to its two norms."""
+    """What the attention module now running in this thread has handed over."""
 
-    rotation: tuple[torch.Tensor, torch.Tensor] | None = None
-    pending = 0
+    flight: Flight | None = None
 
 
 _in_flight = _InFlight()
-_seam_classes: dict[tuple[type, type], type[torch.nn.Module]] = {}
+_seam_classes: dict[tuple[type, type, str], type] = {}
+
+
+class Seam:
+    """A subclass, made on demand, of an object's class, in which ``replacement`` stands for one method."""
+
+    unpatched: type
+    method: str
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickles and copies as the object's class and the seam, because the subclass cannot be imported."""
+        return _new_seam, (type(self).unpatched, type(self).__mro__[1], type(self).method), self.__dict__.copy()
+
+    def replacement(self, *args: Any, **kwargs: Any) -> Any:
+        """What runs in place of the method."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class RopeSettings:
-    """What a rope module's own forward is replaced with; ``choose`` is asked for the scaling of each forward."""
+class TurnSettings:
+    """How one norm or projection turns what it returns, as :class:`Rotations` and :class:`Turned` declare it."""
 
-    spec: RopeSpec
-    frames: Callable[..., FrameRows]
-    choose: Callable[[], Scalings] | None = None
+    name: str
+    table: int
+    align: Align
+    layout: Layout
+    head_dim: int | None
+    repeats: bool
+    rounds: bool
+    result: torch.dtype | None
+
+    def heads(self, x: torch.Tensor, table: PackedTable) -> torch.Tensor:
+        """``x`` as ``[B, S, H, D]``."""
+        return as_heads(x, self.layout, self.head_dim or table.head_dim)
+
+
+class TurnSeam(Seam):
+    """A norm, or a projection, that turns what it returns when its attention module hands over a rotation."""
+
+    def replacement(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` normed or projected, and turned when a rotation is in flight; x itself is not written."""
+        settings: TurnSettings | None = vars(self).get(SETTINGS)
+        if settings is None or torch.compiler.is_compiling() or _in_flight.flight is None:
+            own: torch.Tensor = unpatched_method(self)(x)
+            return own
+        flight = _in_flight.flight
+        if not settings.repeats and settings.name not in flight.pending:
+            raise RuntimeError(
+                f"{settings.name} must be called once in each call of its attention module where dit_rope has patched "
+                "it, but it was called again; undo the patch before using this processor"
+            )
+        flight.pending.discard(settings.name)
+        return self.turned(x, settings, flight)
+
+    def turned(self, x: torch.Tensor, settings: TurnSettings, flight: Flight) -> torch.Tensor:
+        """``x`` normed or projected, and turned by the rotation in flight."""
+        table = flight.tables[min(settings.table, len(flight.tables) - 1)]
+        turned = self._exact(x, settings, flight, table) if flight.exact else self._fast(x, settings, flight, table)
+        return as_given(turned, settings.layout)
+
+    def _exact(self, x: torch.Tensor, settings: TurnSettings, flight: Flight, table: PackedTable) -> torch.Tensor:
+        y = unpatched_method(self)(x)
+        if settings.rounds:
+            y = y.to(flight.dtype)
+        turned = turn([settings.heads(y, table)], flight, table, settings.align, y is not x)[0]
+        return turned if settings.result is None else turned.to(settings.result)
+
+    def _fast(self, x: torch.Tensor, settings: TurnSettings, flight: Flight, table: PackedTable) -> torch.Tensor:
+        if settings.rounds:
+            x = x.to(flight.dtype)  # it is an upcast of that dtype, and loses nothing
+        norm = fused_norm(self, x.dtype)
+        if norm is None:
+            y = unpatched_method(self)(x)
+            return turn([settings.heads(y, table)], flight, table, settings.align, y is not x)[0]
+        heads = settings.heads(x, table)
+        return rotation.apply_norm(
+            [heads],
+            [norm.weight],
+            norm.eps,
+            norm.kind(settings.layout is Layout.BSC),
+            table.args(heads.shape[1], settings.align, False),
+            biases=[norm.bias],
+            backend=flight.backend,
+        )[0]
+
+
+def end_flight() -> None:
+    """Forgets what was handed over, where no hook of an attention module does."""
+    _in_flight.flight = None
+
+
+def in_flight() -> bool:
+    """Whether the norms of the attention module now running in this thread turn, so that nobody else must."""
+    return not torch.compiler.is_compiling() and _in_flight.flight is not None
+
+
+def turn(
+    heads: list[torch.Tensor], flight: Flight, table: PackedTable, align: Align, inplace: bool
+) -> list[torch.Tensor]:
+    """``heads`` ``[B, S, H, D]`` turned, overwritten where ``inplace`` and no gradient is wanted."""
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in heads)
+    args = table.args(heads[0].shape[1], align, flight.exact)
+    if grad and flight.exact and flight.upcasts and heads[0].dtype.itemsize == 2:
+        turned = rotation.apply([x.float() for x in heads], args, backend=flight.backend)
+        return [y.to(x.dtype) for x, y in zip(heads, turned, strict=True)]
+    return rotation.apply(heads, args, inplace=inplace and not grad, backend=flight.backend)
 
 
 @dataclass(frozen=True)
-class NormSettings:
-    """How a norm of queries or keys rotates; ``exact`` None is exact on CPU and fast elsewhere."""
+class ReboundSettings:
+    """What a processor's rotation becomes; ``passes`` where the norms have turned its arguments already."""
 
-    spec: RopeSpec
-    norm: NormKind
-    head_dim: int
+    rebound: Rebound
+    format: Format
+    layout: Layout
+    passes: bool
     exact: bool | None
     backend: str
 
 
-class Seam:
-    """A subclass, made on demand, of a module's class, with a forward of ours."""
+class ReboundSeam(Seam):
+    """A processor, or an attention module, that finds our rotation under the name of its module's own."""
 
-    unpatched: type[torch.nn.Module]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickles and copies as the module's class and the seam, because the subclass cannot be imported."""
-        return _new_seam, (type(self).unpatched, type(self).__mro__[1]), self.__dict__.copy()
-
-
-class RopeSeam(Seam):
-    """Memoized rows and axis tables instead of dense tables built in every forward."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Int32 rows ``[1, S, 1, axes]`` and packed axis tables ``[2, R, P]``, from the caches."""
-        settings: RopeSettings | None = vars(self).get(_SETTINGS)
-        if settings is None:
-            return _unpatched_forward(self)(*args, **kwargs)
-        if not torch.compiler.is_compiling():
-            return self._rows(settings, args, kwargs)
-        if settings.choose is not None:
-            # What it returns is new at any call, and would be compiled in.
-            return torch.compiler.disable(self._rows)(settings, args, kwargs)
-        if settings.spec.scaling is None:
-            return _unpatched_forward(self)(*args, **kwargs)
-        return dense_tables(settings.spec, *self._rows(settings, args, kwargs))
-
-    def _rows(
-        self, settings: RopeSettings, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        here = settings.frames(self, *args, **kwargs)
-        latent = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        dtype = next(buffer.dtype for buffer in self.buffers())  # type: ignore[attr-defined]
-        grid = Grid(*here.grid)
-        table = rope_table(settings.spec, grid, device=latent.device, dtype=dtype)
-        rows = table.rows
-        if settings.choose is not None:
-            spec = settings.spec.with_scaling(settings.choose())
-            rows = rope_table(spec, grid, device=latent.device, dtype=dtype).rows
-        # Positions are those of any scaling, so that one entry of the cache serves all that are chosen.
-        return frame_positions(table.positions(), here), rows
+    def replacement(self, *args: Any, **kwargs: Any) -> Any:
+        """The replaced method, run with one global name bound to something else."""
+        settings: ReboundSettings | None = vars(self).get(SETTINGS)
+        if settings is None or torch.compiler.is_compiling():
+            return unpatched_method(self)(*args, **kwargs)
+        function: Any = unpatched_method(self).func
+        name = settings.rebound.function
+        stand_in = functools.partial(_turn_instead, settings, function.__globals__[name])
+        # Made anew in every call, so that whatever else others replace in that module is seen.
+        ours = _copy_of(function, {**function.__globals__, name: stand_in})
+        return ours(self, *args, **kwargs)
 
 
-class NormSeam(Seam):
-    """Norm and rotation in one call, when the attention module hands over a rotation."""
+def _copy_of(function: Any, scope: dict[str, Any]) -> FunctionType:
+    """A function of the same code, with ``scope`` as its global names."""
+    copied = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` ``[B, S, C]`` normed, and rotated when a rotation is in flight; x itself is not written."""
-        settings: NormSettings | None = vars(self).get(_SETTINGS)
-        if settings is None or torch.compiler.is_compiling() or _in_flight.rotation is None:
-            normed: torch.Tensor = _unpatched_forward(self)(x)
-            return normed
-        _in_flight.pending -= 1
-        positions, rows = _in_flight.rotation
-        exact = x.device.type == "cpu" if settings.exact is None else settings.exact
-        args = _rotation_args(settings.spec, positions, rows, exact)
-        if not exact:
-            return self._fused(x, settings, args)
-        y = _unpatched_forward(self)(x)
-        heads = y.unflatten(-1, (-1, settings.head_dim))
-        inplace = not (torch.is_grad_enabled() and y.requires_grad)
-        (turned,) = rotation.apply([heads], args, inplace=inplace, backend=settings.backend)
-        return turned.flatten(2)
 
-    def _fused(self, x: torch.Tensor, settings: NormSettings, args: RotationArgs) -> torch.Tensor:
-        heads = x.unflatten(-1, (-1, settings.head_dim))
-        weight, eps = self.weight, self.eps  # type: ignore[attr-defined]
-        eps = torch.finfo(x.dtype).eps if eps is None else eps
-        (turned,) = rotation.apply_norm(
-            [heads], [weight], eps, settings.norm, args, inplace=False, backend=settings.backend
-        )
-        return turned.flatten(2)
+def _turn_instead(settings: ReboundSettings, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stands in for ``own``, a function of tensors and then of what they turn by."""
+    count = settings.rebound.returns
+    xs = list(args[:count])
+    if settings.passes:
+        if _in_flight.flight is None:
+            return own(*args, **kwargs)
+        return xs[0] if count == 1 else tuple(xs)
+    device = xs[0].device
+    exact = device.type == "cpu" if settings.exact is None else settings.exact
+    form, rotary = settings.format, args[count] if settings.rebound.tables == 1 else args[count:]
+    known = len(args) == count + settings.rebound.tables and not kwargs and form.accepts(rotary)
+    if not known or (exact and not form.exact):
+        return own(*args, **kwargs)
+    (table,) = form.pack(rotary, device)
+    if exact and form.narrows:
+        table = table.narrowed(xs[0].dtype)
+    flight = Flight([table], exact, settings.backend, set(), xs[0].dtype, form.upcasts)
+    heads = [as_heads(x, settings.layout, table.head_dim) for x in xs]
+    turned = [as_given(x, settings.layout) for x in turn(heads, flight, table, Align.START, inplace=False)]
+    return turned[0] if count == 1 else tuple(turned)
+
+
+def as_heads(x: torch.Tensor, layout: Layout, head_dim: int) -> torch.Tensor:
+    """A view ``[B, S, H, D]`` of ``x``."""
+    if layout is Layout.BSC:
+        return x.unflatten(-1, (-1, head_dim))
+    if layout is Layout.BHSD:
+        return x.transpose(1, 2)
+    if layout is Layout.BHDS:
+        return x.permute(0, 3, 1, 2)
+    return x.unsqueeze(0) if layout is Layout.SHD else x
+
+
+def as_given(heads: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The inverse of :func:`as_heads`."""
+    if layout is Layout.BSC:
+        return heads.flatten(2)
+    if layout is Layout.BHSD:
+        return heads.transpose(1, 2)
+    if layout is Layout.BHDS:
+        return heads.permute(0, 2, 3, 1)
+    return heads.squeeze(0) if layout is Layout.SHD else heads
 
 
 @dataclass(frozen=True)
 class TakeRotation:
-    """Forward pre-hook of an attention module: hands its rotary tensors to its norms."""
+    """Forward pre-hook of an attention module: hands its rotary tensors to its norms.
 
-    spec: RopeSpec
-    name: str
-    index: int
+    Attributes:
+        format: of the rotary tensors.
+        rotary: name and place of each rotary argument of the attention's forward; None without a place.
+        turned: attribute names of the seams.
+        once: those of them that the processor calls exactly once.
+        processors: class names of the processors known to skip a rotation of None; empty where there are none.
+        rebound: the processor is one that rotates in any case, but for a seam of its own.
+        exact, backend: as :func:`dit_rope.patch` takes them.
+    """
+
+    format: Format | AxisRows
+    rotary: tuple[tuple[str, int | None], ...]
+    turned: frozenset[str]
+    once: frozenset[str]
+    processors: frozenset[str]
+    rebound: bool
+    exact: bool | None
+    backend: str
 
     def __call__(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The call without its rotary tensors; unchanged when they are absent or not ours."""
-        by_name = self.name in kwargs
-        given = kwargs[self.name] if by_name else args[self.index] if len(args) > self.index else None
-        ours = tuple(given) if given is not None and given[0].dtype == torch.int32 else None
-        instead = None
-        if torch.compiler.is_compiling():
-            instead = dense_tables(self.spec, *ours) if ours else None
-        else:
+        """The call without its rotary tensors; unchanged when they are absent or the processor is not known."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             # Whatever a KeyboardInterrupt left in flight, which hooks do not see, goes here.
-            _in_flight.rotation, _in_flight.pending = ours, 2 if ours else 0
-        if not ours:
+            _in_flight.flight = None
+        given = [self._argument(name, index, args, kwargs) for name, index in self.rotary]
+        there = [rotary for rotary in given if rotary is not None]
+        if not there or not all(map(self.format.accepts, there)):
             return None
-        if by_name:
-            return args, {**kwargs, self.name: instead}
-        return (*args[: self.index], instead, *args[self.index + 1 :]), kwargs
+        if compiling or not self._knows(module):
+            if isinstance(self.format, Format):
+                return None
+            return self._replaced([self.format.traceable(rotary) for rotary in there], args, kwargs)
+        hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        exact = hidden.device.type == "cpu" if self.exact is None else self.exact
+        if exact and not (self.format.exact and (self.format.exact_backward or not torch.is_grad_enabled())):
+            return None
+        tables = [table for rotary in there for table in self.format.pack(rotary, hidden.device)]
+        dtype = _computed_dtype(hidden)
+        if exact and self.format.narrows:
+            tables = [table.narrowed(dtype) for table in tables]
+        _in_flight.flight = Flight(tables, exact, self.backend, set(self.once), dtype, self.format.upcasts)
+        return None if self.rebound else self._replaced([None] * len(given), args, kwargs)
+
+    def _argument(self, name: str, index: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        return args[index] if index is not None and index < len(args) else None
+
+    def _replaced(
+        self, instead: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for (name, index), new in zip(self.rotary, instead, strict=True):
+            if name in kwargs:
+                kwargs = {**kwargs, name: new}
+            elif index is not None and index < len(args):
+                args = (*args[:index], new, *args[index + 1 :])
+        return args, kwargs
+
+    def _knows(self, module: torch.nn.Module) -> bool:
+        """Whether the processor and the seams are those that were patched: others may replace them at any time."""
+        processor = getattr(module, "processor", None)
+        cls = getattr(type(processor), "unpatched", type(processor))
+        if self.processors and (cls.__name__ not in self.processors or isinstance(processor, Seam) is not self.rebound):
+            return False
+        if getattr(module, "fused_projections", False) and not self.turned.isdisjoint(_PROJECTIONS):
+            return False
+        return all(isinstance(getattr(module, name, None), TurnSeam) for name in self.turned)
+
+
+def _computed_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """The dtype of queries and keys that are projected from ``hidden``."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 @dataclass(frozen=True)
 class CheckRotation:
-    """Forward hook of an attention module, run after errors too: both norms must have taken the rotation."""
+    """Forward hook of an attention module, run after errors too: every seam must have taken the rotation, or none.
+
+    None takes it where another library's hook returns an output of an earlier step instead of running the module.
+    """
+
+    seams: int
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Clears what is in flight; raises RuntimeError when a norm did not take it."""
+        """Clears what is in flight; raises RuntimeError when a seam did not take it."""
         if torch.compiler.is_compiling():
             return
-        pending, _in_flight.rotation, _in_flight.pending = _in_flight.pending, None, 0
-        if pending and output is not None:
+        flight, _in_flight.flight = _in_flight.flight, None
+        pending = flight.pending if flight is not None else ()
+        if 0 < len(pending) < self.seams and output is not None:
             raise RuntimeError(
-                f"{type(module).__name__} must call norm_q and norm_k once each where dit_rope has patched it, but its "
-                f"processor {type(getattr(module, 'processor', None)).__name__} left {pending} of them out, so that "
-                "queries or keys were not rotated; undo the patch before using this processor"
+                f"{type(module).__name__} must call {' and '.join(sorted(pending))} once each where dit_rope has "
+                f"patched it, but its processor {type(getattr(module, 'processor', None)).__name__} left them out, so "
+                "that queries or keys were not rotated; undo the patch before using this processor"
             )
 
 
-def swap_class(module: torch.nn.Module, seam: type[Seam], settings: RopeSettings | NormSettings) -> None:
-    """Gives ``module`` the subclass of its class that ``seam`` makes."""
-    vars(module)[_SETTINGS] = settings
-    module.__class__ = _seam_class(type(module), seam)
+def swap_class(target: Any, seam: type[Seam], settings: object, method: str = "forward") -> None:
+    """Gives ``target`` the subclass of its class in which ``seam`` replaces ``method``."""
+    vars(target)[SETTINGS] = settings
+    target.__class__ = _seam_class(type(target), seam, method)
 
 
-def restore_class(module: torch.nn.Module) -> None:
-    """Gives ``module`` its own class back."""
-    module.__class__ = type(module).unpatched  # type: ignore[attr-defined]
-    del vars(module)[_SETTINGS]
+def restore_class(target: Any) -> None:
+    """Gives ``target`` its own class back."""
+    target.__class__ = type(target).unpatched
+    del vars(target)[SETTINGS]
+
+
+def add_hooks(module: torch.nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+    """Puts a forward pre-hook with keywords, and a forward hook that also runs after errors, on one module."""
+    module._forward_pre_hooks[_HOOK_ID], module._forward_hooks[_HOOK_ID] = before, after
+    module._forward_pre_hooks_with_kwargs[_HOOK_ID] = module._forward_hooks_always_called[_HOOK_ID] = True
 
 
 def remove_hooks(module: torch.nn.Module) -> None:
-    """Removes the hooks of an attention module's patch."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for handle in [handle for handle, hook in hooks.items() if isinstance(hook, (TakeRotation, CheckRotation))]:
-            del hooks[handle]
-            for flags in (
-                module._forward_pre_hooks_with_kwargs,
-                module._forward_hooks_with_kwargs,
-                module._forward_hooks_always_called,
-            ):
-                flags.pop(handle, None)
+    """Removes what :func:`add_hooks` put on one module."""
+    for registered in (
+        module._forward_pre_hooks,
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks,
+        module._forward_hooks_always_called,
+    ):
+        registered.pop(_HOOK_ID, None)  # type: ignore[attr-defined]
 
 
-def _seam_class(base: type[torch.nn.Module], seam: type[Seam]) -> type[torch.nn.Module]:
-    made = _seam_classes.get((base, seam))
+def is_hooked(module: torch.nn.Module) -> bool:
+    """Whether :func:`add_hooks` was called on one module."""
+    return _HOOK_ID in module._forward_pre_hooks
+
+
+def _seam_class(base: type, seam: type[Seam], method: str) -> type:
+    made = _seam_classes.get((base, seam, method))
     if made is None:
-        body = {"unpatched": base, "__module__": base.__module__}
-        made = _seam_classes.setdefault((base, seam), type(f"{seam.__name__}{base.__name__}", (seam, base), body))
+        replacement: Any = _copy_of(seam.replacement, seam.replacement.__globals__)
+        # Attention modules pass on only those arguments that the signature of their processor shows.
+        replacement.__wrapped__ = getattr(base, method)
+        body = {"unpatched": base, "method": method, method: replacement, "__module__": base.__module__}
+        made = _seam_classes.setdefault(
+            (base, seam, method), type(f"{seam.__name__}{base.__name__}", (seam, base), body)
+        )
     return made
 
 
-def _new_seam(base: type[torch.nn.Module], seam: type[Seam]) -> torch.nn.Module:
-    cls = _seam_class(base, seam)
-    return cls.__new__(cls)
+def _new_seam(base: type, seam: type[Seam], method: str) -> Any:
+    return object.__new__(_seam_class(base, seam, method))
 
 
-def _unpatched_forward(module: Any) -> Callable[..., Any]:
-    """The forward of a module's own class; a seam's forward may outlive its undo in the wrapper of another library."""
-    base = getattr(type(module), "unpatched", type(module))
-    forward: Callable[..., Any] = base.forward.__get__(module)
-    return forward
+def unpatched_method(target: Any) -> functools.partial[Any]:
+    """The method that a seam replaced; a seam's may outlive its undo in the wrapper of another library.
 
-
-def _rotation_args(spec: RopeSpec, positions: torch.Tensor, rows: torch.Tensor, exact: bool) -> RotationArgs:
-    """The arguments for ``positions`` ``[1 or B, S, 1, axes]`` and ``rows`` ``[2, R, P]``."""
-    index = positions.squeeze(2)
-    none = (0,) * len(spec.dims)
-    return RotationArgs(rows, index, spec.pairs, none, none, 0, 0, index.shape[1], spec.pairing, False, exact)
-
-
-def frame_positions(positions: torch.Tensor, here: FrameRows) -> torch.Tensor:
-    """``[1, frames H W, 1, axes]`` from the positions ``[1, T H W, axes]`` of the whole grid, without a device sync."""
-    if here.frames is not None:
-        by_frame = positions.unflatten(1, (here.grid[0], -1)).unbind(1)
-        positions = torch.cat([by_frame[frame] for frame in here.frames], dim=1)
-    return positions.unsqueeze(2)
-
-
-def dense_tables(spec: RopeSpec, positions: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cos and sin ``[1 or B, S, 1, rotary_dim]``, as the model's own rope module gives them."""
-    cos, sin = eager.dense_angles(_rotation_args(spec, positions, rows, exact=True), positions.shape[1])
-    if spec.pairing is Pairing.INTERLEAVED:
-        return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
-    return cos.repeat(1, 1, 1, 2), sin.repeat(1, 1, 1, 2)
+    Where torch.compile breaks its graph in it, it is called again by what it is: a bound method by its name, which is
+    the seam's own.
+    """
+    cls = type(target)
+    base, name = (cls.unpatched, cls.method) if isinstance(target, Seam) else (cls, "forward")
+    return functools.partial(getattr(base, name), target)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..spec import NormKind, RopeSpec
-from .adapter import FrameRows, ModelAdapter
+from ..spec import RopeSpec
+from .adapter import FrameRows, GridTables, Layout, ModelAdapter, Rotations
 
 
 def _spec(rope: Any) -> RopeSpec:
@@ -42,17 +42,21 @@ def _latents(rope: Any, device: torch.device) -> list[torch.Tensor]:
     return [torch.empty(1, 0, *shape, device=device) for shape in shapes]
 
 
-def _adapter(model: str, module: str, rope: str, attention: str) -> ModelAdapter:
+def _adapter(model: str, module: str, rope: str, attention: str, processor: str = "WanAttnProcessor") -> ModelAdapter:
+    frames = _chronoedit_frames if rope.startswith("ChronoEdit") else _frames
     return ModelAdapter(
         model=f"diffusers.models.transformers.{module}.{model}",
-        rope_class=rope,
-        attention_class=attention,
-        rope="rope",
-        attention=r"(blocks|vace_blocks)\.\d+\.attn1",
-        norm=NormKind.ACROSS_HEADS,
-        spec=_spec,
-        frames=_chronoedit_frames if rope.startswith("ChronoEdit") else _frames,
-        probes=_latents,
+        tables=(GridTables("rope", rope, _spec, frames, _latents),),
+        rotations=(
+            Rotations(
+                attention=r"(blocks|vace_blocks)\.\d+\.attn1",
+                attention_class=attention,
+                format=None,
+                layout=Layout.BSC,
+                rotary=("rotary_emb",),
+                processors=(processor,),
+            ),
+        ),
     )
 
 
@@ -63,5 +67,9 @@ CHRONOEDIT = _adapter(
     "ChronoEditTransformer3DModel", "transformer_chronoedit", "ChronoEditRotaryPosEmbed", "WanAttention"
 )
 SKYREELS_V2 = _adapter(
-    "SkyReelsV2Transformer3DModel", "transformer_skyreels_v2", "SkyReelsV2RotaryPosEmbed", "SkyReelsV2Attention"
+    "SkyReelsV2Transformer3DModel",
+    "transformer_skyreels_v2",
+    "SkyReelsV2RotaryPosEmbed",
+    "SkyReelsV2Attention",
+    "SkyReelsV2AttnProcessor",
 )

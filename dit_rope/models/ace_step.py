@@ -1,0 +1,25 @@
+"""ACE-Step: half pairing, RMSNorm per head, tables in the model's dtype.
+
+Attention to the text is of the same class, and does not turn. Source: ``ace_step_transformer.py`` of diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+from .adapter import Layout, ModelAdapter, Rotations, Turned
+from .formats import HALF
+
+ACE_STEP = ModelAdapter(
+    "diffusers.models.transformers.ace_step_transformer.AceStepTransformer1DModel",
+    (),
+    (
+        Rotations(
+            attention=r"layers\.\d+\.self_attn",
+            attention_class="AceStepAttention",
+            format=HALF,
+            layout=Layout.BSHD,
+            turned={"norm_q": Turned(), "norm_k": Turned()},
+            processors=("AceStepAttnProcessor2_0",),
+        ),
+    ),
+    left_alone=("tables, which the model's forward makes through a function of its module, once for all layers",),
+)

@@ -1,0 +1,86 @@
+"""Allegro: no norm, and three rotations in each head, one by time, height and width each of a third of its channels.
+
+In each third halves turn. The pipeline builds a table for each axis and the rows that the tokens take of it, once for
+all steps. There is no text in the sequence. Sources: ``transformer_allegro.py``, ``attention_processor.py`` and
+``embeddings.apply_rotary_emb_allegro`` of diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..rotation_args import RotationArgs
+from ..spec import Pairing
+from .adapter import Layout, ModelAdapter, Rotations
+from .formats import Align, Format, PackedTable, Pair, repeat
+from .seams import Flight, TurnSeam, TurnSettings, turn, unpatched_method
+
+_AXES = 3
+
+
+class _AxisTable(PackedTable):
+    """The axes' tables one below the other, with positions ``[3, tokens, 1]``, for whole batches of token sequences."""
+
+    def _make_args(self, length: int, align: Align, exact: bool) -> RotationArgs:
+        args = super()._make_args(self.tokens, align, exact)
+        assert args.positions is not None
+        return replace(args, positions=args.positions.repeat(1, length // self.tokens, 1), count=length)
+
+
+class _AxisFormat(Format):
+    """Three tables, and which row of each a token takes."""
+
+    def tables(self, rotary: Any, device: torch.device) -> list[PackedTable]:
+        """One table of all axes."""
+        pairs = self.split(rotary)
+        rows = torch.cat([torch.stack(pair).flatten(1, 3) for pair in pairs], dim=1).to(device)
+        first = [sum(cos.shape[1] for cos, _ in pairs[:axis]) for axis in range(_AXES)]
+        positions = torch.stack([taken.flatten() + start for taken, start in zip(rotary[1], first, strict=True)])
+        positions = positions.to(device, torch.int32).unsqueeze(2)
+        return [_AxisTable(rows, positions, positions.shape[1], (rows.shape[-1],), self.pairing)]
+
+
+def _split(rotary: Any) -> Sequence[Pair]:
+    """Cos and sin ``[1, rows, 1, D / 6]`` of each axis."""
+    half = rotary[0][0][0].shape[-1] // 2
+    return [(cos[None, :, None, :half].float(), sin[None, :, None, :half].float()) for cos, sin in rotary[0]]
+
+
+def _join(cos: torch.Tensor, sin: torch.Tensor) -> Any:
+    """A third of the pairs for each axis, of whose table each token takes its own row."""
+    by_axis = zip(*(part[0, :, 0].chunk(_AXES, dim=-1) for part in (cos, sin)), strict=True)
+    tables = tuple((repeat(one, Pairing.HALF), repeat(other, Pairing.HALF)) for one, other in by_axis)
+    rows = torch.arange(cos.shape[1], device=cos.device).unsqueeze(0)
+    return tables, (rows,) * _AXES
+
+
+class AllegroSeam(TurnSeam):
+    """A projection, each third of whose heads turns by its own axis: in one call, as if axes were a batch."""
+
+    def turned(self, x: torch.Tensor, settings: TurnSettings, flight: Flight) -> torch.Tensor:
+        """``x`` projected to ``[B, S, H * D]`` and turned."""
+        y: torch.Tensor = unpatched_method(self)(x)
+        table = flight.tables[0]
+        by_axis = y.unflatten(-1, (-1, _AXES, table.head_dim)).flatten(0, 1).permute(2, 0, 1, 3)
+        (turned,) = turn([by_axis], flight, table, settings.align, inplace=y is not x)
+        return turned.permute(1, 2, 0, 3).reshape(y.shape)
+
+
+ALLEGRO = ModelAdapter(
+    "diffusers.models.transformers.transformer_allegro.AllegroTransformer3DModel",
+    rotations=(
+        Rotations(
+            attention=r"transformer_blocks\.\d+\.attn1",
+            attention_class="Attention",
+            format=_AxisFormat("cos and sin of each axis, and rows of them", Pairing.HALF, _split, _join),
+            layout=Layout.BSC,
+            seam=AllegroSeam,
+            processors=("AllegroAttnProcessor2_0",),
+        ),
+    ),
+    left_alone=("tables, which the pipeline builds once for all steps",),
+)

@@ -1,0 +1,71 @@
+"""AnyFlow: one complex table over the video, neighbours turn, norms across heads.
+
+What the causal model (FAR) generates attends to keys that were cached before they turned, and turns them again in every
+step: it rotates where its processor does, after the norms. Text stands in attention modules that do not rotate.
+Sources, in diffusers 0.42.1: ``transformer_anyflow.py``, ``transformer_anyflow_far.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..spec import Pairing
+from .adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotations, Turned
+from .formats import COMPLEX_BHSD, Format, Pair
+
+_TRANSFORMERS = "diffusers.models.transformers"
+
+
+def _split(rotary: dict[str, torch.Tensor]) -> list[Pair]:
+    return [pair for name in ("query", "key") for pair in COMPLEX_BHSD.split(rotary[name])]
+
+
+def _join(cos: torch.Tensor, sin: torch.Tensor) -> dict[str, Any]:
+    numbers = COMPLEX_BHSD.join(cos, sin)
+    return {"query": numbers, "key": numbers}
+
+
+_QUERY_AND_KEY = Format("complex numbers for queries and for keys", Pairing.INTERLEAVED, _split, _join, exact=False)
+
+ANYFLOW = ModelAdapter(
+    f"{_TRANSFORMERS}.transformer_anyflow.AnyFlowTransformer3DModel",
+    (ModelTables("rope", "AnyFlowRotaryPosEmbed", writes=("_freqs_cache",)),),
+    (
+        Rotations(
+            attention=r"blocks\.\d+\.attn1",
+            attention_class="AnyFlowAttention",
+            format=_QUERY_AND_KEY,
+            layout=Layout.BSC,
+            turned={"norm_q": Turned(0, projection="to_q"), "norm_k": Turned(1, projection="to_k")},
+            rotary=("rotary_emb",),
+            processors=("AnyFlowAttnProcessor",),
+        ),
+    ),
+)
+
+ANYFLOW_FAR = ModelAdapter(
+    f"{_TRANSFORMERS}.transformer_anyflow_far.AnyFlowFARTransformer3DModel",
+    (
+        ModelTables(
+            "rope",
+            "AnyFlowCausalRotaryPosEmbed",
+            by_shape=("clean_hidden_states",),
+            writes=("_freqs_cache",),
+        ),
+    ),
+    (
+        Rotations(
+            attention=r"blocks\.\d+\.attn1",
+            attention_class="AnyFlowAttention",
+            format=COMPLEX_BHSD,
+            layout=Layout.BHSD,
+            turned={},
+            rotary=(),
+            processors=("AnyFlowCausalAttnProcessor",),
+            rebound=Rebound("apply_rotary_emb"),
+        ),
+    ),
+    left_alone=("norm_q and norm_k, because what they return is cached before it turns",),
+)

@@ -1,0 +1,45 @@
+"""CogView4 and GLM-Image: half pairing, LayerNorm without weight per head, text before image and not turned.
+
+Their tables depend on the size of the latent alone and are built on the default device, from which every call of an
+attention module would copy them; here they stay where the model computes. What the norm returns is rounded to the dtype
+of the attention's input before it turns. Sources: ``transformer_cogview4.py`` and ``transformer_glm_image.py`` of
+diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+from .adapter import Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .formats import HALF, Align
+
+
+def _adapter(model: str, rope: str, layout: Layout, processors: tuple[str, ...]) -> ModelAdapter:
+    return ModelAdapter(
+        f"diffusers.models.transformers.{model}",
+        (ModelTables("rope", rope, by_shape=("hidden_states",), to_device=True),),
+        (
+            Rotations(
+                attention=r"transformer_blocks\.\d+\.attn1",
+                attention_class="Attention",
+                format=HALF,
+                layout=layout,
+                turned={"norm_q": Turned(align=Align.END), "norm_k": Turned(align=Align.END)},
+                processors=processors,
+                rounds=True,
+            ),
+        ),
+    )
+
+
+# Samples that a trainer packs into one sequence come with a list of tables, which no format accepts.
+COGVIEW4 = _adapter(
+    "transformer_cogview4.CogView4Transformer2DModel",
+    "CogView4RotaryPosEmbed",
+    Layout.BHSD,
+    ("CogView4AttnProcessor", "CogView4TrainingAttnProcessor"),
+)
+GLM_IMAGE = _adapter(
+    "transformer_glm_image.GlmImageTransformer2DModel",
+    "GlmImageRotaryPosEmbed",
+    Layout.BSHD,
+    ("GlmImageAttnProcessor",),
+)

@@ -1,0 +1,93 @@
+"""Cosmos 3: text and everything else in one packed sequence, each with tables and projections of its own.
+
+Halves turn, in the dtype of the model, to which the tables are rounded; norms are per head, before the rotation, of
+fewer heads of keys than of queries. Video sees the keys of the text under a norm of their own where text has none. The
+processor rotates inline whatever it is given; ours is the same attention without a rotation. Source:
+``transformer_cosmos3.py`` of diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..spec import Pairing
+from .adapter import Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .formats import Format, Pair, four_dims, repeat
+from .seams import Seam, in_flight, unpatched_method
+
+
+def _split(rotary: Any) -> list[Pair]:
+    """Cos and sin ``[S, D]`` of the text, then of the rest."""
+    half = rotary[0].shape[-1] // 2
+    cos, sin, rest_cos, rest_sin = (four_dims(part[..., :half]) for part in rotary)
+    return [(cos, sin), (rest_cos, rest_sin)]
+
+
+def _join(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (repeat(cos[0, :, 0], Pairing.HALF), repeat(sin[0, :, 0], Pairing.HALF)) * 2
+
+
+class Cosmos3Processor(Seam):
+    """Attention of text to itself, and of the rest to all, whose queries and keys the norms have turned."""
+
+    def replacement(self, attn: Any, und_seq: torch.Tensor, gen_seq: torch.Tensor, *rotary: Any, **named: Any) -> Any:
+        """What the attention returns, for text ``[S, C]`` and for the rest ``[S', C]``."""
+        if not in_flight():
+            return unpatched_method(self)(attn, und_seq, gen_seq, *rotary, **named)
+        size = (-1, attn.head_dim)
+        text_q, text_k, text_v = (to(und_seq).unflatten(-1, size) for to in (attn.to_q, attn.to_k, attn.to_v))
+        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        q, k, v = (to(gen_seq).unflatten(-1, size) for to in added)
+        # Where this norm exists the one of the text does nothing, so that both see the same projection.
+        seen_k = None if attn.k_norm_und_for_gen is None else attn.k_norm_und_for_gen(text_k)
+        text_q, text_k = attn.norm_q(text_q), attn.norm_k(text_k)
+        q, k = attn.norm_added_q(q), attn.norm_added_k(k)
+        text = self._attend(text_q, text_k, text_v, True)
+        rest = self._attend(q, torch.cat([text_k if seen_k is None else seen_k, k]), torch.cat([text_v, v]), False)
+        return attn.to_out(text), attn.to_add_out(rest)
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        """Attention of ``[S, H, D]`` to ``[S', H', D]``, ``[S, H * D]``, on the backend set for this processor."""
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        batched = (x.unsqueeze(0) for x in (q, k, v))
+        own: Any = self
+        out: torch.Tensor = dispatch_attention_fn(
+            *batched,
+            is_causal=causal,
+            enable_gqa=True,
+            backend=own._attention_backend,
+            parallel_config=own._parallel_config,
+        )
+        return out.squeeze(0).flatten(1)
+
+
+# Keys of the text turn once here and twice in the model's own processor, which adds up their gradients in its order.
+_TEXT_AND_REST = Format(
+    "cos and sin of text and the rest, each at both halves", Pairing.HALF, _split, _join, exact_backward=False
+)
+COSMOS3 = ModelAdapter(
+    "diffusers.models.transformers.transformer_cosmos3.Cosmos3OmniTransformer",
+    (ModelTables("rotary_emb", "Cosmos3VLTextRotaryEmbedding"),),
+    (
+        Rotations(
+            attention=r"layers\.\d+\.self_attn",
+            attention_class="Cosmos3PackedMoTAttention",
+            format=_TEXT_AND_REST,
+            layout=Layout.SHD,
+            turned={
+                "norm_q": Turned(0),
+                "norm_k": Turned(0),
+                "k_norm_und_for_gen": Turned(0),
+                "norm_added_q": Turned(1),
+                "norm_added_k": Turned(1),
+            },
+            rotary=("rotary_emb",),
+            processors=("Cosmos3AttnProcessor",),
+            processor=Cosmos3Processor,
+        ),
+    ),
+    ("rotation of forward passes in exact mode that want gradients, which the model adds up in another order",),
+)

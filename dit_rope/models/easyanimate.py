@@ -1,0 +1,26 @@
+"""EasyAnimate: text before the image in the joint sequence unturned, LayerNorm per head.
+
+The first blocks norm image and text apart, the last ones both in one sequence; either way the end turns. Queries and
+keys are transposed before the norm; neighbours turn. The model builds its tables on the host, and copies them to the
+device in every rotation. Source: ``transformer_easyanimate.py`` of diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .formats import INTERLEAVED, Align
+
+EASYANIMATE = ModelAdapter(
+    "diffusers.models.transformers.transformer_easyanimate.EasyAnimateTransformer3DModel",
+    (ModelTables("rope_embedding", "EasyAnimateRotaryPosEmbed", by_shape=EVERY, to_device=True),),
+    (
+        Rotations(
+            attention=r"transformer_blocks\.\d+\.attn1",
+            attention_class="Attention",
+            format=INTERLEAVED,
+            layout=Layout.BHSD,
+            turned={"norm_q": Turned(align=Align.END), "norm_k": Turned(align=Align.END)},
+            processors=("EasyAnimateAttnProcessor2_0",),
+        ),
+    ),
+)

@@ -1,0 +1,23 @@
+"""Ernie-Image: image before text, RMSNorm per head, and a turn that is no rotation.
+
+The angles of neighbours are equal, but what turns together is halves: the two channels of a pair turn by different
+angles. Source: ``transformer_ernie_image.py`` of diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+from .adapter import EVERY, ModelAdapter, ModelTables
+
+ERNIE_IMAGE = ModelAdapter(
+    "diffusers.models.transformers.transformer_ernie_image.ErnieImageTransformer2DModel",
+    (
+        ModelTables(
+            "pos_embed",
+            "ErnieImageEmbedND3",
+            by_shape=EVERY,
+            sources=("text_lens",),
+            source_shapes=("hidden_states", "text_bth"),
+        ),
+    ),
+    left_alone=("rotation in ErnieImageAttention: the two channels of a pair turn by different angles",),
+)

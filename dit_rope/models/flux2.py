@@ -1,0 +1,59 @@
+"""Flux 2 and Flux 3: tables of text, image and references made apart and then joined, RMSNorm per head.
+
+Neighbouring channels turn by four axes. The ids go to the rope as they are or as their first row, a view, so that they
+are the key of its tables themselves. The joined tables are new in every forward pass, and packed once in it.
+
+Flux 2 has text before the image in its joint sequence, and in the double blocks norms of its own for it. The processors
+that cache keys of reference images store them turned. Flux 3 has blocks for the text, for the image and for reference
+images alone, each with its own table, and then joint blocks in this order; its norms take and return float32, and so
+does the rotation. Sources: ``transformer_flux2.py`` and ``transformer_flux3.py`` of diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .adapter import QK, Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .flux import TEXT_THEN_IMAGE
+from .formats import INTERLEAVED
+
+
+def _rotations(blocks: str, attention: str, turned: Mapping[str, Turned], *processors: str) -> Rotations:
+    return Rotations(
+        attention=rf"{blocks}\.\d+\.attn",
+        attention_class=attention,
+        format=INTERLEAVED,
+        layout=Layout.BSHD,
+        turned=turned,
+        processors=processors,
+    )
+
+
+FLUX2 = ModelAdapter(
+    "diffusers.models.transformers.transformer_flux2.Flux2Transformer2DModel",
+    (ModelTables("pos_embed", "Flux2PosEmbed"),),
+    (
+        _rotations(
+            "transformer_blocks", "Flux2Attention", TEXT_THEN_IMAGE, "Flux2AttnProcessor", "Flux2KVAttnProcessor"
+        ),
+        _rotations(
+            "single_transformer_blocks",
+            "Flux2ParallelSelfAttention",
+            QK,
+            "Flux2ParallelSelfAttnProcessor",
+            "Flux2KVParallelSelfAttnProcessor",
+        ),
+    ),
+)
+FLUX3 = ModelAdapter(
+    "diffusers.models.transformers.transformer_flux3.Flux3Transformer2DModel",
+    (ModelTables("pos_embed", "Flux3PosEmbed"),),
+    (
+        _rotations(
+            r"(txt_mode_blocks|mode_blocks\.(image|image_cond)|single_transformer_blocks)",
+            "Flux3Attention",
+            QK,
+            "Flux3AttnProcessor",
+        ),
+    ),
+)

@@ -1,0 +1,89 @@
+"""Axis tables of ours in place of the dense tables that a model's rope module builds in every forward pass.
+
+What travels through the model then is a pair of tensors: int32 rows of the axis tables, ``[1, S, 1, axes]``, which
+whoever splits a sequence can split, and the packed axis tables ``[2, R, P]``, a few kB.
+
+A compiled block behind an uncompiled rope module gets its dense tables back from the rows. A rope module that scales
+frequencies is not the model's own: its tables are traced, or, where a function of the user's chooses the scaling, made
+outside the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..spec import Grid, RopeSpec, Scalings
+from ..tables import build_positions, build_table, rope_table
+from .adapter import FrameRows, GridTables
+from .formats import AxisRows
+from .seams import SETTINGS, Seam, unpatched_method
+
+
+@dataclass(frozen=True)
+class GridSettings:
+    """What a rope module's own forward is replaced with; ``choose`` is asked for the scaling of each forward."""
+
+    spec: RopeSpec
+    frames: Callable[..., FrameRows]
+    choose: Callable[[], Scalings] | None = None
+
+
+class GridSeam(Seam):
+    """Memoized rows and axis tables instead of dense tables built in every forward."""
+
+    def replacement(self, *args: Any, **kwargs: Any) -> Any:
+        """Int32 rows ``[1, S, 1, axes]`` and packed axis tables ``[2, R, P]``, from the caches."""
+        settings: GridSettings | None = vars(self).get(SETTINGS)
+        if settings is None:
+            return unpatched_method(self)(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            return self._rows(settings, args, kwargs)
+        if settings.choose is not None:
+            # What it returns is new at any call, and would be compiled in.
+            return torch.compiler.disable(self._rows)(settings, args, kwargs)
+        if settings.spec.scaling is None:
+            return unpatched_method(self)(*args, **kwargs)
+        return AxisRows(settings.spec).traceable(self._rows(settings, args, kwargs))
+
+    def _rows(
+        self, settings: GridSettings, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        here = settings.frames(self, *args, **kwargs)
+        latent = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        dtype = next(buffer.dtype for buffer in self.buffers())  # type: ignore[attr-defined]
+        grid = Grid(*here.grid)
+        table = rope_table(settings.spec, grid, device=latent.device, dtype=dtype)
+        rows = table.rows
+        if settings.choose is not None:
+            spec = settings.spec.with_scaling(settings.choose())
+            rows = rope_table(spec, grid, device=latent.device, dtype=dtype).rows
+        # Positions are those of any scaling, so that one entry of the cache serves all that are chosen.
+        return _frame_positions(table.positions(), here), rows
+
+
+def _frame_positions(positions: torch.Tensor, here: FrameRows) -> torch.Tensor:
+    """``[1, frames H W, 1, axes]`` from the positions ``[1, T H W, axes]`` of the whole grid, without a device sync."""
+    if here.frames is not None:
+        by_frame = positions.unflatten(1, (here.grid[0], -1)).unbind(1)
+        positions = torch.cat([by_frame[frame] for frame in here.frames], dim=1)
+    return positions.unsqueeze(2)
+
+
+def table_mismatch(rope: torch.nn.Module, tables: GridTables) -> str | None:
+    """Where the rope module's tables and ours differ in a bit, if they do; a meta module has none to compare."""
+    buffer = next(rope.buffers())
+    if buffer.is_meta:
+        return None
+    spec = tables.spec(rope)
+    for latent in tables.probes(rope, buffer.device):
+        here = tables.frames(rope, latent)
+        table = build_table(spec, Grid(*here.grid), device=buffer.device, dtype=buffer.dtype)
+        ours = AxisRows(spec).traceable((_frame_positions(build_positions(table), here), table.rows))
+        theirs = rope(latent)
+        if not all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):
+            return f"got other values on a grid of {here.grid}; were its buffers changed?"
+    return None

@@ -1,0 +1,84 @@
+"""The Hunyuan family: one table for the image, text behind it in the joint sequence unturned, norms per head.
+
+Double blocks norm image and text apart, single blocks both in one sequence, whose start turns. Neighbours turn.
+
+Framepack joins the tables of a video and of its history at three resolutions, two of them pooled, from frame indices
+that the pipeline makes once for all steps of a section.
+
+Sources, all in diffusers 0.42.1: ``transformer_hunyuan_video.py``, ``transformer_hunyuan_video_framepack.py``,
+``transformer_hunyuan_video15.py``, ``transformer_hunyuanimage.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotations
+from .formats import INTERLEAVED
+
+
+def _adapter(model: str, tables: tuple[ModelTables, ...], processor: str) -> ModelAdapter:
+    return ModelAdapter(
+        f"diffusers.models.transformers.{model}",
+        tables,
+        (
+            Rotations(
+                attention=r"(single_)?transformer_blocks\.\d+\.attn",
+                attention_class="Attention",
+                format=INTERLEAVED,
+                layout=Layout.BSHD,
+                processors=(processor,),
+            ),
+        ),
+    )
+
+
+def _sequence(
+    model: Any,
+    video: torch.Tensor,
+    clean: torch.Tensor | None = None,
+    history_2x: torch.Tensor | None = None,
+    history_4x: torch.Tensor | None = None,
+    *tables: Any,
+) -> tuple[torch.Tensor]:
+    """Tokens ``[B, S, C]`` of the history, the coarsest first, and of the video behind it."""
+    return (torch.cat([part for part in (history_4x, history_2x, clean, video) if part is not None], dim=1),)
+
+
+HUNYUAN_VIDEO = _adapter(
+    "transformer_hunyuan_video.HunyuanVideoTransformer3DModel",
+    (ModelTables("rope", "HunyuanVideoRotaryPosEmbed", by_shape=EVERY),),
+    "HunyuanVideoAttnProcessor2_0",
+)
+HUNYUAN_VIDEO_FRAMEPACK = _adapter(
+    "transformer_hunyuan_video_framepack.HunyuanVideoFramepackTransformer3DModel",
+    (
+        ModelTables("rope", "HunyuanVideoFramepackRotaryPosEmbed"),
+        ModelTables(
+            "",
+            "HunyuanVideoFramepackTransformer3DModel",
+            "_pack_history_states",
+            by_shape=EVERY,
+            sources=(
+                "indices_latents",
+                "indices_latents_clean",
+                "indices_latents_history_2x",
+                "indices_latents_history_4x",
+            ),
+            live=_sequence,
+        ),
+    ),
+    "HunyuanVideoAttnProcessor2_0",
+)
+HUNYUAN_VIDEO_15 = _adapter(
+    "transformer_hunyuan_video15.HunyuanVideo15Transformer3DModel",
+    (ModelTables("rope", "HunyuanVideo15RotaryPosEmbed", by_shape=EVERY),),
+    "HunyuanVideo15AttnProcessor2_0",
+)
+HUNYUAN_IMAGE = _adapter(
+    "transformer_hunyuanimage.HunyuanImageTransformer2DModel",
+    (ModelTables("rope", "HunyuanImageRotaryPosEmbed", by_shape=EVERY),),
+    "HunyuanImageAttnProcessor",
+)

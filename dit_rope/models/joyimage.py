@@ -1,0 +1,95 @@
+"""JoyImage Edit and Edit Plus: RMSNorm per head, image before text in the joint sequence, each with norms of its own.
+
+Neighbours turn. Text turns only in JoyImage Edit, and only where it is configured so. A method of the model builds the
+tables on the host; Edit Plus calls it for every image of a sample and joins what it gives. Sources:
+``transformer_joyimage.py`` and ``transformer_joyimage_edit_plus.py`` of diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..spec import Pairing
+from .adapter import Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .formats import INTERLEAVED, Format, Pair
+
+
+class _ImageAlone(Format):
+    """A table of the image, and None in place of one of the text."""
+
+    def accepts(self, rotary: Any) -> bool:
+        """Whether ``rotary`` is such a pair."""
+        return isinstance(rotary, tuple) and INTERLEAVED.accepts(rotary[0]) and rotary[1:] == (None,)
+
+
+def _split_image(rotary: Any) -> Sequence[Pair]:
+    return INTERLEAVED.split(rotary[0])
+
+
+def _join_image(cos: torch.Tensor, sin: torch.Tensor) -> tuple[Any, None]:
+    return INTERLEAVED.join(cos, sin), None
+
+
+def _split_both(rotary: Any) -> list[Pair]:
+    return [pair for part in rotary for pair in INTERLEAVED.split(part)]
+
+
+def _join_both(cos: torch.Tensor, sin: torch.Tensor) -> tuple[Any, Any]:
+    return INTERLEAVED.join(cos, sin), INTERLEAVED.join(cos, sin)
+
+
+_IMAGE_ALONE = _ImageAlone("a table of the image", Pairing.INTERLEAVED, _split_image, _join_image)
+_IMAGE_AND_TEXT = Format("a table of the image and one of the text", Pairing.INTERLEAVED, _split_both, _join_both)
+_IMAGE = {"img_attn_q_norm": Turned(), "img_attn_k_norm": Turned()}
+_TEXT = {"txt_attn_q_norm": Turned(table=1), "txt_attn_k_norm": Turned(table=1)}
+
+
+def _turns_text(model: Any) -> bool:
+    return bool(model.rope_type == "mrope")
+
+
+def _turns_image_alone(model: Any) -> bool:
+    return not _turns_text(model)
+
+
+def _tables(model: str, method: str) -> ModelTables:
+    return ModelTables("", model, method, to_device=True)
+
+
+JOYIMAGE_EDIT = ModelAdapter(
+    "diffusers.models.transformers.transformer_joyimage.JoyImageEditTransformer3DModel",
+    (_tables("JoyImageEditTransformer3DModel", "get_rotary_pos_embed"),),
+    tuple(
+        Rotations(
+            attention=r"double_blocks\.\d+\.attn",
+            attention_class="JoyImageAttention",
+            format=form,
+            layout=Layout.BSHD,
+            turned=turned,
+            processors=("JoyImageAttnProcessor",),
+            configured=configured,
+        )
+        for form, turned, configured in (
+            (_IMAGE_ALONE, _IMAGE, _turns_image_alone),
+            (_IMAGE_AND_TEXT, {**_IMAGE, **_TEXT}, _turns_text),
+        )
+    ),
+)
+JOYIMAGE_EDIT_PLUS = ModelAdapter(
+    "diffusers.models.transformers.transformer_joyimage_edit_plus.JoyImageEditPlusTransformer3DModel",
+    (_tables("JoyImageEditPlusTransformer3DModel", "_get_rotary_pos_embed_for_range"),),
+    (
+        Rotations(
+            attention=r"double_blocks\.\d+\.attn",
+            attention_class="JoyImageEditPlusAttention",
+            format=INTERLEAVED,
+            layout=Layout.BSHD,
+            turned=_IMAGE,
+            processors=("JoyImageEditPlusAttnProcessor",),
+        ),
+    ),
+    left_alone=("joining the tables of a sample's images, which the model's forward does once for all layers",),
+)

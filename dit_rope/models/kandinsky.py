@@ -1,0 +1,81 @@
+"""Kandinsky 5 and 6: text and video in blocks of their own, each with its table, RMSNorm per head.
+
+Pairs are neighbours, turned by 2 x 2 matrices. Cross-attention to text does not rotate; that of Kandinsky 6 between
+video and audio does, with a table for queries and one for keys. Sources, in diffusers 0.42.1:
+``transformer_kandinsky.py``, ``transformer_kandinsky6.py``, ``transformer_kandinsky6_sr.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotations, Turned
+from .formats import MATRICES
+
+_TRANSFORMERS = "diffusers.models.transformers"
+_QK = {"query_norm": Turned(table=0), "key_norm": Turned(table=1)}
+
+KANDINSKY5 = ModelAdapter(
+    f"{_TRANSFORMERS}.transformer_kandinsky.Kandinsky5Transformer3DModel",
+    (
+        ModelTables("text_rope_embeddings", "Kandinsky5RoPE1D"),
+        ModelTables("visual_rope_embeddings", "Kandinsky5RoPE3D"),
+    ),
+    (
+        Rotations(
+            attention=r"(text|visual)_transformer_blocks\.\d+\.self_attention",
+            attention_class="Kandinsky5Attention",
+            format=MATRICES,
+            layout=Layout.BSHD,
+            turned=_QK,
+            rotary=("rotary_emb",),
+            processors=("Kandinsky5AttnProcessor",),
+            rounds=True,
+            result=torch.bfloat16,
+        ),
+    ),
+)
+
+KANDINSKY6 = ModelAdapter(
+    f"{_TRANSFORMERS}.transformer_kandinsky6.Kandinsky6Transformer3DModel",
+    (
+        # Positions of text and audio are counted from their lengths in every forward.
+        ModelTables("video_text_rope_embeddings", "Kandinsky6RoPE1D", by_shape=("pos",)),
+        ModelTables("audio_text_rope_embeddings", "Kandinsky6RoPE1D", by_shape=("pos",)),
+        ModelTables("audio_rope_embeddings", "Kandinsky6RoPE1D", by_shape=("pos",)),
+        ModelTables("visual_rope_embeddings", "Kandinsky6RoPE3D", by_shape=("pos",), sources=("visual_rope_pos",)),
+    ),
+    (
+        Rotations(
+            attention=(
+                r"(video|audio)_text_transformer_blocks\.\d+\.attn"
+                r"|visual_transformer_blocks\.\d+\."
+                r"((video|audio)_dec_block\.self_attention|(va|av)_cross_attention)"
+            ),
+            attention_class="Kandinsky6Attention",
+            format=MATRICES,
+            layout=Layout.BSHD,
+            turned=_QK,
+            rotary=("rotary_emb", "rope_q", "rope_kv"),
+            processors=("Kandinsky6AttnProcessor",),
+        ),
+    ),
+)
+
+KANDINSKY6_SR = ModelAdapter(
+    f"{_TRANSFORMERS}.transformer_kandinsky6_sr.Kandinsky6SRTransformer3DModel",
+    (ModelTables("visual_rope_embeddings", "Kandinsky6SRRoPE3D", by_shape=("pos",)),),
+    (
+        Rotations(
+            attention=r"visual_transformer_blocks\.\d+\.self_attention",
+            attention_class="Kandinsky6SRAttention",
+            format=MATRICES,
+            layout=Layout.BSHD,
+            turned=_QK,
+            rotary=("rotary_emb",),
+            processors=("Kandinsky6SRAttnProcessor",),
+            rebound=Rebound("apply_rotary"),
+            rounds=True,
+        ),
+    ),
+)

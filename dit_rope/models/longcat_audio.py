@@ -1,0 +1,33 @@
+"""LongCat-Audio: half pairing, RMSNorm across heads or none.
+
+In the attention to the prompt, queries turn by the positions of the sound and keys by those of the prompt. Source:
+``transformer_longcat_audio_dit.py`` of diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+from .adapter import Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .formats import HALF
+
+
+def _rotations(attention: str, processor: str, *rotary: str) -> Rotations:
+    """Keys turn by the last of the ``rotary`` arguments."""
+    return Rotations(
+        attention=rf"blocks\.\d+\.{attention}",
+        attention_class="AudioDiTAttention",
+        format=HALF,
+        layout=Layout.BSC,
+        turned={"q_norm": Turned(projection="to_q"), "k_norm": Turned(table=len(rotary) - 1, projection="to_k")},
+        rotary=rotary,
+        processors=(processor,),
+    )
+
+
+LONGCAT_AUDIO = ModelAdapter(
+    "diffusers.models.transformers.transformer_longcat_audio_dit.LongCatAudioDiTTransformer",
+    (ModelTables("rotary_embed", "AudioDiTRotaryEmbedding", by_shape=("hidden_states",)),),
+    (
+        _rotations("self_attn", "AudioDiTSelfAttnProcessor", "audio_rotary_emb"),
+        _rotations("cross_attn", "AudioDiTCrossAttnProcessor", "audio_rotary_emb", "prompt_rotary_emb"),
+    ),
+)

@@ -1,0 +1,84 @@
+"""LTX-Video and LTX-2: angles of its own for every channel of a token, norms across heads.
+
+LTX-2 turns video and audio, each in its own attention and in both cross-modal ones, where queries and keys have tables
+of their own modality. Its text stands in attention modules that do not rotate. The pairs of ``rope_type``
+"interleaved" are neighbours, those of "split" are the halves of a head.
+
+Sources, in diffusers 0.42.1: ``transformer_ltx.py``, ``transformer_ltx2.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .adapter import Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .formats import CHANNELS, HEAD_HALVES
+
+LTX = ModelAdapter(
+    "diffusers.models.transformers.transformer_ltx.LTXVideoTransformer3DModel",
+    (ModelTables("rope", "LTXVideoRotaryPosEmbed", by_shape=("hidden_states",)),),
+    (
+        Rotations(
+            attention=r"transformer_blocks\.\d+\.attn1",
+            attention_class="LTXAttention",
+            format=CHANNELS,
+            layout=Layout.BSC,
+            processors=("LTXVideoAttnProcessor",),
+        ),
+    ),
+)
+
+
+def turns_neighbours(attention: Any) -> bool:
+    """Whether an attention module of LTX-2 is of ``rope_type`` "interleaved"."""
+    return bool(attention.rope_type == "interleaved")
+
+
+def turns_halves(attention: Any) -> bool:
+    """Whether an attention module of LTX-2 is of ``rope_type`` "split"."""
+    return bool(attention.rope_type == "split")
+
+
+def _video_tables(path: str) -> ModelTables:
+    """Tables of coordinates that the forward is given, or makes of the size and the frame rate of the video."""
+    return ModelTables(
+        path,
+        "LTX2AudioVideoRotaryPosEmbed",
+        by_shape=("coords",),
+        sources=("video_coords", "num_frames", "height", "width", "fps"),
+        source_shapes=("hidden_states",),
+    )
+
+
+def _audio_tables(path: str) -> ModelTables:
+    return ModelTables(
+        path,
+        "LTX2AudioVideoRotaryPosEmbed",
+        by_shape=("coords",),
+        sources=("audio_coords", "audio_num_frames"),
+        source_shapes=("hidden_states",),
+    )
+
+
+LTX2 = ModelAdapter(
+    "diffusers.models.transformers.transformer_ltx2.LTX2VideoTransformer3DModel",
+    (
+        _video_tables("rope"),
+        _video_tables("cross_attn_rope"),
+        _audio_tables("audio_rope"),
+        _audio_tables("cross_attn_audio_rope"),
+    ),
+    tuple(
+        Rotations(
+            attention=r"transformer_blocks\.\d+\.(attn1|audio_attn1|audio_to_video_attn|video_to_audio_attn)",
+            attention_class="LTX2Attention",
+            format=form,
+            layout=Layout.BSC,
+            turned={"norm_q": Turned(table=0), "norm_k": Turned(table=1)},
+            rotary=("query_rotary_emb", "key_rotary_emb"),
+            processors=("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
+            when=when,
+        )
+        for form, when in ((CHANNELS, turns_neighbours), (HEAD_HALVES, turns_halves))
+    ),
+)

@@ -1,0 +1,57 @@
+"""The Lumina family: complex tables, norms per head in Lumina 2 and across heads in Lumina Next.
+
+Lumina 2 turns text and image of every sample together, text first and without a gap before the image, so that each
+sample has a table of its own; the refiners before the joint blocks turn text alone and image alone. Its rope module
+also cuts the latent into patches. The processor of Lumina Next scales scores otherwise where keys get no table, so that
+their rotation cannot leave it. Sources: ``transformer_lumina2.py`` and ``lumina_nextdit2d.py`` of diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+
+from .adapter import Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .formats import COMPLEX
+
+
+def _patches(rope: Any, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor]:
+    """The latent ``[B, C, H, W]`` as patches ``[B, tokens, p * p * C]``, which come before the tables."""
+    side: int = rope.patch_size
+    return (rearrange(hidden_states, "b c (h p) (w q) -> b (h w) (p q c)", p=side, q=side),)
+
+
+LUMINA2 = ModelAdapter(
+    "diffusers.models.transformers.transformer_lumina2.Lumina2Transformer2DModel",
+    (ModelTables("rope_embedder", "Lumina2RotaryPosEmbed", by_shape=("hidden_states",), live=_patches),),
+    (
+        Rotations(
+            attention=r"(context_refiner|noise_refiner|layers)\.\d+\.attn",
+            attention_class="Attention",
+            format=COMPLEX,
+            layout=Layout.BSHD,
+            processors=("Lumina2AttnProcessor2_0",),
+        ),
+    ),
+)
+LUMINA_NEXT = ModelAdapter(
+    "diffusers.models.transformers.lumina_nextdit2d.LuminaNextDiT2DModel",
+    (),
+    (
+        Rotations(
+            attention=r"layers\.\d+\.attn[12]",
+            attention_class="Attention",
+            format=COMPLEX,
+            layout=Layout.BSC,
+            turned={"norm_q": Turned(projection="to_q")},
+            rotary=("query_rotary_emb",),
+            processors=("LuminaAttnProcessor2_0",),
+        ),
+    ),
+    left_alone=(
+        "tables, which the pipeline makes anew in every step and hands over",
+        "rotation of keys: their processor scales scores otherwise when it is given no table for them",
+    ),
+)

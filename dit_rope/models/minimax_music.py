@@ -1,0 +1,36 @@
+"""MiniMax Music 3: half pairing within the first channels of a head, no norm of queries and keys.
+
+Cos and sin are rounded to the dtype of what they turn. The processor rotates whatever it is given, through a function
+of its module. Source: ``transformer_minimax_music3.py`` of diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .adapter import Layout, ModelAdapter, Rebound, Rotations
+from .formats import HALF_NARROWED
+
+
+def _head_dim(attention: Any) -> int:
+    head_dim: int = attention.head_dim
+    return head_dim
+
+
+MINIMAX_MUSIC_3 = ModelAdapter(
+    "diffusers.models.transformers.transformer_minimax_music3.MiniMaxMusic3Transformer1DModel",
+    (),
+    (
+        Rotations(
+            attention=r"transformer_blocks\.\d+\.attn",
+            attention_class="MiniMaxMusic3Attention",
+            format=HALF_NARROWED,
+            layout=Layout.BSC,
+            rotary=("rotary_emb",),
+            processors=("MiniMaxMusic3AttnProcessor",),
+            rebound=Rebound("_apply_partial_rotary_emb"),
+            head_dim=_head_dim,
+        ),
+    ),
+    left_alone=("tables, which the rope module keeps itself",),
+)

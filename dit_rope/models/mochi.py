@@ -1,0 +1,26 @@
+"""Mochi: angles of its own for every head, from frequencies that are a parameter of the model.
+
+Image and text are normed apart, per head; text does not turn. Neighbours turn. While the frequencies learn, the tables
+belong to the backward pass: they are built anew, and the rotation is left to the model. Source:
+``transformer_mochi.py`` and ``attention_processor.py`` of diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+from .adapter import Layout, ModelAdapter, ModelTables, Rotations
+from .formats import HEAD_PAIRS
+
+MOCHI = ModelAdapter(
+    "diffusers.models.transformers.transformer_mochi.MochiTransformer3DModel",
+    (ModelTables("rope", "MochiRoPE"),),
+    (
+        Rotations(
+            attention=r"transformer_blocks\.\d+\.attn1",
+            attention_class="MochiAttention",
+            format=HEAD_PAIRS,
+            layout=Layout.BSHD,
+            processors=("MochiAttnProcessor2_0",),
+        ),
+    ),
+    ("tables and rotation of forward passes in which pos_frequencies wants a gradient, which ours does not give",),
+)

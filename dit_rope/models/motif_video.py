@@ -1,0 +1,32 @@
+"""Motif-Video: as HunyuanVideo, text behind the image unturned, and text cross-attention that turns queries only.
+
+The last single blocks read image tokens in the place of text; those do not turn either. Neighbours turn; norms are per
+head. Source: ``transformer_motif_video.py`` of diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .formats import INTERLEAVED
+
+MOTIF_VIDEO = ModelAdapter(
+    "diffusers.models.transformers.transformer_motif_video.MotifVideoTransformer3DModel",
+    (ModelTables("rope", "MotifVideoRotaryPosEmbed", by_shape=EVERY),),
+    (
+        Rotations(
+            attention=r"(single_)?transformer_blocks\.\d+\.attn",
+            attention_class="MotifVideoAttention",
+            format=INTERLEAVED,
+            layout=Layout.BSHD,
+            processors=("MotifVideoAttnProcessor2_0",),
+        ),
+        Rotations(
+            attention=r"(single_)?transformer_blocks\.\d+\.cross_attn",
+            attention_class="MotifVideoCrossAttention",
+            format=INTERLEAVED,
+            layout=Layout.BSHD,
+            turned={"norm_q": Turned(projection="to_q")},
+            processors=("MotifVideoCrossAttnProcessor2_0",),
+        ),
+    ),
+)

@@ -1,0 +1,28 @@
+"""PRX: rotation matrices, RMSNorm per head; text is keys and values only, before the image, and does not turn.
+
+Source: ``transformer_prx.py`` of diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .formats import MATRICES
+
+# It adds gradients of a norm's weight up head by head, ours token by token.
+_MATRICES = replace(MATRICES, exact_backward=False)
+PRX = ModelAdapter(
+    "diffusers.models.transformers.transformer_prx.PRXTransformer2DModel",
+    (ModelTables("pe_embedder", "PRXEmbedND", by_shape=EVERY, source_shapes=("hidden_states",)),),
+    (
+        Rotations(
+            attention=r"blocks\.\d+\.attention",
+            attention_class="PRXAttention",
+            format=_MATRICES,
+            layout=Layout.BHSD,
+            turned={"norm_q": Turned(), "norm_k": Turned()},
+            processors=("PRXAttnProcessor2_0",),
+        ),
+    ),
+)

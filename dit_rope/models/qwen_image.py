@@ -1,0 +1,79 @@
+"""Qwen-Image, its ControlNet, Qwen-Image 2.1 and Nucleus: tables of complex numbers, RMSNorm per head.
+
+Neighbouring channels turn. Qwen-Image and Nucleus make two tables from the sizes of the images and the length of the
+text, and turn each before the sequences are joined, so that the norms of the text turn the second table from its start.
+Nucleus has no queries of text, and its keys of text may come from a cache, turned; its norm of queries of text is never
+called. Qwen-Image 2.1 has one table for one sequence, from the layout of its mask, and norms for all of it; it caches
+keys turned, and a step that reads them takes the end of the table. Sources, all in diffusers 0.42.1:
+``transformer_qwenimage.py``, ``controlnet_qwenimage.py``, ``transformer_qwenimage21.py``,
+``transformer_nucleusmoe_image.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .adapter import QK, Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .formats import COMPLEX
+
+_TEXT_APART = {
+    "norm_q": Turned(table=0),
+    "norm_k": Turned(table=0),
+    "norm_added_q": Turned(table=1),
+    "norm_added_k": Turned(table=1),
+}
+_TEXT_KEYS_APART = {
+    "norm_q": Turned(table=0),
+    "norm_k": Turned(table=0),
+    "norm_added_k": Turned(table=1, repeats=True),
+}
+
+
+def _rotations(
+    attention: str, turned: Mapping[str, Turned], *processors: str, rotary: str = "image_rotary_emb"
+) -> Rotations:
+    return Rotations(
+        attention=r"transformer_blocks\.\d+\.attn",
+        attention_class=attention,
+        format=COMPLEX,
+        layout=Layout.BSHD,
+        turned=turned,
+        rotary=(rotary,),
+        processors=processors,
+    )
+
+
+_QWEN_ROTATIONS = (_rotations("Attention", _TEXT_APART, "QwenDoubleStreamAttnProcessor2_0"),)
+QWEN_IMAGE = ModelAdapter(
+    "diffusers.models.transformers.transformer_qwenimage.QwenImageTransformer2DModel",
+    (ModelTables("pos_embed", ("QwenEmbedRope", "QwenEmbedLayer3DRope")),),
+    _QWEN_ROTATIONS,
+)
+QWEN_IMAGE_CONTROLNET = ModelAdapter(
+    "diffusers.models.controlnets.controlnet_qwenimage.QwenImageControlNetModel",
+    (ModelTables("pos_embed", "QwenEmbedRope"),),
+    _QWEN_ROTATIONS,
+)
+QWEN_IMAGE_21 = ModelAdapter(
+    "diffusers.models.transformers.transformer_qwenimage21.QwenImage21Transformer2DModel",
+    # The mask of image tokens is made anew in every forward pass, out of the mask of slots for them.
+    (
+        ModelTables(
+            "pos_embed", "QwenImage21Rope", by_shape=("image_pad_mask",), sources=("img_mask",), writes=("freqs",)
+        ),
+    ),
+    (
+        _rotations(
+            "QwenImage21Attention",
+            QK,
+            "QwenImage21AttnProcessor",
+            "QwenImage21FlexAttnProcessor",
+            rotary="rotary_emb",
+        ),
+    ),
+)
+NUCLEUS = ModelAdapter(
+    "diffusers.models.transformers.transformer_nucleusmoe_image.NucleusMoEImageTransformer2DModel",
+    (ModelTables("pos_embed", "NucleusMoEEmbedRope"),),
+    (_rotations("Attention", _TEXT_KEYS_APART, "NucleusMoEAttnProcessor2_0"),),
+)

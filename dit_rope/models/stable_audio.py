@@ -1,0 +1,71 @@
+"""Stable Audio: half pairing within the first half of a head's channels.
+
+The first model is given its tables and has no norm. Stable Audio 3 builds angles, of which its attention makes cos and
+sin in every call; it has an RMSNorm per head of its own, which takes the two queries and two keys of differential
+attention in turn, and a processor that rotates whatever it is given, through a function of its module. Sources:
+``stable_audio_transformer.py`` and ``transformer_stable_audio3.py`` of diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..spec import Pairing
+from .adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotations, Turned
+from .formats import HALF, Align, Format, Pair, four_dims
+
+
+def _head_dim(attention: Any) -> int:
+    head_dim: int = attention.inner_dim // attention.heads
+    return head_dim
+
+
+def _split_angles(rotary: Any) -> list[Pair]:
+    """Cos and sin of all the angles, of which the second half repeats the first, as the model makes them."""
+    angles = rotary.float()
+    cos, sin = (four_dims(x)[..., : angles.shape[-1] // 2] for x in (angles.cos(), angles.sin()))
+    return [(cos, sin)]
+
+
+def _join_angles(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    angles = torch.atan2(sin, cos)[0, :, 0]
+    return torch.cat((angles, angles), dim=-1)
+
+
+_ANGLES = Format("angles, each at both halves", Pairing.HALF, _split_angles, _join_angles, upcasts=True)
+_HALF = replace(HALF, upcasts=True)
+STABLE_AUDIO = ModelAdapter(
+    "diffusers.models.transformers.stable_audio_transformer.StableAudioDiTModel",
+    (),
+    (
+        Rotations(
+            attention=r"transformer_blocks\.\d+\.attn1",
+            attention_class="Attention",
+            format=_HALF,
+            layout=Layout.BSC,
+            rotary=("rotary_emb",),
+            processors=("StableAudioAttnProcessor2_0",),
+            head_dim=_head_dim,
+        ),
+    ),
+    left_alone=("tables, which the pipeline makes once and hands over",),
+)
+STABLE_AUDIO_3 = ModelAdapter(
+    "diffusers.models.transformers.transformer_stable_audio3.StableAudio3DiTModel",
+    (ModelTables("rotary_pos_emb", "StableAudio3RotaryEmbedding"),),
+    (
+        Rotations(
+            attention=r"transformer_blocks\.\d+\.self_attn",
+            attention_class="StableAudio3SelfAttention",
+            format=_ANGLES,
+            layout=Layout.BSHD,
+            turned={name: Turned(align=Align.END, repeats=True) for name in ("q_norm", "k_norm")},
+            rotary=("rope",),
+            processors=("StableAudio3SelfAttnProcessor",),
+            rebound=Rebound("_apply_rotary_partial"),
+        ),
+    ),
+)
