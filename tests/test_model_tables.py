@@ -14,7 +14,7 @@ from zoo import EXAMPLES, Noise
 import dit_rope
 from dit_rope.models.adapter import ModelTables
 from dit_rope.models.model_tables import ForgetArguments, MemoSeam, MemoSettings, RememberArguments
-from dit_rope.models.seams import add_hooks, restore_class, swap_class
+from dit_rope.models.swapping import add_hooks, restore_class, swap_class
 from dit_rope.tables import MODEL_TABLES
 
 FLUX = next(example for example in EXAMPLES if example.name == "flux")

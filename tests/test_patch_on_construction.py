@@ -23,7 +23,7 @@ import typer
 import wan_models
 
 import dit_rope
-from dit_rope.models.seams import Seam
+from dit_rope.models.swapping import Seam
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 

@@ -17,6 +17,7 @@ from dit_rope import patching
 from dit_rope.models import ADAPTERS
 from dit_rope.models import plan as plan_module
 from dit_rope.models import seams as seams_module
+from dit_rope.models.swapping import Seam
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -376,8 +377,8 @@ def test_pipeline_has_both_of_its_transformers_patched() -> None:
     with dit_rope.patch(pipe) as handle:
         assert "transformer: WanTransformer3DModel" in handle.report()
         assert "transformer_2: WanTransformer3DModel" in handle.report()
-        assert all(isinstance(model.rope, seams_module.Seam) for model in (first, second))
-    assert not any(isinstance(model.rope, seams_module.Seam) for model in (first, second))
+        assert all(isinstance(model.rope, Seam) for model in (first, second))
+    assert not any(isinstance(model.rope, Seam) for model in (first, second))
 
 
 def test_options_are_checked() -> None:

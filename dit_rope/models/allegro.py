@@ -17,7 +17,8 @@ from ..rotation_args import RotationArgs
 from ..spec import Pairing
 from .adapter import Layout, ModelAdapter, Rotations
 from .formats import Align, Format, PackedTable, Pair, repeat
-from .seams import Flight, TurnSeam, TurnSettings, turn, unpatched_method
+from .seams import Flight, TurnSeam, TurnSettings, turn
+from .swapping import unpatched_method
 
 _AXES = 3
 

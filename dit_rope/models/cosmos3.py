@@ -15,7 +15,8 @@ import torch
 from ..spec import Pairing
 from .adapter import Layout, ModelAdapter, ModelTables, Rotations, Turned
 from .formats import Format, Pair, four_dims, repeat
-from .seams import Seam, in_flight, unpatched_method
+from .seams import in_flight
+from .swapping import Seam, unpatched_method
 
 
 def _split(rotary: Any) -> list[Pair]:

@@ -292,7 +292,7 @@ def _split_matrices(rotary: Any) -> list[Pair]:
 
 
 def _join_matrices(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))[:1, :, :1]
+    return torch.stack((cos, -sin, sin, cos), dim=-1).view(*cos.shape, 2, 2)[:1, :, :1]
 
 
 def _split_channels(rotary: Any) -> list[Pair]:

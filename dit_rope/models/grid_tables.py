@@ -20,7 +20,7 @@ from ..spec import Grid, RopeSpec, Scalings
 from ..tables import build_positions, build_table, rope_table
 from .adapter import FrameRows, GridTables
 from .formats import AxisRows
-from .seams import SETTINGS, Seam, unpatched_method
+from .swapping import SETTINGS, Seam, unpatched_method
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import torch
 from ..spec import Pairing
 from .adapter import Layout, ModelAdapter, ModelTables, Rotations, Turned
 from .formats import HALF, Format, Pair, four_dims
-from .seams import Seam, in_flight, unpatched_method
+from .seams import in_flight
+from .swapping import Seam, unpatched_method
 
 
 class TurnedAttention(Seam):

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from ..cache import in_mode
 from ..tables import MODEL_TABLES
 from .adapter import EVERY, ModelTables
-from .seams import SETTINGS, Seam, unpatched_method
+from .swapping import SETTINGS, Seam, unpatched_method
 
 _PLAIN = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device)
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})

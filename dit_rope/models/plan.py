@@ -17,21 +17,9 @@ from .adapter import GridTables, Layout, ModelAdapter, ModelTables, Rotations
 from .formats import AxisRows, Format
 from .grid_tables import GridSeam, GridSettings, table_mismatch
 from .model_tables import ForgetArguments, MemoSeam, MemoSettings, MethodMemo, RememberArguments, forget
-from .seams import (
-    SETTINGS,
-    CheckRotation,
-    ReboundSeam,
-    ReboundSettings,
-    Seam,
-    TakeRotation,
-    TurnSeam,
-    TurnSettings,
-    add_hooks,
-    is_hooked,
-    remove_hooks,
-    restore_class,
-    swap_class,
-)
+from .rebinding import ReboundSeam, ReboundSettings
+from .seams import CheckRotation, TakeRotation, TurnSeam, TurnSettings
+from .swapping import SETTINGS, Seam, add_hooks, is_hooked, remove_hooks, restore_class, swap_class
 
 
 @dataclass(frozen=True)

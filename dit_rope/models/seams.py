@@ -12,24 +12,18 @@ into would only split.
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
 
 from .. import rotation
-from .adapter import Layout, Rebound
+from .adapter import Layout
 from .formats import Align, AxisRows, Format, PackedTable
 from .fused_norms import fused_norm
+from .swapping import SETTINGS, Seam, unpatched_method
 
-SETTINGS = "_dit_rope"
-# The same on every module, and none that torch gives out: torch.compile guards on the ids of hooks, and would compile
-# each of a model's equal blocks anew.
-_HOOK_ID = -1
 _PROJECTIONS = frozenset({"to_q", "to_k"})
 
 
@@ -52,22 +46,6 @@ class _InFlight(threading.local):
 
 
 _in_flight = _InFlight()
-_seam_classes: dict[tuple[type, type, str], type] = {}
-
-
-class Seam:
-    """A subclass, made on demand, of an object's class, in which ``replacement`` stands for one method."""
-
-    unpatched: type
-    method: str
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickles and copies as the object's class and the seam, because the subclass cannot be imported."""
-        return _new_seam, (type(self).unpatched, type(self).__mro__[1], type(self).method), self.__dict__.copy()
-
-    def replacement(self, *args: Any, **kwargs: Any) -> Any:
-        """What runs in place of the method."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -160,68 +138,10 @@ def turn(
     return rotation.apply(heads, args, inplace=inplace and not grad, backend=flight.backend)
 
 
-@dataclass(frozen=True)
-class ReboundSettings:
-    """What a processor's rotation becomes; ``passes`` where the norms have turned its arguments already."""
-
-    rebound: Rebound
-    format: Format
-    layout: Layout
-    passes: bool
-    exact: bool | None
-    backend: str
-
-
-class ReboundSeam(Seam):
-    """A processor, or an attention module, that finds our rotation under the name of its module's own."""
-
-    def replacement(self, *args: Any, **kwargs: Any) -> Any:
-        """The replaced method, run with one global name bound to something else."""
-        settings: ReboundSettings | None = vars(self).get(SETTINGS)
-        if settings is None or torch.compiler.is_compiling():
-            return unpatched_method(self)(*args, **kwargs)
-        function: Any = unpatched_method(self).func
-        name = settings.rebound.function
-        stand_in = functools.partial(_turn_instead, settings, function.__globals__[name])
-        # Made anew in every call, so that whatever else others replace in that module is seen.
-        ours = _copy_of(function, {**function.__globals__, name: stand_in})
-        return ours(self, *args, **kwargs)
-
-
-def _copy_of(function: Any, scope: dict[str, Any]) -> FunctionType:
-    """A function of the same code, with ``scope`` as its global names."""
-    copied = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
-
-
-def _turn_instead(settings: ReboundSettings, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Stands in for ``own``, a function of tensors and then of what they turn by."""
-    count = settings.rebound.returns
-    xs = list(args[:count])
-    if settings.passes:
-        if _in_flight.flight is None:
-            return own(*args, **kwargs)
-        return xs[0] if count == 1 else tuple(xs)
-    device = xs[0].device
-    exact = device.type == "cpu" if settings.exact is None else settings.exact
-    form, rotary = settings.format, args[count] if settings.rebound.tables == 1 else args[count:]
-    known = len(args) == count + settings.rebound.tables and not kwargs and form.accepts(rotary)
-    if not known or (exact and not form.exact):
-        return own(*args, **kwargs)
-    (table,) = form.pack(rotary, device)
-    if exact and form.narrows:
-        table = table.narrowed(xs[0].dtype)
-    flight = Flight([table], exact, settings.backend, set(), xs[0].dtype, form.upcasts)
-    heads = [as_heads(x, settings.layout, table.head_dim) for x in xs]
-    turned = [as_given(x, settings.layout) for x in turn(heads, flight, table, Align.START, inplace=False)]
-    return turned[0] if count == 1 else tuple(turned)
-
-
 def as_heads(x: torch.Tensor, layout: Layout, head_dim: int) -> torch.Tensor:
     """A view ``[B, S, H, D]`` of ``x``."""
     if layout is Layout.BSC:
-        return x.unflatten(-1, (-1, head_dim))
+        return x.view(*x.shape[:-1], -1, head_dim)
     if layout is Layout.BHSD:
         return x.transpose(1, 2)
     if layout is Layout.BHDS:
@@ -343,65 +263,3 @@ class CheckRotation:
                 f"patched it, but its processor {type(getattr(module, 'processor', None)).__name__} left them out, so "
                 "that queries or keys were not rotated; undo the patch before using this processor"
             )
-
-
-def swap_class(target: Any, seam: type[Seam], settings: object, method: str = "forward") -> None:
-    """Gives ``target`` the subclass of its class in which ``seam`` replaces ``method``."""
-    vars(target)[SETTINGS] = settings
-    target.__class__ = _seam_class(type(target), seam, method)
-
-
-def restore_class(target: Any) -> None:
-    """Gives ``target`` its own class back."""
-    target.__class__ = type(target).unpatched
-    del vars(target)[SETTINGS]
-
-
-def add_hooks(module: torch.nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
-    """Puts a forward pre-hook with keywords, and a forward hook that also runs after errors, on one module."""
-    module._forward_pre_hooks[_HOOK_ID], module._forward_hooks[_HOOK_ID] = before, after
-    module._forward_pre_hooks_with_kwargs[_HOOK_ID] = module._forward_hooks_always_called[_HOOK_ID] = True
-
-
-def remove_hooks(module: torch.nn.Module) -> None:
-    """Removes what :func:`add_hooks` put on one module."""
-    for registered in (
-        module._forward_pre_hooks,
-        module._forward_pre_hooks_with_kwargs,
-        module._forward_hooks,
-        module._forward_hooks_always_called,
-    ):
-        registered.pop(_HOOK_ID, None)  # type: ignore[attr-defined]
-
-
-def is_hooked(module: torch.nn.Module) -> bool:
-    """Whether :func:`add_hooks` was called on one module."""
-    return _HOOK_ID in module._forward_pre_hooks
-
-
-def _seam_class(base: type, seam: type[Seam], method: str) -> type:
-    made = _seam_classes.get((base, seam, method))
-    if made is None:
-        replacement: Any = _copy_of(seam.replacement, seam.replacement.__globals__)
-        # Attention modules pass on only those arguments that the signature of their processor shows.
-        replacement.__wrapped__ = getattr(base, method)
-        body = {"unpatched": base, "method": method, method: replacement, "__module__": base.__module__}
-        made = _seam_classes.setdefault(
-            (base, seam, method), type(f"{seam.__name__}{base.__name__}", (seam, base), body)
-        )
-    return made
-
-
-def _new_seam(base: type, seam: type[Seam], method: str) -> Any:
-    return object.__new__(_seam_class(base, seam, method))
-
-
-def unpatched_method(target: Any) -> functools.partial[Any]:
-    """The method that a seam replaced; a seam's may outlive its undo in the wrapper of another library.
-
-    Where torch.compile breaks its graph in it, it is called again by what it is: a bound method by its name, which is
-    the seam's own.
-    """
-    cls = type(target)
-    base, name = (cls.unpatched, cls.method) if isinstance(target, Seam) else (cls, "forward")
-    return functools.partial(getattr(base, name), target)
