@@ -25,6 +25,15 @@ class Layout(enum.Enum):
     __hash__ = object.__hash__
 
 
+class Rounds(enum.Enum):
+    """A dtype that a model rounds normed queries and keys to."""
+
+    INPUT = "of the attention's input"
+    PROJECTION = "of the projections, which autocast may make another"
+
+    __hash__ = object.__hash__
+
+
 @dataclass(frozen=True)
 class FrameRows:
     """The grid of one forward pass: ``grid`` is (T, H, W) after patching.
@@ -157,7 +166,7 @@ class Rotations:
             call, which does not rotate while :func:`~dit_rope.models.seams.in_flight`.
         head_dim: from the attention module to the channels of a head, where not all of them turn and heads are not
             split yet.
-        rounds: what the norms return is rounded to the dtype of the attention's input before it turns.
+        rounds: to which dtype the model rounds what the norms return, before it turns.
         result: dtype to which exact mode rounds what has turned, whatever the model's dtype.
         when: whether an attention module of such a path is meant, where its class or its configuration decides.
         configured: whether a model is meant, where its configuration decides what turns.
@@ -174,7 +183,7 @@ class Rotations:
     seam: type | None = None
     processor: type | None = None
     head_dim: Callable[[Any], int] | None = None
-    rounds: bool = False
+    rounds: Rounds | None = None
     result: torch.dtype | None = None
     when: Callable[[Any], bool] | None = None
     configured: Callable[[Any], bool] | None = None

@@ -8,7 +8,7 @@ diffusers 0.42.1.
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .adapter import Layout, ModelAdapter, ModelTables, Rotations, Rounds, Turned
 from .formats import HALF, Align
 
 
@@ -24,7 +24,7 @@ def _adapter(model: str, rope: str, layout: Layout, processors: tuple[str, ...])
                 layout=layout,
                 turned={"norm_q": Turned(align=Align.END), "norm_k": Turned(align=Align.END)},
                 processors=processors,
-                rounds=True,
+                rounds=Rounds.INPUT,
             ),
         ),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rebound, Rotations, Turned
+from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rebound, Rotations, Rounds, Turned
 from .formats import MATRICES
 
 
@@ -39,7 +39,7 @@ HIDREAM = ModelAdapter(
             processors=("HiDreamAttnProcessor",),
             rebound=Rebound("apply_rope", returns=2),
             head_dim=_head_dim,
-            rounds=True,
+            rounds=Rounds.INPUT,
         ),
     ),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotations, Turned
+from .adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotations, Rounds, Turned
 from .formats import MATRICES
 
 _TRANSFORMERS = "diffusers.models.transformers"
@@ -30,7 +30,7 @@ KANDINSKY5 = ModelAdapter(
             turned=_QK,
             rotary=("rotary_emb",),
             processors=("Kandinsky5AttnProcessor",),
-            rounds=True,
+            rounds=Rounds.PROJECTION,
             result=torch.bfloat16,
         ),
     ),
@@ -75,7 +75,7 @@ KANDINSKY6_SR = ModelAdapter(
             rotary=("rotary_emb",),
             processors=("Kandinsky6SRAttnProcessor",),
             rebound=Rebound("apply_rotary"),
-            rounds=True,
+            rounds=Rounds.PROJECTION,
         ),
     ),
 )

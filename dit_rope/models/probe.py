@@ -140,7 +140,8 @@ def _at_attention(
 ) -> tuple[torch.Tensor, ...]:
     """What reaches attention in one call of the module's own forward: queries and keys, or nothing."""
     mode = _AtAttention()
-    with torch.no_grad(), mode, contextlib.suppress(_Reached):
+    kind = next(attention.parameters()).device.type
+    with torch.no_grad(), torch.autocast(kind, enabled=False), mode, contextlib.suppress(_Reached):
         type(attention).forward(attention, *args, **kwargs)
     return mode.given
 
@@ -174,18 +175,26 @@ def _inputs(attention: Any, form: Format | AxisRows, rotary: tuple[str, ...]) ->
     width = projections[0].in_features
     hidden = noise(1, _IMAGE, width)
     text = getattr(attention, "add_q_proj", None) or getattr(attention, "to_k", None)
-    named = {"encoder_hidden_states": noise(1, _TEXT, getattr(text, "in_features", width))}
-    if not named.keys() <= inspect.signature(type(attention).forward).parameters.keys():
-        named = {}
+    texts = noise(1, _TEXT, getattr(text, "in_features", width))
+    mask = torch.ones(1, _TEXT, dtype=torch.bool, device=weight.device)
+    # With text first: a module that takes text and is called without may pass by a part of its code.
+    named: list[dict[str, torch.Tensor]] = [
+        {"encoder_hidden_states": texts},
+        {"encoder_hidden_states": texts, "attention_mask": mask},
+        {"encoder_hidden_states": hidden},
+        {},
+    ]
+    taken = inspect.signature(type(attention).forward).parameters.keys()
     makers: tuple[Callable[[], tuple[Any, Any]], ...] = (
         lambda: table(_IMAGE),
         lambda: table(_IMAGE + _TEXT),
         lambda: ((table(_IMAGE)[0], table(_TEXT)[0]),) * 2,
         lambda: table(_IMAGE, heads),
     )
-    # With text first: a module that takes text and is called without may pass by a part of its code.
-    for texts, make, batched in itertools.product((named, {}), makers, (False, True)):
+    for others, make, batched in itertools.product(named, makers, (False, True)):
+        if not others.keys() <= taken:
+            continue
         own, ours = make()
         if batched:
             own, ours = pytree.tree_map_only(torch.Tensor, lambda x: x[None], (own, ours))
-        yield _Inputs(hidden, texts, dict.fromkeys(rotary, own), dict.fromkeys(rotary, ours))
+        yield _Inputs(hidden, others, dict.fromkeys(rotary, own), dict.fromkeys(rotary, ours))

@@ -13,13 +13,14 @@ into would only split.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .. import rotation
-from .adapter import Layout
+from .adapter import Layout, Rounds
 from .formats import Align, AxisRows, Format, PackedTable
 from .fused_norms import fused_norm
 from .swapping import SETTINGS, Seam, unpatched_method
@@ -29,13 +30,16 @@ _PROJECTIONS = frozenset({"to_q", "to_k"})
 
 @dataclass
 class Flight:
-    """The rotation that an attention module hands to its norms."""
+    """The rotation that an attention module hands to its norms.
+
+    ``dtypes`` are those to which models round what the norms return.
+    """
 
     tables: list[PackedTable]
     exact: bool
     backend: str
     pending: set[str]
-    dtype: torch.dtype
+    dtypes: Mapping[Rounds, torch.dtype]
     upcasts: bool
 
 
@@ -58,7 +62,7 @@ class TurnSettings:
     layout: Layout
     head_dim: int | None
     repeats: bool
-    rounds: bool
+    rounds: Rounds | None
     result: torch.dtype | None
 
     def heads(self, x: torch.Tensor, table: PackedTable) -> torch.Tensor:
@@ -92,14 +96,14 @@ class TurnSeam(Seam):
 
     def _exact(self, x: torch.Tensor, settings: TurnSettings, flight: Flight, table: PackedTable) -> torch.Tensor:
         y = unpatched_method(self)(x)
-        if settings.rounds:
-            y = y.to(flight.dtype)
+        if settings.rounds is not None:
+            y = y.to(flight.dtypes[settings.rounds])
         turned = turn([settings.heads(y, table)], flight, table, settings.align, y is not x)[0]
         return turned if settings.result is None else turned.to(settings.result)
 
     def _fast(self, x: torch.Tensor, settings: TurnSettings, flight: Flight, table: PackedTable) -> torch.Tensor:
-        if settings.rounds:
-            x = x.to(flight.dtype)  # it is an upcast of that dtype, and loses nothing
+        if settings.rounds is Rounds.PROJECTION:
+            x = x.to(flight.dtypes[settings.rounds])  # it is an upcast of that dtype, and loses nothing
         norm = fused_norm(self, x.dtype)
         if norm is None:
             y = unpatched_method(self)(x)
@@ -204,10 +208,10 @@ class TakeRotation:
         if exact and not (self.format.exact and (self.format.exact_backward or not torch.is_grad_enabled())):
             return None
         tables = [table for rotary in there for table in self.format.pack(rotary, hidden.device)]
-        dtype = _computed_dtype(hidden)
+        dtypes = {Rounds.INPUT: hidden.dtype, Rounds.PROJECTION: _computed_dtype(hidden)}
         if exact and self.format.narrows:
-            tables = [table.narrowed(dtype) for table in tables]
-        _in_flight.flight = Flight(tables, exact, self.backend, set(self.once), dtype, self.format.upcasts)
+            tables = [table.narrowed(dtypes[Rounds.PROJECTION]) for table in tables]
+        _in_flight.flight = Flight(tables, exact, self.backend, set(self.once), dtypes, self.format.upcasts)
         return None if self.rebound else self._replaced([None] * len(given), args, kwargs)
 
     def _argument(self, name: str, index: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
