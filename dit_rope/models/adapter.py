@@ -168,8 +168,8 @@ class Rotations:
             split yet.
         rounds: to which dtype the model rounds what the norms return, before it turns.
         result: dtype to which exact mode rounds what has turned, whatever the model's dtype.
-        when: whether an attention module of such a path is meant, where its class or its configuration decides.
-        configured: whether a model is meant, where its configuration decides what turns.
+        when: from the model and an attention module of such a path to whether it is meant, where classes or
+            configurations decide what turns.
     """
 
     attention: str
@@ -185,8 +185,7 @@ class Rotations:
     head_dim: Callable[[Any], int] | None = None
     rounds: Rounds | None = None
     result: torch.dtype | None = None
-    when: Callable[[Any], bool] | None = None
-    configured: Callable[[Any], bool] | None = None
+    when: Callable[[Any, Any], bool] | None = None
 
 
 @dataclass(frozen=True)

@@ -47,12 +47,12 @@ _IMAGE = {"img_attn_q_norm": Turned(), "img_attn_k_norm": Turned()}
 _TEXT = {"txt_attn_q_norm": Turned(table=1), "txt_attn_k_norm": Turned(table=1)}
 
 
-def _turns_text(model: Any) -> bool:
+def _turns_text(model: Any, attention: Any) -> bool:
     return bool(model.rope_type == "mrope")
 
 
-def _turns_image_alone(model: Any) -> bool:
-    return not _turns_text(model)
+def _turns_image_alone(model: Any, attention: Any) -> bool:
+    return not _turns_text(model, attention)
 
 
 def _tables(model: str, method: str) -> ModelTables:
@@ -70,9 +70,9 @@ JOYIMAGE_EDIT = ModelAdapter(
             layout=Layout.BSHD,
             turned=turned,
             processors=("JoyImageAttnProcessor",),
-            configured=configured,
+            when=when,
         )
-        for form, turned, configured in (
+        for form, turned, when in (
             (_IMAGE_ALONE, _IMAGE, _turns_image_alone),
             (_IMAGE_AND_TEXT, {**_IMAGE, **_TEXT}, _turns_text),
         )

@@ -29,12 +29,12 @@ LTX = ModelAdapter(
 )
 
 
-def turns_neighbours(attention: Any) -> bool:
+def turns_neighbours(model: Any, attention: Any) -> bool:
     """Whether an attention module of LTX-2 is of ``rope_type`` "interleaved"."""
     return bool(attention.rope_type == "interleaved")
 
 
-def turns_halves(attention: Any) -> bool:
+def turns_halves(model: Any, attention: Any) -> bool:
     """Whether an attention module of LTX-2 is of ``rope_type`` "split"."""
     return bool(attention.rope_type == "split")
 

@@ -248,13 +248,11 @@ def _find_tables(name: str, model: torch.nn.Module, declared: GridTables | Model
 
 
 def _find_rotations(name: str, model: torch.nn.Module, declared: Rotations) -> Iterator[RotationFound]:
-    if declared.configured is not None and not declared.configured(model):
-        return
     pattern = re.compile(declared.attention)
     for path, module in model.named_modules():
         if not pattern.fullmatch(path):
             continue
-        if declared.when is not None and not declared.when(module):
+        if declared.when is not None and not declared.when(model, module):
             continue
         _check_class(path, module, declared.attention_class)
         turned = {settings.name: settings for settings in _turned(module, declared)}

@@ -24,13 +24,13 @@ SANA_VIDEO = ModelAdapter(
 )
 
 
-def _is_linear(attention: Any) -> bool:
+def _is_linear(model: Any, attention: Any) -> bool:
     """Whether the inner attention module of a block of Sana-WM goes through the video in chunks."""
     return hasattr(attention, "chunk_size")
 
 
-def _attends_by_softmax(attention: Any) -> bool:
-    return not _is_linear(attention.attn)
+def _attends_by_softmax(model: Any, attention: Any) -> bool:
+    return not _is_linear(model, attention.attn)
 
 
 SANA_WM = ModelAdapter(
