@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import dit_rope
 from dit_rope import cli
 from dit_rope.backend_choice import explain_backends
+from dit_rope.models import ADAPTERS
 
 COMMANDS = ("demo", "inspect", "bench", "doctor")
 DEMO = ("--prompt", "a", "--steps", "2", "--frames", "5", "--size", "32x48", "--device", "cpu")
@@ -81,6 +82,22 @@ def test_inspect_tells_what_patch_reports(random_wan_folder, random_wan):
         assert handle.report() in result.output
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.model_class)
+def test_inspect_of_a_class_says_what_is_declared(adapter):
+    result = invoke("inspect", adapter.model_class)
+    assert result.exit_code == 0
+    assert all(sentence in result.output for sentence in adapter.left_alone)
+    assert all(tables.path in result.output for tables in adapter.tables)
+    assert result.output.count("rotate") >= len(adapter.rotations)
+
+
+def test_inspect_of_an_unknown_class_names_near_ones():
+    result = invoke("inspect", "FluxTransformerModel")
+    assert result.exit_code == 1
+    assert "did you mean" in result.output
+    assert "FluxTransformer2DModel" in result.output
+
+
 def test_inspect_of_unsupported_model_names_supported_ones(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "DiTTransformer2DModel", "num_layers": 1}))
     result = invoke("inspect", tmp_path)
@@ -101,7 +118,7 @@ def test_inspect_refuses_pipeline_without_transformer(random_wan_folder, tmp_pat
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"transformer": [None, None]}))
     result = invoke("inspect", tmp_path)
     assert result.exit_code == 2
-    assert "must have one of transformer, transformer_2" in result.output
+    assert "must have a component of a supported class" in result.output
 
 
 def test_inspect_refuses_folder_without_configuration(tmp_path):

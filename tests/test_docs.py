@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+MODELS = (ROOT / "docs" / "models.md").read_text()
 STREAMING = (ROOT / "docs" / "streaming.md").read_text()
 
 
@@ -19,6 +20,15 @@ def test_code_of_the_streaming_page_runs() -> None:
     for block in found:
         exec(compile(block, "docs/streaming.md", "exec"), namespace)
     assert len(found) == 2
+
+
+def test_adapter_of_the_models_page_is_the_one_in_use() -> None:
+    from dit_rope.models import ADAPTERS
+
+    (block,) = re.findall(r"^```python\n(.*?)^```", MODELS, flags=re.MULTILINE | re.DOTALL)
+    namespace: dict[str, object] = {}
+    exec(compile(block, "docs/models.md", "exec"), namespace)
+    assert namespace["HUNYUAN_VIDEO"] in ADAPTERS
 
 
 def test_files_named_by_the_streaming_page_exist() -> None:
