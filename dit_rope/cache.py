@@ -32,6 +32,7 @@ class CacheInfo:
         rebuilds: entries dropped because somebody had written to their tensors.
         entries, bytes: what is held now.
         max_entries, max_bytes: the caps.
+        captured_bytes: held for CUDA graphs that may read them, in entries or not; no cap counts them.
     """
 
     hits: int
@@ -42,6 +43,7 @@ class CacheInfo:
     bytes: int
     max_entries: int
     max_bytes: int
+    captured_bytes: int = 0
 
 
 class _Entry(Generic[Value]):
@@ -81,6 +83,11 @@ def in_mode() -> bool:
     )
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured where this thread works: what it is given it reads at every replay."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _watched() -> bool:
     """Whether every dispatch mode only watches."""
     modes = (torch._C._get_dispatch_stack_at(index) for index in range(_dispatch_modes()))
@@ -96,6 +103,8 @@ class FifoCache(Generic[Key, Value]):
     Under tracing, dispatch modes and function transforms, and on the meta device, nothing is looked up or kept.
     An entry whose tensors were written to is dropped with a RuntimeWarning and built again; writes that torch does
     not count (``.data``, numpy views) go unseen. Fork-safe: a child keeps the entries and none of the locks.
+    An entry handed out while a CUDA graph is captured is held until :meth:`clear`, evicted or not, because the graph
+    reads its memory at every replay; a miss is refused then, because the graph would own what is built.
 
     Args:
         name: what warnings and errors call this cache.
@@ -122,6 +131,7 @@ class FifoCache(Generic[Key, Value]):
         self._across_streams = across_streams
         self._lock = threading.RLock()
         self._entries: dict[tuple[Key, torch.device], _Entry[Value]] = {}
+        self._captured: dict[int, _Entry[Value]] = {}  # by identity: one key may have had several entries
         self._flights: dict[tuple[Key, torch.device], _Flight[Value]] = {}
         self._zero_counters()
         self.configure(max_entries=max_entries, max_bytes=max_bytes)
@@ -144,84 +154,101 @@ class FifoCache(Generic[Key, Value]):
                 if tensor._version != version:
                     break
             else:
+                if device.type == "cuda":
+                    self._hold_for_graph(slot, entry)
                 next(self._hit_numbers)
                 return entry.value
         return build() if device.type == "meta" else self._miss(slot, build)
 
+    def _hold_for_graph(self, slot: tuple[Key, torch.device], entry: _Entry[Value]) -> None:
+        """Keeps ``entry`` until the cache is cleared if a CUDA graph is being captured."""
+        if capturing(slot[1]):
+            with self._lock:
+                self._captured[id(entry)] = entry
+
     def _miss(self, slot: tuple[Key, torch.device], build: Callable[[], Value]) -> Value:
         """Builds the entry, or waits for the thread that is building it."""
-        while True:
-            with self._lock:
-                entry = self._entries.get(slot)
-                written = entry is not None and any(tensor._version != v for tensor, v in entry.versions)
-                if entry is not None and not written:
+        mine: _Flight[Value] = _Flight()
+        try:
+            while True:
+                with self._lock:
+                    entry = self._entries.get(slot)
+                    written = entry is not None and any(tensor._version != v for tensor, v in entry.versions)
+                    if entry is not None and not written:
+                        self._hold_for_graph(slot, entry)
+                        next(self._hit_numbers)
+                        return entry.value
+                    if written:
+                        del self._entries[slot]
+                        self._rebuilds += 1
+                    flight = self._flights.setdefault(slot, mine)
+                    if flight is mine:
+                        self._misses += 1
+                        break
+                if flight.owner == threading.get_ident():
+                    raise RuntimeError(f"the {self.name} cache must not be asked for a key by that key's own build")
+                flight.done.wait()
+                # A graph needs the entry: if it was too large to be kept, the build here is refused.
+                if flight.result is not None and not capturing(slot[1]):
                     next(self._hit_numbers)
-                    return entry.value
-                if written:
-                    self._drop(slot)
-                    self._rebuilds += 1
-                flight = self._flights.get(slot)
-                if flight is None:
-                    mine: _Flight[Value] = _Flight()
-                    self._flights[slot] = mine
-                    self._misses += 1
-                    break
-            if flight.owner == threading.get_ident():
-                raise RuntimeError(f"the {self.name} cache must not be asked for a key by that key's own build")
-            flight.done.wait()
-            if flight.result is not None:
-                next(self._hit_numbers)
-                return flight.result[0]
-        return self._build(slot, build, mine, written)
+                    return flight.result[0]
+            return self._build(slot, build, mine, written)
+        finally:
+            try:
+                self._land(slot, mine)
+            finally:  # once more, because a KeyboardInterrupt may have come in between; others would wait forever
+                self._land(slot, mine)
+
+    def _land(self, slot: tuple[Key, torch.device], flight: _Flight[Value]) -> None:
+        """Ends a flight and wakes whoever waits for it; does nothing more a second time."""
+        with self._lock:
+            if self._flights.get(slot) is flight:
+                del self._flights[slot]
+        flight.done.set()
 
     def _build(
         self, slot: tuple[Key, torch.device], build: Callable[[], Value], flight: _Flight[Value], written: bool
     ) -> Value:
-        """Runs ``build`` without the lock, stores its value unless the cache was cleared since, wakes the waiting."""
+        """Runs ``build`` without the lock, and stores its value unless the cache was cleared since."""
         device = slot[1]
-        try:
-            if written:
-                warnings.warn(
-                    f"an entry of the {self.name} cache was written to in place and is built again; "
-                    "clone cached tables before changing them",
-                    RuntimeWarning,
-                    stacklevel=5,
-                )
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    f"the {self.name} cache must not build on {device} while a CUDA graph is being captured: its "
-                    "memory would belong to the graph; ask for the table once before the capture"
-                )
-            with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
-                value = build()
-            if self._across_streams and device.type in ("cuda", "xpu"):
-                # Any stream may hit this entry from now on, and none of them waits for the one that filled it.
-                torch.accelerator.current_stream(device).synchronize()
-            entry = _Entry(value, self._tensors_of(value))
-            with self._lock:
-                if self._flights.get(slot) is flight:
-                    self._store(slot, entry)
-            flight.result = (value,)
-            return value
-        finally:
-            with self._lock:
-                if self._flights.get(slot) is flight:
-                    del self._flights[slot]
-            flight.done.set()
+        if written:
+            warnings.warn(
+                f"an entry of the {self.name} cache was written to in place and is built again; "
+                "clone cached tables before changing them",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        if capturing(device):
+            raise RuntimeError(
+                f"the {self.name} cache must not build on {device} while a CUDA graph is being captured: its "
+                "memory would belong to the graph; ask for the table once before the capture"
+            )
+        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+            value = build()
+        if self._across_streams and device.type in ("cuda", "xpu"):
+            # Any stream may hit this entry from now on, and none of them waits for the one that filled it.
+            torch.accelerator.current_stream(device).synchronize()
+        entry = _Entry(value, self._tensors_of(value))
+        with self._lock:
+            if self._flights.get(slot) is flight:
+                self._store(slot, entry)
+        flight.result = (value,)
+        return value
 
     def _store(self, slot: tuple[Key, torch.device], entry: _Entry[Value]) -> None:
         if entry.bytes > self._max_bytes:
             return
         self._make_room(self._max_entries - 1, self._max_bytes - entry.bytes)
         self._entries[slot] = entry
-        self._bytes += entry.bytes
 
-    def _drop(self, slot: tuple[Key, torch.device]) -> None:
-        self._bytes -= self._entries.pop(slot).bytes
+    def _held_bytes(self) -> int:
+        """Summed up anew: an interrupt between an entry and a running count of bytes would part them for good."""
+        return sum(entry.bytes for entry in self._entries.values())
 
     def _make_room(self, entries: int, size: int) -> None:
-        while len(self._entries) > entries or self._bytes > size:
-            self._drop(next(iter(self._entries)))
+        excess = self._held_bytes() - size
+        while len(self._entries) > entries or excess > 0:
+            excess -= self._entries.pop(next(iter(self._entries))).bytes
             self._evictions += 1
 
     def configure(self, *, max_entries: int | None = None, max_bytes: int | None = None) -> None:
@@ -244,12 +271,13 @@ class FifoCache(Generic[Key, Value]):
         """Drops the entries whose key is ``unwanted``, which are no evictions."""
         with self._lock:
             for slot in [slot for slot in self._entries if unwanted(slot[0])]:
-                self._drop(slot)
+                del self._entries[slot]
 
     def clear(self) -> None:
-        """Drops every entry and zeroes the counters; a build under way is finished but not kept."""
+        """Drops every entry, those held for CUDA graphs too, and zeroes the counters; a build under way is not kept."""
         with self._lock:
             self._entries = {}
+            self._captured = {}
             self._flights = {}
             self._zero_counters()
 
@@ -264,13 +292,14 @@ class FifoCache(Generic[Key, Value]):
                 self._evictions,
                 self._rebuilds,
                 len(self._entries),
-                self._bytes,
+                self._held_bytes(),
                 self._max_entries,
                 self._max_bytes,
+                sum(entry.bytes for entry in self._captured.values()),
             )
 
     def _zero_counters(self) -> None:
-        self._bytes = self._misses = self._evictions = self._rebuilds = 0
+        self._misses = self._evictions = self._rebuilds = 0
         # Counts hits: taking its next number is one step, between which no other thread can come. Looking takes one.
         self._hit_numbers = itertools.count()
         self._hits_looked_up = 0

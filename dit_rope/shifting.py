@@ -68,6 +68,7 @@ class ShiftTable:
         self.dtype = dtype
         self._lock = threading.Lock()
         self._rows = self._build(0, _LEAST_ROWS)
+        self._outgrown: list[torch.Tensor] = []  # a CUDA graph may read them; all of them are less than rows
 
     @property
     def rows(self) -> torch.Tensor:
@@ -97,7 +98,9 @@ class ShiftTable:
                     )
                 more = self._build(have, 1 << steps.bit_length())
                 with torch.inference_mode(False):
-                    self._rows = torch.cat((self._rows, more), dim=1)
+                    grown = torch.cat((self._rows, more), dim=1)
+                self._outgrown.append(self._rows)
+                self._rows = grown
         return self._rows
 
     def _build(self, first: int, stop: int) -> torch.Tensor:

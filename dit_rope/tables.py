@@ -106,7 +106,10 @@ def cache_info() -> TableCacheInfo:
 
 
 def cache_clear() -> None:
-    """Forgets every table and axis array and zeroes the counters; tables already handed out stay valid."""
+    """Forgets every table and axis array and zeroes the counters; tables already handed out stay valid.
+
+    Those that only a CUDA graph still reads are freed: replay no graph after this that was captured before.
+    """
     _TABLES.clear()
     AXES.clear()
     ANGLES.clear()
@@ -347,7 +350,10 @@ def _empty(rows: int, columns: int, dtype: torch.dtype, device: torch.device) ->
     huge = size >= _HUGE_PAGES_FROM and device == _CPU and hasattr(mmap, "MADV_HUGEPAGE") and not in_mode()
     if not huge:
         return torch.empty((rows, columns), dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"a dense table of {rows} tokens must fit in memory, got {size:,} bytes") from error
     with contextlib.suppress(OSError):  # a kernel built without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(rows, columns)

@@ -117,6 +117,7 @@ def test_change_of_dtype_is_a_kernel(x: torch.Tensor) -> None:
     assert moved(lambda: x.to(HALF_SIZE)) == (0, 0)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
 def test_rms_norm_is_one_kernel_where_dtypes_agree(x: torch.Tensor) -> None:
     norm = torch.nn.RMSNorm(D, eps=1e-6, dtype=HALF_SIZE)
     assert moved(lambda: norm(x)) == (1, 2 * x.nbytes)

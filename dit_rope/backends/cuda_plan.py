@@ -191,9 +191,7 @@ def plan_for(signature: Signature) -> Plan:
         own_angles=signature.own_angles,
         chunk=threads.chunk,
         access=min(signature.alignment, threads.chunk * data.itemsize),
-        weight_access=min(
-            signature.weight_alignment, threads.chunk * min(dtype.itemsize for dtype in parameters)
-        ),
+        weight_access=min(signature.weight_alignment, threads.chunk * min(dtype.itemsize for dtype in parameters)),
         table_access=_table_access(signature, threads.chunk if signature.half else threads.chunk // 2),
         lanes=threads.lanes,
         rows=threads.rows,

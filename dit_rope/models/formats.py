@@ -17,9 +17,10 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import eager
-from ..cache import in_mode
+from ..cache import capturing, in_mode
 from ..rotation_args import RotationArgs
 from ..spec import Pairing, RopeSpec
+from .context_parallel import Split, part_of
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -142,16 +143,22 @@ class Format:
         parts = rotary.values() if isinstance(rotary, dict) else rotary
         return isinstance(rotary, (tuple, dict)) and all(map(self.accepts, parts))
 
-    def pack(self, rotary: Any, device: torch.device) -> list[PackedTable]:
-        """The tables in ``rotary``, packed once for as long as its tensors live and are not written to."""
+    def pack(self, rotary: Any, device: torch.device, split: Split | None = None) -> list[PackedTable]:
+        """The tables in ``rotary``, packed once for as long as its tensors live and are not written to.
+
+        ``split`` says which part of them is meant; all of them without.
+        """
         parts = list(_parts(rotary))
         tensors = [part for part in parts if isinstance(part, torch.Tensor)]
         numbers = tuple(part for part in parts if not isinstance(part, torch.Tensor))
         with torch.inference_mode(False), torch.no_grad():
+            if capturing(device):
+                # A replay packs what the tensors hold then: a graph's inputs are written anew for every replay.
+                return self.tables(part_of(rotary, split), device)
             return _remembered(
-                (self, device, numbers),
+                (self, device, numbers, split),
                 tensors,
-                lambda: self.tables(rotary, device),
+                lambda: self.tables(part_of(rotary, split), device),
             )
 
     def tables(self, rotary: Any, device: torch.device) -> list[PackedTable]:
@@ -178,12 +185,22 @@ class AxisRows:
         """Whether ``rotary`` is of this form, rather than cos and sin of the model's own."""
         return bool(rotary[0].dtype == torch.int32)
 
-    def pack(self, rotary: Any, device: torch.device) -> list[PackedTable]:
-        """The one table in ``rotary``, int32 positions ``[1 or B, S, 1, axes]`` and rows ``[2, R, P]``."""
-        positions, rows = rotary
-        return _remembered((self, device), (positions, rows), lambda: [self._table(positions, rows)])
+    def pack(self, rotary: Any, device: torch.device, split: Split | None = None) -> list[PackedTable]:
+        """The one table in ``rotary``, int32 positions ``[1 or B, S, 1, axes]`` and rows ``[2, R, P]``.
+
+        Rows may be ``[1, S, 1, 2 * R * P]`` instead, the same for every token. ``split`` says which part of the tokens
+        is meant.
+        """
+        return _remembered((self, device, split), tuple(rotary), lambda: [self._table(*part_of(rotary, split))])
 
     def _table(self, positions: torch.Tensor, rows: torch.Tensor) -> PackedTable:
+        if rows.ndim == 4:
+            rows = rows[0, 0, 0].view(2, -1, max(self.spec.pairs))
+        elif rows.stride(0) != rows.shape[1] * rows.shape[2]:
+            raise ValueError(
+                "rows must be whole, [2, R, P], because positions count in all of them, got a part: "
+                f"{list(rows.shape)} of strides {list(rows.stride())}; split the positions alone"
+            )
         return PackedTable(rows, positions.squeeze(2), positions.shape[1], self.spec.pairs, self.spec.pairing)
 
     def traceable(self, rotary: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,6 +218,8 @@ def repeat(x: torch.Tensor, pairing: Pairing) -> torch.Tensor:
 
 # By the first tensor of a table: what is packed from it lives no longer than it does.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# A table of images that stays, beside one of text that is new in every step, would gather what was packed of each.
+_MOST_PACKED = 16
 
 
 def _remembered(
@@ -219,6 +238,8 @@ def _remembered(
         return packed
     built = build()
     known[key, rest] = (versions, [weakref.ref(tensor) for tensor in tensors[1:]], built)
+    for oldest in list(known)[:-_MOST_PACKED]:
+        known.pop(oldest, None)
     return built
 
 

@@ -1,7 +1,8 @@
 """Axis tables of ours in place of the dense tables that a model's rope module builds in every forward pass.
 
 What travels through the model then is a pair of tensors: int32 rows of the axis tables, ``[1, S, 1, axes]``, which
-whoever splits a sequence can split, and the packed axis tables ``[2, R, P]``, a few kB.
+whoever splits a sequence can split, and the packed axis tables ``[2, R, P]``, a few kB. Where context parallelism is
+about to split both, each token is given the whole of the second, by a stride of 0, so that every part has it too.
 
 A compiled block behind an uncompiled rope module gets its dense tables back from the rows. A rope module that scales
 frequencies is not the model's own: its tables are traced, or, where a function of the user's chooses the scaling, made
@@ -19,6 +20,7 @@ import torch
 from ..spec import Grid, RopeSpec, Scalings
 from ..tables import build_positions, build_table, rope_table
 from .adapter import FrameRows, GridTables
+from .context_parallel import splits_outputs
 from .formats import AxisRows
 from .swapping import SETTINGS, Seam, unpatched_method
 
@@ -36,7 +38,7 @@ class GridSeam(Seam):
     """Memoized rows and axis tables instead of dense tables built in every forward."""
 
     def replacement(self, *args: Any, **kwargs: Any) -> Any:
-        """Int32 rows ``[1, S, 1, axes]`` and packed axis tables ``[2, R, P]``, from the caches."""
+        """Int32 rows ``[1, S, 1, axes]`` and packed axis tables ``[2, R, P]``, or as many for each token."""
         settings: GridSettings | None = vars(self).get(SETTINGS)
         if settings is None:
             return unpatched_method(self)(*args, **kwargs)
@@ -62,7 +64,10 @@ class GridSeam(Seam):
             spec = settings.spec.with_scaling(settings.choose())
             rows = rope_table(spec, grid, device=latent.device, dtype=dtype).rows
         # Positions are those of any scaling, so that one entry of the cache serves all that are chosen.
-        return _frame_positions(table.positions(), here), rows
+        positions = _frame_positions(table.positions(), here)
+        if splits_outputs(self):  # type: ignore[arg-type]
+            rows = rows.expand(1, positions.shape[1], 1, *rows.shape).flatten(3)
+        return positions, rows
 
 
 def _frame_positions(positions: torch.Tensor, here: FrameRows) -> torch.Tensor:

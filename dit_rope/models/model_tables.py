@@ -7,7 +7,8 @@ writes (those of inference mode) are never keys. Writes through raw pointers, ``
 and not seen.
 
 Some models make the arguments of their rope anew in every forward pass, out of tensors that stay the same. There the
-arguments of the model's own forward are the key, which a pre-hook of the model remembers for the time of the call.
+arguments of the model's own forward are the key, which a pre-hook of the model remembers for the time of the call, and
+with them this process's place among those that each take a part of them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.utils import _pytree as pytree
 from ..cache import in_mode
 from ..tables import MODEL_TABLES
 from .adapter import EVERY, ModelTables
+from .context_parallel import place
 from .swapping import SETTINGS, Seam, unpatched_method
 
 _PLAIN = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device)
@@ -38,9 +40,10 @@ class _Unkeyed(Exception):
 
 @dataclass
 class _Call:
-    """The forward pass of a patched model that runs in this thread."""
+    """The forward pass of a patched model that runs in this thread; its arguments may be split at ``place``."""
 
     arguments: Mapping[str, Any]
+    place: Hashable
     before: _Call | None
     calls: dict[object, int] = field(default_factory=dict)
 
@@ -66,7 +69,8 @@ class RememberArguments:
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remembers; changes nothing."""
         if not torch.compiler.is_compiling():
-            _running.call = _Call({**dict(zip(self.names, args, strict=False)), **kwargs}, _running.call)
+            arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            _running.call = _Call(arguments, place(module), _running.call)
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,7 @@ def _parts(
         call = _running.call
         if call is None:
             raise _Unkeyed
-        parts.append(call.number(settings.token))
+        parts += [call.place, call.number(settings.token)]
         parts += [_tree(call.arguments.get(name), False, held) for name in settings.tables.sources]
         parts += [_tree(call.arguments.get(name), True, held) for name in settings.tables.source_shapes]
     parts.append(_state(target, settings, held))

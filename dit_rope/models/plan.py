@@ -19,7 +19,7 @@ from .grid_tables import GridSeam, GridSettings, table_mismatch
 from .model_tables import ForgetArguments, MemoSeam, MemoSettings, MethodMemo, RememberArguments, forget
 from .rebinding import ReboundSeam, ReboundSettings
 from .seams import CheckRotation, TakeRotation, TurnSeam, TurnSettings
-from .swapping import SETTINGS, Seam, add_hooks, is_hooked, remove_hooks, restore_class, swap_class
+from .swapping import SETTINGS, Seam, add_hooks, is_bypassed, is_hooked, remove_hooks, restore_class, swap_class
 
 
 @dataclass(frozen=True)
@@ -294,12 +294,12 @@ def _check_class(path: str, target: object, expected: str | tuple[str, ...]) -> 
 
 
 def _check_forwards(plan: Plan) -> None:
-    """Another library's forward, put into a module itself, would run in place of ours."""
+    """Another library's forward, put into a module itself, would run in place of ours, unless we know how it wraps."""
     ours = {
         **{found.tables.path: found.target for found in plan.tables if found.tables.path},
         **{f"{found.path}.{name}": module for found in plan.rotations for name, module in found.seams()},
     }
-    replaced = [path for path, target in ours.items() if "forward" in vars(target)]
+    replaced = [path for path, target in ours.items() if is_bypassed(target)]
     if replaced:
         raise ValueError(
             f"{plan.name} must be patched before another library replaces the forward of its modules, got a replaced "

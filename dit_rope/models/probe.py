@@ -2,7 +2,8 @@
 
 A version of diffusers whose processors do something else under the same names would pass every check of names and
 signatures. So the first patch of a kind in a process runs its own module on a few tokens, and compares what reaches
-scaled dot product attention before and after. Attention itself is not computed, and hooks of others do not run.
+scaled dot product attention before and after. Attention itself is not computed, hooks of others do not run, and no
+other rank is asked for its part of the sequence: ranks need not be patched at the same time.
 
 The call is made up from the module: hidden states of its input width, text where it has projections for text, a table
 of random angles in the module's own form. A module that cannot be called so, or has no plain weights, is not probed.
@@ -141,9 +142,25 @@ def _at_attention(
     """What reaches attention in one call of the module's own forward: queries and keys, or nothing."""
     mode = _AtAttention()
     kind = next(attention.parameters()).device.type
-    with torch.no_grad(), torch.autocast(kind, enabled=False), mode, contextlib.suppress(_Reached):
+    autocast = torch.autocast(kind, enabled=False)
+    with torch.no_grad(), autocast, _alone(attention), mode, contextlib.suppress(_Reached):
         type(attention).forward(attention, *args, **kwargs)
     return mode.given
+
+
+@contextlib.contextmanager
+def _alone(attention: torch.nn.Module) -> Iterator[None]:
+    """Attention as on a single rank."""
+    state = vars(getattr(attention, "processor", attention))
+    name = "_parallel_config"
+    config = state.get(name)
+    if config is not None:
+        state[name] = None
+    try:
+        yield
+    finally:
+        if config is not None:
+            state[name] = config
 
 
 def _inputs(attention: Any, form: Format | AxisRows, rotary: tuple[str, ...]) -> Iterator[_Inputs]:

@@ -21,6 +21,7 @@ import torch
 
 from .. import rotation
 from .adapter import Layout, Rounds
+from .context_parallel import split_of
 from .formats import Align, AxisRows, Format, PackedTable
 from .fused_norms import fused_norm
 from .swapping import SETTINGS, Seam, unpatched_method
@@ -207,7 +208,14 @@ class TakeRotation:
         exact = hidden.device.type == "cpu" if self.exact is None else self.exact
         if exact and not (self.format.exact and (self.format.exact_backward or not torch.is_grad_enabled())):
             return None
-        tables = [table for rotary in there for table in self.format.pack(rotary, hidden.device)]
+        splits = [
+            split_of(module, name) for (name, _), rotary in zip(self.rotary, given, strict=True) if rotary is not None
+        ]
+        tables = [
+            table
+            for rotary, split in zip(there, splits, strict=True)
+            for table in self.format.pack(rotary, hidden.device, split)
+        ]
         dtypes = {Rounds.INPUT: hidden.dtype, Rounds.PROJECTION: _computed_dtype(hidden)}
         if exact and self.format.narrows:
             tables = [table.narrowed(dtypes[Rounds.PROJECTION]) for table in tables]

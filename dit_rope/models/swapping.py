@@ -2,13 +2,16 @@
 
 An object gets a subclass of its class, made on demand, with one method of ours. Its attributes, parameters, buffers,
 hooks and path stay what they are; giving the class back leaves nothing behind.
+
+Offloading and context parallelism put a forward of their own into a module, which holds the one that it wraps. Where
+that is the class's own, ours takes its place there, innermost, as if the patch had come first.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from types import FunctionType
+from collections.abc import Callable, Iterator
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -37,14 +40,50 @@ class Seam:
 
 def swap_class(target: Any, seam: type[Seam], settings: object, method: str = "forward") -> None:
     """Gives ``target`` the subclass of its class in which ``seam`` replaces ``method``."""
+    wrapped = list(_wrapped_forwards(target)) if method == "forward" else []
     vars(target)[SETTINGS] = settings
     target.__class__ = _seam_class(type(target), seam, method)
+    _rebind(target, wrapped)
 
 
 def restore_class(target: Any) -> None:
     """Gives ``target`` its own class back."""
+    wrapped = list(_wrapped_forwards(target)) if type(target).method == "forward" else []
     target.__class__ = type(target).unpatched
     del vars(target)[SETTINGS]
+    _rebind(target, wrapped)
+
+
+def is_bypassed(target: Any) -> bool:
+    """Whether another library's forward, put into ``target`` itself, would run in place of a seam's."""
+    return "forward" in vars(target) and next(_wrapped_forwards(target), None) is None
+
+
+def _wrapped_forwards(target: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where the forward of ``target``'s class, or a seam's, is held bound: dictionaries and names in them.
+
+    accelerate keeps it as an attribute of the module, diffusers in a record that its wrapper closes over, and either
+    leaves it in the module itself when it is taken out. Wrappers may be wrapped again.
+    """
+    cls: Any = type(target)
+    base = cls.unpatched if isinstance(target, Seam) else cls
+    seams: list[Any] = [made for (of, _, method), made in _seam_classes.items() if of is base and method == "forward"]
+    own = {base.forward, *(made.forward for made in seams)}
+    holders = [vars(target)]
+    for holder in holders:  # which grows
+        for name in ("forward", "_old_forward", "original_forward"):
+            call = holder.get(name)
+            if isinstance(call, MethodType) and call.__self__ is target and call.__func__ in own:
+                yield holder, name
+            for cell in getattr(getattr(call, "func", None), "__closure__", None) or ():
+                if type(cell.cell_contents).__name__ == "HookFunctionReference":
+                    holders.append(vars(cell.cell_contents))
+
+
+def _rebind(target: Any, places: list[tuple[dict[str, Any], str]]) -> None:
+    for holder, name in places:
+        cls: Any = type(target)
+        holder[name] = MethodType(cls.forward, target)
 
 
 def add_hooks(module: torch.nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
