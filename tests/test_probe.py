@@ -138,3 +138,24 @@ def test_probe_does_not_mind_autocast(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         dit_rope.patch(model)
     assert probe_module._right
+
+
+@pytest.mark.parametrize("name", ["lumina2", "ltx2-split", "flux"])
+def test_probe_does_not_mind_the_default_dtype(name: str) -> None:
+    """``from_pretrained`` builds models under the default dtype that it was asked for."""
+    model = BY_NAME[name].build()
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        dit_rope.patch(model)
+    finally:
+        torch.set_default_dtype(kept)
+    assert probe_module._right
+
+
+def test_weights_that_are_not_loaded_yet_are_not_judged() -> None:
+    model = BY_NAME["flux"].build()
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    dit_rope.patch(model)
+    assert not probe_module._right

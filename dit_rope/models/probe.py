@@ -125,7 +125,8 @@ def _probe(found: RotationFound, kind: Hashable, form: Format | AxisRows) -> Pro
     for inputs in _inputs(attention, form, names):
         with contextlib.suppress(Exception):  # not a call that suits this module
             turned = _at_attention(attention, (inputs.hidden,), {**inputs.named, **inputs.own})
-            if turned:
+            # Weights that are not loaded yet may be anything, and what comes of them too.
+            if turned and all(bool(x.isfinite().all()) for x in turned):
                 return Probe(found, kind, inputs, turned)
     return None
 
@@ -174,14 +175,18 @@ def _inputs(attention: Any, form: Format | AxisRows, rotary: tuple[str, ...]) ->
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(weight.device, weight.dtype)
 
     def table(tokens: int, count: int = 1) -> tuple[Any, Any]:
         if isinstance(form, Format):
-            angles = (torch.rand((1, tokens, count, pairs), generator=generator) * 6).to(weight.device)
+            angles = (torch.rand((1, tokens, count, pairs), generator=generator, dtype=torch.float32) * 6).to(
+                weight.device
+            )
             joined = form.join(angles.cos(), angles.sin())
             return joined, joined
-        rows = (torch.rand((tokens, max(form.spec.pairs)), generator=generator) * 6).to(weight.device)
+        rows = (torch.rand((tokens, max(form.spec.pairs)), generator=generator, dtype=torch.float32) * 6).to(
+            weight.device
+        )
         positions = torch.arange(tokens, dtype=torch.int32, device=weight.device)
         ours = (
             positions[None, :, None, None].repeat(1, 1, 1, len(form.spec.pairs)),
