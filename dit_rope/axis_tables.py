@@ -41,7 +41,13 @@ def build_axis(frequencies: AxisFrequencies, first: int, stop: int, dtype: torch
     if frequencies.magnitude != 1.0:
         table = table * frequencies.magnitude
     # torch rounds float64 to 16 bits by way of float32, which is what models do to their tables in two steps.
-    return table.to(dtype)
+    table = table.to(dtype)
+    if not in_mode() and not table.isfinite().all():
+        raise ValueError(
+            f"spec must have finite cos and sin up to position {stop - 1} in {dtype}, got NaN or infinity from its "
+            "theta, theta_rescale, interpolation or scaling"
+        )
+    return table
 
 
 AXES: FifoCache[AxisKey, torch.Tensor] = FifoCache("axis", 256, 64 * 2**20, lambda array: (array,))

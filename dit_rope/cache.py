@@ -88,6 +88,11 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def stream_of(device: torch.device) -> int:
+    """The stream whose work orders a build before its use: whoever keys on it need not wait for the build."""
+    return 0 if device.type in ("cpu", "meta") else torch.accelerator.current_stream(device).stream_id
+
+
 def _watched() -> bool:
     """Whether every dispatch mode only watches."""
     modes = (torch._C._get_dispatch_stack_at(index) for index in range(_dispatch_modes()))

@@ -10,6 +10,7 @@ import torch
 from .spec import Grid, RopeSpec, Shard
 
 MAX_POSITION = 2**24
+_MAX_TOKENS = 2**62  # of which twice as many still have 64-bit numbers
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,23 @@ class Layout:
         Raises:
             TypeError, ValueError: naming the argument, the rule and the value.
         """
+        cls.check(spec, grid, shard)
+        starts = (grid.start_frame, *([0] * (len(grid.sizes) - 1)))
+        if shard.tokens is not None:
+            first, last = shard.tokens
+            return cls(grid.sizes, starts, first, last - first)
+        if shard.axis is None:
+            count = -(-grid.tokens // shard.world)
+            return cls(grid.sizes, starts, shard.rank * count, count)
+        return cls._along(shard.axis, shard, grid.sizes, starts)
+
+    @staticmethod
+    def check(spec: RopeSpec, grid: Grid, shard: Shard) -> None:
+        """Refuses what are not these types, a grid of other axes than the spec, and numbers past what is counted in.
+
+        Raises:
+            TypeError, ValueError: naming the argument, the rule and the value.
+        """
         for name, value, kind in (("spec", spec, RopeSpec), ("grid", grid, Grid), ("shard", shard, Shard)):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
@@ -45,23 +63,20 @@ class Layout:
             raise ValueError(
                 f"grid must end at or before position {MAX_POSITION}, got {stop}; float32 counts no further"
             )
-        starts = (grid.start_frame, *([0] * (len(grid.sizes) - 1)))
-        if shard.tokens is not None:
-            first, last = shard.tokens
-            return cls(grid.sizes, starts, first, last - first)
-        if shard.axis is None:
-            count = -(-grid.tokens // shard.world)
-            return cls(grid.sizes, starts, shard.rank * count, count)
-        return cls._along(shard.axis, shard, grid.sizes, starts)
+        if shard.axis is not None and shard.axis >= len(grid.sizes):
+            raise ValueError(
+                f"shard.axis must be below the grid's number of axes ({len(grid.sizes)}), got {shard.axis}"
+            )
+        for name, last in (("grid", grid.tokens), ("shard", (shard.tokens or (0, shard.world))[1])):
+            if last > _MAX_TOKENS:
+                raise ValueError(f"{name} must have numbers of tokens up to {_MAX_TOKENS}, got {last}")
 
     @classmethod
     def _along(cls, axis: int, shard: Shard, sizes: tuple[int, ...], starts: tuple[int, ...]) -> Layout:
-        if axis >= len(sizes):
-            raise ValueError(f"shard.axis must be below the grid's number of axes ({len(sizes)}), got {axis}")
         if sizes[axis] % shard.world:
             raise ValueError(
                 f"shard.world must divide the grid's size on axis {axis} ({sizes[axis]}), got {shard.world}; "
-                "shard the flattened tokens (axis=None) instead"
+                f"shard the flattened tokens (axis=None) instead; this is rank {shard.rank} of {shard.world}"
             )
         size = sizes[axis] // shard.world
         local = (*sizes[:axis], size, *sizes[axis + 1 :])

@@ -74,7 +74,20 @@ def describe(plan: Plan, options: Options) -> str:
     cross = sum(type(module).__name__ in classes for module in plan.model.modules()) - len(plan.rotations)
     if cross:
         lines.append(f"  left alone: {cross} attention modules, which do not rotate")
+    lines += _hooks_of_others(plan)
     return "\n".join([*lines, *(f"  left alone: {sentence}" for sentence in adapter.left_alone)])
+
+
+def _hooks_of_others(plan: Plan) -> Iterator[str]:
+    """A line for the hooks that somebody has put on what a patch replaces: they see something else once it is in."""
+    norms = [
+        (f"{each.path}.{name}", getattr(each.attention, name, None)) for each in plan.rotations for name in each.turned
+    ]
+    ropes = [(found.tables.path, found.target) for found in plan.tables if isinstance(found.tables, GridTables)]
+    for modules, sees in ((norms, "queries and keys that have turned"), (ropes, "positions in place of tables")):
+        paths = [path for path, module in modules if getattr(module, "_forward_hooks", None)]
+        if paths:
+            yield f"  hooks of others on {', '.join(paths)}: they are given {sees}"
 
 
 def _replaced(plan: Plan) -> Iterator[str]:

@@ -10,6 +10,9 @@ from . import rotation
 from .streaming import Chunk, PositionPolicy, RopeStream, check_count, runs, uncompiled
 from .validation import DTYPES
 
+_MOST = 2**20
+"""Of anything but tokens; sizes past it are mistakes, and their product might not be a number that torch has."""
+
 
 class Window(NamedTuple):
     """What a chunk attends to: the frames that are kept and its own.
@@ -49,10 +52,14 @@ class RollingCache:
         value_dim: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
+        if not isinstance(stream, RopeStream):
+            raise TypeError(f"stream must be a RopeStream, got {type(stream).__name__}")
         value_dim = head_dim if value_dim is None else value_dim
         sizes = (("batch", batch), ("heads", heads), ("head_dim", head_dim), ("value_dim", value_dim))
         for name, value in sizes:
             check_count(name, value, 1)
+            if value > _MOST:
+                raise ValueError(f"{name} must be at most {_MOST}, got {value}")
         if dtype not in DTYPES:
             raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
         if head_dim < stream.spec.rotary_dim:

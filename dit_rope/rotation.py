@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,12 +13,21 @@ from .backend_choice import check_backend, choose_backend
 from .rotation_args import RotationArgs
 from .spec import NormKind
 from .tables import RopeTable
-from .validation import check_inplace, check_norm, check_positions, check_tensors, check_token_count
+from .validation import (
+    check_around,
+    check_flags,
+    check_inplace,
+    check_norm,
+    check_positions,
+    check_rows,
+    check_tensors,
+    check_token_count,
+)
 
 # Layouts of calls that are remembered as valid, per table; a model has a few.
 _MAX_REMEMBERED = 64
 
-_Parameters = Sequence[torch.Tensor | None]
+_Parameters = tuple[torch.Tensor | None, ...]
 _Norm = tuple[NormKind, float, _Parameters, _Parameters]
 """Kind, eps, and the weights and biases of each tensor; no biases at all where every one of them is None."""
 
@@ -203,9 +213,13 @@ def _check(
         raise TypeError(f"table must be a RopeTable, got {type(table).__name__}; make one with dit_rope.rope_table")
     if torch.compiler.is_compiling():  # the operator chooses when it runs, on real tensors
         return _validated(names, xs, table, around, positions, flags, backend, norm), backend
-    normed = None if norm is None else (*norm[:2], *map(_layout, (*norm[2], *norm[3])))
-    key = (*map(_layout, xs), around, _layout(positions), flags, backend, normed)
-    found = table.validated.get(key)
+    normed = None if norm is None else (norm[0], norm[1], *map(_layout, norm[2] + norm[3]))
+    # With the types, since True is equal to 1 and would find what was accepted of it.
+    key = (*map(_layout, xs), around, _layout(positions), flags, backend, normed, *map(type, (*around, *flags)))
+    try:
+        found = table.validated.get(key)
+    except TypeError:  # something that has no hash, which validation names
+        found = None
     if found is None:
         args = _validated(names, xs, table, around, positions, flags, backend, norm)
         name = choose_backend(xs, args, backend, None if norm is None or args.exact else norm[0])
@@ -213,13 +227,17 @@ def _check(
             table.validated.clear()
         found = table.validated[key] = (replace(args, positions=None), name)
     args, name = found
-    return args if positions is None else args.at(positions), name
+    if positions is None:
+        return args, name
+    check_rows(positions, table.rows.shape[1])
+    return args.at(positions), name
 
 
 def _layout(x: object) -> object:
     """What validation looks at in one argument, so that nothing refused can pass as something accepted."""
     if isinstance(x, torch.Tensor):
-        return (x.shape, x.stride(), x.dtype, x.device)
+        strides = x.stride() if x.layout is torch.strided else x.layout
+        return (x.shape, strides, x.dtype, x.device, x.is_neg())
     return type(x)
 
 
@@ -239,7 +257,9 @@ def _validated(
         kind, eps, weights, biases = norm
         check_norm(names, xs, weights, eps, kind, biases)
     (prefix, suffix), (inverse, exact) = around, flags
+    check_flags(inverse=flags[0], exact=flags[1])
     batch, length = xs[0].shape[:2]
+    check_around(length, *around)
     count = table.count if positions is None else length - prefix - suffix
     check_token_count(names[0], length, prefix, count, suffix)
     if positions is not None:
@@ -250,6 +270,7 @@ def _validated(
 def _rotate(
     names: Sequence[str], xs: Sequence[torch.Tensor], args: RotationArgs, inplace: bool, backend: str
 ) -> list[torch.Tensor]:
+    check_flags(inplace=inplace)
     if inplace:
         check_inplace(names, xs)
         ops.rotate_(xs, args, backend)
@@ -265,7 +286,8 @@ def _norm_rotate(
     inplace: bool,
     backend: str,
 ) -> list[torch.Tensor]:
-    kind, eps, weights, biases = norm
+    kind, eps, weights, biases = norm[0], float(norm[1]), *norm[2:]
+    check_flags(inplace=inplace)
     if inplace:
         check_inplace(names, xs, [parameter for parameter in (*weights, *biases) if parameter is not None])
     if args.exact:
@@ -286,10 +308,12 @@ def _needs_grad(xs: Sequence[torch.Tensor]) -> bool:
 def _torch_norm(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, norm: NormKind
 ) -> torch.Tensor:
-    """The norm as torch has it, which is what models call."""
+    """The norm as torch has it, which is what models call; torch's LayerNorm takes one dtype, the widest given."""
     flat = x.flatten(2) if norm.across_heads else x
     if norm.centred:
-        normed = torch.nn.functional.layer_norm(flat, flat.shape[-1:], weight, bias, eps)
+        wide = functools.reduce(torch.promote_types, (t.dtype for t in (weight, bias) if t is not None), x.dtype)
+        weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+        normed = torch.nn.functional.layer_norm(flat.to(wide), flat.shape[-1:], weight, bias, eps).to(x.dtype)
     else:
         normed = torch.nn.functional.rms_norm(flat, flat.shape[-1:], weight, eps)
     return normed.view(x.shape)

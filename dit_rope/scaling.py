@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .cache import FifoCache
+from .cache import FifoCache, in_mode
 from .scaling_types import TYPES, AxisFrequencies, ScalingFunction, ScalingType, default, ntk_theta
 from .spec import RopeSpec, Scaling
 
@@ -35,8 +35,11 @@ def register_scaling(name: str, function: ScalingFunction) -> None:
     what it returned is remembered for them. ``torch.compile`` traces it where it traces the building of a table.
 
     Raises:
+        TypeError: for a name that is no string, or something that cannot be called.
         ValueError: for a name that is taken; what was remembered would keep the old meaning.
     """
+    if not isinstance(name, str) or not callable(function):
+        raise TypeError(f"name must be a string and function callable, got {name!r} and {function!r}")
     if name in TYPES:
         raise ValueError(f"name must not be that of a registered scaling, got {name!r}")
     TYPES[name] = ScalingType(function)
@@ -85,7 +88,10 @@ def _resolve(scaling: Scaling | None, dim: int, theta: float, dtype: torch.dtype
     options = dict(scaling.parameters)
     function = _function(scaling.kind)
     _check_options(scaling.kind, function, options)
-    found = function(dim, theta, dtype, **options)
+    try:
+        found = function(dim, theta, dtype, **options)
+    except (ArithmeticError, TypeError) as error:
+        raise ValueError(f"scaling must have options that its formula takes, got {scaling}: {error}") from error
     if not isinstance(found, AxisFrequencies):
         raise TypeError(f"{scaling.kind} scaling must return AxisFrequencies, got {type(found).__name__}")
     if found.inverse.shape != (dim // 2,) or found.inverse.device.type != "cpu":
@@ -93,6 +99,8 @@ def _resolve(scaling: Scaling | None, dim: int, theta: float, dtype: torch.dtype
             f"{scaling.kind} scaling must return {dim // 2} frequencies on CPU, "
             f"got {list(found.inverse.shape)} on {found.inverse.device}"
         )
+    if not in_mode() and not found.inverse.isfinite().all():
+        raise ValueError(f"scaling must give finite frequencies, got {found.inverse.tolist()} from {scaling}")
     return found
 
 
@@ -198,7 +206,9 @@ def rotary_dim(head_dim: int, partial_rotary_factor: float = 1.0) -> int:
         raise TypeError(f"head_dim must be an int, got {head_dim!r}")
     if head_dim < 2:
         raise ValueError(f"head_dim must be at least 2, got {head_dim}")
-    if not math.isfinite(partial_rotary_factor):
+    if isinstance(partial_rotary_factor, bool) or not isinstance(partial_rotary_factor, int | float):
+        raise TypeError(f"partial_rotary_factor must be a number, got {partial_rotary_factor!r}")
+    if not abs(partial_rotary_factor) < math.inf:
         raise ValueError(f"partial_rotary_factor must be finite, got {partial_rotary_factor}")
     whole = not 0.0 < partial_rotary_factor < 1.0
     channels = head_dim if whole else math.floor(head_dim * partial_rotary_factor + 0.5)

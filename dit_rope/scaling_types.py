@@ -99,7 +99,13 @@ def ntk_theta(dim: int, theta: float, factor: float) -> float:
     """
     if dim == 2:
         raise ValueError("NTK scaling must have more than 2 channels per axis, got 2; dim / (dim - 2) is undefined")
-    return float(theta * factor ** (dim / (dim - 2)))
+    try:
+        scaled = float(theta * factor ** (dim / (dim - 2)))
+    except OverflowError:
+        scaled = math.inf
+    if not scaled < math.inf:
+        raise ValueError(f"theta must stay finite, got {theta} times {factor} ** ({dim} / {dim - 2})")
+    return scaled
 
 
 @_scaling_type("default", "none")
@@ -164,7 +170,7 @@ def yarn(
     factor = _growth("yarn", factor, max_position_embeddings, length)
 
     def pair_that_turns(turns: float) -> float:
-        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return dim * math.log(length / (_positive("beta", turns) * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = pair_that_turns(values["beta_fast"]), pair_that_turns(values["beta_slow"])
     if values["truncate"]:

@@ -15,15 +15,18 @@ from dataclasses import dataclass
 import torch
 
 from . import rotation
+from .backend_choice import check_backend
 from .cache import in_mode
 from .rotation_args import RotationArgs
 from .scaling import axis_frequencies
-from .spec import RopeSpec
-from .validation import DTYPES, check_inplace
+from .spec import RopeSpec, integer
+from .validation import DTYPES, check_flags, check_inplace, checked_device
 
 _LASTING_DTYPES = (torch.float32, torch.float64)
 _LEAST_ROWS = 64
 _MOST_ROWS = 2**20  # a wrong delta should not take all memory
+_MOST_BLOCKS = 2**24  # a plan is made block by block
+_LONGEST_STEP = 2**32  # float64 counts to the last row in such steps
 
 
 class ShiftTable:
@@ -55,16 +58,16 @@ class ShiftTable:
     ) -> None:
         if not isinstance(spec, RopeSpec):
             raise TypeError(f"spec must be a RopeSpec, got {type(spec).__name__}")
-        if not 0 <= axis < len(spec.dims):
+        if integer("axis", axis, 0) >= len(spec.dims):
             raise ValueError(f"axis must be at least 0 and below {len(spec.dims)}, got {axis}")
-        if isinstance(step, bool) or not isinstance(step, int) or step < 1:
-            raise ValueError(f"step must be a positive int, got {step!r}")
+        if isinstance(step, bool) or not isinstance(step, int) or not 1 <= step <= _LONGEST_STEP:
+            raise ValueError(f"step must be a positive int, got {step!r}, or is above {_LONGEST_STEP}")
         if dtype not in _LASTING_DTYPES:
             raise TypeError(f"dtype must be float32 or float64, got {dtype}")
         self.spec = spec
         self.axis = axis
         self.step = step
-        self.device = torch.device(device or "cpu")
+        self.device = checked_device("cpu" if device is None else device)
         self.dtype = dtype
         self._lock = threading.Lock()
         self._rows = self._build(0, _LEAST_ROWS)
@@ -134,11 +137,16 @@ def plan_eviction(evicted: Collection[int], blocks: int, block_size: int) -> Evi
     """Plans the shift after ``evicted`` of ``blocks`` cache blocks of ``block_size`` tokens each.
 
     Raises:
+        TypeError: evicted is no collection of ints.
         ValueError: an evicted block that is not there, or named twice; sizes that are not positive.
     """
     for name, value in (("blocks", blocks), ("block_size", block_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive int, got {value!r}")
+    if blocks > _MOST_BLOCKS:
+        raise ValueError(f"blocks must be at most {_MOST_BLOCKS}, got {blocks}")
+    if not isinstance(evicted, Collection) or any(isinstance(b, bool) or not isinstance(b, int) for b in evicted):
+        raise TypeError(f"evicted must be a collection of block numbers, got {evicted!r}")
     gone = set(evicted)
     outside = sorted(block for block in gone if not 0 <= block < blocks)
     if outside or len(gone) != len(evicted):
@@ -191,6 +199,8 @@ def shift_keys(
         TypeError, ValueError: naming the argument, the rule and the value.
         NotImplementedError: for quantized keys: integers, or floats of 8 bits.
     """
+    check_flags(inplace=inplace, allow_lossy=allow_lossy)
+    check_backend(backend)
     _check_keys(keys, allow_lossy)
     if (delta_frames is None) == (deltas is None):
         raise ValueError(f"delta_frames or deltas must be given, not both, got {delta_frames!r} and {deltas!r}")
@@ -233,6 +243,8 @@ def _check_keys(keys: torch.Tensor, allow_lossy: bool) -> None:
         raise NotImplementedError(
             f"keys must be float32, float64, float16 or bfloat16, got {keys.dtype}; shift before quantizing"
         )
+    if keys.layout is not torch.strided:
+        raise TypeError(f"keys must be a strided tensor, got {keys.layout}")
     if keys.dtype not in _LASTING_DTYPES and not allow_lossy:
         raise ValueError(
             f"keys must be float32 or float64, got {keys.dtype}, which repeated shifts ruin; keep unrotated keys and "
@@ -256,8 +268,16 @@ def _whole_shift(keys: torch.Tensor, table: ShiftTable, delta: int | None) -> to
     if delta % table.step:
         raise ValueError(f"delta_frames must be a multiple of the table's step {table.step}, got {delta}")
     steps = abs(delta) // table.step
-    table.reserve(steps)
+    _reserve("delta_frames", table, steps)
     return torch.full((1, 1) if steps else (0, 1), steps, dtype=torch.int32, device=keys.device)
+
+
+def _reserve(name: str, table: ShiftTable, steps: int) -> None:
+    if steps >= _MOST_ROWS:
+        raise ValueError(
+            f"{name} must be fewer than {_MOST_ROWS} steps of the table, got {steps}; use one of more positions a step"
+        )
+    table.reserve(steps)
 
 
 def _check_deltas(
@@ -285,7 +305,7 @@ def _check_values(keys: torch.Tensor, table: ShiftTable, deltas: torch.Tensor, b
     """Looks at the numbers, which only on CPU takes no wait for the device."""
     if int(deltas.min()) < 0:
         raise ValueError(f"deltas must be 0 or more, got {int(deltas.min())}")
-    table.reserve(int(deltas.max()))
+    _reserve("deltas", table, int(deltas.max()))
     listed = [] if blocks is None else blocks.tolist()
     if len(set(listed)) < len(listed) or any(not 0 <= block < keys.shape[0] for block in listed):
         raise ValueError(f"blocks must be different, at least 0 and below {keys.shape[0]}, got {listed}")

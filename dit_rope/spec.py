@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import enum
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 MAX_AXES = 4
+_FREQUENCY_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Pairing(enum.Enum):
@@ -72,6 +74,10 @@ class Scaling:
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str):
             raise TypeError(f"kind must be the name of a scaling type, got {self.kind!r}")
+        if not isinstance(self.parameters, tuple) or not all(
+            isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) for entry in self.parameters
+        ):
+            raise TypeError(f"parameters must be a tuple of (name, value) pairs, got {self.parameters!r}")
         for name, value in self.parameters:
             values = value if isinstance(value, tuple) else (value,)
             if value is not None and not all(isinstance(number, (int, float)) for number in values):
@@ -106,17 +112,20 @@ def _scalings(given: Scalings, axes: int) -> Scaling | tuple[Scaling | None, ...
 
 def _per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple[float, ...]:
     """One positive finite float per axis; a number, or a sequence of one, serves every axis."""
-    values = [value] if isinstance(value, (int, float)) else list(value)
+    values = list(value) if isinstance(value, Sequence) else [value]
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        raise TypeError(f"{name} must be a number or numbers, got {value!r}")
     if len(values) == 1:
         values = values * axes
     if len(values) != axes:
         raise ValueError(f"{name} must be a number or have one value per axis ({axes}), got {value!r}")
-    if not all(isinstance(v, (int, float)) and math.isfinite(v) and v > 0 for v in values):
+    if not all(0 < v <= sys.float_info.max for v in values):
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
     return tuple(float(v) for v in values)
 
 
-def _integer(name: str, value: object, minimum: int) -> int:
+def integer(name: str, value: object, minimum: int) -> int:
+    """``value``, which must be an int of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
     if value < minimum:
@@ -155,15 +164,20 @@ class RopeSpec:
     frequency_dtype: torch.dtype = torch.float64
 
     def __post_init__(self) -> None:
-        dims = tuple(_integer("dims", dim, 2) for dim in self.dims)
+        if not isinstance(self.dims, Sequence):
+            raise TypeError(f"dims must be a tuple of ints, one per axis, got {self.dims!r}")
+        dims = tuple(integer("dims", dim, 2) for dim in self.dims)
         if not 1 <= len(dims) <= MAX_AXES:
             raise ValueError(f"dims must have 1 to {MAX_AXES} axes, got {len(dims)}: {dims}")
         if any(dim % 2 for dim in dims):
             raise ValueError(f"dims must be even, got {dims}; two channels turn together")
         if not isinstance(self.pairing, Pairing):
             raise TypeError(f"pairing must be a Pairing, got {self.pairing!r}")
-        if not (isinstance(self.frequency_dtype, torch.dtype) and self.frequency_dtype.is_floating_point):
-            raise TypeError(f"frequency_dtype must be a floating point torch.dtype, got {self.frequency_dtype!r}")
+        if not (isinstance(self.frequency_dtype, torch.dtype) and self.frequency_dtype in _FREQUENCY_DTYPES):
+            raise TypeError(
+                "frequency_dtype must be a floating point torch.dtype of 16, 32 or 64 bits, "
+                f"got {self.frequency_dtype!r}"
+            )
         rescale = _per_axis("theta_rescale", self.theta_rescale, len(dims))
         if any(factor != 1.0 and dim == 2 for factor, dim in zip(rescale, dims, strict=True)):
             raise ValueError(
@@ -211,8 +225,8 @@ class Grid:
     def __init__(self, *sizes: int, start_frame: int = 0) -> None:
         if not 1 <= len(sizes) <= MAX_AXES:
             raise ValueError(f"Grid must have 1 to {MAX_AXES} sizes, got {len(sizes)}: {sizes}")
-        object.__setattr__(self, "sizes", tuple(_integer("Grid size", size, 1) for size in sizes))
-        object.__setattr__(self, "start_frame", _integer("start_frame", start_frame, 0))
+        object.__setattr__(self, "sizes", tuple(integer("Grid size", size, 1) for size in sizes))
+        object.__setattr__(self, "start_frame", integer("start_frame", start_frame, 0))
 
     def __repr__(self) -> str:
         return f"Grid({', '.join(map(str, self.sizes))}, start_frame={self.start_frame})"
@@ -241,18 +255,20 @@ class Shard:
     tokens: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        _integer("world", self.world, 1)
-        _integer("rank", self.rank, 0)
+        integer("world", self.world, 1)
+        integer("rank", self.rank, 0)
         if self.rank >= self.world:
             raise ValueError(f"rank must be below world ({self.world}), got {self.rank}")
         if self.axis is not None:
-            _integer("axis", self.axis, 0)
+            integer("axis", self.axis, 0)
         if self.tokens is not None:
             if self.axis is not None or self.world != 1:
                 raise ValueError("tokens must not be combined with axis or world; use Shard.of_tokens(start, stop)")
+            if not isinstance(self.tokens, tuple) or len(self.tokens) != 2:
+                raise TypeError(f"tokens must be a tuple (start, stop), got {self.tokens!r}")
             start, stop = self.tokens
-            _integer("tokens start", start, 0)
-            _integer("tokens stop", stop, start + 1)
+            integer("tokens start", start, 0)
+            integer("tokens stop", stop, start + 1)
 
     @classmethod
     def of_tokens(cls, start: int, stop: int) -> Shard:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ParamSpec, TypeVar
 
@@ -18,11 +18,13 @@ import torch
 
 from . import rotation
 from .axis_tables import build_axis
+from .backend_choice import check_backend
 from .layout import MAX_POSITION, grid_coordinates
 from .rotation_args import RotationArgs
 from .scaling import axis_frequencies
 from .spec import Grid, RopeSpec
 from .tables import RopeTable, rope_table
+from .validation import checked_device
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -120,6 +122,8 @@ class RopeStream:
             raise TypeError(f"spec must be a RopeSpec, got {type(spec).__name__}")
         if not isinstance(policy, PositionPolicy):
             raise TypeError(f"policy must be a PositionPolicy, got {policy!r}")
+        if not isinstance(frame_size, Sequence):
+            raise TypeError(f"frame_size must be a tuple of ints, got {frame_size!r}")
         if len(frame_size) != len(spec.dims) - 1:
             raise ValueError(
                 f"frame_size must have one size for each axis but the first of {spec.dims}, got {frame_size}"
@@ -132,6 +136,11 @@ class RopeStream:
             raise ValueError(f"max_frames must be given with CLAMP and only there, got {max_frames} with {policy.name}")
         if max_frames is not None:
             check_count("max_frames", max_frames, 1)
+        if window_frames > MAX_POSITION - _TABLE_STEP:
+            raise ValueError(f"window_frames must be at most {MAX_POSITION - _TABLE_STEP}, got {window_frames}")
+        for size in frame_size:
+            check_count("frame_size", size, 1)
+        check_backend(backend)
         self.spec = spec
         self.frame_size = tuple(frame_size)
         self.frame_tokens = Grid(1, *frame_size).tokens
@@ -139,7 +148,7 @@ class RopeStream:
         self.sink_frames = sink_frames
         self.policy = policy
         self.max_frames = max_frames
-        self.device = torch.device(device or "cpu")
+        self.device = checked_device("cpu" if device is None else device)
         self.backend = backend
         self.start_frame = 0
         self.resets = 0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import mmap
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, cast
@@ -12,16 +10,17 @@ from typing import Protocol, cast
 import torch
 
 from .axis_tables import AXES, axis_arrays
-from .cache import CacheInfo, FifoCache, in_mode
+from .cache import CacheInfo, FifoCache
+from .dense_memory import check_dense_bytes, empty_rows
 from .layout import Layout
 from .rotation_args import RotationArgs
-from .spec import Grid, Pairing, RopeSpec, Shard
+from .spec import Grid, Pairing, RopeSpec, Shard, integer
+from .validation import checked_device
 
 TABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _CPU = torch.device("cpu")
 _WHOLE = Shard()
-_HUGE_PAGES_FROM = 4 * 2**20
 WITHOUT_FLOAT64 = frozenset({"mps", "npu"})
 
 
@@ -128,8 +127,13 @@ def cache_configure(
     The oldest entries leave where a new cap is passed.
 
     Raises:
-        ValueError: for caps that are not positive.
+        TypeError, ValueError: for caps that are no positive ints.
     """
+    values = (max_entries, max_bytes, max_model_entries, max_model_bytes)
+    names = ("max_entries", "max_bytes", "max_model_entries", "max_model_bytes")
+    for name, value in zip(names, values, strict=True):
+        if value is not None:
+            integer(name, value, 1)
     _TABLES.configure(max_entries=max_entries, max_bytes=max_bytes)
     MODEL_TABLES.configure(max_entries=max_model_entries, max_bytes=max_model_bytes)
 
@@ -180,6 +184,9 @@ class RopeTable:
             repeat: ``[S, rotary_dim]``, each value at both channels of its pair (neighbours when interleaved, halves
                 when half); else ``[S, rotary_dim / 2]``.
             broadcast: ``[1, S, 1, width]``, for ``[B, S, H, D]`` queries; the same memory.
+
+        Raises:
+            ValueError: it would take more than ``dense_memory.MAX_DENSE_BYTES``; so do the next two methods.
         """
         key = _TableKey(self.spec, self.grid, self.shard, self.dtype, _Form.REPEATED if repeat else _Form.PAIRS)
         dense = cast(DenseTable, _TABLES.get(key, self.device, lambda: _build_dense(key, self.device)))
@@ -210,7 +217,7 @@ class RopeTable:
         Raises:
             ValueError: for a negative prefix, or positions of another shape or dtype.
         """
-        if prefix < 0:
+        if isinstance(prefix, int) and prefix < 0:
             raise ValueError(f"prefix must not be negative, got {prefix}")
         count = self.count
         if positions is not None:
@@ -257,7 +264,7 @@ def rope_table(
         TypeError, ValueError: naming the argument, the rule and the value.
         RuntimeError: when a CUDA graph is being captured and the table is not cached yet.
     """
-    shard, device, dtype = _canonical(shard, device, dtype)
+    shard, device, dtype = _canonical(spec, grid, shard, device, dtype)
     key = _TableKey(spec, grid, shard, dtype, _Form.AXES)
     return cast(RopeTable, _TABLES.get(key, device, lambda: _build_table(key, device)))
 
@@ -276,20 +283,29 @@ def dense_table(
     repeat: bool,
 ) -> DenseTable:
     """The dense form alone, as :meth:`RopeTable.cos_sin` gives it, without an entry for the table it expands."""
-    shard, device, dtype = _canonical(shard, device, dtype)
+    shard, device, dtype = _canonical(spec, grid, shard, device, dtype)
     key = _TableKey(spec, grid, shard, dtype, _Form.REPEATED if repeat else _Form.PAIRS)
     return cast(DenseTable, _TABLES.get(key, device, lambda: _build_dense(key, device)))
 
 
 def _canonical(
-    shard: Shard | None, device: torch.device | str | int | None, dtype: torch.dtype
+    spec: RopeSpec, grid: Grid, shard: Shard | None, device: torch.device | str | int | None, dtype: torch.dtype
 ) -> tuple[Shard, torch.device, torch.dtype]:
-    """One spelling for equal requests: a world of one is no shard, a device has its index, float64 only where it is."""
-    if shard is None or (isinstance(shard, Shard) and shard.world == 1 and shard.tokens is None):
+    """One spelling for equal requests: a world of one is no shard, a device has its index, float64 only where it is.
+
+    Refuses what is no key, since looking it up would fail without a name.
+    """
+    if not (isinstance(spec, RopeSpec) and isinstance(grid, Grid) and isinstance(dtype, torch.dtype)):
+        Layout.check(spec, grid, _WHOLE)
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+    if shard is None:
         shard = _WHOLE
+    elif not isinstance(shard, Shard) or shard.world == 1:
+        Layout.check(spec, grid, shard)
+        shard = shard if shard.tokens else _WHOLE
     if device is None:
         return shard, _CPU, dtype
-    device = torch.device(device)
+    device = checked_device(device)
     if device.type == "cpu":
         return shard, _CPU, dtype
     if device.type in WITHOUT_FLOAT64 and dtype == torch.float64:
@@ -303,6 +319,7 @@ def _canonical(
 
 def _build_table(key: _TableKey, device: torch.device) -> RopeTable:
     layout = _layout(key)
+    check_dense_bytes("rows of its axes", 2 * sum(layout.sizes) * max(key.spec.pairs) * key.dtype.itemsize)
     arrays = axis_arrays(key.spec, key.grid, key.dtype)
     height, width = sum(array.shape[1] for _, array in arrays), max(key.spec.pairs)
     rows = torch.zeros((2, height, width), dtype=key.dtype, device=_CPU)
@@ -334,29 +351,11 @@ def _layout(key: _TableKey) -> Layout:
 def build_positions(table: RopeTable) -> torch.Tensor:
     """What :meth:`RopeTable.positions` gives, built anew."""
     layout = Layout.of(table.spec, table.grid, table.shard)
+    check_dense_bytes("positions", 4 * layout.count * len(layout.sizes))
     positions = torch.full((1, layout.count, len(layout.sizes)), -1, dtype=torch.int32, device=table.device)
     for axis, coordinate in enumerate(layout.coordinates(table.device)):
         positions[0, : layout.inside, axis] = coordinate + table.first_rows[axis]
     return positions
-
-
-def _empty(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised memory; large tables on Linux hosts get huge pages.
-
-    A dense 720p table is 155 MB. Filling it touches 38,000 fresh pages of 4 kB, which takes longer than writing the
-    values; with 2 MB pages the whole build is about twice as fast.
-    """
-    size = rows * columns * dtype.itemsize
-    huge = size >= _HUGE_PAGES_FROM and device == _CPU and hasattr(mmap, "MADV_HUGEPAGE") and not in_mode()
-    if not huge:
-        return torch.empty((rows, columns), dtype=dtype, device=device)
-    try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"a dense table of {rows} tokens must fit in memory, got {size:,} bytes") from error
-    with contextlib.suppress(OSError):  # a kernel built without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(rows, columns)
 
 
 def _build_dense(key: _TableKey, device: torch.device) -> DenseTable:
@@ -364,7 +363,8 @@ def _build_dense(key: _TableKey, device: torch.device) -> DenseTable:
     layout, spec = _layout(key), key.spec
     repeated, half = key.form is _Form.REPEATED, spec.rotary_dim // 2
     width = 2 * half if repeated else half
-    flat = _empty(layout.count, width, key.dtype, device), _empty(layout.count, width, key.dtype, device)
+    check_dense_bytes("the dense form", 2 * layout.count * width * key.dtype.itemsize)
+    flat = empty_rows(layout.count, width, key.dtype, device), empty_rows(layout.count, width, key.dtype, device)
     coordinates = None if layout.whole else layout.coordinates(device)
     column = 0
     for axis, (first, array) in enumerate(axis_arrays(spec, key.grid, key.dtype)):
@@ -391,6 +391,7 @@ def _build_dense(key: _TableKey, device: torch.device) -> DenseTable:
 
 
 def _build_complex(key: _TableKey, device: torch.device) -> torch.Tensor:
+    check_dense_bytes("complex numbers", _layout(key).count * sum(key.spec.pairs) * 2 * max(key.dtype.itemsize, 4))
     cos, sin = _build_dense(replace(key, form=_Form.PAIRS), device).flat
     if key.dtype.itemsize == 2:
         cos, sin = cos.float(), sin.float()

@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
+from .cache import in_mode
 from .spec import NormKind
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LARGEST_EPS = torch.finfo(torch.float32).max  # kernels have it in float32
+
+
+def checked_device(device: torch.device | str | int) -> torch.device:
+    """``device`` as a torch.device.
+
+    Raises:
+        TypeError, ValueError: something that names no device, or one of a kind that this torch or machine has none of.
+    """
+    if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
+        raise TypeError(f"device must be a torch.device, a string or an int, got {device!r}")
+    try:
+        found = torch.device(device)
+        if found.type not in ("cpu", "meta"):
+            torch.get_device_module(found)
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise ValueError(f"device must name a device of this torch, got {device!r}: {error}") from error
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device must be one of the {count} CUDA devices that torch sees, got {device!r}")
+    return found
+
+
+def check_flags(**flags: object) -> None:
+    """Refuses what is no bool; any object has a truth, which need not be the one that was meant.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
 def check_tensors(names: Sequence[str], xs: Sequence[torch.Tensor], rotary_dim: int, device: torch.device) -> None:
@@ -24,6 +55,10 @@ def check_tensors(names: Sequence[str], xs: Sequence[torch.Tensor], rotary_dim: 
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+        if x.layout is not torch.strided:
+            raise TypeError(f"{name} must be a strided tensor, got {x.layout}; call {name}.to_dense()")
+        if not torch.compiler.is_compiling() and x.is_neg():  # dynamo has no such views, nor the question
+            raise ValueError(f"{name} must hold its own values, got a lazily negated view; call {name}.resolve_neg()")
         if x.ndim != 4:
             raise ValueError(f"{name} must have shape [B, S, H, D], got {tuple(x.shape)}")
         if x.shape[-1] < rotary_dim:
@@ -44,17 +79,27 @@ def check_tensors(names: Sequence[str], xs: Sequence[torch.Tensor], rotary_dim: 
             )
 
 
-def check_token_count(name: str, length: int, prefix: int, count: int, suffix: int) -> None:
-    """Checks that prefix, the table's tokens and suffix make up the sequence.
+def check_around(length: int, prefix: int, suffix: int) -> None:
+    """Checks the numbers of tokens before and after those that turn, of ``length`` together.
 
     Raises:
-        TypeError, ValueError: naming the count that is off and what to do.
+        TypeError, ValueError: naming the number that is off.
     """
     for label, value in (("prefix", prefix), ("suffix", suffix)):
         if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
             raise TypeError(f"{label} must be an int, got {value!r}")
         if value < 0:
             raise ValueError(f"{label} must be at least 0, got {value}")
+    if prefix + suffix > length:
+        raise ValueError(f"prefix and suffix must be at most the {length} tokens, got {prefix} and {suffix}")
+
+
+def check_token_count(name: str, length: int, prefix: int, count: int, suffix: int) -> None:
+    """Checks that prefix, the table's tokens and suffix make up the sequence.
+
+    Raises:
+        ValueError: naming the count that is off and what to do.
+    """
     if prefix + count + suffix != length:
         raise ValueError(
             f"{name} must have prefix + table tokens + suffix = {prefix} + {count} + {suffix} = "
@@ -77,6 +122,18 @@ def check_positions(positions: torch.Tensor, batch: int, count: int, axes: int, 
         raise ValueError(f"positions must be on the table's device {device}, got {positions.device}")
 
 
+def check_rows(positions: torch.Tensor, rows: int) -> None:
+    """Checks on CPU, where looking costs no wait, that positions are rows of a table, or negative.
+
+    Raises:
+        ValueError: one is past the table.
+    """
+    if positions.device.type == "cpu" and positions.numel() and not in_mode():
+        highest = int(positions.max())
+        if highest >= rows:
+            raise ValueError(f"positions must be rows of the table, below {rows}, or negative, got {highest}")
+
+
 def check_norm(
     names: Sequence[str],
     xs: Sequence[torch.Tensor],
@@ -94,7 +151,7 @@ def check_norm(
         raise TypeError(f"norm must be a NormKind, got {norm!r}")
     if isinstance(eps, bool) or not isinstance(eps, int | float):
         raise TypeError(f"eps must be a float, got {eps!r}")
-    if not 0 <= eps < math.inf:
+    if not 0 <= eps <= _LARGEST_EPS:
         raise ValueError(f"eps must be finite and at least 0, got {eps}")
     for what, given in (("weight", weights), ("bias", biases)):
         for name, x, parameter in zip(names, xs, given, strict=bool(given)):
@@ -111,8 +168,8 @@ def _check_parameter(label: str, parameter: torch.Tensor, name: str, x: torch.Te
     size = x.shape[2] * x.shape[3] if norm.across_heads else x.shape[3]
     if not isinstance(parameter, torch.Tensor):
         raise TypeError(f"{label} must be a torch.Tensor or None, got {type(parameter).__name__}")
-    if not parameter.dtype.is_floating_point:
-        raise TypeError(f"{label} must be floating point, got {parameter.dtype}")
+    if parameter.dtype not in DTYPES:
+        raise TypeError(f"{label} must be floating point of 16, 32 or 64 bits, got {parameter.dtype}")
     if tuple(parameter.shape) != (size,):
         raise ValueError(f"{label} must have shape [{size}] for {norm}, got {tuple(parameter.shape)}")
     if parameter.device != x.device:
@@ -123,7 +180,8 @@ def check_inplace(names: Sequence[str], xs: Sequence[torch.Tensor], parameters: 
     """Checks that tensors may be overwritten: nothing needs their old values, and no two elements share memory.
 
     Raises:
-        ValueError: grad is enabled and a tensor or parameter of the norm requires it; a tensor overlaps itself; two tensors overlap.
+        ValueError: grad is enabled and a tensor or parameter of the norm requires it; a tensor overlaps itself,
+            another tensor or a parameter.
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*xs, *parameters)):
         raise ValueError(
@@ -143,6 +201,13 @@ def check_inplace(names: Sequence[str], xs: Sequence[torch.Tensor], parameters: 
             f"{names[0]} and {names[1]} must not share memory when inplace=True, got overlapping views of one "
             f"storage; use inplace=False or clone one of them"
         )
+    for parameter in parameters:
+        for name, x in zip(names, xs, strict=True):
+            if not _disjoint(x, parameter):
+                raise ValueError(
+                    f"{name} must not share memory with a weight or bias when inplace=True, got views of one storage; "
+                    "use inplace=False or clone one of them"
+                )
 
 
 def _overlaps_itself(x: torch.Tensor) -> bool:
@@ -167,6 +232,8 @@ def _disjoint(a: torch.Tensor, b: torch.Tensor) -> bool:
         return True
     if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
         return True
+    if a.dtype.itemsize != b.dtype.itemsize:
+        return False
     distance = b.storage_offset() - a.storage_offset()
     if distance >= _span(a, None) or -distance >= _span(b, None):
         return True

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 import dit_rope
 
 model = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "tiny-wan"
-pipe = DiffusionPipeline.from_pretrained(model)
+pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
 
 
 def generate() -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dit_rope import RollingCache, RopeSpec, RopeStream
 
 FRAMES, CHUNK, STEPS = 12, 2, 4  # latent frames; the sample was trained on 5 of 6 x 6 tokens
-pipe = DiffusionPipeline.from_pretrained(Path(__file__).parent / "tiny-wan")
+pipe = DiffusionPipeline.from_pretrained(Path(__file__).parent / "tiny-wan", use_safetensors=True)
 model, scheduler = pipe.transformer, pipe.scheduler
 heads, channels = model.config.num_attention_heads, model.config.attention_head_dim
 

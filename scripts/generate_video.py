@@ -29,6 +29,7 @@ def main() -> None:
         args.model,
         # Wan's authors keep the autoencoder in float32; in bfloat16 its frames show blocks.
         torch_dtype={"default": getattr(torch, args.dtype), "vae": torch.float32},
+        use_safetensors=True,
     ).to(args.device)
 
     handle = dit_rope.patch(pipe)

@@ -229,7 +229,7 @@ def sample_prompts(
     folder: Path, prompts: list[str], frames: int, size: int, steps: int, guidance: float, seed: int
 ) -> Tensor:
     """Load a pipeline folder and return a video of each prompt, (n, 3, frames, size, size) in -1..1."""
-    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     videos = []
     for at in tqdm(range(0, len(prompts), 12), desc="samples"):

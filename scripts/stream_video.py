@@ -215,7 +215,9 @@ def main() -> None:
     options = read_arguments()
     torch.set_num_threads(options.threads)
     pipe = DiffusionPipeline.from_pretrained(
-        options.model, torch_dtype={"default": getattr(torch, options.dtype), "vae": torch.float32}
+        options.model,
+        torch_dtype={"default": getattr(torch, options.dtype), "vae": torch.float32},
+        use_safetensors=True,
     ).to(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     figures: list[ChunkFigures] = []

@@ -136,7 +136,7 @@ def load_latents(vae: AutoencoderKLWan, clips: moving_shapes.Clips, path: Path) 
         begun = time.monotonic()
         latents = moving_shapes.encode_clips(vae, clips, FRAMES, SIZE)
         save_atomically({"latents": latents, "seconds": time.monotonic() - begun}, path)
-    state = torch.load(path)
+    state = torch.load(path, weights_only=True)
     latents = state["latents"]
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
@@ -155,7 +155,7 @@ def fit(
     optimiser = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.98), weight_decay=0.01)
     run = Run([], 0.0)
     if path.exists():
-        state = torch.load(path)
+        state = torch.load(path, weights_only=True)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])
@@ -389,7 +389,7 @@ def main() -> None:
     Image.fromarray(moving_shapes.contact_sheet(videos[::7]).numpy()).save(options.out / "examples.png", optimize=True)
     figures |= moving_shapes.count_matches(prompts, videos) | {"asked": len(prompts)}
     clips = moving_shapes.random_clips(32, FRAMES, SIZE, seeded(options.seed, 4))
-    vae = AutoencoderKLWan.from_pretrained(options.out, subfolder="vae")
+    vae = AutoencoderKLWan.from_pretrained(options.out, subfolder="vae", use_safetensors=True)
     figures["psnr"], rebuilt = moving_shapes.reconstruct(vae, moving_shapes.draw(clips, FRAMES, SIZE, SIZE))
     figures["reader"] = moving_shapes.count_matches(clips.prompts(), rebuilt)["everything"]
     figures["examples"] = ", ".join(f"`{prompt}`" for prompt in prompts[::7])

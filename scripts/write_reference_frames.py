@@ -22,7 +22,7 @@ REQUEST = Request("a red circle moving right", steps=20, frames=17, height=96, w
 
 def main() -> None:
     """Generate on CPU in float32; write one PNG a frame and the request."""
-    frames = generate(DiffusionPipeline.from_pretrained(SAMPLE), REQUEST).frames
+    frames = generate(DiffusionPipeline.from_pretrained(SAMPLE, use_safetensors=True), REQUEST).frames
     folder = SAMPLE / "reference"
     folder.mkdir(exist_ok=True)
     for old in folder.glob("frame_*.png"):

@@ -1,4 +1,4 @@
-"""What every backend keeps of rotation and of RMSNorm with rotation, against the float64 oracle.
+"""What every backend keeps of rotation and of norms with rotation, against the float64 oracle.
 
 Not collected by a plain ``pytest``: which backend, and on which device, is chosen once for a process (see
 ``contract_calls.py``). ``test_eager.py``, ``test_triton_kernels.py`` and ``test_cuda_kernels.py`` start such processes;
@@ -216,18 +216,20 @@ NORMS = [
 @named(NORMS)
 def test_norm_rotate_is_as_accurate_as_float32(case: Case, kind: NormKind) -> None:
     xs = case.tensors()
-    check_norm_rotation(xs, case.weights(kind, (F32, case.dtype)), kind, case.args(), poisoned(xs))
+    weights, biases = case.weights(kind, (F32, case.dtype)), case.biases(kind, (case.dtype, F32))
+    check_norm_rotation(xs, weights, kind, case.args(), poisoned(xs), biases=biases)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in NormKind if kind.across_heads], ids=lambda kind: kind.value)
 @both_pairings
 @pytest.mark.parametrize(
     "heads", [(12, 12), (40, 40), (64, 8), (32, 8), (64, 64)], ids=lambda heads: f"{heads[0]}-{heads[1]}"
 )
-def test_norm_rotate_across_many_heads(heads: tuple[int, int], pairing: Pairing) -> None:
+def test_norm_rotate_across_many_heads(heads: tuple[int, int], pairing: Pairing, kind: NormKind) -> None:
     case = Case(tokens=3, heads=heads, dim=128, pairs=(22, 21, 21), pairing=pairing)
     xs = case.tensors()
-    weights = case.weights(NormKind.ACROSS_HEADS, (BF16, BF16))
-    check_norm_rotation(xs, weights, NormKind.ACROSS_HEADS, case.args(), poisoned(xs))
+    weights, biases = case.weights(kind, (BF16, BF16)), case.biases(kind, (BF16, BF16))
+    check_norm_rotation(xs, weights, kind, case.args(), poisoned(xs), biases=biases)
 
 
 DIMS = [
@@ -247,12 +249,13 @@ DIMS = [
 ]
 
 
+@pytest.mark.parametrize("kind", [kind for kind in NormKind if not kind.across_heads], ids=lambda kind: kind.value)
 @both_pairings
 @named(DIMS)
-def test_norm_rotate_per_head_of_any_dim(case: Case, pairing: Pairing) -> None:
+def test_norm_rotate_per_head_of_any_dim(case: Case, pairing: Pairing, kind: NormKind) -> None:
     case = replace(case, pairing=pairing, heads=(3, 2), tokens=5, prefix=1)
     xs = case.tensors()
-    check_norm_rotation(xs, case.weights(NormKind.PER_HEAD), NormKind.PER_HEAD, case.args(), poisoned(xs))
+    check_norm_rotation(xs, case.weights(kind), kind, case.args(), poisoned(xs), biases=case.biases(kind))
 
 
 @pytest.mark.parametrize("dtypes", [(F16, F32), (BF16, F16), (F64, BF16)], ids=str)
@@ -260,16 +263,20 @@ def test_norm_rotate_per_head_of_any_dim(case: Case, pairing: Pairing) -> None:
 def test_norm_rotate_weights_may_have_any_dtype_and_stride(kind: NormKind, dtypes: tuple[torch.dtype, ...]) -> None:
     case = Case(heads=(3, 2))
     xs = case.tensors()
-    weights = [torch.stack((weight, weight - 9), dim=1)[:, 0] for weight in case.weights(kind, dtypes)]
-    check_norm_rotation(xs, weights, kind, case.args(), poisoned(xs))
+    weights, biases = (
+        [torch.stack((each, each - 9), dim=1)[:, 0] for each in parameters]
+        for parameters in (case.weights(kind, dtypes), case.biases(kind, dtypes[::-1]))
+    )
+    check_norm_rotation(xs, weights, kind, case.args(), poisoned(xs), biases=biases)
 
 
 @both_norms
 def test_norm_rotate_weights_are_optional_each(kind: NormKind) -> None:
     skip_unless(BACKEND != "cuda", "weights are given for every tensor or for none")
-    case = Case(heads=(3, 2), dtype=F32)
+    case = Case(tokens=67, heads=(3, 2), dtype=F32)
     xs, weights = case.tensors(), case.weights(kind, (F32, F32))
-    check_norm_rotation(xs, (None, weights[1]), kind, case.args(), poisoned(xs), eps=1e-2)
+    biases = (*case.biases(kind)[:1], None) if kind.centred else ()
+    check_norm_rotation(xs, (None, weights[1]), kind, case.args(), poisoned(xs), eps=1e-2, biases=biases)
 
 
 @both_pairings
@@ -285,8 +292,11 @@ def test_norm_rotate_takes_views_of_any_alignment(kind: NormKind) -> None:
     case = Case(dim=32, pairs=(6, 2, 4), prefix=1)
     for elements in (1, 4):
         xs = after(elements)(case)
-        weights = [torch.cat((weight[:elements], weight))[elements:] for weight in case.weights(kind, (BF16, BF16))]
-        check_norm_rotation(xs, weights, kind, case.args(), xs)
+        weights, biases = (
+            [torch.cat((each[:elements], each))[elements:] for each in parameters]
+            for parameters in (case.weights(kind, (BF16, BF16)), case.biases(kind, (BF16, BF16)))
+        )
+        check_norm_rotation(xs, weights, kind, case.args(), xs, biases=biases)
 
 
 def test_rotate_there_and_back_is_the_identity_to_two_roundings() -> None:
@@ -337,6 +347,7 @@ def calls(draw: st.DrawFn) -> tuple[Case, int, str]:
         positions=positions,
         inverse=draw(st.booleans()),
         exact=operation == "exact",
+        head_rows=draw(st.sampled_from([0, 0, 1, 5])),
     )
     return case, draw(st.sampled_from([0, 0, 1, 2])), operation
 
@@ -347,7 +358,8 @@ def test_calls_of_any_shape_are_as_accurate_as_float32(call: tuple[Case, int, st
     case, elements, operation = call
     xs, args = after(elements)(case), case.args()
     if isinstance(operation, NormKind):
-        check_norm_rotation(xs, case.weights(operation), operation, args, poisoned(xs))
+        weights, biases = case.weights(operation), case.biases(operation)
+        check_norm_rotation(xs, weights, operation, args, poisoned(xs), biases=biases)
     else:
         check_rotation(xs, args, xs if operation == "in-place" else poisoned(xs))
 

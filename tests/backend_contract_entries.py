@@ -56,7 +56,7 @@ def test_dense_table_is_one_axis(dtypes: tuple[torch.dtype, torch.dtype], exact:
 def test_norm_rotate_takes_a_table_of_the_datas_dtype(kind: NormKind, pairing: Pairing) -> None:
     case = Case(heads=(3, 2), table=BF16, pairing=pairing)
     xs = case.tensors()
-    check_norm_rotation(xs, case.weights(kind), kind, case.args(), poisoned(xs))
+    check_norm_rotation(xs, case.weights(kind), kind, case.args(), poisoned(xs), biases=case.biases(kind))
 
 
 @both_pairings

@@ -82,7 +82,8 @@ def emulated(folder: Path) -> Iterator[EmulatedKernels]:
     real = cuda_kernels._launch
 
     def launch(xs: Sequence[torch.Tensor], args: Any, outs: Sequence[torch.Tensor], norm: Any) -> None:
-        tensors = [*xs, *outs, *(norm.weights if norm else ()), args.positions]
+        parameters = (*norm.weights, *norm.biases) if norm else ()
+        tensors = [*xs, *outs, *parameters, args.positions, args.rows]
         kernels.ranges = [_range(tensor) for tensor in tensors if tensor is not None]
         real(xs, args, outs, norm)
 

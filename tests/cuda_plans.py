@@ -37,7 +37,10 @@ HEADS = {
     "wan-1.3b": Heads((12, 12), 128, (22, 21, 21)),
     "wan-14b": Heads((40, 40), 128, (22, 21, 21)),
     "hunyuan-video": Heads((24, 24), 128, (8, 28, 28)),
-    "ltx": Heads((32, 32), 64, (12, 10, 10)),
+    "ltx": Heads((32, 32), 64, (32,)),
+    "mochi": Heads((24, 24), 128, (64,)),
+    "cogvideox-2b": Heads((30, 30), 64, (8, 12, 12)),
+    "cogvideox-5b": Heads((48, 48), 64, (8, 12, 12)),
     "cosmos": Heads((16, 16), 128, (22, 21, 21)),
     "flux2": Heads((48, 48), 128, (16, 16, 16, 16)),
     "hunyuan-dit": Heads((16, 16), 88, (22, 22)),
@@ -47,27 +50,43 @@ HEADS = {
     "partial": Heads((12, 12), 128, (16, 16, 16)),
 }
 
-# The values of every option; the first ones are what models mostly use. `norm_weights` is None without a norm. Data,
-# outputs and weights start at an address of that alignment in bytes.
+# Of operations that begin with a norm.
+KINDS = {
+    "norm-per-head": NormKind.PER_HEAD,
+    "norm-across-heads": NormKind.ACROSS_HEADS,
+    "layer-norm-per-head": NormKind.LAYER_PER_HEAD,
+    "layer-norm-across-heads": NormKind.LAYER_ACROSS_HEADS,
+}
+
+# The values of every option; the first ones are what models mostly use. `norm_weights` is None without a norm, and of a
+# LayerNorm the biases too. Data, outputs, weights, and the table where heads have their own angles, start at an address
+# of that alignment in bytes.
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "operation": ("rotate", "rotate-in-place", "exact", "norm-per-head", "norm-across-heads", "shift"),
+    "operation": ("rotate", "rotate-in-place", "exact", *KINDS, "shift"),
     "heads": tuple(HEADS),
     "pairing": (Pairing.INTERLEAVED, Pairing.HALF),
     "data": (BFLOAT16, FLOAT16, FLOAT32),
     "table": ("float32", "data"),
     "tensors": (2, 1),
     "norm_weights": (None, "data", "float32", "none"),
+    "angles": ("shared", "own"),
     "alignment": (16, 8, 4, 2),
 }
 
-# What models call: their heads and pairing in bfloat16, with a float32 table and weights of the data's dtype.
-MODELS = {
-    "wan-1.3b": Pairing.INTERLEAVED,
-    "wan-14b": Pairing.INTERLEAVED,
-    "hunyuan-video": Pairing.INTERLEAVED,
-    "ltx": Pairing.INTERLEAVED,
-    "cosmos": Pairing.HALF,
-}
+_EVERY = ("rotate", "rotate-in-place", "exact", "norm-per-head", "norm-across-heads", "shift")
+# What models call: their heads, pairing, angles and operations in bfloat16, with a float32 table and weights of the
+# data's dtype.
+MODELS = (
+    ("wan-1.3b", Pairing.INTERLEAVED, "shared", _EVERY),
+    ("wan-14b", Pairing.INTERLEAVED, "shared", _EVERY),
+    ("hunyuan-video", Pairing.INTERLEAVED, "shared", _EVERY),
+    ("cosmos", Pairing.HALF, "shared", _EVERY),
+    ("ltx", Pairing.INTERLEAVED, "own", ("rotate", "exact", "norm-across-heads")),
+    ("ltx", Pairing.HALF, "own", ("rotate", "exact", "norm-across-heads")),
+    ("mochi", Pairing.INTERLEAVED, "own", ("rotate", "exact", "norm-per-head")),
+    ("cogvideox-2b", Pairing.INTERLEAVED, "shared", ("rotate", "exact", "layer-norm-per-head")),
+    ("cogvideox-5b", Pairing.INTERLEAVED, "shared", ("rotate", "exact", "layer-norm-per-head")),
+)
 
 Row = dict[str, Any]
 
@@ -75,13 +94,15 @@ Row = dict[str, Any]
 def is_possible(row: Row) -> bool:
     """Whether a call can have these options, of which some may still be open."""
     named = "operation" in row and "norm_weights" in row
-    if named and row["operation"].startswith("norm") != (row["norm_weights"] is not None):
+    if named and (row["operation"] in KINDS) != (row["norm_weights"] is not None):
+        return False
+    if row.get("operation") == "shift" and row.get("angles") == "own":
         return False
     return not (row.get("data") is FLOAT32 and (row.get("alignment") == 2 or row.get("table") == "data"))
 
 
 def model_rows() -> list[Row]:
-    """Every model with every operation."""
+    """Every model with its operations."""
     return [
         {
             "operation": operation,
@@ -90,11 +111,12 @@ def model_rows() -> list[Row]:
             "data": BFLOAT16,
             "table": "float32",
             "tensors": 2,
-            "norm_weights": "data" if operation.startswith("norm") else None,
+            "norm_weights": "data" if operation in KINDS else None,
+            "angles": angles,
             "alignment": 16,
         }
-        for heads, pairing in MODELS.items()
-        for operation in OPTIONS["operation"]
+        for heads, pairing, angles, operations in MODELS
+        for operation in operations
     ]
 
 
@@ -135,6 +157,8 @@ def pairwise_rows(rows: Sequence[Row]) -> list[Row]:
 def name_of(row: Row) -> str:
     """A name that says the operation and heads, then what differs from the first value of each option."""
     parts = [row["operation"], row["heads"], row["pairing"].value, str(row["data"]).removeprefix("torch.")]
+    if row["angles"] == "own":
+        parts.append("own-angles")
     if row["table"] == "data":
         parts.append("16-bit-table")
     if row["tensors"] == 1:
@@ -147,7 +171,11 @@ def name_of(row: Row) -> str:
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: torch.dtype, alignment: int) -> torch.Tensor:
-    """Zeros whose address is a multiple of ``alignment``, and for less than 16 not of twice that."""
+    """Zeros whose address is a multiple of ``alignment``, and for less than 16 not of twice that.
+
+    It is at least the size of one number.
+    """
+    alignment = max(alignment, dtype.itemsize)
     start = alignment // dtype.itemsize if alignment < 16 else 0
     count = torch.Size(shape).numel()
     return torch.zeros(start + count, dtype=dtype)[start:].view(shape)
@@ -156,9 +184,10 @@ def aligned_zeros(shape: tuple[int, ...], dtype: torch.dtype, alignment: int) ->
 def rotation_args(row: Row) -> RotationArgs:
     """The arguments of a call with these options."""
     heads = HEADS[row["heads"]]
-    shift = row["operation"] == "shift"
+    shift, own = row["operation"] == "shift", row["angles"] == "own"
+    table = row["data"] if row["table"] == "data" else FLOAT32
     return RotationArgs(
-        rows=torch.zeros(2, 12, max(heads.pairs), dtype=row["data"] if row["table"] == "data" else FLOAT32),
+        rows=aligned_zeros((2, 12, max(heads.pairs)), table, row["alignment"] if own else 16),
         positions=torch.zeros(1, TOKENS, len(heads.pairs), dtype=torch.int32) if shift else None,
         pairs=heads.pairs,
         sizes=(TOKENS,) * len(heads.pairs),
@@ -170,21 +199,24 @@ def rotation_args(row: Row) -> RotationArgs:
         inverse=False,
         exact=row["operation"] == "exact",
         entries=torch.zeros(1, dtype=torch.int32) if shift else None,
+        head_rows=TOKENS if own else 0,
     )
 
 
 def norm_of(row: Row) -> Norm | None:
     """The norm of a call with these options."""
-    if not row["operation"].startswith("norm"):
+    kind = KINDS.get(row["operation"])
+    if kind is None:
         return None
     heads = HEADS[row["heads"]]
-    kind = NormKind.PER_HEAD if row["operation"] == "norm-per-head" else NormKind.ACROSS_HEADS
-    counts = [1 if kind is NormKind.PER_HEAD else count for count in heads.counts[: row["tensors"]]]
+    counts = [count if kind.across_heads else 1 for count in heads.counts[: row["tensors"]]]
     dtype = {"data": row["data"], "float32": FLOAT32, "none": None}[row["norm_weights"]]
     if dtype is None:
         return Norm(kind, [None] * len(counts), 1e-6)
-    alignment = max(row["alignment"], dtype.itemsize)
-    return Norm(kind, [aligned_zeros((count * heads.dim,), dtype, alignment) for count in counts], 1e-6)
+    weights, biases = (
+        [aligned_zeros((count * heads.dim,), dtype, row["alignment"]) for count in counts] for _ in range(2)
+    )
+    return Norm(kind, weights, 1e-6, biases if kind.centred else ())
 
 
 def plan_for(row: Row) -> Plan:

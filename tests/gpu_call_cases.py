@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ SMALL = RotationArgs(
     exact=False,
 )
 
+# One axis of 60 tokens, head after head; and the axes of frames, rows and columns.
+MOCHI = replace(WAN, rows=torch.zeros(2, 24 * 60, 64), pairs=(64,), sizes=(60,), first_rows=(0,), head_rows=60)
+LTX = replace(MOCHI, rows=torch.zeros(2, 32 * 60, 32), pairs=(32,))
+COGVIDEOX = replace(WAN, rows=torch.zeros(2, 12, 12), pairs=(8, 12, 12))
+
 
 def meta(batch: int, tokens: int, heads: int = 12, dim: int = 128) -> torch.Tensor:
     """Queries without memory, of any length."""
@@ -56,9 +62,18 @@ LAYOUTS: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {
     "transposed": (meta(2, 12, 61).transpose(1, 2), {}),
     "transposed-far": (meta(2, 12, 2**21).transpose(1, 2), {}),
     "far-batch": (meta(2, 2**22), {}),
+    "fused": (meta(2, 60, 36).flatten(2).chunk(3, dim=-1)[1].unflatten(2, (12, 128)), {}),
     "stride-of-one-batch": (meta(1, 60).as_strided((1, 60, 12, 128), (99_999, 1536, 128, 1)), {}),
 }
 """Queries, and changes to :data:`WAN`, for which nothing may be compiled that was not compiled for 60 tokens of it."""
+
+OWN_ANGLES: dict[str, dict[str, Any]] = {
+    "head-after-head": {"rows": torch.zeros(2, 24 * 4096, 64), "sizes": (4096,), "head_rows": 4096},
+    "token-after-token": {"positions": torch.zeros(1, 60, 1).int(), "head_rows": 1},
+    "every-batch-entry": {"positions": torch.zeros(3, 60, 1).int(), "rows": torch.zeros(2, 3 * 24 * 60, 64)},
+    "wider-rows": {"rows": torch.zeros(2, 24 * 60, 72)[:, :, :64]},
+}
+"""Changes to :data:`MOCHI` for which nothing may be compiled either; positions count as one of its own."""
 
 # What no GPU backend takes: made from a good tensor [1, 24, 3, 40], and changes to SMALL; with the reason given.
 WRONG_TENSORS = [
@@ -80,6 +95,10 @@ WRONG_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"rows": SMALL.rows.mT.contiguous().mT}, "last dim of the tables must be contiguous"),
     ({"positions": torch.zeros(1, 24, 3, dtype=torch.int64)}, "positions must be int32, got torch.int64"),
     ({"entries": torch.zeros(1, dtype=torch.int64)}, "entries must be int32, got torch.int64"),
+    (
+        {"entries": torch.zeros(1, dtype=torch.int32), "head_rows": 3},
+        "entries must turn by angles that all heads share, got head_rows 3",
+    ),
     ({"pairs": (1,) * 5}, "1 to 4 axes, got 5"),
     ({"token_offset": 2**31 - 1}, "grid tokens must be at most"),
 ]

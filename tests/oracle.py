@@ -10,19 +10,21 @@ def rotate(
 ) -> torch.Tensor:
     """Rotates the first ``2 * cos.shape[-1]`` channels of ``x`` ``[B, S, H, D]`` in float64, pair by pair.
 
-    ``cos`` and ``sin`` are ``[S, pairs]`` (or ``[B, S, pairs]``), identity rows being (1, 0).
+    ``cos`` and ``sin`` are ``[S, pairs]``, ``[B, S, pairs]`` or ``[B, S, H, pairs]``, identity rows being (1, 0).
     """
     x = x.double()
     cos, sin = cos.double(), sin.double()
     if cos.ndim == 2:
         cos, sin = cos[None], sin[None]
+    if cos.ndim == 3:
+        cos, sin = cos[:, :, None], sin[:, :, None]
     if inverse:
         sin = -sin
     out = x.clone()
     pairs = cos.shape[-1]
     for p in range(pairs):
         i, j = (2 * p, 2 * p + 1) if interleaved else (p, p + pairs)
-        c, s = cos[:, :, None, p], sin[:, :, None, p]
+        c, s = cos[..., p], sin[..., p]
         out[..., i] = x[..., i] * c - x[..., j] * s
         out[..., j] = x[..., i] * s + x[..., j] * c
     return out
@@ -35,6 +37,25 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, *, across
     out = x / torch.sqrt((x * x).mean(dim=dims, keepdim=True) + eps)
     if weight is not None:
         out = out * (weight.double().reshape(x.shape[-2:]) if across_heads else weight.double())
+    return out
+
+
+def norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    across_heads: bool,
+    centred: bool,
+) -> torch.Tensor:
+    """RMSNorm, or LayerNorm where ``centred``, as :func:`rms_norm`; the bias is as the weight."""
+    values = x.double()
+    if centred:
+        values = values - values.mean(dim=(-2, -1) if across_heads else -1, keepdim=True)
+    out = rms_norm(values, weight, eps, across_heads=across_heads)
+    if bias is not None:
+        out = out + (bias.double().reshape(x.shape[-2:]) if across_heads else bias.double())
     return out
 
 

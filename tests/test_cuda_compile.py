@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_call_cases import LAYOUTS, WAN, meta
+from gpu_call_cases import LAYOUTS, LTX, MOCHI, OWN_ANGLES, WAN, meta
 
 pytest.importorskip("triton")
 pytest.importorskip("cuda.core")
@@ -45,7 +45,7 @@ from dit_rope.backends.cuda_kernels import ARGUMENTS_SIZE, kernel_sources, plan_
 from dit_rope.backends.cuda_launch import compile_plan
 from dit_rope.backends.cuda_plan import Plan
 from dit_rope.backends.gpu_calls import Norm
-from dit_rope.spec import NormKind
+from dit_rope.spec import NormKind, Pairing
 
 # Resident threads of an SM for the models' calls, and for any: what was compiled, rounded down. A thread has 64 bytes
 # of loads under way, so 768 threads keep 48 KiB of reads in flight and 384 keep 24 KiB; by Little's law an SM of an
@@ -115,6 +115,7 @@ def test_plans_cover_every_pair_of_options() -> None:
         assert {row[option] for row in ROWS.values()} == set(values)
     assert {plan.access for plan in PLANS.values()} == {16, 8, 4, 2}
     assert {plan.weight_access for plan in PLANS.values() if plan.weights} == {16, 8, 4, 2}
+    assert {plan.table_access for plan in PLANS.values() if plan.own_angles} == {16, 8, 4, 2}
 
 
 def test_plan_spills_nothing_and_fits_an_sm(name: str, plan: Plan, builds: list[Built]) -> None:
@@ -210,6 +211,53 @@ def test_call_compiles_nothing_for_a_new_length_position_or_layout(
     changed = plan_of([x] * 2, replace(WAN, **changes), [x] * 2, norm)
     assert changed == base
     assert changed.source() == base.source()
+
+
+@pytest.mark.parametrize("changes", OWN_ANGLES.values(), ids=OWN_ANGLES)
+def test_call_compiles_nothing_for_other_rows_of_its_heads(changes: dict[str, Any]) -> None:
+    x = meta(3, 60, heads=24)
+    assert plan_of([x] * 2, replace(MOCHI, **changes), [x] * 2, NORM) == plan_of([x] * 2, MOCHI, [x] * 2, NORM)
+
+
+@pytest.mark.parametrize(("step", "access"), [(4, 16), (2, 8), (1, 4)])
+@pytest.mark.parametrize("pairing", Pairing)
+def test_call_narrows_its_accesses_to_the_tables_strides(step: int, access: int, pairing: Pairing) -> None:
+    x, rows = meta(1, 60, heads=32, dim=64), torch.zeros(2, 32 * 60, 32 + step)
+    args = replace(LTX, rows=rows[:, :, :32], pairing=pairing)
+    assert plan_of([x], args, [x]).table_access == access
+    assert plan_of([x], replace(args, rows=rows[:, :, step:]), [x]).table_access == access
+
+
+@pytest.mark.parametrize(
+    ("pairs", "dtype", "access"),
+    [
+        ((32,), torch.float32, 16),
+        ((32,), torch.bfloat16, 8),
+        ((24,), torch.float32, 16),
+        ((22,), torch.float32, 8),
+        ((21,), torch.float32, 4),
+        ((21,), torch.bfloat16, 2),
+        ((16, 8, 8), torch.float32, 16),
+        ((12, 10, 10), torch.float32, 8),
+        ((12, 9, 11), torch.bfloat16, 2),
+    ],
+    ids=str,
+)
+def test_call_reads_angles_of_one_axis_at_once(pairs: tuple[int, ...], dtype: torch.dtype, access: int) -> None:
+    """Of aligned tables, whose rows have room for 32 pairs."""
+    x, axes = meta(1, 60, heads=32, dim=64), len(pairs)
+    rows = torch.zeros(2, 32 * 60, 32, dtype=dtype)
+    args = replace(LTX, rows=rows, pairs=pairs, sizes=(4,) * axes, first_rows=(0,) * axes)
+    assert plan_of([x], args, [x]).table_access == access
+
+
+def test_call_of_queries_and_keys_in_other_layouts_moves_16_bytes_at_once() -> None:
+    """A fused projection, heads before tokens, and text tokens in front: all are views of aligned rows."""
+    fused = torch.empty(2, 60, 3 * 1536, dtype=torch.bfloat16).chunk(3, dim=-1)[1].unflatten(2, (12, 128))
+    transposed = torch.empty(2, 12, 90, 128, dtype=torch.bfloat16).transpose(1, 2)[:, 30:]
+    plan = plan_of([fused, transposed], WAN, [transposed, fused], NORM)
+    assert (plan.access, plan.weight_access) == (16, 16)
+    assert plan == plan_of([fused.contiguous()] * 2, WAN, [fused.contiguous()] * 2, NORM)
 
 
 @pytest.mark.parametrize(("step", "access"), [(8, 16), (4, 8), (2, 4), (1, 2)])

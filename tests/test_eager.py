@@ -14,6 +14,7 @@ from tolerance import assert_within
 import dit_rope
 from dit_rope import Grid, NormKind, Pairing, RopeSpec, RopeTable, rope_table
 from dit_rope.backends import eager
+from dit_rope.rotation_args import RotationArgs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
@@ -168,21 +169,25 @@ def test_strided_views_in_place_are_within_the_bound(layout: str, pairing: Pairi
 @pytest.mark.parametrize("weighted", [True, False])
 def test_norm_rotate_is_within_the_bound_of_float64(norm: NormKind, dtype: torch.dtype, weighted: bool) -> None:
     table = table_of()
-    across = norm is NormKind.ACROSS_HEADS
+    across = norm.across_heads
     xs = [3 * torch.randn(16, 2 + 60 + 1, heads, 16).to(dtype) for heads in (3, 2)]
     weights = [torch.randn(x.shape[2] * 16 if across else 16).to(dtype) if weighted else None for x in xs]
+    biases = [torch.randn(weight.shape).to(dtype) for weight in weights if weight is not None and norm.centred]
     outs = [torch.full_like(x, torch.nan) for x in xs]
-    eager.norm_rotate(xs, weights, 1e-6, norm, table.args(prefix=2), outs)
+    eager.norm_rotate(xs, weights, 1e-6, norm, table.args(prefix=2), outs, biases)
     cos, sin = (torch.nn.functional.pad(part, (0, 0, 2, 1)) for part in table.cos_sin(repeat=False))
     cos[:2], cos[-1:] = 1.0, 1.0
-    for x, weight, out in zip(xs, weights, outs, strict=True):
-        normed = oracle.rms_norm(x, weight, 1e-6, across_heads=across)
+    for x, weight, bias, out in zip(xs, weights, biases or [None, None], outs, strict=True):
+        normed = oracle.norm(x, weight, bias, 1e-6, across_heads=across, centred=norm.centred)
         truth = oracle.rotate(normed, cos, sin, interleaved=True)
         wide = x.to(torch.promote_types(dtype, torch.float32))
         dims = (-2, -1) if across else (-1,)
+        wide = wide - wide.mean(dims, keepdim=True) if norm.centred else wide
         naive = wide * torch.rsqrt(wide.square().mean(dims, keepdim=True) + 1e-6)
         if weight is not None:
             naive = naive * (weight.view(x.shape[2:]) if across else weight)
+        if bias is not None:
+            naive = naive + (bias.view(x.shape[2:]) if across else bias)
         assert_within(out, truth, eager.reference(naive, cos[None, :, None], sin[None, :, None], Pairing.INTERLEAVED))
 
 
@@ -208,7 +213,7 @@ def test_norm_rotate_in_float64_is_exact_to_its_roundings(norm: NormKind) -> Non
     x = torch.randn(2, 60, 3, 16, dtype=torch.float64)
     out = torch.full_like(x, torch.nan)
     eager.norm_rotate([x], [None], 1e-6, norm, table.args(), [out])
-    normed = oracle.rms_norm(x, None, 1e-6, across_heads=norm is NormKind.ACROSS_HEADS)
+    normed = oracle.norm(x, None, None, 1e-6, across_heads=norm.across_heads, centred=norm.centred)
     truth = oracle.rotate(normed, *table.cos_sin(repeat=False), interleaved=True)
     assert (out - truth).abs().max() <= 16 * torch.finfo(torch.float64).eps * truth.abs().max()
 
@@ -263,3 +268,63 @@ def test_angles_of_inference_tensors_are_not_kept() -> None:
     with torch.inference_mode():
         run([x], table, exact=True, positions=table.positions().clone())
     assert dit_rope.cache_info().angles.entries == 0
+
+
+def own_angles(heads: int, tokens: int, dtype: torch.dtype = torch.float32, **kwargs: object) -> RotationArgs:
+    """Angles of 7 pairs for each of ``heads``, token after token; the positions are row numbers of head 0."""
+    rows = torch.randn(2, tokens * heads, 7, dtype=dtype)
+    positions = torch.arange(0, tokens * heads, heads, dtype=torch.int32)[None, :, None]
+    where = {"pairs": (7,), "sizes": (0,), "first_rows": (0,), "token_offset": 0, "prefix": 0, "count": tokens}
+    flags = {"pairing": Pairing.INTERLEAVED, "inverse": False, "exact": True, "head_rows": 1}
+    return RotationArgs(rows, positions, **{**where, **flags, **kwargs})
+
+
+def test_dense_angles_of_every_head() -> None:
+    args = own_angles(3, 20, prefix=2)
+    args.positions[0, 4] = -1
+    cos, sin = eager.dense_angles(args, 25, heads=2)
+    assert cos.shape == sin.shape == (1, 25, 2, 7)
+    expected = args.rows.view(2, 20, 3, 7)[:, :, :2].clone()
+    expected[0, 4], expected[1, 4] = 1.0, 0.0
+    assert torch.equal(cos[0, 2:22], expected[0])
+    assert torch.equal(sin[0, 2:22], expected[1])
+    for still in (slice(2), slice(22, None), 6):
+        assert (cos[0, still] == 1.0).all()
+        assert not sin[0, still].any()
+
+
+@pytest.mark.parametrize("pairing", Pairing)
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_exact_by_each_heads_angles_equals_the_reference(pairing: Pairing, dtype: torch.dtype) -> None:
+    """As LTX and Mochi have them: products and their sum in float32."""
+    args = own_angles(3, 20, pairing=pairing)
+    q, k = (torch.randn(2, 20, heads, 16).to(dtype) for heads in (3, 2))
+    outs = [torch.full_like(x, torch.nan) for x in (q, k)]
+    eager.rotate([q, k], args, outs)
+    cos, sin = args.rows.view(2, 1, 20, 3, 7)
+    assert torch.equal(outs[0], eager.reference(q, cos, sin, pairing))
+    assert torch.equal(outs[1], eager.reference(k, cos[:, :, :2], sin[:, :, :2], pairing))
+
+
+def test_each_heads_angles_are_found_again() -> None:
+    """For as many heads as a call has: gathering them takes as long as the rotation."""
+    dit_rope.cache_clear()
+    args = own_angles(3, 20)
+    x, more = torch.randn(1, 20, 2, 14), torch.randn(1, 20, 3, 14)
+    for xs in ([x], [x, more], [more, x]):
+        for _ in range(2):
+            eager.rotate(xs, args, [torch.empty_like(x) for x in xs])
+    info = dit_rope.cache_info().angles
+    assert (info.misses, info.hits, info.entries) == (2, 4, 2)
+
+
+@pytest.mark.parametrize("norm", NormKind)
+def test_norm_rotate_by_chunks_gives_the_same_bits(norm: NormKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = own_angles(3, 20, exact=False, prefix=2)
+    xs = [torch.randn(1, 23, heads, 16).bfloat16() for heads in (2, 3)]
+    outs = [[torch.full_like(x, torch.nan) for x in xs] for _ in range(4)]
+    eager.norm_rotate(xs, [None, None], 1e-6, norm, args, outs[0])
+    for out, size in zip(outs[1:], (1, 1000, 1500), strict=True):
+        monkeypatch.setattr(eager, "CHUNK_BYTES", size)
+        eager.norm_rotate(xs, [None, None], 1e-6, norm, args, out)
+        assert all(map(torch.equal, out, outs[0]))

@@ -9,6 +9,7 @@ import textwrap
 import model_code
 import pytest
 import torch
+from tolerance import assert_within
 
 from dit_rope import (
     Grid,
@@ -22,7 +23,9 @@ from dit_rope import (
     rope_table,
     rotate,
     rotate_qk,
+    rotation,
 )
+from dit_rope.rotation_args import RotationArgs
 
 
 @pytest.fixture
@@ -46,18 +49,21 @@ def test_rotate_inplace_passes_opcheck(table: RopeTable) -> None:
     torch.library.opcheck(torch.ops.dit_rope.rotate_.default, (xs, *flat(table)))
 
 
-@pytest.mark.parametrize("across_heads", [False, True])
+@pytest.mark.parametrize("norm", NormKind)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_norm_rotate_passes_opcheck(table: RopeTable, across_heads: bool, weighted: bool) -> None:
+def test_norm_rotate_passes_opcheck(table: RopeTable, norm: NormKind, weighted: bool) -> None:
     xs = [torch.randn(2, 12, heads, 10, requires_grad=True) for heads in (3, 1)]
-    sizes = [30, 10] if across_heads else [10, 10]
+    sizes = [30, 10] if norm.across_heads else [10, 10]
     weights = [torch.randn(size, requires_grad=True) for size in sizes] if weighted else []
-    torch.library.opcheck(torch.ops.dit_rope.norm_rotate.default, (xs, weights, 1e-6, across_heads, *flat(table)))
+    biases = [torch.randn(size, requires_grad=True) for size in sizes] if norm.centred else []
+    arguments = (xs, weights, biases, 1e-6, norm.value, *flat(table))
+    torch.library.opcheck(torch.ops.dit_rope.norm_rotate.default, arguments)
 
 
 def test_norm_rotate_inplace_passes_opcheck(table: RopeTable) -> None:
     xs, weights = [torch.randn(2, 12, 3, 10)], [torch.randn(10)]
-    torch.library.opcheck(torch.ops.dit_rope.norm_rotate_.default, (xs, weights, 1e-6, False, *flat(table)))
+    arguments = (xs, weights, [], 1e-6, "per_head", *flat(table))
+    torch.library.opcheck(torch.ops.dit_rope.norm_rotate_.default, arguments)
 
 
 @pytest.mark.parametrize("pairing", Pairing)
@@ -78,15 +84,69 @@ def test_rotate_passes_gradcheck(pairing: Pairing, exact: bool) -> None:
 def test_norm_rotate_passes_gradcheck(norm: NormKind, exact: bool) -> None:
     table = rope_table(RopeSpec((4, 2, 2)), Grid(2, 3, 2), dtype=torch.float64)
     q, k = (torch.randn(1, 14, heads, 10, dtype=torch.float64, requires_grad=True) for heads in (2, 1))
-    sizes = (20, 10) if norm is NormKind.ACROSS_HEADS else (10, 10)
-    weights = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    sizes = (20, 10) if norm.across_heads else (10, 10)
+    sizes = (*sizes, *sizes) if norm.centred else sizes
+    parameters = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
 
     def turn(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k, *weights = tensors
-        return norm_rotate_qk(q, k, table, *weights, norm=norm, prefix=1, suffix=1, exact=exact)
+        q, k, q_weight, k_weight, *biases = tensors
+        how = dict(zip(("q_bias", "k_bias"), biases, strict=False))
+        return norm_rotate_qk(q, k, table, q_weight, k_weight, norm=norm, prefix=1, suffix=1, exact=exact, **how)
 
-    assert torch.autograd.gradcheck(turn, (q, k, *weights))
+    assert torch.autograd.gradcheck(turn, (q, k, *parameters))
     assert torch.autograd.gradcheck(lambda x: norm_rotate(x, table, norm=norm, prefix=1, suffix=1), (q,))
+
+
+def own_angles(heads: int, exact: bool, dtype: torch.dtype) -> RotationArgs:
+    """Angles of 4 pairs for each of ``heads``, of 12 tokens after one that does not turn."""
+    angles = torch.randn(heads * 12, 4, dtype=torch.float64)
+    rows = torch.stack((angles.cos(), angles.sin())).to(dtype)
+    where = ((4,), (12,), (0,), 0, 1, 12, Pairing.INTERLEAVED, False, exact)
+    return RotationArgs(rows, None, *where, head_rows=12)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_own_angles_of_heads_pass_gradcheck_and_opcheck(exact: bool) -> None:
+    args = own_angles(3, exact, torch.float64)
+    xs = tuple(torch.randn(1, 14, heads, 10, dtype=torch.float64, requires_grad=True) for heads in (3, 2))
+    assert torch.autograd.gradcheck(lambda *xs: tuple(rotation.apply(xs, args)), xs)
+    torch.library.opcheck(torch.ops.dit_rope.rotate.default, (list(xs), *ops._flatten(args), "eager"))
+
+
+@pytest.mark.parametrize("norm", NormKind)
+def test_norms_by_own_angles_of_heads_pass_gradcheck(norm: NormKind) -> None:
+    args = own_angles(3, False, torch.float64)
+    x = torch.randn(1, 14, 3, 10, dtype=torch.float64, requires_grad=True)
+    weight, bias = (torch.randn(30 if norm.across_heads else 10, dtype=torch.float64) for _ in range(2))
+    weight.requires_grad_()
+    bias.requires_grad_(norm.centred)
+
+    def turn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return rotation.apply_norm([x], [weight], 1e-6, norm, args, biases=[bias] if norm.centred else ())[0]
+
+    assert torch.autograd.gradcheck(turn, (x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_norm_gradient_is_torchs(dtype: torch.dtype) -> None:
+    """Of one rotation that turns nothing, so that only the roundings of the norm are left."""
+    table = rope_table(RopeSpec((4, 2, 2)), Grid(1, 1, 1))
+    x, grad = torch.randn(2, 40, 3, 10).to(dtype).requires_grad_(), torch.randn(2, 40, 3, 10).to(dtype)
+    weight, bias = (torch.randn(10).to(dtype).requires_grad_() for _ in range(2))
+    out = norm_rotate(x, table, weight, bias=bias, norm=NormKind.LAYER_PER_HEAD, suffix=39)
+    actual = torch.autograd.grad(out, (x, weight, bias), grad)
+    expected, naive = (layer_norm_gradient(x, weight, bias, grad, wide) for wide in (torch.float64, torch.float32))
+    for got, exact, single in zip(actual, expected, naive, strict=True):
+        assert got.dtype == dtype
+        assert_within(got, exact, single)
+
+
+def layer_norm_gradient(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    wide = [tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight, bias)]
+    out = torch.nn.functional.layer_norm(wide[0], weight.shape, wide[1], wide[2], 1e-6)
+    return torch.autograd.grad(out, wide, grad.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -113,7 +173,8 @@ def test_compiled_rotation_equals_eager_without_a_graph_break(table: RopeTable, 
 
     def turn(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q, k = rotate_qk(q, k, table, exact=exact)
-        return norm_rotate_qk(q * 2, k, table, weight)
+        q, k = norm_rotate_qk(q * 2, k, table, weight)
+        return norm_rotate_qk(q, k, table, k_bias=weight, norm=NormKind.LAYER_PER_HEAD)
 
     compiled = torch.compile(turn, backend="aot_eager", fullgraph=True)
     for actual, expected in zip(compiled(q, k), turn(q, k), strict=True):

@@ -300,7 +300,7 @@ def test_patch_leaves_no_entry_in_the_table_cache() -> None:
 
 def test_patch_refuses_a_module_whose_forward_was_replaced() -> None:
     model = wan_models.build("wan")
-    model.rope.forward = model.rope.forward
+    model.rope.forward = lambda latent: None
     with pytest.raises(ValueError, match="replaced forward in rope; patch first"):
         dit_rope.patch(model)
 

@@ -33,11 +33,11 @@ def test_rotate_equals_rotate_qk(table: RopeTable) -> None:
 @pytest.mark.parametrize("norm", NormKind)
 def test_norm_rotate_equals_norm_rotate_qk(table: RopeTable, norm: NormKind) -> None:
     q, k = qk()
-    across = norm is NormKind.ACROSS_HEADS
-    weights = [torch.randn(x.shape[2] * D if across else D) for x in (q, k)]
-    turned = norm_rotate_qk(q, k, table, *weights, norm=norm)
-    for x, weight, expected in zip((q, k), weights, turned, strict=True):
-        assert torch.equal(norm_rotate(x, table, weight, norm=norm), expected)
+    weights = [torch.randn(x.shape[2] * D if norm.across_heads else D) for x in (q, k)]
+    biases = [weight.flip(0) if norm.centred else None for weight in weights]
+    turned = norm_rotate_qk(q, k, table, *weights, q_bias=biases[0], k_bias=biases[1], norm=norm)
+    for x, weight, bias, expected in zip((q, k), weights, biases, turned, strict=True):
+        assert torch.equal(norm_rotate(x, table, weight, bias=bias, norm=norm), expected)
 
 
 def test_norm_rotate_qk_takes_one_weight_of_two(table: RopeTable) -> None:
@@ -45,6 +45,16 @@ def test_norm_rotate_qk_takes_one_weight_of_two(table: RopeTable) -> None:
     weight = torch.randn(D)
     _, turned = norm_rotate_qk(q, k, table, None, weight)
     assert torch.equal(turned, norm_rotate(k, table, weight))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_norm_rotate_qk_takes_one_bias_of_two(table: RopeTable, exact: bool) -> None:
+    q, k = qk()
+    bias = torch.randn(D)
+    norm = NormKind.LAYER_PER_HEAD
+    without, turned = norm_rotate_qk(q, k, table, k_bias=bias, norm=norm, exact=exact)
+    assert torch.equal(turned, norm_rotate(k, table, bias=bias, norm=norm, exact=exact))
+    assert torch.equal(without, norm_rotate(q, table, norm=norm, exact=exact))
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -80,6 +90,20 @@ def test_exact_norm_is_torchs_own_norm(table: RopeTable) -> None:
     normed = torch.nn.functional.rms_norm(x.flatten(2), (H * D,), weight, 1e-6).view(x.shape)
     turned = norm_rotate(x, table, weight, norm=NormKind.ACROSS_HEADS, exact=True)
     assert torch.equal(turned, rotate(normed, table, exact=True))
+
+
+@pytest.mark.parametrize("across_heads", [False, True])
+def test_exact_layer_norm_is_torchs_own_norm(table: RopeTable, across_heads: bool) -> None:
+    norm = NormKind.LAYER_ACROSS_HEADS if across_heads else NormKind.LAYER_PER_HEAD
+    size = H * D if across_heads else D
+    x, weight, bias = torch.randn(2, 12, H, D), torch.randn(size), torch.randn(size)
+    flat = x.flatten(2) if across_heads else x
+    normed = torch.nn.functional.layer_norm(flat, (size,), weight, bias, 1e-5).view(x.shape)
+    expected = rotate(normed, table, exact=True)
+    how = {"bias": bias, "norm": norm, "eps": 1e-5, "exact": True}
+    assert torch.equal(norm_rotate(x, table, weight, **how), expected)
+    assert norm_rotate(x, table, weight, inplace=True, **how) is x
+    assert torch.equal(x, expected)
 
 
 @pytest.mark.parametrize("packing", ["[B, S, 3, H, D]", "[B, S, H, 3, D]", "[B, 3, H, S, D]"])
@@ -128,6 +152,12 @@ def test_inplace_refuses_tensors_that_require_grad(table: RopeTable, leaf: bool)
 def test_inplace_refuses_a_weight_that_requires_grad(table: RopeTable) -> None:
     with pytest.raises(ValueError, match="inplace must be False"):
         norm_rotate(qk()[0], table, torch.ones(D, requires_grad=True), inplace=True)
+
+
+def test_inplace_refuses_a_bias_that_requires_grad(table: RopeTable) -> None:
+    bias = torch.ones(D, requires_grad=True)
+    with pytest.raises(ValueError, match="inplace must be False"):
+        norm_rotate(qk()[0], table, bias=bias, norm=NormKind.LAYER_PER_HEAD, inplace=True)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +214,21 @@ def test_rotate_qk_refuses_options_that_do_not_fit(
         ({"k_weight": torch.ones(D, dtype=torch.int32)}, TypeError, "k_weight must be floating point"),
         ({"q_weight": [1.0] * D}, TypeError, "q_weight must be a torch.Tensor or None, got list"),
         ({"q_weight": torch.ones(D, device="meta")}, ValueError, "q_weight must be on the device of q"),
+        (
+            {"k_bias": torch.ones(D)},
+            ValueError,
+            r"k_bias must be None for NormKind.PER_HEAD, got tensor\(.*; only a LayerNorm has a bias",
+        ),
+        (
+            {"q_bias": torch.ones(D), "norm": NormKind.LAYER_ACROSS_HEADS},
+            ValueError,
+            r"q_bias must have shape \[30\] for NormKind.LAYER_ACROSS_HEADS, got \(10,\)",
+        ),
+        (
+            {"q_bias": 1.0, "norm": NormKind.LAYER_PER_HEAD},
+            TypeError,
+            "q_bias must be a torch.Tensor or None, got float",
+        ),
     ],
 )
 def test_norm_rotate_qk_refuses_norms_that_do_not_fit(
@@ -191,6 +236,15 @@ def test_norm_rotate_qk_refuses_norms_that_do_not_fit(
 ) -> None:
     with pytest.raises(error, match=message):
         norm_rotate_qk(*qk(), table, **kwargs)  # type: ignore[arg-type]
+
+
+def test_norm_rotate_refuses_a_bias_of_an_rms_norm_after_one_of_a_layer_norm(table: RopeTable) -> None:
+    """What is remembered as valid tells the two calls apart."""
+    x, bias = qk()[0], torch.ones(D)
+    norm_rotate(x, table, bias=bias, norm=NormKind.LAYER_PER_HEAD)
+    norm_rotate(x, table)
+    with pytest.raises(ValueError, match="bias must be None for NormKind.PER_HEAD"):
+        norm_rotate(x, table, bias=bias)
 
 
 def test_rotate_refuses_what_is_no_table() -> None:

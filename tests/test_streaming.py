@@ -282,7 +282,7 @@ def test_chunk_refusals(error: type[Exception], frames: Any, message: str) -> No
         (TypeError, {"spec": None}, "spec must be a RopeSpec, got NoneType"),
         (TypeError, {"policy": "absolute"}, "policy must be a PositionPolicy, got 'absolute'"),
         (ValueError, {"frame_size": (2,)}, "frame_size must have one size for each axis but the first of (8, 6, 6), "),
-        (ValueError, {"frame_size": (2, 0)}, "Grid size must be at least 1, got 0"),
+        (ValueError, {"frame_size": (2, 0)}, "frame_size must be at least 1, got 0"),
         (ValueError, {"window_frames": 0}, "window_frames must be at least 1, got 0"),
         (ValueError, {"sink_frames": -1}, "sink_frames must be at least 0, got -1"),
         (ValueError, {"sink_frames": 4}, "sink_frames must be below window_frames 4, got 4"),

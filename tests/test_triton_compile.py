@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_call_cases import LAYOUTS, WAN, meta
+from gpu_call_cases import COGVIDEOX, LAYOUTS, LTX, MOCHI, OWN_ANGLES, WAN, meta
 
 from dit_rope.backends.gpu_calls import Norm
 from dit_rope.backends.triton_kernels import launch_arguments
@@ -79,6 +79,10 @@ def ones(size: int) -> list[torch.Tensor]:
     return [torch.ones(size, dtype=torch.bfloat16) for _ in "qk"]
 
 
+def layer_norm(kind: NormKind, size: int) -> Norm:
+    return Norm(kind, ones(size), 1e-6, ones(size))
+
+
 KERNELS = {
     "rotate-wan-1.3b": (12, 128, torch.bfloat16, WAN, None),
     "rotate-wan-14b-in-place": (40, 128, torch.bfloat16, WAN, None),
@@ -108,6 +112,34 @@ KERNELS = {
     "norm-across-40-heads": (40, 128, torch.bfloat16, WAN, Norm(NormKind.ACROSS_HEADS, ones(5120), 1e-6)),
     "norm-across-40-heads-half": (40, 128, torch.bfloat16, HALF, Norm(NormKind.ACROSS_HEADS, ones(5120), 1e-6)),
     "norm-across-64-heads": (64, 128, torch.bfloat16, WAN, Norm(NormKind.ACROSS_HEADS, ones(8192), 1e-6)),
+    "rotate-own-angles": (24, 128, torch.bfloat16, MOCHI, None),
+    "rotate-own-angles-half": (32, 64, torch.bfloat16, replace(LTX, pairing=Pairing.HALF), None),
+    "rotate-own-angles-of-axes": (24, 128, torch.bfloat16, replace(WAN, head_rows=12), None),
+    "norm-mochi": (24, 128, torch.bfloat16, MOCHI, Norm(NormKind.PER_HEAD, ones(128), 1e-6)),
+    "norm-ltx": (32, 64, torch.bfloat16, LTX, Norm(NormKind.ACROSS_HEADS, ones(2048), 1e-6)),
+    "norm-ltx2-half": (
+        32,
+        64,
+        torch.bfloat16,
+        replace(LTX, pairing=Pairing.HALF),
+        Norm(NormKind.ACROSS_HEADS, ones(2048), 1e-6),
+    ),
+    "layer-norm-cogvideox-2b": (30, 64, torch.bfloat16, COGVIDEOX, layer_norm(NormKind.LAYER_PER_HEAD, 64)),
+    "layer-norm-cogvideox-5b": (48, 64, torch.bfloat16, COGVIDEOX, layer_norm(NormKind.LAYER_PER_HEAD, 64)),
+    "layer-norm-half": (
+        48,
+        64,
+        torch.bfloat16,
+        replace(COGVIDEOX, pairing=Pairing.HALF),
+        layer_norm(NormKind.LAYER_PER_HEAD, 64),
+    ),
+    "layer-norm-across-48-heads": (
+        48,
+        64,
+        torch.bfloat16,
+        COGVIDEOX,
+        layer_norm(NormKind.LAYER_ACROSS_HEADS, 48 * 64),
+    ),
 }
 
 
@@ -148,11 +180,14 @@ def test_kernel_moves_16_bytes_at_once_and_spills_nothing(name: str, arch: int, 
 
 
 @pytest.mark.usefixtures("_own_cache")
-@pytest.mark.parametrize("args", [WAN, HALF], ids=["interleaved", "half"])
-def test_kernel_stores_each_pair_from_the_thread_that_loaded_it(args: RotationArgs) -> None:
+@pytest.mark.parametrize("name", ["interleaved", "half", "norm-mochi", "norm-ltx2-half", "layer-norm-cogvideox-2b"])
+def test_kernel_stores_each_pair_from_the_thread_that_loaded_it(name: str) -> None:
     """In place, a conversion of layouts between load and store would let one thread overwrite what another reads."""
-    xs = queries_and_keys(12, 128, torch.bfloat16)
-    text = compiled(specialise(xs, args, xs)).asm["ttgir"]
+    plain = {"interleaved": WAN, "half": HALF}
+    heads, dim, dtype, args, norm = (12, 128, torch.bfloat16, plain[name], None) if name in plain else KERNELS[name]
+    xs = queries_and_keys(heads, dim, dtype)
+    without_weights = None if norm is None else Norm(norm.kind, [None, None], norm.eps)
+    text = compiled(specialise(xs, args, xs, without_weights)).asm["ttgir"]
     accesses = re.findall(r"tt\.(?:load|store) [^\n]*x!tt\.ptr<bf16>, (#\w+)>", text)
     assert len(accesses) >= 4
     assert len(set(accesses)) == 1
@@ -196,6 +231,14 @@ def test_launch_compiles_nothing_for_a_new_length_position_or_layout(x: torch.Te
     assert launch.options == base.options
 
 
+@pytest.mark.parametrize("changes", OWN_ANGLES.values(), ids=OWN_ANGLES)
+def test_launch_compiles_nothing_for_other_rows_of_its_heads(changes: dict[str, Any]) -> None:
+    x = meta(3, 60, heads=24)
+    base = replace(MOCHI, positions=None if changes.get("positions") is None else torch.zeros(1, 60, 1).int())
+    launch = specialise([x] * 2, replace(base, **changes), [x] * 2)
+    assert launch.types == specialise([x] * 2, base, [x] * 2).types
+
+
 def test_launch_compiles_nothing_for_other_entries_or_shared_positions() -> None:
     """The entries may be a view, of any length, and positions of one token or of all."""
     entries, positions = torch.zeros(8, dtype=torch.int32), torch.zeros(1, 1, 3, dtype=torch.int32)
@@ -230,4 +273,4 @@ def test_launch_uses_one_dimension_of_the_grid_past_65535_blocks() -> None:
 def test_launch_types_of_strides_are_64_bit_and_of_nothing_else() -> None:
     types = dict(zip(norm_turn_kernel.arg_names, specialise([meta(1, 60)], WAN, [meta(1, 60)]).types, strict=True))
     strides = {name for name in types if name.endswith(("_batch", "_token", "_head", "_axis", "_plane", "_row"))}
-    assert {name for name, (kind, *_) in types.items() if kind == "i64"} == strides
+    assert {name for name, (kind, *_) in types.items() if kind == "i64"} == strides | {"head_rows"}

@@ -1,4 +1,4 @@
-"""The rotation, and RMSNorm with rotation, as one CUDA C++ launch on an NVIDIA GPU.
+"""The rotation, and a norm with rotation, as one CUDA C++ launch on an NVIDIA GPU.
 
 This module decides whether the kernel of ``kernels/rope.cu`` can take a call, what its arguments are, and
 remembers both per layout. :mod:`dit_rope.backends.cuda_plan` chooses the constants it is compiled for,
@@ -121,34 +121,42 @@ def launch_of(
     """The launch of one call, the same object for equal layouts, and its pointers; the call is not validated."""
     x, y, out, y_out = xs[0], xs[-1], outs[0], outs[-1]
     rows, positions, entries = args.rows, args.positions, args.entries
-    weights = biases = ()
     pointers = [x.data_ptr(), out.data_ptr(), 0, 0, y.data_ptr(), y_out.data_ptr(), 0, 0, rows.data_ptr(), 0, 0]
-    if norm is not None:
-        weights, biases = norm.given, norm.added
-        for parameters, place in ((weights, 2), (biases, 3)):
-            if parameters:
-                pointers[place], pointers[place + 4] = parameters[0].data_ptr(), parameters[-1].data_ptr()
     if positions is not None:
         pointers[9] = positions.data_ptr()
     if entries is not None:
         pointers[10] = entries.data_ptr()
     key = (
-        *(len(xs), x.dtype, x.shape, x.stride(), out.stride(), y.shape, y.stride(), y_out.stride()),
-        *(args.numbers, rows.shape, rows.stride(), rows.dtype),
+        len(xs), x.dtype, x.shape, x.stride(), out.stride(), y.shape, y.stride(), y_out.stride(),
+        args.numbers, rows.shape, rows.stride(), rows.dtype,
         None if positions is None else (positions.shape, positions.stride()),
         None if entries is None else entries.shape,
-        None if norm is None else (norm.kind, norm.eps, *_dtypes(weights), None, *_dtypes(biases)),
+        None if norm is None else _norm_key(norm, pointers),
         (pointers[0] | pointers[1] | pointers[4] | pointers[5]) % ACCESS_BYTES,
-        (pointers[2] | pointers[3] | pointers[6] | pointers[7]) % ACCESS_BYTES,
         args.head_rows and pointers[8] % ACCESS_BYTES,
-        (pointers[0] == pointers[1], pointers[4] == pointers[5]),
-    )
+        pointers[0] == pointers[1], pointers[4] == pointers[5],
+    )  # fmt: skip
     launch = _launches.get(key)
     if launch is None:
         if len(_launches) >= MAX_LAUNCHES:
             _launches.clear()
         launch = _launches[key] = _launch_of(xs, args, outs, norm)
     return launch, _POINTERS.pack(*pointers)
+
+
+def _norm_key(norm: Norm, pointers: list[int]) -> tuple[object, ...]:
+    """What tells the launch of a norm from others; puts its weights and biases into ``pointers``."""
+    weights = norm.given
+    if weights:
+        pointers[2], pointers[6] = weights[0].data_ptr(), weights[-1].data_ptr()
+    dtypes = tuple([weight.dtype for weight in weights])
+    if not norm.biases:
+        return (norm.kind, norm.eps, dtypes, (pointers[2] | pointers[6]) % ACCESS_BYTES)
+    biases = norm.added
+    if biases:
+        pointers[3], pointers[7] = biases[0].data_ptr(), biases[-1].data_ptr()
+    alignment = (pointers[2] | pointers[3] | pointers[6] | pointers[7]) % ACCESS_BYTES
+    return (norm.kind, norm.eps, dtypes, alignment, *[bias.dtype for bias in biases])
 
 
 def _launch_of(

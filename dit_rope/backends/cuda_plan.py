@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -64,6 +64,14 @@ class Plan:
     lanes: int
     rows: int
     tokens: int
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Found once: every launch looks its plan up, and hashing so many fields takes half a microsecond."""
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     @functools.cached_property
     def threads(self) -> int:
@@ -208,11 +216,13 @@ def deal_threads(signature: Signature) -> Threads:
     lanes = pairs // chunk + -(-(width - 2 * pairs) // (2 * chunk)) if half else width // chunk
     if norm is not None and not norm.across_heads:
         lanes = power_of_two(lanes)
-    # Heads that a block works on at once: few enough threads that each holds THREAD_CHUNKS chunks.
+    # Heads that a block works on at once: few enough threads that each holds THREAD_CHUNKS chunks. Across heads whole
+    # warps are added up. A LayerNorm takes so many registers that a block of several tokens, which is what makes warps
+    # whole elsewhere, would fit an SM only once.
     limit = max(1, MAX_THREADS // lanes)
     for rows in range(1, limit + 1):
         held = (2 if half else 1) * sum(-(-count // rows) for count in signature.heads)
-        whole_warps = norm is None or not norm.across_heads or rows * lanes % WARP == 0
+        whole_warps = norm is None or not (norm.across_heads or norm.centred) or rows * lanes % WARP == 0
         if whole_warps and held <= THREAD_CHUNKS:
             break
     return Threads(chunk, width, lanes, rows, held)

@@ -3,8 +3,8 @@
 Imported by :mod:`dit_rope.backends.triton_kernels` on first use, so that nothing else needs Triton. A tile is
 ``[tokens, heads, channels]``. Triton lays threads along the contiguous dim first, then along the first: threads
 differ in channels and tokens, and the heads of a tile are registers of one thread, which so keeps the cos and sin of
-a few pairs of one token for every head of both tensors, unless every head has angles of its own. Each element is loaded once and its pair is formed and stored
-by one thread, which makes a launch in place safe.
+a few pairs of one token for every head of both tensors, unless each head has its own. Each element is loaded once and
+its pair is formed and stored by one thread, which makes a launch in place safe.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def _find_rows(
     """The table's row and column of the pairs of this program's tokens, a row of -1 where an axis is left alone.
 
     ``[PADDED, tokens]``: pairs first, so that a warp reads neighbouring pairs; with OWN_ANGLES ``[tokens, 1, PADDED]``,
-    as channels lie. ``j`` and ``turns`` are ``[tokens]``: the token's number in the grid, and whether it turns; ``rest``
-    is its flat index there. Each axis' row is found once per token, and selected for the pairs that the axis owns.
+    by which a tile reads its heads' own. ``j`` and ``turns`` are ``[tokens]``: the token's number in the grid, and
+    whether it turns; ``rest`` is its flat index there. An axis' row is found once, and selected for the pairs it owns.
     """
     pair = tl.arange(0, PADDED)[None, None, :] if OWN_ANGLES else tl.arange(0, PADDED)[:, None]
     row = tl.full([j.shape[0], 1, PADDED] if OWN_ANGLES else [PADDED, j.shape[0]], -1, tl.int32)
@@ -62,9 +62,7 @@ def _load_angles(rows, rows_plane, row, rows_row, column, turn, INVERSE: tl.cons
 
 
 @triton.jit
-def _tile_angles(
-    angles, table, head, OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr, INVERSE: tl.constexpr
-):  # fmt: skip
+def _tile_angles(angles, table, head, OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr, INVERSE: tl.constexpr):
     """Cos, sin and what turns of the heads ``[1, heads, 1]`` of a tile, in shapes that broadcast with the tile.
 
     ``angles`` are those that all heads share; with OWN_ANGLES the rows and columns of head 0, and which tokens turn.
@@ -136,19 +134,6 @@ def _product(x, factor, PRODUCT: tl.constexpr):
 
 
 @triton.jit
-def _affine(x, weight, bias):
-    """Weight and bias of a norm, where they are not None, rounded once together."""
-    if bias is not None:
-        if weight is not None:
-            x = tl.fma(x, weight.to(tl.float32), bias.to(tl.float32))
-        else:
-            x = x + bias.to(tl.float32)
-    elif weight is not None:
-        x = x * weight.to(tl.float32)
-    return x
-
-
-@triton.jit
 def _turn_tile(
     row, x1, x2, tail, scale, w1, w2, w_tail, b1, b2, b_tail, angles, mask, DIM: tl.constexpr, WIDTH: tl.constexpr,
     PAIRS: tl.constexpr, PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr,
@@ -157,9 +142,14 @@ def _turn_tile(
     x1, x2, tail = x1.to(tl.float32), x2.to(tl.float32), tail.to(tl.float32)
     if scale is not None:
         x1, x2, tail = x1 * scale, x2 * scale, tail * scale
-    x1, x2 = _affine(x1, w1, b1), _affine(x2, w2, b2)
-    if TAIL > 0:
-        tail = _affine(tail, w_tail, b_tail)
+    if w1 is not None:
+        x1, x2 = x1 * w1.to(tl.float32), x2 * w2.to(tl.float32)
+        if TAIL > 0:
+            tail = tail * w_tail.to(tl.float32)
+    if b1 is not None:
+        x1, x2 = x1 + b1.to(tl.float32), x2 + b2.to(tl.float32)
+        if TAIL > 0:
+            tail = tail + b_tail.to(tl.float32)
     cos, sin, turn = angles
     # A select, not only cos = 1 and sin = 0: what does not turn is copied as it is, infinities and -0 included.
     y1 = tl.where(turn, _product(x1, cos, PRODUCT) - _product(x2, sin, PRODUCT), x1)
@@ -168,13 +158,8 @@ def _turn_tile(
 
 
 @triton.jit
-def _sums(x1, x2, SQUARED: tl.constexpr):
-    x1, x2 = x1.to(tl.float32), x2.to(tl.float32)
-    return x1 * x1 + x2 * x2 if SQUARED else x1 + x2
-
-
-@triton.jit
 def _terms(x, SQUARED: tl.constexpr):
+    """What is summed of each channel: itself or its square."""
     x = x.to(tl.float32)
     return x * x if SQUARED else x
 
@@ -188,7 +173,7 @@ def _scale(squares, eps, SIZE: tl.constexpr):
 @triton.jit
 def _head_total(x1, x2, tail, TAIL: tl.constexpr, SQUARED: tl.constexpr):
     """Sum over the channels, or their squares, of each head ``[tokens, heads, 1]``."""
-    total = tl.sum(_sums(x1, x2, SQUARED), axis=2, keep_dims=True)
+    total = tl.sum(_terms(x1, SQUARED) + _terms(x2, SQUARED), axis=2, keep_dims=True)
     if TAIL > 0:
         total += tl.sum(_terms(tail, SQUARED), axis=2, keep_dims=True)
     return total
@@ -243,7 +228,7 @@ def _turn_row(
             x + first * x_head + x_rows, mask, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF, "evict_first"
         )
         tiles += ((x1, x2, tail),)  # type: ignore[assignment]
-        sums += _sums(x1, x2, not CENTRED)
+        sums += _terms(x1, not CENTRED) + _terms(x2, not CENTRED)
         if TAIL > 0:
             tail_sums += _terms(tail, not CENTRED)
     mean = 0.0
@@ -254,7 +239,7 @@ def _turn_row(
             x1, x2, tail = tiles[first // TILE]
             mask = live & (first + head < HEADS)
             x1, x2, tail = _centred(x1, x2, tail, mean, mask, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF)
-            sums += _sums(x1, x2, True)
+            sums += _terms(x1, True) + _terms(x2, True)
             if TAIL > 0:
                 tail_sums += _terms(tail, True)
     scale = _scale(_row_total(sums, tail_sums, TAIL), eps, HEADS * DIM)

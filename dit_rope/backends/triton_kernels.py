@@ -1,4 +1,4 @@
-"""The rotation, and RMSNorm with rotation, as one Triton launch: NVIDIA, AMD and Intel GPUs, or Triton's interpreter.
+"""The rotation, and a norm with rotation, as one Triton launch: NVIDIA, AMD and Intel GPUs, or Triton's interpreter.
 
 This module decides whether Triton can take a call, and turns the call into the arguments of the one kernel in
 :mod:`dit_rope.backends.triton_device`, which is imported, with Triton, on first use.
@@ -10,9 +10,11 @@ import functools
 import importlib.util
 import math
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ from .gpu_calls import (
 )
 
 DEVICE_TYPES = ("cuda", "xpu", "hip")
-# Padded channels of a token that an RMSNorm across heads keeps in registers: at most 64 a thread of 8 warps.
+# Padded channels of a token that a norm across heads keeps in registers: at most 64 a thread of 8 warps.
 MAX_NORM_ROW = 16384
 MAX_TABLE_ELEMENTS = 2**31 - 1
 
@@ -155,6 +157,30 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def cache_problem() -> str | None:
+    """Why machine code that Triton keeps on disk must not be run: others may have put it there, and Triton runs it.
+
+    A folder that does not exist yet is made for the user alone.
+    """
+    if not hasattr(os, "geteuid"):  # Windows
+        return None
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path(os.environ.get("TRITON_HOME") or "~", ".triton", "cache"))
+    try:
+        folder = folder.expanduser()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except (OSError, RuntimeError):  # what cannot be made or found holds no code; Triton says so itself
+        return None
+    strangers = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and found.st_gid != os.getegid())
+    if found.st_uid in (os.geteuid(), 0) and not strangers:
+        return None
+    return (
+        f"Triton's cache folder must belong to this user, and others must not write to it, got {folder} of user "
+        f"{found.st_uid} with mode {stat.S_IMODE(found.st_mode):o}; set TRITON_CACHE_DIR to a private folder"
+    )
+
+
 def _interpreting() -> bool:
     """Whether the kernels run in Triton's interpreter; looks at the kernel, made when the module was imported."""
     if not os.environ.get("TRITON_INTERPRET"):
@@ -183,8 +209,9 @@ def _tile(xs: Sequence[torch.Tensor], args: RotationArgs, width: int, norm: Norm
     Every lane has 16 bytes of a row; a row read in two halves takes half as many lanes.
 
     Rotation and norm per head: 4 warps along tokens, so that a thread has the cos and sin of a single token, and 4
-    accesses of a thread in flight (4 heads, or 2 of half pairing, which reads two parts of each). At the 64 registers
-    of the plain rotation 8 programs share a multiprocessor, with 64 kB in flight, twice what covers memory's latency.
+    accesses of a thread in flight (4 heads, or 2 of half pairing, which reads two parts of each, or of heads with their
+    own angles, which are read too). At the 64 registers of the plain rotation 8 programs share a multiprocessor, with
+    64 kB in flight, twice what covers memory's latency.
 
     Norm across heads: a program has all heads of a token, in parts of 8 (or 4, where 8 would pad the heads by more),
     and as many warps as one part fills: 24 and 40 heads of 128 are 3 and 5 parts for 4 warps, with no lane idle.
@@ -200,7 +227,7 @@ def _tile(xs: Sequence[torch.Tensor], args: RotationArgs, width: int, norm: Norm
         warps = min(max(tile * row_lanes // WARP_LANES, 1), MAX_WARPS)
         tokens = max(warps * WARP_LANES // max(tile * row_lanes, 1), 1)
     else:
-        in_flight = 4 if norm is None and not half else 2
+        in_flight = 4 if norm is None and not half and not args.head_rows else 2
         tile, warps = min(power_of_two(heads), in_flight), 4
         tokens = max(warps * WARP_LANES // max(row_lanes, 1), 1)
     return _Tile(heads=tile, tokens=tokens, warps=warps, padded=padded, tail=tail)
@@ -263,7 +290,7 @@ def _entry_arguments(args: RotationArgs, batch: int) -> dict[str, Any]:
 
 
 def _norm_row(call: Call) -> int:
-    """Channels of a token, heads and channels padded to powers of two, as an RMSNorm across heads keeps them."""
+    """Channels of a token, heads and channels padded to powers of two, as a norm across heads keeps them."""
     return power_of_two(max(x.shape[2] for x in call.xs)) * power_of_two(call.xs[0].shape[3])
 
 
@@ -275,6 +302,10 @@ CONSTRAINTS = (
             f"device must be a GPU ({', '.join(DEVICE_TYPES)}), got {call.xs[0].device}; the CPU needs "
             "TRITON_INTERPRET=1"
         ),
+    ),
+    Constraint(
+        lambda call: call.xs[0].device.type == "cpu" or cache_problem() is None,
+        lambda call: str(cache_problem()),
     ),
     *COMMON,
     Constraint(

@@ -73,7 +73,8 @@ def load_pipeline(model: str | None, device: str, dtype: DType | None) -> Any:
     """Loads a text-to-video pipeline, by default the checkout's sample, with its autoencoder in float32.
 
     Raises:
-        typer.BadParameter: when there is no such pipeline, it needs more than a prompt, or a package is missing.
+        typer.BadParameter: when there is no such pipeline, it needs more than a prompt, it brings code or weights that
+            are no safetensors, or a package is missing.
     """
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
@@ -84,6 +85,14 @@ def load_pipeline(model: str | None, device: str, dtype: DType | None) -> Any:
             "Name a folder or a hub id of a text-to-video pipeline, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
             param_hint="--model",
         )
+    # Not every diffusers asks before it runs code that lies in a local folder.
+    code = (
+        [] if model is None else sorted(path.name for path in (*Path(model).glob("*.py"), *Path(model).glob("*/*.py")))
+    )
+    if code:
+        raise typer.BadParameter(
+            f"must be a folder without code of its own, got {', '.join(code)}", param_hint="--model"
+        )
     from diffusers import DiffusionPipeline
 
     dtype = dtype or (DType.bfloat16 if device.startswith("cuda") else DType.float32)
@@ -92,7 +101,9 @@ def load_pipeline(model: str | None, device: str, dtype: DType | None) -> Any:
         with warnings.catch_warnings():
             # The name of this argument that every supported diffusers knows is deprecated in the newest ones.
             warnings.simplefilter("ignore", FutureWarning)
-            pipe = DiffusionPipeline.from_pretrained(model or str(SAMPLE), torch_dtype=dtypes)
+            pipe = DiffusionPipeline.from_pretrained(
+                model or str(SAMPLE), torch_dtype=dtypes, use_safetensors=True, trust_remote_code=False
+            )
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
     parameters = inspect.signature(pipe.__call__).parameters.values()

@@ -77,10 +77,10 @@ def _build(model: str, subfolder: str | None) -> Any:
             param_hint="MODEL",
         ) from error
     class_name = config.get("_class_name", "")
-    model_class = getattr(diffusers, class_name, None) if class_name else None
-    if model_class is None:
+    model_class = getattr(diffusers, class_name, None) if isinstance(class_name, str) and class_name else None
+    if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
         raise typer.BadParameter(
-            f"must be of a class that diffusers {diffusers.__version__} has, got {class_name or 'no class name'}",
+            f"must be of a model class that diffusers {diffusers.__version__} has, got {class_name or 'no class name'}",
             param_hint="MODEL",
         )
     with torch.device("meta"):

@@ -16,7 +16,7 @@ from ..axis_tables import ROW_BLOCK
 from ..cache import FifoCache, in_mode
 from ..scaling import axis_frequencies
 from ..scaling_types import AxisFrequencies
-from ..spec import Grid, RopeSpec
+from ..spec import Grid, RopeSpec, integer
 from ..tables import WITHOUT_FLOAT64, rope_table
 from .dense import check_position_tensor
 
@@ -45,7 +45,8 @@ def ragged_positions(indptr: Ints, offsets: Ints, nnz: int) -> torch.Tensor:
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
     """
-    starts, firsts = (x if isinstance(x, torch.Tensor) else torch.tensor(x) for x in (indptr, offsets))
+    integer("nnz", nnz, 0)
+    starts, firsts = _as_tensor("indptr", indptr), _as_tensor("offsets", offsets)
     check_position_tensor("indptr", starts, (1,), None)
     check_position_tensor("offsets", firsts, (1,), starts.device)
     if starts.shape[0] != firsts.shape[0] + 1:
@@ -60,6 +61,18 @@ def ragged_positions(indptr: Ints, offsets: Ints, nnz: int) -> torch.Tensor:
             raise ValueError(f"indptr must rise from 0 to the {nnz} tokens of q, got {starts.tolist()}")
     shift = torch.repeat_interleave(firsts - starts[:-1], lengths, output_size=nnz)
     return shift + torch.arange(nnz, device=starts.device)
+
+
+def _as_tensor(name: str, values: Ints) -> torch.Tensor:
+    if isinstance(values, torch.Tensor):
+        return values
+    if (
+        not isinstance(values, Sequence)
+        or isinstance(values, bytes)
+        or not all(isinstance(v, int) and -(2**63) <= v < 2**63 for v in values)
+    ):
+        raise TypeError(f"{name} must be an int32 or int64 tensor, or a sequence of ints, got {values!r}")
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def token_rows(

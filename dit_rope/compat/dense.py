@@ -9,7 +9,7 @@ import torch
 from ..cache import in_mode
 from ..rotation_args import RotationArgs
 from ..spec import Pairing
-from ..validation import check_tensors
+from ..validation import check_flags, check_tensors
 
 
 def one_axis_args(
@@ -163,10 +163,13 @@ def prepare_cached(
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
     """
+    check_flags(is_neox=is_neox, inverse=inverse)
     width = cache_width(cache)
     check_position_tensor("positions", positions, position_dims, cache.device)
     if isinstance(head_size, bool) or not isinstance(head_size, int) or head_size < 1:
         raise ValueError(f"head_size must be a positive int, got {head_size!r}")
+    if isinstance(rope_dim_offset, bool) or not isinstance(rope_dim_offset, int):
+        raise TypeError(f"rope_dim_offset must be an int, got {rope_dim_offset!r}")
     if rope_dim_offset < 0 or rope_dim_offset + width > head_size:
         raise ValueError(
             f"rope_dim_offset must be at least 0 and leave {width} of head_size {head_size} channels to turn, got "

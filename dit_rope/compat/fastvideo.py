@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
 
-from ..spec import Grid, Pairing, RopeSpec, Shard
+from ..spec import Grid, Pairing, RopeSpec, Shard, integer
 from ..tables import dense_table
+from ..validation import check_flags
 
 
 def get_rotary_pos_embed(
@@ -54,13 +56,12 @@ def get_rotary_pos_embed(
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
     """
-    if heads_num < 1:
-        raise ValueError(f"heads_num must be at least 1, got {heads_num}")
-    head_dim = hidden_size // heads_num
-    dims = (head_dim // 3,) * 3 if rope_dim_list is None else tuple(rope_dim_list)
+    check_flags(do_sp_sharding=do_sp_sharding, use_real=use_real)
+    head_dim = integer("hidden_size", hidden_size, 1) // integer("heads_num", heads_num, 1)
+    dims = (head_dim // 3,) * 3 if rope_dim_list is None else _integers("rope_dim_list", rope_dim_list)
     if sum(dims) != head_dim:
         raise ValueError(f"rope_dim_list must sum to hidden_size // heads_num ({head_dim}), got {dims}")
-    if not 0 <= shard_dim < len(dims):
+    if integer("shard_dim", shard_dim, 0) >= len(dims):
         raise ValueError(f"shard_dim must be at least 0 and below the number of axes ({len(dims)}), got {shard_dim}")
     shard = None
     if do_sp_sharding:
@@ -68,8 +69,14 @@ def get_rotary_pos_embed(
         shard = Shard(rank, world, axis=shard_dim)
     # Dynamo traces through lru_cache, with a warning.
     request_of = _request.__wrapped__ if torch.compiler.is_compiling() else _request
-    factors = _factors(theta_rescale_factor), _factors(interpolation_factor)
-    spec, grid, table_dtype = request_of(dims, rope_theta, *factors, dtype, tuple(rope_sizes), start_frame)
+    factors = (
+        _numbers("theta_rescale_factor", theta_rescale_factor),
+        _numbers("interpolation_factor", interpolation_factor),
+    )
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+    numbers = _numbers("rope_theta", rope_theta)[0], *factors, dtype, _integers("rope_sizes", rope_sizes)
+    spec, grid, table_dtype = request_of(dims, *numbers, integer("start_frame", start_frame, 0))
     return dense_table(spec, grid, shard, None, table_dtype, use_real).flat
 
 
@@ -88,15 +95,27 @@ def _request(
     return spec, Grid(*sizes, start_frame=start_frame), torch.promote_types(dtype, torch.float32)
 
 
-def _factors(value: float | Sequence[float]) -> tuple[float, ...]:
-    return (value,) if isinstance(value, (int, float)) else tuple(value)
+def _numbers(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
+    """One number, or one per axis, whose values the spec checks."""
+    values = (value,) if isinstance(value, (int, float)) else value
+    if not isinstance(values, Sequence) or not values or any(not isinstance(v, (int, float)) for v in values):
+        raise TypeError(f"{name} must be a number or numbers, got {value!r}")
+    if not all(0 < v < math.inf for v in values):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    return tuple(values)
+
+
+def _integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise TypeError(f"{name} must be a sequence of ints, one per axis, got {values!r}")
+    return tuple(integer(name, value, 1) for value in values)
 
 
 def _rank_and_world(rank: int | None, world: int | None) -> tuple[int, int]:
     if (rank is None) != (world is None):
         raise ValueError(f"sp_rank and sp_world_size must be given together, got {rank} and {world}")
     if rank is not None and world is not None:
-        return rank, world
+        return integer("sp_rank", rank, 0), integer("sp_world_size", world, 1)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1

@@ -13,11 +13,14 @@ Signatures and meaning are those of ``flashinfer/rope.py`` at fb28d724. Every fu
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from .. import rotation
+from ..backend_choice import check_backend
 from ..spec import Pairing, RopeSpec, Scaling
-from ..validation import check_inplace, check_tensors
+from ..validation import check_flags, check_inplace, check_tensors
 from .angles import Ints, ragged_positions, token_rows
 from .dense import check_position_tensor, one_axis_args, prepare_cached, split_heads
 
@@ -240,15 +243,26 @@ def apply_llama31_rope_pos_ids_inplace(
     _turn(q, k, pos_ids, _spec(q, rotary_dim, rope_theta, scaling), interleave, backend, inplace=True)
 
 
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
 def _ragged(q: torch.Tensor, indptr: Ints, offsets: Ints) -> torch.Tensor:
     return ragged_positions(indptr, offsets, q.shape[0])
 
 
 def _linear(rope_scale: float) -> Scaling | None:
+    _check_number("rope_scale", rope_scale)
     return None if rope_scale == 1 else Scaling.of("linear", factor=rope_scale)
 
 
 def _llama31(rope_scale: float, low: float, high: float, length: int) -> Scaling:
+    named = {"rope_scale": rope_scale, "low_freq_factor": low, "high_freq_factor": high, "old_context_len": length}
+    for name, value in named.items():
+        _check_number(name, value)
     return Scaling.of(
         "llama3",
         factor=rope_scale,
@@ -265,6 +279,7 @@ def _spec(q: torch.Tensor, rotary_dim: int | None, theta: float, scaling: Scalin
     width = q.shape[2] if rotary_dim is None else rotary_dim
     if isinstance(width, bool) or not isinstance(width, int) or not 2 <= width <= q.shape[2] or width % 2:
         raise ValueError(f"rotary_dim must be even, at least 2 and at most head_dim {q.shape[2]}, got {width!r}")
+    _check_number("rope_theta", theta)
     return RopeSpec((width,), theta, Pairing.HALF, scaling=scaling)  # both pairings have the same table
 
 
@@ -278,6 +293,8 @@ def _turn(
     *,
     inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    check_flags(interleave=interleave)
+    check_backend(backend)
     xs = _tokens(q, k, positions, spec)
     if inplace:
         check_inplace(("q", "k"), xs)

@@ -13,7 +13,7 @@ import torch
 
 from .. import rotation
 from ..rotation_args import RotationArgs
-from ..validation import check_tensors
+from ..validation import DTYPES, check_flags, check_tensors
 from .dense import one_axis_args
 
 
@@ -51,9 +51,10 @@ def apply_rotary_emb(
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
     """
-    if use_real_unbind_dim not in (-1, -2):
+    check_flags(use_real=use_real, exact=exact)
+    if not isinstance(use_real_unbind_dim, int) or use_real_unbind_dim not in (-1, -2):
         raise ValueError(f"use_real_unbind_dim must be -1 or -2, got {use_real_unbind_dim}")
-    if sequence_dim not in (1, 2):
+    if not isinstance(sequence_dim, int) or sequence_dim not in (1, 2):
         raise ValueError(f"sequence_dim must be 1 or 2, got {sequence_dim}")
     interleaved = not use_real or use_real_unbind_dim == -1
     cos, sin = _real_tables(freqs_cis, interleaved) if use_real else _complex_tables(freqs_cis)
@@ -97,7 +98,8 @@ def apply_rotary_pos_emb(
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
     """
-    if unsqueeze_dim not in (1, 2):
+    check_flags(exact=exact)
+    if not isinstance(unsqueeze_dim, int) or unsqueeze_dim not in (1, 2):
         raise ValueError(f"unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
     for name, x in (("q", q), ("k", k)):
         _check_four_dims(name, x)
@@ -164,6 +166,8 @@ def _args(
 
 
 def _check_four_dims(name: str, x: object) -> None:
+    if isinstance(x, torch.Tensor) and x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
     if not isinstance(x, torch.Tensor) or x.ndim != 4:
         got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"{name} must be a tensor of 4 dims, batch first and channels last, got {got}")

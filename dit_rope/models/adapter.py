@@ -112,12 +112,14 @@ class Turned:
         align: which end its tokens and the table have in common.
         projection: what turns where the attention module has no such norm; its result is ``[B, S, H * D]``.
         repeats: the processor may call it any number of times, none included, and turns each result.
+        still: the rest of a longer table are rows that turn nothing, so that no other norm has to take them.
     """
 
     table: int = 0
     align: Align = Align.START
     projection: str | None = None
     repeats: bool = False
+    still: bool = False
 
 
 QK: Mapping[str, Turned] = {"norm_q": Turned(projection="to_q"), "norm_k": Turned(projection="to_k")}

@@ -17,7 +17,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..backends import eager
-from ..cache import capturing, in_mode
+from ..cache import capturing, in_mode, stream_of
 from ..rotation_args import RotationArgs
 from ..spec import Pairing, RopeSpec
 from .context_parallel import Split, part_of
@@ -156,7 +156,7 @@ class Format:
                 # A replay packs what the tensors hold then: a graph's inputs are written anew for every replay.
                 return self.tables(part_of(rotary, split), device)
             return _remembered(
-                (self, device, numbers, split),
+                (self, device, numbers, split, stream_of(device)),
                 tensors,
                 lambda: self.tables(part_of(rotary, split), device),
             )
@@ -207,7 +207,9 @@ class AxisRows:
         """Cos and sin ``[1 or B, S, 1, rotary_dim]``, as the model's own rope module gives them."""
         positions, rows = rotary
         table = self._table(positions, rows)
-        cos, sin = eager.dense_angles(table.args(table.tokens, Align.START, True), table.tokens)
+        # Made anew: a length that is a compiler's symbol would become a number in the dictionary of those made.
+        args = table._make_args(table.tokens, Align.START, True)
+        cos, sin = eager.dense_angles(args, table.tokens)
         return repeat(cos, self.pairing), repeat(sin, self.pairing)
 
 

@@ -35,7 +35,7 @@ HIDREAM = ModelAdapter(
             attention_class="HiDreamAttention",
             format=MATRICES,
             layout=Layout.BSC,
-            turned={"q_rms_norm": Turned(), "k_rms_norm": Turned()},
+            turned={"q_rms_norm": Turned(still=True), "k_rms_norm": Turned(still=True)},
             processors=("HiDreamAttnProcessor",),
             rebound=Rebound("apply_rope", returns=2),
             head_dim=_head_dim,

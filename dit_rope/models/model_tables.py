@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..cache import in_mode
+from ..cache import in_mode, stream_of
 from ..tables import MODEL_TABLES
 from .adapter import EVERY, ModelTables
 from .context_parallel import place
@@ -168,7 +168,7 @@ def _memoized(
             return own(*args, **kwargs)
     live = () if settings.tables.live is None else settings.tables.live(target, *args, **kwargs)
     device = _device(args, kwargs)
-    key = _Key(settings.token, (parts, _stream(device)))
+    key = _Key(settings.token, (parts, stream_of(device)))
 
     def build() -> _Built:
         # Put back, so that a miss leaves no more behind than a hit.
@@ -200,11 +200,6 @@ def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
 def forget(token: _Token) -> None:
     """Drops the entries of one patched object."""
     MODEL_TABLES.discard(lambda key: isinstance(key, _Key) and key.token is token)
-
-
-def _stream(device: torch.device) -> int:
-    """The stream whose work orders a build before its use, so that nobody has to wait for the build."""
-    return 0 if device.type == "cpu" else torch.accelerator.current_stream(device).stream_id
 
 
 def _capturing() -> bool:

@@ -280,7 +280,7 @@ def _turned(attention: torch.nn.Module, declared: Rotations) -> Iterator[TurnSet
         else:
             continue
         head_dim = None if declared.head_dim is None else declared.head_dim(attention)
-        how = (layout, head_dim, turned.repeats, declared.rounds, declared.result)
+        how = (layout, head_dim, turned.repeats, turned.still, declared.rounds, declared.result)
         yield TurnSettings(part, turned.table, turned.align, *how)
 
 

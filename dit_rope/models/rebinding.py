@@ -62,5 +62,7 @@ def _turn_instead(settings: ReboundSettings, own: Callable[..., Any], *args: Any
         table = table.narrowed(xs[0].dtype)
     flight = Flight([table], exact, settings.backend, set(), {}, form.upcasts)
     heads = [as_heads(x, settings.layout, table.head_dim) for x in xs]
+    if any(x.shape[1] < table.tokens for x in heads):
+        return own(*args, **kwargs)
     turned = [as_given(x, settings.layout) for x in turn(heads, flight, table, Align.START, inplace=False)]
     return turned[0] if count == 1 else tuple(turned)

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .. import rotation
+from ..rotation_args import RotationArgs
 from .adapter import Layout, Rounds
 from .context_parallel import split_of
 from .formats import Align, AxisRows, Format, PackedTable
@@ -33,7 +34,8 @@ _PROJECTIONS = frozenset({"to_q", "to_k"})
 class Flight:
     """The rotation that an attention module hands to its norms.
 
-    ``dtypes`` are those to which models round what the norms return.
+    ``dtypes`` are those to which models round what the norms return; ``short`` are the sequences that had fewer tokens
+    than their tables.
     """
 
     tables: list[PackedTable]
@@ -42,6 +44,23 @@ class Flight:
     pending: set[str]
     dtypes: Mapping[Rounds, torch.dtype]
     upcasts: bool
+    short: list[tuple[PackedTable, Align, int]] = field(default_factory=list)
+
+    def args(self, table: PackedTable, length: int, align: Align, still: bool = False) -> RotationArgs:
+        """The rotation of ``length`` tokens, as :meth:`PackedTable.args`."""
+        if length < table.tokens and not still:
+            self.short.append((table, align, length))
+        return table.args(length, align, self.exact)
+
+    def check(self, module: torch.nn.Module) -> None:
+        """Raises RuntimeError where a row of a table was for no token: the model's own code would not have run."""
+        for table, align, length in self.short:
+            others = [count for of, end, count in self.short if of is table and end is not align]
+            if length + min(others, default=0) < table.tokens:
+                raise RuntimeError(
+                    f"{type(module).__name__} must be given as many tokens as its table has rows, got {length} for "
+                    f"{table.tokens}; was the sequence split over ranks, and the table not?"
+                )
 
 
 class _InFlight(threading.local):
@@ -63,6 +82,7 @@ class TurnSettings:
     layout: Layout
     head_dim: int | None
     repeats: bool
+    still: bool
     rounds: Rounds | None
     result: torch.dtype | None
 
@@ -99,23 +119,23 @@ class TurnSeam(Seam):
         y = unpatched_method(self)(x)
         if settings.rounds is not None:
             y = y.to(flight.dtypes[settings.rounds])
-        turned = turn([settings.heads(y, table)], flight, table, settings.align, y is not x)[0]
+        turned = turn([settings.heads(y, table)], flight, table, settings.align, y is not x, settings.still)[0]
         return turned if settings.result is None else turned.to(settings.result)
 
     def _fast(self, x: torch.Tensor, settings: TurnSettings, flight: Flight, table: PackedTable) -> torch.Tensor:
         if settings.rounds is Rounds.PROJECTION:
             x = x.to(flight.dtypes[settings.rounds])  # it is an upcast of that dtype, and loses nothing
-        norm = fused_norm(self, x.dtype)
+        norm = None if _is_distributed(x) else fused_norm(self, x.dtype)
         if norm is None:
             y = unpatched_method(self)(x)
-            return turn([settings.heads(y, table)], flight, table, settings.align, y is not x)[0]
+            return turn([settings.heads(y, table)], flight, table, settings.align, y is not x, settings.still)[0]
         heads = settings.heads(x, table)
         return rotation.apply_norm(
             [heads],
             [norm.weight],
             norm.eps,
             norm.kind(settings.layout is Layout.BSC),
-            table.args(heads.shape[1], settings.align, False),
+            flight.args(table, heads.shape[1], settings.align, settings.still),
             biases=[norm.bias],
             backend=flight.backend,
         )[0]
@@ -132,15 +152,27 @@ def in_flight() -> bool:
 
 
 def turn(
-    heads: list[torch.Tensor], flight: Flight, table: PackedTable, align: Align, inplace: bool
+    heads: list[torch.Tensor], flight: Flight, table: PackedTable, align: Align, inplace: bool, still: bool = False
 ) -> list[torch.Tensor]:
-    """``heads`` ``[B, S, H, D]`` turned, overwritten where ``inplace`` and no gradient is wanted."""
+    """``heads`` ``[B, S, H, D]`` turned, overwritten where ``inplace`` and no gradient is wanted.
+
+    Of distributed tensors each rank turns the heads that it holds.
+    """
+    if any(map(_is_distributed, heads)):
+        given: list[Any] = list(heads)
+        local = turn([x.to_local() for x in given], flight, table, align, inplace, still)
+        return [type(x).from_local(y, x.device_mesh, x.placements) for x, y in zip(given, local, strict=True)]
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in heads)
-    args = table.args(heads[0].shape[1], align, flight.exact)
+    args = flight.args(table, heads[0].shape[1], align, still)
     if grad and flight.exact and flight.upcasts and heads[0].dtype.itemsize == 2:
         turned = rotation.apply([x.float() for x in heads], args, backend=flight.backend)
         return [y.to(x.dtype) for x, y in zip(heads, turned, strict=True)]
     return rotation.apply(heads, args, inplace=inplace and not grad, backend=flight.backend)
+
+
+def _is_distributed(x: torch.Tensor) -> bool:
+    """Whether ``x`` is a DTensor, whose module need not be imported for that."""
+    return type(x) is not torch.Tensor and hasattr(x, "to_local")
 
 
 def as_heads(x: torch.Tensor, layout: Layout, head_dim: int) -> torch.Tensor:
@@ -251,7 +283,9 @@ class TakeRotation:
 def _computed_dtype(hidden: torch.Tensor) -> torch.dtype:
     """The dtype of queries and keys that are projected from ``hidden``."""
     kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    # There is no autocast on the meta device, not even to ask about.
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else hidden.dtype
 
 
 @dataclass(frozen=True)
@@ -264,7 +298,7 @@ class CheckRotation:
     seams: int
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Clears what is in flight; raises RuntimeError when a seam did not take it."""
+        """Clears what is in flight; raises RuntimeError when a seam did not take it, or not all of it."""
         if torch.compiler.is_compiling():
             return
         flight, _in_flight.flight = _in_flight.flight, None
@@ -275,3 +309,5 @@ class CheckRotation:
                 f"patched it, but its processor {type(getattr(module, 'processor', None)).__name__} left them out, so "
                 "that queries or keys were not rotated; undo the patch before using this processor"
             )
+        if flight is not None and flight.short and output is not None:
+            flight.check(module)

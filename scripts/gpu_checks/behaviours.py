@@ -70,7 +70,7 @@ def small_shapes(setting: Setting) -> str:
         dit_rope.rotate_qk(*copies, table, prefix=3, suffix=2, inplace=True, backend=setting.backend)
         expect(all(map(torch.equal, copies, turned)), "in place the bits of out of place", "others")
         for norm in NormKind:
-            weights = [setting.noise(x.shape[3] * (x.shape[2] if norm is NormKind.ACROSS_HEADS else 1)) for x in (q, k)]
+            weights = [setting.noise(x.shape[3] * (x.shape[2] if norm.across_heads else 1)) for x in (q, k)]
             how = {"prefix": 3, "suffix": 2, "norm": norm, "backend": setting.backend}
             normed = dit_rope.norm_rotate_qk(q, k, table, *weights, **how)
             for index, (out, x) in enumerate(zip(normed, (q, k), strict=True)):

@@ -145,7 +145,7 @@ class Problem:
         norm = self.operation.norm
         if norm is None:
             return ()
-        channels = self.shape.head_dim * (self.shape.heads if norm is NormKind.ACROSS_HEADS else 1)
+        channels = self.shape.head_dim * (self.shape.heads if norm.across_heads else 1)
         generator = torch.Generator(self.device).manual_seed(1)
         noise = [torch.randn(channels, generator=generator, device=self.device) for _ in range(2)]
         return tuple((1 + 0.1 * values).to(self.dtype) for values in noise)

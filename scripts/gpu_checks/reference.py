@@ -21,7 +21,7 @@ PEER_ROUNDINGS = 3
 
 @dataclass(frozen=True)
 class Expectation:
-    """A rotation, after an RMSNorm with ``weights`` unless ``norm`` is None, of tensors ``[B, S, H, D]``.
+    """A rotation, after a norm with ``weights`` unless ``norm`` is None, of tensors ``[B, S, H, D]``.
 
     ``prefix`` tokens before the table's do not turn, nor do those after them.
     """
@@ -52,8 +52,8 @@ class Expectation:
         """Float64 result ``[B, n, H, D]`` at ``tokens`` of tensor number ``index``."""
         values = x[:, tokens].double()
         if self.norm is not None:
-            across = self.norm is NormKind.ACROSS_HEADS
-            values = oracle.rms_norm(values, self._weight(index), self.eps, across_heads=across)
+            kind = {"across_heads": self.norm.across_heads, "centred": self.norm.centred}
+            values = oracle.norm(values, self._weight(index), None, self.eps, **kind)
         interleaved = self.table.spec.pairing is Pairing.INTERLEAVED
         return oracle.rotate(values, *self.angles(tokens), interleaved=interleaved)
 
@@ -61,11 +61,14 @@ class Expectation:
         """The same by the plain formula in float32."""
         values = x[:, tokens].float()
         if self.norm is not None:
-            across = self.norm is NormKind.ACROSS_HEADS
-            flat = values.flatten(2) if across else values
+            flat = values.flatten(2) if self.norm.across_heads else values
             weight = self._weight(index)
             weight = None if weight is None else weight.float()
-            values = torch.nn.functional.rms_norm(flat, flat.shape[-1:], weight, self.eps).view(values.shape)
+            if self.norm.centred:
+                normed = torch.nn.functional.layer_norm(flat, flat.shape[-1:], weight, None, self.eps)
+            else:
+                normed = torch.nn.functional.rms_norm(flat, flat.shape[-1:], weight, self.eps)
+            values = normed.view(values.shape)
         cos, sin = (part[None, :, None].float() for part in self.angles(tokens))
         return eager.reference(values, cos, sin, self.table.spec.pairing)
 

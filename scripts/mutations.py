@@ -1,0 +1,389 @@
+"""The faults that ``scripts/mutation_check.py`` makes, each with the tests that guard the module it is made in.
+
+Where a change of the source breaks the text of a fault, write the fault anew for the new text: the list stands for
+the kinds of mistakes that tests have to notice.
+"""
+
+from __future__ import annotations
+
+from mutation_check import Mutation
+
+_CORE = ("tests/test_tables.py", "tests/test_layout.py", "tests/test_axis_tables.py")
+_QUICK = "not compile and not 720p and not fake_tensor"
+_SCALING = ("tests/test_scaling.py", "tests/test_axis_tables.py", "tests/test_tables.py")
+_CACHE = ("tests/test_cache.py", "tests/test_cache_attack.py")
+_EAGER = ("tests/test_eager.py", "tests/test_rotation.py")
+_OPS = ("tests/test_ops.py", "tests/test_rotation.py")
+_STREAM = ("tests/test_streaming.py", "tests/test_rolling_cache.py")
+_SHIFT = ("tests/test_shifting.py",)
+_MODELS = ("tests/test_models.py",)
+_PATCHING = ("tests/test_patching.py",)
+_MEMO = ("tests/test_model_tables.py",)
+_NO_COMPILE = "not compile and not opcheck"
+
+
+def _tables(name: str, old: str, new: str, file: str = "tables") -> Mutation:
+    return Mutation(name, f"dit_rope/{file}.py", old, new, _CORE, _QUICK)
+
+
+def _scaling(name: str, old: str, new: str, file: str = "scaling") -> Mutation:
+    return Mutation(name, f"dit_rope/{file}.py", old, new, _SCALING, _QUICK)
+
+
+def _cache(name: str, old: str, new: str) -> Mutation:
+    return Mutation(name, "dit_rope/cache.py", old, new, _CACHE, "not compile")
+
+
+def _eager(name: str, old: str, new: str) -> Mutation:
+    return Mutation(name, "dit_rope/backends/eager.py", old, new, _EAGER, _NO_COMPILE)
+
+
+def _ops(name: str, old: str, new: str, file: str = "ops") -> Mutation:
+    return Mutation(name, f"dit_rope/{file}.py", old, new, _OPS, _NO_COMPILE)
+
+
+def _models(name: str, file: str, old: str, new: str, examples: str, equivalent: str = "") -> Mutation:
+    """A fault that one or two examples of models show."""
+    chosen = f"({examples}) and (bitwise or fast_mode)"
+    return Mutation(name, f"dit_rope/models/{file}.py", old, new, _MODELS, chosen, equivalent)
+
+
+def _patching(name: str, file: str, old: str, new: str, k: str = "not inductor and not compile") -> Mutation:
+    return Mutation(name, f"dit_rope/models/{file}.py", old, new, _PATCHING, k)
+
+
+def _memo(name: str, old: str, new: str) -> Mutation:
+    return Mutation(name, "dit_rope/models/model_tables.py", old, new, _MEMO)
+
+
+_FORM_KEY = "    spec: RopeSpec\n    grid: Grid\n    shard: Shard\n    dtype: torch.dtype\n    form: _Form\n"
+
+MUTATIONS = (
+    # Tables, shards and axes.
+    _tables("key-without-shard", _FORM_KEY, _FORM_KEY.replace("Shard\n", "Shard = field(compare=False)\n")),
+    _tables("key-without-dtype", _FORM_KEY, _FORM_KEY.replace("torch.dtype\n", "torch.dtype = field(compare=False)\n")),
+    _tables("key-without-form", _FORM_KEY, _FORM_KEY.replace("_Form\n", "_Form = field(compare=False)\n")),
+    _tables("key-without-grid", _FORM_KEY, _FORM_KEY.replace("Grid\n", "Grid = field(compare=False)\n")),
+    _tables("first-row-off-by-one", "packed + start - first)", "packed + start - first + 1)"),
+    _tables("axis-in-the-last-columns", "packed + array.shape[1], :pairs]", "packed + array.shape[1], -pairs:]"),
+    _tables("padding-turns", "flat[1][layout.inside :] = 0.0", "flat[1][layout.inside :] = 1.0"),
+    _tables("padding-of-positions", "len(layout.sizes)), -1, dtype", "len(layout.sizes)), 0, dtype"),
+    _tables("axes-swapped-in-dense-shards", "value[coordinates[axis]]", "value[coordinates[-1 - axis]]"),
+    _tables("interleaved-as-half", "values.repeat_interleave(2, dim=-1), [", "values.repeat(1, 1, 2), ["),
+    _tables("half-beside-itself", "slice(column + half, column + half + pairs)", "slice(column, column + pairs)"),
+    _tables("positions-of-the-first-axis", "+ table.first_rows[axis]", "+ table.first_rows[0]"),
+    _tables("complex-sign", "return torch.complex(cos, sin)", "return torch.complex(cos, -sin)"),
+    _tables("token-offset-dropped", "token_offset=self.token_offset,", "token_offset=0,"),
+    _tables("ceil-to-floor", "count = -(-grid.tokens // shard.world)", "count = grid.tokens // shard.world", "layout"),
+    _tables(
+        "axis-shard-forgets-the-start-frame", "starts[axis] + shard.rank * size", "shard.rank * size", file="layout"
+    ),
+    _tables("axes-reversed", "return coordinates[::-1]", "return coordinates", file="layout"),
+    _tables("start-frame-off-by-one", "starts = (grid.start_frame, *", "starts = (grid.start_frame + 1, *", "layout"),
+    _tables("all-padding-holds-a-token", "return max(0, min(self.count", "return max(1, min(self.count", "layout"),
+    _tables("whole-whatever-the-count", "self.token_offset == 0 and self.count", "self.count", file="layout"),
+    _tables("start-frame-on-every-axis", "grid.start_frame if axis == 0 else 0", "grid.start_frame", "axis_tables"),
+    _tables("block-of-rows-too-short", "(start + size) // ROW_BLOCK", "(start + size - 1) // ROW_BLOCK", "axis_tables"),
+    _tables("magnitude-dropped", "table = table * frequencies.magnitude", "pass", file="axis_tables"),
+    _tables(
+        "axis-key-without-dtype",
+        "AxisKey(frequencies.numbers, first, stop, dtype)",
+        "AxisKey(frequencies.numbers, first, stop, torch.float32)",
+        file="axis_tables",
+    ),
+    _tables(
+        "axis-key-without-first-row",
+        "AxisKey(frequencies.numbers, first, stop, dtype)",
+        "AxisKey(frequencies.numbers, 0, stop - first, dtype)",
+        file="axis_tables",
+    ),
+    # Scaling.
+    _scaling("interpolation-in-place-of-scale", "found.position_scale * spec.interpolation", "spec.interpolation"),
+    _scaling("frequency-key-without-dtype", ".get((scaling, dim, theta, dtype),", ".get((scaling, dim, theta),"),
+    _scaling("frequency-key-without-theta", ".get((scaling, dim, theta, dtype),", ".get((scaling, dim, dtype),"),
+    _scaling("rescale-dropped", "theta = spec.theta if rescale == 1.0 else", "theta = spec.theta if True else"),
+    _scaling(
+        "ntk-exponent",
+        "float(theta * factor ** (dim / (dim - 2)))",
+        "float(theta * factor ** (dim / (dim + 2)))",
+        file="scaling_types",
+    ),
+    _scaling("dynamic-growth", "* ratio - (factor - 1.0)", "* ratio - factor", file="scaling_types"),
+    _scaling("frequency-sign", "1.0 / (theta**exponents)", "theta**exponents", file="scaling_types"),
+    _scaling("longrope-lists-swapped", "if seq_len > length else", "if seq_len <= length else", file="scaling_types"),
+    _scaling("scaling-of-another-axis", "return self.scaling[axis] if", "return self.scaling[-1 - axis] if", "spec"),
+    # The cache.
+    _cache("hit-without-version", "if tensor._version != version:", "if False:"),
+    _cache("written-entry-served", "any(tensor._version != v for tensor, v in entry.versions)", "False"),
+    _cache("value-of-the-cap-not-kept", "if entry.bytes > self._max_bytes:", "if entry.bytes >= self._max_bytes:"),
+    _cache("one-entry-too-many", "self._make_room(self._max_entries - 1,", "self._make_room(self._max_entries,"),
+    _cache("bytes-of-the-new-entry", "self._max_bytes - entry.bytes)", "self._max_bytes)"),
+    _cache("newest-leaves-first", "self._entries.pop(next(iter(self._entries)))", "self._entries.popitem()[1]"),
+    _cache(
+        "stored-after-clear",
+        "if self._flights.get(slot) is flight:\n                self._store(slot, entry)",
+        "if True:\n                self._store(slot, entry)",
+    ),
+    _cache(
+        "flight-never-lands",
+        "                del self._flights[slot]\n        flight",
+        "                pass\n        flight",
+    ),
+    _cache(
+        "lands-once",
+        "                self._land(slot, mine)\n            finally:",
+        "                self._land(slot, mine)\n            except ZeroDivisionError:",
+    ),
+    _cache("slot-without-device-index", "slot = (key, device)", "slot = (key, torch.device(device.type))"),
+    _cache("transforms-unseen", "or _function_transforms() is not None", "or False"),
+    _cache("dispatch-modes-unseen", "(_dispatch_modes() > 0 and not _watched())", "False"),
+    _cache("built-in-inference-mode", "with torch.inference_mode(False), torch.no_grad()", "with torch.no_grad()"),
+    _cache("child-keeps-flights", "self._lock = threading.RLock()\n        self._flights = {}\n\n\n", "pass\n\n\n"),
+    # Eager rotation.
+    _eager(
+        "reference-sign", "x1 * cos - x2 * sin, x1 * sin + x2 * cos))", "x1 * cos + x2 * sin, x1 * sin + x2 * cos))"
+    ),
+    _eager("inverse-forward", "sin = -sin if args.inverse else sin", "sin = sin"),
+    _eager("exact-and-fast-swapped", "        if self.args.exact:\n", "        if not self.args.exact:\n"),
+    _eager("exact-by-one-product", "self.exact_complex = self.complex and args.exact", "self.exact_complex = False"),
+    _eager("eps-after-the-root", ".add_(self.eps).rsqrt_()", ".rsqrt_().add_(self.eps)"),
+    _eager("across-heads-per-head", "(-2, -1) if kind.across_heads else (-1,)", "(-1,)"),
+    _eager("mean-per-head", "x.mean(self.dims, keepdim=True), out=out)", "x.mean((-1,), keepdim=True), out=out)"),
+    _eager("weight-of-the-first", "self.weights[index], self.biases", "self.weights[0], self.biases"),
+    _eager("negative-row-turns", "+ 1).clamp_(min=0)", "+ 1).clamp_(min=1)"),
+    _eager("prefix-forgotten", "slice(args.prefix, args.prefix + turn.count)", "slice(0, turn.count)"),
+    _eager("angle-key-without-inverse", "args.pairing, args.inverse, self.exact", "args.pairing, self.exact"),
+    _eager("angle-key-without-offset", "args.first_rows, args.token_offset, args.count", "args.first_rows, args.count"),
+    _eager("angle-key-without-stride", "x.data_ptr(), x.shape, x.stride(), x.dtype", "x.data_ptr(), x.shape, x.dtype"),
+    _eager("rest-lost-in-place", "and not (in_place and norm is None)", "and not in_place"),
+    _eager("wrong-coordinate", "coordinate + first for coordinate", "coordinate for coordinate"),
+    # The operators and the calls.
+    _ops("backward-forward", "inverse=not args.inverse)", "inverse=args.inverse)"),
+    _ops("norm-gradient-sign", "x_grad = turned - normed *", "x_grad = turned + normed *"),
+    _ops("gradient-of-the-mean", "x_grad = x_grad - turned.mean(dims, keepdim=True)", "pass"),
+    _ops("gradient-without-weight", "turned = turned * weight.to(wide)", "_ = turned * weight.to(wide)"),
+    _ops("gradient-eps", "keepdim=True) + ctx.eps)", "keepdim=True))"),
+    _ops("call-key-without-flags", "around, _layout(positions), flags,", "around, _layout(positions),", "rotation"),
+    _ops("call-key-without-prefix", "around, _layout(positions), flags,", "_layout(positions), flags,", "rotation"),
+    _ops("inplace-unchecked", "        check_inplace(names, xs)\n", "        pass\n", file="rotation"),
+    # Streams and shifts.
+    Mutation(
+        "stream-start-of-the-table",
+        "dit_rope/streaming.py",
+        "positions[0] - table.grid.start_frame",
+        "positions[0] - table.grid.start_frame + 1",
+        _STREAM,
+        "not compile and not cuda",
+    ),
+    Mutation(
+        "sinks-follow-one-too-far",
+        "dit_rope/streaming.py",
+        "moved = tuple(range(oldest - sinks, oldest))",
+        "moved = tuple(range(oldest - sinks + 1, oldest + 1))",
+        _STREAM,
+        "not compile and not cuda",
+    ),
+    Mutation(
+        "ring-starts-at-the-sinks",
+        "dit_rope/streaming.py",
+        "(frame - self.sink_frames) % ring",
+        "frame % ring",
+        _STREAM,
+        "not compile and not cuda",
+    ),
+    Mutation(
+        "shift-backwards",
+        "dit_rope/shifting.py",
+        "inverse=towards_start",
+        "inverse=not towards_start",
+        _SHIFT,
+        "gives_keys or video",
+    ),
+    Mutation(
+        "shift-of-axis-0",
+        "dit_rope/shifting.py",
+        "positions[..., table.axis] = steps",
+        "positions[..., 0] = steps",
+        _SHIFT,
+        "video",
+    ),
+    Mutation(
+        "shard-of-fastvideo",
+        "dit_rope/compat/fastvideo.py",
+        "shard = Shard(rank, world, axis=shard_dim)",
+        "shard = Shard(rank, world)",
+        ("tests/test_compat_fastvideo.py",),
+        "not compile",
+    ),
+    # What models hand over, packed.
+    _models(
+        "align-start",
+        "formats",
+        "first = self.tokens - count if align is Align.END",
+        "first = 0 if align is Align.END",
+        "cogvideox or ltx2 or stable-audio",
+    ),
+    _models(
+        "prefix-at-the-start",
+        "formats",
+        "prefix=length - count if align is Align.END else 0",
+        "prefix=0",
+        "flux-single",
+    ),
+    _models("head-rows-ignored", "formats", "head_rows=self.head_rows,", "head_rows=0,", "mochi or ltx2-inter"),
+    _models(
+        "stride-of-heads",
+        "formats",
+        "pairing, tokens if heads > 1 else 0)",
+        "pairing, 1 if heads > 1 else 0)",
+        "mochi or ltx2-inter",
+    ),
+    _models("stride-of-the-batch", "formats", "mul_(heads * tokens)", "mul_(tokens)", "ltx2 or ltx-unscaled"),
+    _models(
+        "matrix-transposed",
+        "formats",
+        "rotary[..., 1, 0].float()",
+        "rotary[..., 0, 1].float()",
+        "kandinsky5 or hidream",
+    ),
+    _models("conjugate", "formats", "four_dims(each.imag).float()", "-four_dims(each.imag).float()", "qwen"),
+    Mutation(
+        "packed-without-version",
+        "dit_rope/models/formats.py",
+        "found[0] == versions and all(",
+        "all(",
+        ("tests/test_cache_attack.py",),
+        "packed",
+    ),
+    Mutation(
+        "packed-by-the-first-tensor",
+        "dit_rope/models/formats.py",
+        "    known[key, rest] = (versions",
+        "    rest = ()\n    known[key, rest] = (versions",
+        ("tests/test_cache_attack.py",),
+        "packed",
+        "a lookup by the identities of all tensors then finds nothing, and what is packed anew is right",
+    ),
+    Mutation(
+        "packed-tables-gather",
+        "dit_rope/models/formats.py",
+        "_MOST_PACKED = 16",
+        "_MOST_PACKED = 10**9",
+        ("tests/test_cache_attack.py",),
+        "packed",
+    ),
+    # Seams, processors, undo.
+    _models(
+        "first-table-for-all", "seams", "min(settings.table, len(flight.tables) - 1)", "0", "qwen or joyimage or ltx2"
+    ),
+    _models(
+        "fast-where-exact",
+        "seams",
+        "if flight.exact else self._fast",
+        "if not flight.exact else self._fast",
+        "wan or flux",
+    ),
+    _models(
+        "norm-not-rounded",
+        "seams",
+        "if settings.rounds is not None:",
+        "if False:",
+        "krea2 or ideogram4 or stable-audio or lumina or cosmos",
+    ),
+    _models(
+        "result-not-rounded",
+        "seams",
+        "settings.result is None else turned.to(settings.result)",
+        "True else turned",
+        "kandinsky or ideogram4 or krea2 or joyimage",
+    ),
+    _models("table-not-narrowed", "seams", "if exact and self.format.narrows:", "if False:", "minimax"),
+    _patching("unknown-processor-patched", "seams", "if self.processors and (cls", "if False and (cls"),
+    _patching(
+        "replaced-norm-patched",
+        "seams",
+        "return all(isinstance(getattr(module, name, None), TurnSeam)",
+        "return all(True",
+    ),
+    _patching("lost-rotation-unnoticed", "seams", "if 0 < len(pending) < self.seams", "if False and 0 < self.seams"),
+    _patching(
+        "second-call-unnoticed",
+        "seams",
+        "if not settings.repeats and settings.name not in",
+        "if False and settings.name not in",
+    ),
+    _patching(
+        "hooks-not-removed",
+        "plan",
+        "            del vars(module)[memo.method]\n        remove_hooks(module)",
+        "            del vars(module)[memo.method]",
+    ),
+    _patching("class-not-restored", "swapping", "target.__class__ = type(target).unpatched", "pass"),
+    _patching("settings-left-behind", "swapping", "    del vars(target)[SETTINGS]\n", "    pass\n"),
+    _patching("forwards-unchecked", "plan", "    _check_forwards(plan)\n", "    pass\n"),
+    _patching("patched-twice", "plan", "    if is_patched(model):\n", "    if False:\n"),
+    Mutation(
+        "undo-keeps-entries",
+        "dit_rope/models/plan.py",
+        "                    forget(settings.token)\n",
+        "                    pass\n",
+        _MEMO,
+    ),
+    Mutation(
+        "failed-patch-stays",
+        "dit_rope/patching.py",
+        "    except BaseException:\n        for plan in plans:\n            plan.restore()\n",
+        "    except BaseException:\n",
+        _PATCHING,
+        "failing",
+    ),
+    _models(
+        "wan-axes", "wan", "dims=(head_dim - 2 * side, side, side)", "dims=(side, side, head_dim - 2 * side)", "wan"
+    ),
+    _patching("edit-frame-off-by-one", "wan", "frames=(0, skip - 1)", "frames=(0, skip - 2)", "bitwise"),
+    _models(
+        "text-at-the-end",
+        "flux",
+        '"norm_added_q": Turned(align=Align.START)',
+        '"norm_added_q": Turned(align=Align.END)',
+        "flux or chroma",
+    ),
+    _models("key-by-the-query-table", "ltx", '"norm_k": Turned(table=1)', '"norm_k": Turned(table=0)', "ltx2"),
+    _models(
+        "text-by-the-image-table",
+        "qwen_image",
+        '"norm_added_q": Turned(table=1)',
+        '"norm_added_q": Turned(table=0)',
+        "qwen",
+    ),
+    _models("krea2-weight", "fused_norms", "module.weight + 1.0", "module.weight", "krea2"),
+    _models(
+        "rebound-passes",
+        "rebinding",
+        "    if settings.passes:\n",
+        "    if not settings.passes:\n",
+        "hidream or lumina or omnigen or z-image",
+    ),
+    # Tables that models build.
+    _memo(
+        "identity-without-version",
+        "tensor.is_conj(), tensor.is_neg(), tensor._version)",
+        "tensor.is_conj(), tensor.is_neg())",
+    ),
+    _memo("key-without-ambient", "[_ambient(), len(args)]", "[len(args)]"),
+    _memo("key-without-state", "    parts.append(_state(target, settings, held))\n", ""),
+    _memo("key-without-call-number", "[call.place, call.number(settings.token)]", "[call.place]"),
+    _memo("equal-numbers-of-two-types", "return (type(value), value)", "return value"),
+    _memo("key-does-not-hold", "    held.append(tensor)\n", ""),
+    _memo(
+        "tokens-are-equal", "@dataclass(frozen=True, eq=False)\nclass _Token", "@dataclass(frozen=True)\nclass _Token"
+    ),
+    Mutation(
+        "probe-looks-away",
+        "dit_rope/models/probe.py",
+        "if not actual or not all(",
+        "if False and not all(",
+        ("tests/test_probe.py",),
+        "refused",
+    ),
+)
