@@ -119,7 +119,7 @@ class Plan:
             "own_angles": self.own_angles,
         }
         lines = [
-            '#include "rope.cu"',
+            "#include <rope.cu>",  # in quotes, it would be looked for where the process runs first
             "struct Plan {",
             *(f"  using {name} = {_TYPE_NAMES[dtype]};" for name, dtype in types.items()),
             f"  static constexpr dit_rope::Norm norm = dit_rope::{norm};",

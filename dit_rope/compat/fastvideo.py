@@ -98,7 +98,8 @@ def _request(
 def _numbers(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
     """One number, or one per axis, whose values the spec checks."""
     values = (value,) if isinstance(value, (int, float)) else value
-    if not isinstance(values, Sequence) or not values or any(not isinstance(v, (int, float)) for v in values):
+    numbers = isinstance(values, Sequence) and not isinstance(values, bytes) and len(values) > 0
+    if not numbers or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
         raise TypeError(f"{name} must be a number or numbers, got {value!r}")
     if not all(0 < v < math.inf for v in values):
         raise ValueError(f"{name} must be positive and finite, got {value!r}")

@@ -250,13 +250,20 @@ def _check_number(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 
+def _check_tokens(q: object) -> None:
+    if not isinstance(q, torch.Tensor) or q.ndim != 3:
+        got = tuple(q.shape) if isinstance(q, torch.Tensor) else type(q).__name__
+        raise ValueError(f"q must be a tensor [nnz, heads, head_dim], got {got}")
+
+
 def _ragged(q: torch.Tensor, indptr: Ints, offsets: Ints) -> torch.Tensor:
+    _check_tokens(q)
     return ragged_positions(indptr, offsets, q.shape[0])
 
 
 def _linear(rope_scale: float) -> Scaling | None:
     _check_number("rope_scale", rope_scale)
-    return None if rope_scale == 1 else Scaling.of("linear", factor=rope_scale)
+    return None if rope_scale == 1 else Scaling.of("linear", factor=float(rope_scale))
 
 
 def _llama31(rope_scale: float, low: float, high: float, length: int) -> Scaling:
@@ -273,9 +280,7 @@ def _llama31(rope_scale: float, low: float, high: float, length: int) -> Scaling
 
 
 def _spec(q: torch.Tensor, rotary_dim: int | None, theta: float, scaling: Scaling | None) -> RopeSpec:
-    if not isinstance(q, torch.Tensor) or q.ndim != 3:
-        got = tuple(q.shape) if isinstance(q, torch.Tensor) else type(q).__name__
-        raise ValueError(f"q must be a tensor [nnz, heads, head_dim], got {got}")
+    _check_tokens(q)
     width = q.shape[2] if rotary_dim is None else rotary_dim
     if isinstance(width, bool) or not isinstance(width, int) or not 2 <= width <= q.shape[2] or width % 2:
         raise ValueError(f"rotary_dim must be even, at least 2 and at most head_dim {q.shape[2]}, got {width!r}")
