@@ -64,7 +64,7 @@ class EmulatedKernels:
             for path in sources:  # the later of two of one name, which is ptx.cuh for a CPU
                 shutil.copy(path, with_sources)
             (with_sources / "kernel.cpp").write_text(text)
-            command = [COMPILER, *FLAGS, "kernel.cpp", "-o", "kernel.so"]
+            command = [COMPILER, *FLAGS, "-I.", "kernel.cpp", "-o", "kernel.so"]
             done = subprocess.run(command, cwd=with_sources, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{COMPILER} failed:\n{done.stderr[:8000]}")
