@@ -35,7 +35,7 @@ def _cache(name: str, old: str, new: str) -> Mutation:
 
 
 def _eager(name: str, old: str, new: str) -> Mutation:
-    return Mutation(name, "dit_rope/backends/eager.py", old, new, _EAGER, _NO_COMPILE)
+    return Mutation(name, "dit_rope/backends/eager.py", old, new, _EAGER, f"{_NO_COMPILE} and not contract")
 
 
 def _ops(name: str, old: str, new: str, file: str = "ops") -> Mutation:

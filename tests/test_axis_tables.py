@@ -62,6 +62,14 @@ def test_start_frame_within_its_block_builds_no_axis_and_past_it_the_frame_axis_
     assert cache_info().tables.misses == 13
 
 
+def test_blocks_of_rows_as_long_as_one_another_are_told_apart():
+    tables = [rope_table(SMALL, Grid(8, 4, 4, start_frame=start)) for start in (0, 32, 320)]
+    for start, table in zip((0, 32, 320), tables, strict=True):
+        cache_clear()
+        assert torch.equal(table.rows, rope_table(SMALL, Grid(8, 4, 4, start_frame=start)).rows)
+    assert not torch.equal(tables[0].rows, tables[1].rows)
+
+
 def test_shards_and_dense_forms_build_no_axis():
     for rank in range(4):
         rope_table(SMALL, GRID, shard=Shard(rank, 4)).cos_sin()

@@ -309,6 +309,13 @@ def test_builder_that_raises_wakes_all_who_wait_and_each_builds_for_itself(watch
     assert watched._flights == {}
 
 
+def test_value_of_just_the_byte_cap_is_kept_and_one_byte_more_is_not(watched: Watched) -> None:
+    watched.get(1, CPU, lambda: torch.zeros(64 * 1024, dtype=torch.uint8))
+    assert (watched.info().entries, watched.info().bytes) == (1, 64 * 1024)
+    watched.get(2, CPU, lambda: torch.zeros(64 * 1024 + 1, dtype=torch.uint8))
+    assert list(watched._entries) == [(1, CPU)]
+
+
 class _NoMemory(list):  # type: ignore[type-arg]
     """Runs out of memory when it is asked what it holds."""
 

@@ -21,6 +21,7 @@ SHARDS = {
     "tokens, with padding": Shard(6, 7),
     "tokens, padding only": Shard(40, 41),
     "slice": Shard.of_tokens(7, 23),
+    "slice as long as the grid": Shard.of_tokens(10, 70),
     "slice past the end": Shard.of_tokens(50, 80),
     "slice beyond the end": Shard.of_tokens(70, 80),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -40,14 +39,6 @@ def test_every_mutation_applies_once_to_the_source_and_is_python(mutation: Mutat
 def test_there_are_many_mutations_of_many_modules() -> None:
     assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS) >= 60
     assert len({mutation.file for mutation in MUTATIONS}) >= 15
-
-
-def test_committed_results_name_no_survivor() -> None:
-    with (ROOT / "scripts" / "results" / "mutations.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) >= 60
-    for row in rows:
-        assert row["result"] == "caught" or (row["result"] == "equivalent" and row["explanation"]), row["mutation"]
 
 
 @pytest.mark.parametrize("found", ["", "x = 1\nx = 1\n"])
