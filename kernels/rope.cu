@@ -4,7 +4,8 @@
 // same channels of every head, so that the cosines and sines of its pairs stay in registers, and walks down the heads in
 // steps of Plan::rows. A thread issues all its loads before anything else. While they are under way the block finds the
 // table rows of its tokens and reads their angles into shared memory, each once per token. Where every head has angles
-// of its own, nobody shares them: a thread reads those of its heads itself, once for queries and keys.
+// of its own, nobody shares them: a thread reads those of its heads itself, once for queries and keys, and waits for no
+// other.
 //
 // Interleaved pairing: a lane owns one chunk of whole pairs. Half pairing: a lane owns two chunks whose channels are
 // each other's partners; lanes past the last pair own two chunks each of the channels that do not turn.
@@ -81,15 +82,32 @@ __device__ __forceinline__ void read_angles(const RotationArgs& args, Shared<Pla
   }
 }
 
-// The angles of every head of this thread, of which queries and keys have the same.
+// The angles of every head of this thread, of which queries and keys have the same. The pairs of one access are of one
+// axis. What does not turn leaves early, in branches: the compiler then keeps all these loads in front of a norm's sums.
 template <class Plan, int kRows>
 __device__ __forceinline__ void load_own_angles(
-    const RotationArgs& args, const Place& place, const Shared<Plan>& shared, Angles<Plan> (&angles)[kRows]) {
+    const RotationArgs& args, const Place& place, Angles<Plan> (&angles)[kRows]) {
+  using Table = typename Plan::Table;
+  constexpr int kPairs = Shape<Plan>::kPairs, kGroup = Plan::table_access / sizeof(Table);
   constexpr int kHeads = Plan::query_heads > Plan::key_heads ? Plan::query_heads : Plan::key_heads;
+  const int first_pair = place.lane * kPairs;
+  if (!place.live || first_pair >= Plan::pairs) return;
+  int row = 0, last_axis = -1;
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int head = place.row + i * Plan::rows;
-    if (place.live && head < kHeads) angles[i].load(args, shared.rows[place.slot], head, place.lane);
+  for (int i = 0; i < kPairs; i += kGroup) {
+    int first;
+    const int axis = pair_axis<Plan>(first_pair + i, first);
+    if (axis != last_axis) row = token_row(args, place.batch, place.token - args.prefix, axis);
+    last_axis = axis;
+    if (row < 0 || first_pair + i >= Plan::pairs) continue;
+    const Table* from = static_cast<const Table*>(args.rows) + row * args.row_stride + (first_pair + i - first);
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      const int head = place.row + j * Plan::rows;
+      const long long further = head * args.head_rows;
+      const bool there = head < kHeads && row + further < args.row_count;
+      if (there) angles[j].template load<kGroup>(i, from + further * args.row_stride, args.sin_offset);
+    }
   }
 }
 
@@ -124,16 +142,16 @@ struct Heads {
   using Data = typename Plan::Data;
   static constexpr int kChunks = Shape<Plan>::kChunks;
   static constexpr int kRows = (kHeads + Plan::rows - 1) / Plan::rows;
-  static constexpr int kWeightRows = Plan::norm == kAcrossHeads ? kRows : 1;
-  template <typename Number>
-  using Parameters = Chunk<Number, Plan::chunk, Plan::weight_access>[kWeightRows][kChunks];
+  static constexpr bool kAcross = Plan::norm == kAcrossHeads;
+  template <typename Number, int kCount>
+  using Parameters = Chunk<Number, Plan::chunk, Plan::weight_access>[kCount][kChunks];
 
   const Tensor& tensor;
   const Strides& strides;
   const Place& place;
   Chunk<Data, Plan::chunk, Plan::access> data[kRows][kChunks];
-  Parameters<Weight> weights;
-  Parameters<Bias> biases;
+  Parameters<Weight, kAcross ? kRows : 1> weights;
+  Parameters<Bias, 1> bias;
 
   __device__ __forceinline__ Heads(const Tensor& tensor, const Strides& strides, const Place& place)
       : tensor(tensor), strides(strides), place(place) {}
@@ -156,23 +174,27 @@ struct Heads {
     }
   }
 
-  // Weights or biases of this thread's channels, `from` by reference: read from the arguments here, not held before.
-  template <typename Number>
-  __device__ __forceinline__ void load_parameters(const void* const& from, Parameters<Number>& parameters) const {
+  // Weights or biases of this thread's channels of the heads from row `first` on, `from` by reference: it is read from
+  // the arguments here, not held before.
+  template <typename Number, int kCount>
+  __device__ __forceinline__ void load_parameters(
+      const void* const& from, int first, Parameters<Number, kCount>& parameters) const {
 #pragma unroll
-    for (int i = 0; i < kWeightRows; ++i) {
-      const int head = Plan::norm == kAcrossHeads ? place.row + i * Plan::rows : 0;
-      const Number* first = static_cast<const Number*>(from) + head * Plan::head_dim + first_channel<Plan>(place.lane);
+    for (int i = 0; i < kCount; ++i) {
+      const int head = kAcross ? place.row + (first + i) * Plan::rows : 0;
+      const Number* start = static_cast<const Number*>(from) + head * Plan::head_dim + first_channel<Plan>(place.lane);
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk) {
-        if (owns(i, chunk)) parameters[i][chunk].load_shared(first + chunk_offset<Plan>(place.lane, chunk));
+        if (owns(first + i, chunk)) parameters[i][chunk].load_shared(start + chunk_offset<Plan>(place.lane, chunk));
       }
     }
   }
 
+  // All weights, and the biases that heads share. Those across heads are read when they are added: a thread has no
+  // registers for both of many heads.
   __device__ __forceinline__ void load_norm() {
-    if constexpr (Plan::weighted) load_parameters(tensor.weight, weights);
-    if constexpr (Plan::biased) load_parameters(tensor.bias, biases);
+    if constexpr (Plan::weighted) load_parameters(tensor.weight, 0, weights);
+    if constexpr (Plan::biased && !kAcross) load_parameters(tensor.bias, 0, bias);
   }
 
   __device__ __forceinline__ void unpack(int i, Channels<Plan>& values) const {
@@ -237,22 +259,21 @@ struct Heads {
   }
 
   __device__ __forceinline__ void scale(int i, float factor, Channels<Plan>& values) const {
-    constexpr bool kAcross = Plan::norm == kAcrossHeads;
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      float weight[Plan::chunk], bias[Plan::chunk];
+      float weight[Plan::chunk], added[Plan::chunk];
       if constexpr (Plan::weighted) weights[kAcross ? i : 0][chunk].unpack(weight);
-      if constexpr (Plan::biased) biases[kAcross ? i : 0][chunk].unpack(bias);
+      if constexpr (Plan::biased) bias[0][chunk].unpack(added);
 #pragma unroll
       for (int j = 0; j < Plan::chunk; ++j) {
         float& value = values[chunk][j];
         value = __fmul_rn(value, factor);
         if constexpr (Plan::weighted && Plan::biased) {
-          value = __fmaf_rn(value, weight[j], bias[j]);
+          value = __fmaf_rn(value, weight[j], added[j]);
         } else if constexpr (Plan::weighted) {
           value = __fmul_rn(value, weight[j]);
         } else if constexpr (Plan::biased) {
-          value = __fadd_rn(value, bias[j]);
+          value = __fadd_rn(value, added[j]);
         }
       }
     }
@@ -265,6 +286,7 @@ struct Heads {
                  place.entry * strides.out_batch + place.token * strides.out_token + place.row * strides.out_head;
 #pragma unroll
     for (int i = 0; i < kRows; ++i, head += Plan::rows * strides.out_head) {
+      if constexpr (Plan::biased && kAcross) load_parameters(tensor.bias, i, bias);
       Channels<Plan> values;
       unpack(i, values);
       if constexpr (Plan::norm == kPerHead) {
@@ -341,12 +363,12 @@ __device__ __forceinline__ void rotate_tokens(const RotationArgs& args, Shared<P
   query.load_norm();
   if constexpr (kKeys) key.load_norm();
 
-  find_rows(args, place, shared);
-  __syncthreads();
   Angles<Plan> angles[Plan::own_angles ? (Query::kRows > Key::kRows ? Query::kRows : Key::kRows) : 1];
   if constexpr (Plan::own_angles) {
-    load_own_angles(args, place, shared, angles);
+    load_own_angles(args, place, angles);
   } else {
+    find_rows(args, place, shared);
+    __syncthreads();
     read_angles(args, shared);
   }
   float means[2] = {0.0f, 0.0f}, factors[2] = {0.0f, 0.0f};
@@ -357,7 +379,12 @@ __device__ __forceinline__ void rotate_tokens(const RotationArgs& args, Shared<P
   }
   // A norm per head has yet to shuffle, for which it needs every thread.
   if (Plan::norm != kPerHead && !place.live) return;
-  if constexpr (!Plan::own_angles) angles[0].read(shared, place.slot, place.lane);
+  if constexpr (Plan::own_angles) {
+#pragma unroll
+    for (Angles<Plan>& of_head : angles) of_head.orient(args.inverse);
+  } else {
+    angles[0].read(shared, place.slot, place.lane);
+  }
   query.finish(angles, means[0], factors[0], args.eps);
   if constexpr (kKeys) key.finish(angles, means[1], factors[1], args.eps);
 }

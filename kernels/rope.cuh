@@ -183,7 +183,7 @@ struct Shape {
 template <class Plan>
 using Channels = float[Shape<Plan>::kChunks][Plan::chunk];
 
-// What the threads of a block share.
+// What the threads of a block share; where every head has its own angles, only sums.
 template <class Plan>
 struct Shared {
   static constexpr int kAngleTokens = Plan::own_angles ? 1 : Plan::tokens;
@@ -239,24 +239,18 @@ struct Angles {
     }
   }
 
-  // Those of one head from the table, by the `rows` of head 0. As many pairs as one access has are of one axis.
-  __device__ __forceinline__ void load(const RotationArgs& args, const int* rows, int head, int lane) {
-    using Table = typename Plan::Table;
-    constexpr int kGroup = Plan::table_access / sizeof(Table);
+  // The pairs from number `i` on that one access has, of one axis, from their row of the table.
+  template <int kGroup>
+  __device__ __forceinline__ void load(int i, const typename Plan::Table* cosine, long long sin_offset) {
+    load_angles<Plan, kGroup>(cosine, cosines + i);
+    load_angles<Plan, kGroup>(cosine + sin_offset, sines + i);
+    turning |= ((1u << kGroup) - 1u) << i;
+  }
+
+  // Turns backwards where `inverse`. Apart from load(), where a thread would wait for the sines before it loads more.
+  __device__ __forceinline__ void orient(bool inverse) {
 #pragma unroll
-    for (int i = 0; i < kPairs; i += kGroup) {
-      const int pair = lane * kPairs + i;
-      int first;
-      const int row = pair < Plan::pairs ? rows[pair_axis<Plan>(pair, first)] : -1;
-      const long long own_row = row + head * args.head_rows;
-      if (row < 0 || own_row >= args.row_count) continue;
-      const Table* from = static_cast<const Table*>(args.rows) + own_row * args.row_stride + (pair - first);
-      load_angles<Plan, kGroup>(from, cosines + i);
-      load_angles<Plan, kGroup>(from + args.sin_offset, sines + i);
-      turning |= ((1u << kGroup) - 1u) << i;
-#pragma unroll
-      for (int j = i; j < i + kGroup; ++j) sines[j] = args.inverse ? -sines[j] : sines[j];
-    }
+    for (int i = 0; i < kPairs; ++i) sines[i] = inverse ? -sines[i] : sines[i];
   }
 
   __device__ __forceinline__ void turn_pairs(Channels<Plan>& values, unsigned which) const {

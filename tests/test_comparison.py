@@ -77,7 +77,7 @@ def test_compare_leaves_the_pipeline_unpatched(random_wan):
 
 def test_compare_notices_a_difference(random_wan, monkeypatch):
     """A patch whose tables are wrong: every sine has the other sign."""
-    real = dit_rope.models.seams.rope_table
+    real = dit_rope.models.grid_tables.rope_table
 
     def mirrored(*args, **kwargs):
         table = real(*args, **kwargs)
@@ -85,7 +85,7 @@ def test_compare_notices_a_difference(random_wan, monkeypatch):
         object.__setattr__(copy := object.__new__(type(table)), "__dict__", vars(table) | {"rows": wrong})
         return copy
 
-    monkeypatch.setattr(dit_rope.models.seams, "rope_table", mirrored)
+    monkeypatch.setattr(dit_rope.models.grid_tables, "rope_table", mirrored)
     result = compare(random_wan, REQUEST)
     assert result.max_difference > 0
     assert min(result.ssim) < 1

@@ -355,7 +355,7 @@ CACHE = {
         (apply_rope, RAGGED | {"indptr": [0, 4]}, ValueError, r"one value more than offsets \(2\), got 2 values"),
         (apply_rope, RAGGED | {"offsets": torch.ones(2)}, TypeError, "offsets must be an int32 or int64 tensor"),
         (apply_rope, RAGGED | {"indptr": torch.zeros(2, 2).int()}, ValueError, r"indptr must have shape \[tokens\]"),
-        (apply_rope, RAGGED | {"rope_scale": 0}, ValueError, "factor must be positive and finite, got 0"),
+        (apply_rope, RAGGED | {"rope_scale": 0}, ValueError, "rope_scale must be positive and finite, got 0"),
         (apply_rope, RAGGED | {"rope_theta": -1.0}, ValueError, "theta must be positive and finite, got -1.0"),
         (apply_rope, RAGGED | {"backend": "fastest"}, ValueError, "backend must be one of"),
         (apply_llama31_rope, RAGGED | {"high_freq_factor": 1}, ValueError, "high_freq_factor must be above"),

@@ -47,7 +47,7 @@ def norm_and_rotation(kind: NormKind, folder: Path) -> tuple[torch.Tensor, torch
 FAULTS = {
     "outside": ("place.token < args.tokens", "place.token <= args.tokens", "access outside of every tensor"),
     "misaligned": ("? lane * Plan::chunk", "? lane * Plan::chunk / 2", "misaligned access"),
-    "diverging": ("__syncthreads();\n  read", "if (place.row == 0) __syncthreads();\n  read", "different barriers"),
+    "diverging": ("__syncthreads();\n    read", "if (place.row == 0) __syncthreads();\n    read", "different barriers"),
 }
 
 

@@ -201,7 +201,7 @@ def test_files_and_functions_stay_short(name):
         node.name: length
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and (length := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES
+        and (length := node.end_lineno - node.body[0].lineno + 1) > MAX_FUNCTION_LINES
     }
     assert long == {}
 

@@ -219,7 +219,7 @@ def live_bytes() -> int:
     """Memory of all tensors that Python can reach, those of the package's caches included."""
     storages = {}
     for found in gc.get_objects():
-        if type(found) is torch.Tensor:
+        if type(found) is torch.Tensor and found.layout is torch.strided:
             storage = found.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -146,7 +146,7 @@ def test_folder_with_code_of_its_own_is_refused_and_nothing_of_it_runs(component
 )
 def test_inspect_builds_models_alone_whatever_class_a_config_names(class_name: object, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": class_name}))
-    with pytest.raises(typer.BadParameter, match="must be of a model class"):
+    with pytest.raises(typer.BadParameter, match="must be of a class that diffusers"):
         inspect.build_transformers(str(tmp_path))
 
 

@@ -168,6 +168,7 @@ _ALSO = {
     "sizes": "size",
     "config": "rope_scaling",
     "rope_theta": "theta",
+    "theta_rescale_factor": "theta_rescale",
     "start_frame": "grid",
     "sp_rank": "rank",
     "sp_world_size": "shard",

@@ -203,7 +203,7 @@ def plan_for(signature: Signature) -> Plan:
         table_access=_table_access(signature, threads.chunk if signature.half else threads.chunk // 2),
         lanes=threads.lanes,
         rows=threads.rows,
-        tokens=_tokens(threads.rows * threads.lanes),
+        tokens=_tokens(threads.rows * threads.lanes, _most_threads(signature)),
     )
 
 
@@ -216,13 +216,11 @@ def deal_threads(signature: Signature) -> Threads:
     lanes = pairs // chunk + -(-(width - 2 * pairs) // (2 * chunk)) if half else width // chunk
     if norm is not None and not norm.across_heads:
         lanes = power_of_two(lanes)
-    # Heads that a block works on at once: few enough threads that each holds THREAD_CHUNKS chunks. Across heads whole
-    # warps are added up. A LayerNorm takes so many registers that a block of several tokens, which is what makes warps
-    # whole elsewhere, would fit an SM only once.
+    # Heads that a block works on at once: few enough threads that each holds THREAD_CHUNKS chunks.
     limit = max(1, MAX_THREADS // lanes)
     for rows in range(1, limit + 1):
         held = (2 if half else 1) * sum(-(-count // rows) for count in signature.heads)
-        whole_warps = norm is None or not (norm.across_heads or norm.centred) or rows * lanes % WARP == 0
+        whole_warps = norm is None or not norm.across_heads or rows * lanes % WARP == 0
         if whole_warps and held <= THREAD_CHUNKS:
             break
     return Threads(chunk, width, lanes, rows, held)
@@ -251,9 +249,18 @@ def _table_access(signature: Signature, pairs: int) -> int:
     return min(math.gcd(signature.table_alignment, size * math.gcd(pairs, *bounds)), ACCESS_BYTES)
 
 
-def _tokens(token_threads: int) -> int:
-    """Tokens of a block: enough for MIN_THREADS threads, in whole warps where those are within MAX_THREADS."""
+def _most_threads(signature: Signature) -> int:
+    """Threads of a block of several tokens at most: few where each takes many registers, so that an SM holds several.
+
+    A LayerNorm keeps weights and biases, and angles of their own take as many registers as the heads they turn.
+    """
+    heavy = signature.own_angles or (signature.norm is not None and signature.norm.centred)
+    return MAX_THREADS // 2 if heavy else MAX_THREADS
+
+
+def _tokens(token_threads: int, most: int) -> int:
+    """Tokens of a block: enough for MIN_THREADS threads, in whole warps where those are within ``most``."""
     least = -(-MIN_THREADS // token_threads)
     whole = math.lcm(token_threads, WARP) // token_threads
     even = -(-least // whole) * whole
-    return even if even * token_threads <= MAX_THREADS else least
+    return even if even * token_threads <= most else least

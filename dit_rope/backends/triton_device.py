@@ -24,16 +24,27 @@ RUN_TIME = (
 
 
 @triton.jit
-def _find_rows(
-    row_count, positions, positions_batch, positions_token, positions_axis, batch, j, turns, rest, spans, firsts,
-    BOUNDS: tl.constexpr, AXES: tl.constexpr, PADDED: tl.constexpr, OWN_ANGLES: tl.constexpr,
-):  # fmt: skip
-    """The table's row and column of the pairs of this program's tokens, a row of -1 where an axis is left alone.
+def _load_angles(rows, rows_plane, row, rows_row, column, turn, INVERSE: tl.constexpr):
+    """Cos and sin (float32) at rows and columns of the table, (1, 0) where ``turn`` is false."""
+    at = rows + row * rows_row + column
+    cos = tl.load(at, mask=turn, other=1.0, eviction_policy="evict_last").to(tl.float32)
+    sin = tl.load(at + rows_plane, mask=turn, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    return cos, -sin if INVERSE else sin
 
-    ``[PADDED, tokens]``: pairs first, so that a warp reads neighbouring pairs; with OWN_ANGLES ``[tokens, 1, PADDED]``,
-    by which a tile reads its heads' own. ``j`` and ``turns`` are ``[tokens]``: the token's number in the grid, and
-    whether it turns; ``rest`` is its flat index there. An axis' row is found once, and selected for the pairs it owns.
+
+@triton.jit
+def _find_angles(
+    table, positions, positions_batch, positions_token, positions_axis, batch, j, turns, rest, spans, firsts,
+    BOUNDS: tl.constexpr, AXES: tl.constexpr, PADDED: tl.constexpr, OWN_ANGLES: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
+    """Cos and sin of the pairs of this program's tokens, and whether each turns: ``[tokens, 1, PADDED]``.
+
+    With OWN_ANGLES, by which each tile reads those of its heads, the rows of head 0, their columns, and ``turns``.
+    ``j`` and ``turns`` are ``[tokens]``: the token's number in the grid, and whether it turns; ``rest`` is its flat
+    index there. Each axis' row is found once per token, and selected for the pairs that the axis owns.
     """
+    rows, rows_plane, rows_row, row_count, _ = table
+    # Angles that heads share are found pairs first, so that a warp reads neighbouring pairs.
     pair = tl.arange(0, PADDED)[None, None, :] if OWN_ANGLES else tl.arange(0, PADDED)[:, None]
     row = tl.full([j.shape[0], 1, PADDED] if OWN_ANGLES else [PADDED, j.shape[0]], -1, tl.int32)
     column = pair
@@ -49,24 +60,23 @@ def _find_rows(
         own = (pair >= BOUNDS[a]) & (pair < BOUNDS[a + 1])
         row = tl.where(own, axis_row[:, None, None] if OWN_ANGLES else axis_row[None, :], row)
         column = tl.where(own, pair - BOUNDS[a], column)
-    return row, column
-
-
-@triton.jit
-def _load_angles(rows, rows_plane, row, rows_row, column, turn, INVERSE: tl.constexpr):
-    """Cos and sin (float32) at rows and columns of the table, (1, 0) where ``turn`` is false."""
-    at = rows + row * rows_row + column
-    cos = tl.load(at, mask=turn, other=1.0, eviction_policy="evict_last").to(tl.float32)
-    sin = tl.load(at + rows_plane, mask=turn, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    return cos, -sin if INVERSE else sin
+    if OWN_ANGLES:
+        angles = (row, column, turns[:, None, None])
+    else:
+        # A row stays negative for the pairs of an axis that its position leaves alone, or that it sends past the table,
+        # and past the last pair.
+        turn = (row >= 0) & turns[None, :]
+        cos, sin = _load_angles(rows, rows_plane, row, rows_row, column, turn, INVERSE)
+        angles = (tl.trans(cos)[:, None, :], tl.trans(sin)[:, None, :], tl.trans(turn)[:, None, :])
+    return angles
 
 
 @triton.jit
 def _tile_angles(angles, table, head, OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr, INVERSE: tl.constexpr):
     """Cos, sin and what turns of the heads ``[1, heads, 1]`` of a tile, in shapes that broadcast with the tile.
 
-    ``angles`` are those that all heads share; with OWN_ANGLES the rows and columns of head 0, and which tokens turn.
-    Strides of the table then come in units of TABLE_ALIGN elements, as the data's do in units of ALIGN.
+    ``angles`` are those of :func:`_find_angles`. With OWN_ANGLES strides of the table come in units of TABLE_ALIGN
+    elements, as the data's do in units of ALIGN.
     """
     cos, sin, turn = angles
     if OWN_ANGLES:
@@ -344,8 +354,7 @@ def norm_turn_kernel(
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BOUNDS: tl.constexpr, AXES: tl.constexpr, PADDED: tl.constexpr,
     TAIL: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr, EXACT: tl.constexpr, KEEP_STILL: tl.constexpr,
-    ALIGN: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr, OWN_ANGLES: tl.constexpr,
-    TABLE_ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr, OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Norms and turns TOKENS tokens of ``q`` and, unless None, ``k`` ``[B, tokens, heads, DIM]`` into their outs.
 
@@ -373,19 +382,11 @@ def norm_turn_kernel(
         turns = turns & known
     product: tl.constexpr = rows.dtype.element_ty if EXACT else tl.float32
 
-    row, column = _find_rows(
-        row_count, positions, positions_batch, positions_token, positions_axis, batch, j, turns, token_offset + j,
-        (span0, span1, span2, 1), (first0, first1, first2, first3), BOUNDS, AXES, PADDED, OWN_ANGLES,
-    )  # fmt: skip
     table = (rows, rows_plane, rows_row, row_count, head_rows)
-    if OWN_ANGLES:
-        angles = (row, column, turns[:, None, None])
-    else:
-        # A row stays negative for the pairs of an axis that its position leaves alone, or that it sends past the table,
-        # and past the last pair.
-        turn = (row >= 0) & turns[None, :]
-        cos, sin = _load_angles(rows, rows_plane, row, rows_row, column, turn, INVERSE)
-        angles = (tl.trans(cos)[:, None, :], tl.trans(sin)[:, None, :], tl.trans(turn)[:, None, :])
+    angles = _find_angles(
+        table, positions, positions_batch, positions_token, positions_axis, batch, j, turns, token_offset + j,
+        (span0, span1, span2, 1), (first0, first1, first2, first3), BOUNDS, AXES, PADDED, OWN_ANGLES, INVERSE,
+    )  # fmt: skip
     _turn_tensor(
         q, q_batch, q_token, q_head, q_out, q_out_batch, q_out_token, q_out_head, q_weight, q_bias, entry, token, live,
         angles, table, eps, Q_HEADS, TILE, DIM, WIDTH, BOUNDS[AXES], PADDED, TAIL, HALF, ALIGN, product, NORM, CENTRED,

@@ -78,9 +78,10 @@ def _build(model: str, subfolder: str | None) -> Any:
         ) from error
     class_name = config.get("_class_name", "")
     model_class = getattr(diffusers, class_name, None) if isinstance(class_name, str) and class_name else None
-    if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
+    is_model = isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)
+    if model_class is None or not is_model:
         raise typer.BadParameter(
-            f"must be of a model class that diffusers {diffusers.__version__} has, got {class_name or 'no class name'}",
+            f"must be of a class that diffusers {diffusers.__version__} has, got {class_name or 'no class name'}",
             param_hint="MODEL",
         )
     with torch.device("meta"):
