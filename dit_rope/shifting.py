@@ -61,7 +61,7 @@ class ShiftTable:
         if integer("axis", axis, 0) >= len(spec.dims):
             raise ValueError(f"axis must be at least 0 and below {len(spec.dims)}, got {axis}")
         if isinstance(step, bool) or not isinstance(step, int) or not 1 <= step <= _LONGEST_STEP:
-            raise ValueError(f"step must be a positive int, got {step!r}, or is above {_LONGEST_STEP}")
+            raise ValueError(f"step must be a positive int of at most {_LONGEST_STEP}, got {step!r}")
         if dtype not in _LASTING_DTYPES:
             raise TypeError(f"dtype must be float32 or float64, got {dtype}")
         self.spec = spec

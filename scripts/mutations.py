@@ -38,6 +38,10 @@ def _eager(name: str, old: str, new: str) -> Mutation:
     return Mutation(name, "dit_rope/backends/eager.py", old, new, _EAGER, f"{_NO_COMPILE} and not contract")
 
 
+def _angles(name: str, old: str, new: str) -> Mutation:
+    return Mutation(name, "dit_rope/backends/eager.py", old, new, ("tests/test_cache_attack.py",), "angles")
+
+
 def _ops(name: str, old: str, new: str, file: str = "ops") -> Mutation:
     return Mutation(name, f"dit_rope/{file}.py", old, new, _OPS, _NO_COMPILE)
 
@@ -153,8 +157,10 @@ MUTATIONS = (
     _eager("negative-row-turns", "+ 1).clamp_(min=0)", "+ 1).clamp_(min=1)"),
     _eager("prefix-forgotten", "slice(args.prefix, args.prefix + turn.count)", "slice(0, turn.count)"),
     _eager("angle-key-without-inverse", "args.pairing, args.inverse, self.exact", "args.pairing, self.exact"),
-    _eager("angle-key-without-offset", "args.first_rows, args.token_offset, args.count", "args.first_rows, args.count"),
-    _eager("angle-key-without-stride", "x.data_ptr(), x.shape, x.stride(), x.dtype", "x.data_ptr(), x.shape, x.dtype"),
+    _angles(
+        "angle-key-without-offset", "args.first_rows, args.token_offset, args.count", "args.first_rows, args.count"
+    ),
+    _angles("angle-key-without-stride", "x.data_ptr(), x.shape, x.stride(), x.dtype", "x.data_ptr(), x.shape, x.dtype"),
     _eager("rest-lost-in-place", "and not (in_place and norm is None)", "and not in_place"),
     _eager("wrong-coordinate", "coordinate + first for coordinate", "coordinate for coordinate"),
     # The operators and the calls.

@@ -15,6 +15,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -24,11 +25,13 @@ from test_cache import CPU, in_threads
 
 import dit_rope
 from dit_rope import Grid, Pairing, RopeSpec, cache
+from dit_rope.backends import eager
 from dit_rope.cache import FifoCache
 from dit_rope.models import formats
 from dit_rope.models.adapter import EVERY, ModelTables
 from dit_rope.models.model_tables import MemoSeam, MemoSettings, MethodMemo
 from dit_rope.models.swapping import swap_class
+from dit_rope.rotation_args import RotationArgs
 from dit_rope.tables import MODEL_TABLES
 
 THREADS = 64
@@ -314,6 +317,36 @@ def test_value_of_just_the_byte_cap_is_kept_and_one_byte_more_is_not(watched: Wa
     assert (watched.info().entries, watched.info().bytes) == (1, 64 * 1024)
     watched.get(2, CPU, lambda: torch.zeros(64 * 1024 + 1, dtype=torch.uint8))
     assert list(watched._entries) == [(1, CPU)]
+
+
+def turned(args: RotationArgs) -> torch.Tensor:
+    """Eight tokens turned by the eager backend."""
+    x = torch.ones(1, 8, 1, 16)
+    out = torch.empty_like(x)
+    eager.rotate([x], args, [out])
+    return out
+
+
+def test_angles_of_other_offsets_in_one_table_are_told_apart(caps: None) -> None:
+    whole = dit_rope.rope_table(SPEC, Grid(2, 3, 4)).args()
+    parts = [replace(whole, token_offset=offset, count=8) for offset in (0, 8, 16)]
+    together = [turned(part) for part in parts]
+    for part, found in zip(parts, together, strict=True):
+        dit_rope.cache_clear()
+        assert torch.equal(found, turned(part))
+    assert not torch.equal(together[0], together[1])
+
+
+def test_angles_of_two_views_of_one_memory_are_told_apart(caps: None) -> None:
+    memory = torch.rand(2, 24, 4)
+    views = memory[:, :12], memory.flatten()[:96].view(2, 12, 4)
+    whole = dit_rope.rope_table(SPEC, Grid(2, 2, 2)).args()
+    calls = [replace(whole, rows=view, first_rows=(0, 2, 4)) for view in views]
+    together = [turned(call) for call in calls]
+    for call, found in zip(calls, together, strict=True):
+        dit_rope.cache_clear()
+        assert torch.equal(found, turned(call))
+    assert not torch.equal(*together)
 
 
 class _NoMemory(list):  # type: ignore[type-arg]

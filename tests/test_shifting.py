@@ -104,7 +104,10 @@ def test_row_past_the_table_does_not_turn_on_a_gpu(cuda_on_cpu: object) -> None:
 
 def test_table_refuses_a_row_that_would_take_all_memory() -> None:
     table = ShiftTable(TEXT)
-    with pytest.raises(ValueError, match="steps must be below 1048576, got 2147483647; use a table of more positions"):
+    with pytest.raises(
+        ValueError,
+        match="deltas must be fewer than 1048576 steps of the table, got 2147483647; use one of more positions a step",
+    ):
         shift_keys(pool(1), table, deltas=int32([2**31 - 1]))
 
 

@@ -123,7 +123,7 @@ def test_shift_refusals(name: str) -> None:
     [
         (TypeError, {"spec": (16,)}, "spec must be a RopeSpec, got tuple"),
         (ValueError, {"axis": 1}, "axis must be at least 0 and below 1, got 1"),
-        (ValueError, {"step": 0}, "step must be a positive int, got 0"),
+        (ValueError, {"step": 0}, "step must be a positive int of at most 4294967296, got 0"),
         (TypeError, {"dtype": torch.bfloat16}, "dtype must be float32 or float64, got torch.bfloat16"),
     ],
 )
