@@ -268,7 +268,6 @@ MUTATIONS = (
         "    rest = ()\n    known[key, rest] = (versions",
         ("tests/test_cache_attack.py",),
         "packed",
-        "a lookup by the identities of all tensors then finds nothing, and what is packed anew is right",
     ),
     Mutation(
         "packed-tables-gather",
