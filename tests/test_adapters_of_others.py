@@ -230,28 +230,51 @@ class Scaled(torch.nn.Linear):
         return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
 
 
-def quantize(model: torch.nn.Module) -> None:
+def of_bitsandbytes(layer: str) -> Callable[[torch.nn.Linear], torch.nn.Module]:
+    """Makes one of its layers of a Linear, quantized as a model loaded with its configuration is."""
+
+    def of(linear: torch.nn.Linear) -> torch.nn.Module:
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+        options = {"has_fp16_weights": False} if layer == "Linear8bitLt" else {"compute_dtype": linear.weight.dtype}
+        made = getattr(bitsandbytes.nn, layer)(
+            linear.in_features, linear.out_features, bias=linear.bias is not None, **options
+        )
+        made.load_state_dict(linear.state_dict())
+        quantized: torch.nn.Module = made.to("cpu")
+        return quantized
+
+    return of
+
+
+def quantize(model: torch.nn.Module, of: Callable[[torch.nn.Linear], torch.nn.Module]) -> None:
     """Replaces every projection of queries, keys and values."""
     for module in list(model.modules()):
         for name in ("to_q", "to_k", "to_v", "to_qkv"):
             linear = getattr(module, name, None)
             if isinstance(linear, torch.nn.Linear):
-                setattr(module, name, Scaled.of(linear))
+                setattr(module, name, of(linear))
 
 
 @pytest.mark.parametrize("name", [NORMS, PROJECTIONS, "flux", "qwen-image"])
 @pytest.mark.parametrize("patch_first", [True, False])
-def test_quantized_projections_stay_bitwise_equal(name: str, patch_first: bool) -> None:
+@pytest.mark.parametrize(
+    "of",
+    [Scaled.of, of_bitsandbytes("Linear8bitLt"), of_bitsandbytes("Linear4bit")],
+    ids=["scaled", "bitsandbytes-8", "bitsandbytes-4"],
+)
+def test_quantized_projections_stay_bitwise_equal(
+    name: str, patch_first: bool, of: Callable[[torch.nn.Linear], torch.nn.Module]
+) -> None:
     model, plain = named(name).build(), named(name).build()
     before = run(name, plain)
-    quantize(plain)
+    quantize(plain, of)
     expected = run(name, plain)
     assert not same(expected, before)
     if not patch_first:
-        quantize(model)
+        quantize(model, of)
     with dit_rope.patch(model, exact=True):
         if patch_first:
-            quantize(model)
+            quantize(model, of)
         assert same(run(name, model), expected)
     assert same(run(name, model), expected)
     assert not any(isinstance(module, Seam) for module in model.modules())
