@@ -234,7 +234,9 @@ def test_cache_is_capped_in_bytes():
     cache_configure(max_bytes=256 * 2**20)
 
 
-@pytest.mark.parametrize("mode", [torch.device("meta"), FakeTensorMode(), torch.inference_mode()], ids=str)
+@pytest.mark.parametrize(
+    "mode", [torch.device("meta"), FakeTensorMode(), torch.inference_mode()], ids=["meta", "fake", "inference"]
+)
 def test_first_call_in_a_mode_does_not_reach_later_callers(mode):
     with mode:
         embed()
