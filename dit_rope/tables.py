@@ -21,7 +21,7 @@ TABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _CPU = torch.device("cpu")
 _WHOLE = Shard()
-WITHOUT_FLOAT64 = frozenset({"mps", "npu"})
+WITHOUT_FLOAT64_OR_COMPLEX = frozenset({"mps", "npu"})
 
 
 class _Form(enum.Enum):
@@ -308,7 +308,7 @@ def _canonical(
     device = checked_device(device)
     if device.type == "cpu":
         return shard, _CPU, dtype
-    if device.type in WITHOUT_FLOAT64 and dtype == torch.float64:
+    if device.type in WITHOUT_FLOAT64_OR_COMPLEX and dtype == torch.float64:
         dtype = torch.float32
     if device.index is None and device.type != "meta":
         module = torch.get_device_module(device)

@@ -281,7 +281,7 @@ def test_far_apart_positions_make_no_table() -> None:
 
 
 def test_devices_without_float64_form_angles_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(angles, "WITHOUT_FLOAT64", frozenset({"cpu"}))
+    monkeypatch.setattr(angles, "WITHOUT_FLOAT64_OR_COMPLEX", frozenset({"cpu"}))
     q, k = packed(3, 2, 1, 64, F32)
     positions = torch.tensor([0, 10_000, 3])
     turned, _ = apply_rope_pos_ids(q, k, positions)

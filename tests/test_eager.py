@@ -10,6 +10,8 @@ import pytest
 import torch
 from contract_calls import run_contract
 from tolerance import assert_within
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dit_rope
 from dit_rope import Grid, NormKind, Pairing, RopeSpec, RopeTable, rope_table
@@ -328,3 +330,45 @@ def test_norm_rotate_by_chunks_gives_the_same_bits(norm: NormKind, monkeypatch: 
         monkeypatch.setattr(eager, "CHUNK_BYTES", size)
         eager.norm_rotate(xs, [None, None], 1e-6, norm, args, out)
         assert all(map(torch.equal, out, outs[0]))
+
+
+class NoFloat64NorComplex(TorchDispatchMode):
+    """What Apple's and Ascend's devices are to PyTorch, on any device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, out)):
+            dtype = leaf.dtype if isinstance(leaf, torch.Tensor) else leaf
+            if dtype in (torch.float64, torch.complex64, torch.complex128):
+                raise TypeError(f"{func} met {dtype}")
+        return out
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("pairing", Pairing)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=NAMES.get)
+def test_device_without_float64_and_complex_numbers_needs_neither(
+    exact: bool, pairing: Pairing, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = table_of(pairing=pairing)
+    x, weight = torch.randn(2, 60, 3, 14).to(dtype), torch.rand(42).to(dtype)
+    rotated = run([x], table, exact)
+    normed = [torch.full_like(x, torch.nan)]
+    eager.norm_rotate([x], [weight], 1e-6, NormKind.ACROSS_HEADS, table.args(exact=False), normed)
+
+    monkeypatch.setattr(eager, "WITHOUT_FLOAT64_OR_COMPLEX", frozenset({"cpu"}))
+    outs = [torch.full_like(x, torch.nan) for _ in range(3)]
+    args = [
+        table.args(exact=exact),
+        table.args(exact=False),
+        table.args(exact=exact, inverse=True),
+    ]
+    with NoFloat64NorComplex():
+        eager.rotate([x], args[0], outs[:1])
+        eager.norm_rotate([x], [weight], 1e-6, NormKind.ACROSS_HEADS, args[1], outs[1:2])
+        eager.rotate(outs[:1], args[2], outs[2:])
+    for ours, theirs in ((outs[0], rotated[0]), (outs[1], normed[0])):
+        assert (ours - theirs).abs().max() <= 2 * torch.finfo(dtype).eps * theirs.abs().max()
+    if exact:
+        assert torch.equal(outs[0], rotated[0])
+    torch.testing.assert_close(outs[2], x, rtol=0, atol=float(8 * torch.finfo(dtype).eps * x.abs().max()))

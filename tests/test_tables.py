@@ -317,7 +317,7 @@ def test_table_on_meta_is_not_cached():
 
 
 def test_device_without_float64_gets_float32(monkeypatch):
-    monkeypatch.setattr(tables, "WITHOUT_FLOAT64", frozenset({"meta"}))
+    monkeypatch.setattr(tables, "WITHOUT_FLOAT64_OR_COMPLEX", frozenset({"meta"}))
     table = rope_table(SMALL, GRID, device="meta", dtype=torch.float64)
     assert table.dtype == table.rows.dtype == table.cos_sin()[0].dtype == torch.float32
 

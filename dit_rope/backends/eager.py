@@ -19,7 +19,7 @@ from einops import rearrange
 from ..layout import grid_coordinates
 from ..rotation_args import RotationArgs
 from ..spec import NormKind, Pairing
-from ..tables import ANGLES
+from ..tables import ANGLES, WITHOUT_FLOAT64_OR_COMPLEX
 
 # Bytes of one chunk of tokens on CPU, in the arithmetic dtype: scratch of that size stays in the level 3 cache, and
 # what a chunk costs in Python is little beside its work. Without scratch a chunk only has to keep its angles there.
@@ -145,8 +145,8 @@ class _Turn:
     """The angles of the tokens that turn, and how channels are multiplied by them.
 
     ``tables`` are ``[B or 1, count, 1, pairs]``, or ``[B or 1, count, heads, pairs]`` where every head has its own: one
-    complex table in fast mode, two in exact mode, or real cos and sin where pairs are not adjacent or the arithmetic is
-    16-bit.
+    complex table in fast mode, two in exact mode, or real cos and sin where pairs are not adjacent, the arithmetic is
+    16-bit, or the device has no complex numbers.
     """
 
     def __init__(self, args: RotationArgs, dtype: torch.dtype, heads: int) -> None:
@@ -158,7 +158,11 @@ class _Turn:
         self.heads = heads if args.head_rows else 1
         self.width = 2 * sum(args.pairs)
         self.adjacent = args.pairing is Pairing.INTERLEAVED
-        self.complex = self.adjacent and self.dtype in (torch.float32, torch.float64)
+        self.complex = (
+            self.adjacent
+            and self.dtype in (torch.float32, torch.float64)
+            and args.rows.device.type not in WITHOUT_FLOAT64_OR_COMPLEX
+        )
         self.exact_complex = self.complex and args.exact
         self.tables = self._remembered()
         self.count = self.tables[0].shape[1]

@@ -17,7 +17,7 @@ from ..cache import FifoCache, in_mode
 from ..scaling import axis_frequencies
 from ..scaling_types import AxisFrequencies
 from ..spec import Grid, RopeSpec, integer
-from ..tables import WITHOUT_FLOAT64, rope_table
+from ..tables import WITHOUT_FLOAT64_OR_COMPLEX, rope_table
 from .dense import check_position_tensor
 
 Ints = torch.Tensor | Sequence[int]
@@ -94,7 +94,7 @@ def token_rows(
 def _rows_of_tokens(positions: torch.Tensor, spec: RopeSpec, dtype: torch.dtype) -> torch.Tensor:
     """Cos and sin ``[2, nnz, n]`` of every token, from angles in float64 where the device has it."""
     device = positions.device
-    wide = torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+    wide = torch.float32 if device.type in WITHOUT_FLOAT64_OR_COMPLEX else torch.float64
 
     def on_device() -> AxisFrequencies:
         found = axis_frequencies(spec, 0)
