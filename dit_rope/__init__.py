@@ -6,7 +6,7 @@ from .rotation import norm_rotate, norm_rotate_qk, rotate, rotate_qk
 from .scaling import known_scalings, register_scaling, rotary_dim, scaling_from_config
 from .scaling_types import AxisFrequencies
 from .shifting import ShiftTable, plan_eviction, shift_keys
-from .spec import Grid, NormKind, Pairing, RopeSpec, Scaling, Shard
+from .spec import Fusion, Grid, NormKind, Pairing, RopeSpec, Scaling, Shard
 from .streaming import PositionPolicy, RopeStream
 from .tables import RopeTable, cache_clear, cache_configure, cache_info, rope_table
 
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AxisFrequencies",
+    "Fusion",
     "Grid",
     "NormKind",
     "Pairing",

@@ -10,7 +10,7 @@ import torch
 from .backend_choice import explain_backends
 from .models.adapter import GridTables, ModelAdapter, ModelTables, Rotations
 from .models.plan import Options, Plan
-from .spec import Scaling, Scalings
+from .spec import Fusion, Scaling, Scalings
 
 
 def declared(adapter: ModelAdapter) -> str:
@@ -31,9 +31,10 @@ def builder_of(tables: GridTables | ModelTables) -> str:
     return tables.builder if isinstance(tables.builder, str) else " or ".join(tables.builder)
 
 
-def tables_of(tables: GridTables | ModelTables, builder: str) -> str:
-    """What happens to the tables of one object, of class ``builder``."""
-    how = "axis tables in place of dense ones" if isinstance(tables, GridTables) else "the model's own"
+def tables_of(tables: GridTables | ModelTables, builder: str, dense: bool = False) -> str:
+    """What happens to the tables of one object, of class ``builder``; ``dense`` where the model reads them itself."""
+    ours = "dense, from axis tables" if dense else "axis tables in place of dense ones"
+    how = ours if isinstance(tables, GridTables) else "the model's own"
     return f"{builder}, tables memoized, {how}"
 
 
@@ -64,8 +65,11 @@ def describe(plan: Plan, options: Options) -> str:
     if plan.rotations:
         lines += [
             f"  arithmetic: {_arithmetic(options)}",
+            f"  fused: {_fused(plan, options)}",
             f"  backend on {_device(plan)}: {_backend(_device(plan), options)}",
         ]
+    elif options.fuse is Fusion.NOTHING:
+        lines.append("  left alone: norm and rotation of queries and keys, as fuse asks")
     if options.scaling is not None:
         lines.append(f"  frequencies scaled: {_scaling_of(options.scaling)}")
     under_compile = "all of it" if options.scaling is None else "all but the scaled tables"
@@ -93,7 +97,7 @@ def _hooks_of_others(plan: Plan) -> Iterator[str]:
 def _replaced(plan: Plan) -> Iterator[str]:
     """A line or two for each kind of object that is replaced."""
     for found in plan.tables:
-        yield f"  {place_of(found.tables)}: {tables_of(found.tables, found.builder)}"
+        yield f"  {place_of(found.tables)}: {tables_of(found.tables, found.builder, not plan.rotations)}"
     kinds: dict[tuple[str, tuple[str, ...]], list[Rotations]] = {}
     for rotation in plan.rotations:
         stem = re.sub(r"\.\d+(?=\.|$)", ".*", rotation.path)
@@ -111,6 +115,17 @@ def _arithmetic(options: Options) -> str:
     if options.exact is None:
         return f"exact on CPU ({same}), fast elsewhere (float32, rounded once)"
     return exact if options.exact else fast
+
+
+def _fused(plan: Plan, options: Options) -> str:
+    """What happens in one pass."""
+    if options.fuse is Fusion.ROTATION:
+        return "rotation, as fuse asks; norms are the model's own"
+    if not any("norm" in name for each in plan.rotations for name in each.turned):
+        return "rotation; there is no norm before it"
+    if options.exact:
+        return "rotation; norms are the model's own in exact mode"
+    return "norm and rotation" + ("" if options.exact is False else " in fast mode, rotation in exact mode")
 
 
 def _device(plan: Plan) -> torch.device:

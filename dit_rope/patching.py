@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +15,7 @@ from .models import ADAPTERS, ModelAdapter
 from .models.plan import Options, Plan, make_plan, restore
 from .models.probe import probes
 from .patch_report import describe
-from .spec import Scalings
+from .spec import Fusion, Scalings
 
 _BY_CLASS = {adapter.model: adapter for adapter in ADAPTERS}
 
@@ -59,6 +59,7 @@ def patch(
     exact: bool | None = None,
     backend: str = "auto",
     scaling: Scalings | Callable[[], Scalings] = None,
+    fuse: Fusion = Fusion.NORM_AND_ROTATION,
 ) -> Patch:
     """Replaces table building and rotation in a diffusers pipeline or transformer, in place, on these objects only.
 
@@ -72,6 +73,9 @@ def patch(
             every forward pass of the model, for scalings that follow the timestep: it closes over what it looks at.
             Each value it returns is an entry of the table cache, which drops the oldest; ``torch.compile`` breaks its
             graph there. Scaled tables may be longer than the model's own.
+        fuse: how much of what happens to queries and keys is taken over: norm and rotation, the rotation, or nothing,
+            which leaves tables that are built once. Smaller values show what each part gains. The report says where
+            a model cannot have what was asked for, and has the next smaller instead.
 
     Returns:
         A handle with ``report()`` and ``undo()``, also a context manager.
@@ -84,8 +88,10 @@ def patch(
     if exact is not None and not isinstance(exact, bool):
         raise TypeError(f"exact must be True, False or None, got {exact!r}")
     check_backend(backend)
-    options = Options(exact, backend, scaling)
-    plans = _plans(target)
+    if not isinstance(fuse, Fusion):
+        raise TypeError(f"fuse must be a Fusion, got {fuse!r}")
+    options = Options(exact, backend, scaling, fuse)
+    plans = _plans(target, fuse)
     settings = [plan.grid_settings(options) for plan in plans]
     probed = [probe for plan, grid in zip(plans, settings, strict=True) for probe in probes(plan, grid)]
     try:
@@ -112,7 +118,7 @@ def inspect(target: Any) -> str:
     Raises:
         UnsupportedModelError, ValueError: as :func:`patch`.
     """
-    return "\n".join(describe(plan, Options()) for plan in _plans(target))
+    return "\n".join(describe(plan, Options()) for plan in _plans(target, Fusion.NORM_AND_ROTATION))
 
 
 def _modules(target: Any) -> list[tuple[str, torch.nn.Module]]:
@@ -156,12 +162,14 @@ def _supported() -> str:
     return "supported models: " + ", ".join(adapter.model_class for adapter in ADAPTERS)
 
 
-def _plans(target: Any) -> list[Plan]:
+def _plans(target: Any, fuse: Fusion) -> list[Plan]:
     modules = _modules(target)
-    plans = [make_plan(*found) for name, module in modules for found in _supported_in(name, module)]
-    if not plans:
+    found = [each for name, module in modules for each in _supported_in(name, module)]
+    if not found:
         raise _unsupported(modules)
-    return plans
+    if fuse is Fusion.NOTHING:
+        found = [(name, module, replace(adapter, rotations=())) for name, module, adapter in found]
+    return [make_plan(*each) for each in found]
 
 
 def _supported_in(name: str, module: torch.nn.Module) -> list[tuple[str, torch.nn.Module, ModelAdapter]]:

@@ -51,8 +51,23 @@ class NormKind(enum.Enum):
 
     @property
     def centred(self) -> bool:
-        """Whether the mean is subtracted: of a LayerNorm, which alone may have a bias."""
+        """Whether this is a LayerNorm, which subtracts the mean and alone may have a bias."""
         return self in (NormKind.LAYER_PER_HEAD, NormKind.LAYER_ACROSS_HEADS)
+
+
+class Fusion(enum.Enum):
+    """What :func:`dit_rope.patch` takes over of a model's queries and keys; tables are built once in any case.
+
+    ``NORM_AND_ROTATION`` does both in one pass, in fast mode and where the kernels know the norm; else, and where there
+    is no norm, it is ``ROTATION``, which leaves the norm to the model. ``NOTHING`` leaves it both: what is gained then
+    is gained by the tables alone.
+    """
+
+    NOTHING = "nothing"
+    ROTATION = "rotation"
+    NORM_AND_ROTATION = "norm_and_rotation"
+
+    __hash__ = object.__hash__
 
 
 ScalingValue = float | int | bool | tuple[float, ...] | None
@@ -60,7 +75,10 @@ ScalingValue = float | int | bool | tuple[float, ...] | None
 
 @dataclass(frozen=True)
 class Scaling:
-    """A frequency scaling of one axis, by the name of its type and its options (see :mod:`dit_rope.scaling`).
+    """A frequency scaling of one axis, by the name of its type and its options: make one with :meth:`of`.
+
+    The types are those of :func:`~dit_rope.known_scalings`; :mod:`dit_rope.scaling_types` has formulas and options.
+    Whether a type is known and takes the options is checked when a table is made.
 
     ``parameters`` is a sorted tuple of (name, value) pairs, so that equal scalings are equal and hashable.
 

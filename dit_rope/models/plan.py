@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..scaling import axis_frequencies
+from ..spec import Fusion
 from .adapter import GridTables, Layout, ModelAdapter, ModelTables, Rotations
 from .formats import AxisRows, Format
 from .grid_tables import GridSeam, GridSettings, table_mismatch
@@ -29,6 +30,7 @@ class Options:
     exact: bool | None = None
     backend: str = "auto"
     scaling: Any = None
+    fuse: Fusion = Fusion.NORM_AND_ROTATION
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,13 @@ class Plan:
             return None
         assert isinstance(found.tables, GridTables)
         spec = found.tables.spec(found.target)
+        dense = not self.rotations  # and nobody else reads rows of axis tables
         if callable(options.scaling):
-            return GridSettings(spec, found.tables.frames, options.scaling)
+            return GridSettings(spec, found.tables.frames, options.scaling, dense)
         spec = spec.with_scaling(options.scaling)
         for axis in range(len(spec.dims)):
             axis_frequencies(spec, axis)
-        return GridSettings(spec, found.tables.frames)
+        return GridSettings(spec, found.tables.frames, dense=dense)
 
     def apply(self, settings: GridSettings | None, options: Options) -> None:
         """Replaces what the plan names; ``settings`` are :meth:`grid_settings` of ``options``."""
@@ -168,6 +171,7 @@ def _apply_rotation(found: RotationFound, form: Format | AxisRows, options: Opti
         declared.rebound is not None or declared.processor is not None,
         options.exact,
         options.backend,
+        options.fuse is Fusion.NORM_AND_ROTATION,
     )
     add_hooks(attention, take, CheckRotation(len(once)))
 

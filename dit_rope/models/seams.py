@@ -35,7 +35,7 @@ class Flight:
     """The rotation that an attention module hands to its norms.
 
     ``dtypes`` are those to which models round what the norms return; ``short`` are the sequences that had fewer tokens
-    than their tables.
+    than their tables. ``fuses_norm`` says whether a norm that the kernels know is computed with the rotation.
     """
 
     tables: list[PackedTable]
@@ -44,6 +44,7 @@ class Flight:
     pending: set[str]
     dtypes: Mapping[Rounds, torch.dtype]
     upcasts: bool
+    fuses_norm: bool = False
     short: list[tuple[PackedTable, Align, int]] = field(default_factory=list)
 
     def args(self, table: PackedTable, length: int, align: Align, still: bool = False) -> RotationArgs:
@@ -125,7 +126,7 @@ class TurnSeam(Seam):
     def _fast(self, x: torch.Tensor, settings: TurnSettings, flight: Flight, table: PackedTable) -> torch.Tensor:
         if settings.rounds is Rounds.PROJECTION:
             x = x.to(flight.dtypes[settings.rounds])  # it is an upcast of that dtype, and loses nothing
-        norm = None if _is_distributed(x) else fused_norm(self, x.dtype)
+        norm = fused_norm(self, x.dtype) if flight.fuses_norm and not _is_distributed(x) else None
         if norm is None:
             y = unpatched_method(self)(x)
             return turn([settings.heads(y, table)], flight, table, settings.align, y is not x, settings.still)[0]
@@ -209,6 +210,7 @@ class TakeRotation:
         processors: class names of the processors known to skip a rotation of None; empty where there are none.
         rebound: the processor is one that rotates in any case, but for a seam of its own.
         exact, backend: as :func:`dit_rope.patch` takes them.
+        fuses_norm: whether fast mode norms and rotates in one pass.
     """
 
     format: Format | AxisRows
@@ -219,6 +221,7 @@ class TakeRotation:
     rebound: bool
     exact: bool | None
     backend: str
+    fuses_norm: bool
 
     def __call__(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -251,7 +254,9 @@ class TakeRotation:
         dtypes = {Rounds.INPUT: hidden.dtype, Rounds.PROJECTION: _computed_dtype(hidden)}
         if exact and self.format.narrows:
             tables = [table.narrowed(dtypes[Rounds.PROJECTION]) for table in tables]
-        _in_flight.flight = Flight(tables, exact, self.backend, set(self.once), dtypes, self.format.upcasts)
+        _in_flight.flight = Flight(
+            tables, exact, self.backend, set(self.once), dtypes, self.format.upcasts, self.fuses_norm
+        )
         return None if self.rebound else self._replaced([None] * len(given), args, kwargs)
 
     def _argument(self, name: str, index: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
