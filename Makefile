@@ -27,10 +27,9 @@ lint: $(STAMP) ## check style and types
 demo: $(STAMP) ## generate a video with and without the patch: ARGS="--steps 10 --seed 3"
 	$(BIN)/dit-rope demo $(ARGS)
 
-bench: $(STAMP) ## run the benchmarks that need no GPU: ARGS="--device cuda" runs them on one
-	$(BIN)/python scripts/bench_tables.py $(ARGS)
-	$(BIN)/python scripts/bench_rotation.py $(ARGS)
-	$(BIN)/python scripts/bench_model.py $(ARGS)
+bench: $(STAMP) ## measure this machine, and write a report: ARGS="--device cuda", "--quick", "--only tables"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/dit-rope bench $(ARGS)
 
 # Where packages cannot be fetched, the checks run on what PYTHON has, and say what of it is missing.
 gpu: ## check and time what needs a GPU: ARGS="--only contract", "--peer-path DIR", "--rehearse"
@@ -38,4 +37,4 @@ gpu: ## check and time what needs a GPU: ARGS="--only contract", "--peer-path DI
 	@if test -e $(STAMP); then python=$(BIN)/python; else python=$(PYTHON); fi; $$python scripts/gpu_check.py $(ARGS)
 
 clean: ## remove the virtual environment and what builds leave behind
-	rm -rf $(VENV) build dist demo-output ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist bench-output demo-output ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

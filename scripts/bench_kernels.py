@@ -17,115 +17,34 @@ the column ``timed_by`` says which. Bandwidth counts q and k read and written, a
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Iterator
 
 import torch
 from gpu_checks import sweep
-from gpu_checks.peers import PEERS
-from gpu_checks.problems import SHAPES, Call, NotOffered, Operation, Problem, Shape, Unavailable
-from gpu_checks.results import Row, environment, result_path, table, write_rows
+from gpu_checks.results import environment, result_path, table, write_rows
 from gpu_checks.targets import HOST, HOST_OPERATIONS
-from gpu_checks.timing import allocations, host_time, input_sets, interleave, measurement
-from gpu_checks.variants import BACKENDS, check_own, own
 
-COPY = "copy"
+from dit_rope.benchmark.peers import PEERS, compiled_model
+from dit_rope.benchmark.problems import SHAPES, Operation, Problem, Shape
+from dit_rope.benchmark.results import Row
+from dit_rope.benchmark.rotation import COMPILED, Variants, measure, row, variants
+from dit_rope.benchmark.sections import Wrong
+from dit_rope.benchmark.timing import allocations, host_time
+from dit_rope.benchmark.variants import own
+
+BACKENDS = ("cuda", "triton")
 COLUMNS = ("shape", "operation", "variant", "ms_p20", "ms_median", "ms_p80", "gb_per_s", "of_copy", "times_best_peer")
 
 
-class Wrong(Exception):
-    """One of our own variants gave a wrong result or an error."""
-
-
-def variants(problem: Problem, peers: list[str], rehearse: bool) -> tuple[dict[str, Call], dict[str, str]]:
-    """Every variant that runs and is right, and why the others are left out.
-
-    Raises:
-        Wrong: for a variant of ours.
-    """
-    calls: dict[str, Call] = {}
-    missing: dict[str, str] = {}
-    for backend in BACKENDS:
-        try:
-            call = own(problem, "eager" if rehearse else backend)
-            check_own(problem, call)
-            calls[backend] = call
-        except Unavailable as reason:
-            missing[backend] = str(reason)
-        except Exception as error:
-            raise Wrong(f"{backend}, {problem.operation.value} at {problem.shape.name}: {error}") from error
-    for name in peers:
-        try:
-            calls[name] = _right_peer(problem, name, rehearse)
-        except NotOffered:
-            continue
-        except Exception as error:  # peers fail in ways of their own, which must not stop the run
-            missing[name] = f"{type(error).__name__}: {error}".splitlines()[0].removeprefix("Unavailable: ")
-    return calls, missing
-
-
-def _right_peer(problem: Problem, name: str, rehearse: bool) -> Call:
-    """A peer's call, after its result has been compared with float64."""
-    how = {"compiler": "eager"} if rehearse and name == "model, compiled" else {}
-    call = PEERS[name](problem, **how)
-    q, k = problem.inputs(1)[0]
-    for index, (out, x) in enumerate(zip(call(q.clone(), k.clone()), (q, k), strict=True)):
-        problem.expectation.assert_near(out, x, index)
-    return call
-
-
-def measure(problem: Problem, peers: list[str], rounds: int, rehearse: bool) -> list[Row]:
-    """One row for each variant of one operation at one shape."""
-    calls, missing = variants(problem, peers, rehearse)
-    if all(backend in missing for backend in BACKENDS):
-        return [_row(problem, name, note=missing[name]) for name in BACKENDS]
-    moved = problem.data_bytes()
-    inputs = problem.inputs(input_sets(moved // 2, problem.device))
-    calls = {COPY: _copy_of(problem), **calls}
-    # Autograd runs a backward on the stream of its forward, which is not the one that is captured.
-    graph = problem.operation is not Operation.BACKWARD
-    measurements = {name: measurement(call, inputs, moved, graph) for name, call in calls.items()}
-    timings = interleave(measurements, rounds)
-    copy_rate = moved / timings[COPY].median
-    best_peer = min((timings[name].median for name in timings if name in PEERS), default=None)
-    rows = []
-    for name, timing in timings.items():
-        read = moved + _table_bytes(problem, name)
-        rows.append(
-            _row(
-                problem,
-                name,
-                timed_by=measurements[name].timed_by,
-                ms_p20=timing.p20,
-                ms_median=timing.median,
-                ms_p80=timing.p80,
-                gb_per_s=read / timing.median / 1e6,
-                of_copy=read / timing.median / copy_rate,
-                times_best_peer=best_peer / timing.median if best_peer and name in BACKENDS else None,
-            )
-        )
-    return rows + [_row(problem, name, note=reason) for name, reason in missing.items()]
-
-
-def _table_bytes(problem: Problem, name: str) -> int:
-    if name == COPY:
-        return 0
-    return problem.axis_table_bytes() if name in BACKENDS else problem.dense_table_bytes()
-
-
-def _copy_of(problem: Problem) -> Call:
-    """A copy of what the operation moves: q and k, or the keys that a shift turns."""
-    if problem.operation is not Operation.SHIFT:
-        return lambda q, k: (torch.empty_like(q).copy_(q), torch.empty_like(k).copy_(k))
-    moving = problem.shape.tokens * (problem.shape.grid.sizes[0] - 1) // problem.shape.grid.sizes[0]
-    return lambda q, k: (q, torch.empty_like(k[:, :moving]).copy_(k[:, :moving]))
-
-
-def _row(problem: Problem, variant: str, **values: object) -> Row:
-    shape = problem.shape
-    where = {"tokens": shape.tokens, "heads": shape.heads, "head_dim": shape.head_dim, "dtype": "bfloat16"}
-    return {"shape": shape.name, **where, "operation": problem.operation.value, "variant": variant, **values}
+def right_variants(problem: Problem, options: argparse.Namespace) -> Variants:
+    """Every variant that was asked for, runs and is right; a rehearsal has eager code in place of kernels."""
+    peers = {name: PEERS[name] for name in options.peers}
+    if options.rehearse and COMPILED in peers:
+        peers[COMPILED] = functools.partial(compiled_model, compiler="eager")
+    return variants(problem, {name: "eager" if options.rehearse else name for name in BACKENDS}, peers)
 
 
 def measure_host(device: str, batches: int, rehearse: bool) -> list[Row]:
@@ -138,8 +57,8 @@ def measure_host(device: str, batches: int, rehearse: bool) -> list[Row]:
 def _host_row(problem: Problem, backend: str, batches: int, rehearse: bool) -> Row:
     call, (q, k) = own(problem, "eager" if rehearse else backend), problem.inputs(1)[0]
     timing = host_time(lambda: call(q, k), problem.device, batches)
-    row = _row(problem, backend, timed_by="host clock", allocations=allocations(lambda: call(q, k), problem.device))
-    return {**row, "shape": HOST, "ms_p20": timing.p20, "ms_median": timing.median, "ms_p80": timing.p80}
+    values = row(problem, backend, timed_by="host clock", allocations=allocations(lambda: call(q, k), problem.device))
+    return {**values, "shape": HOST, "ms_p20": timing.p20, "ms_median": timing.median, "ms_p80": timing.p80}
 
 
 def run(shapes: list[Shape], options: argparse.Namespace, device: str) -> list[Row]:
@@ -148,12 +67,12 @@ def run(shapes: list[Shape], options: argparse.Namespace, device: str) -> list[R
     rows = measure_host(device, options.rounds, options.rehearse)
     for problem in problems(shapes, device):
         if time.monotonic() > end:
-            rows.append(_row(problem, "cuda", note=f"not measured: {options.seconds:.0f} seconds were up"))
+            rows.append(row(problem, "cuda", note=f"not measured: {options.seconds:.0f} seconds were up"))
             continue
-        new = measure(problem, options.peers, options.rounds, options.rehearse)
+        new = measure(problem, right_variants(problem, options), options.rounds)
         rows += new
         if not options.rehearse:
-            print("\n".join([*table([row for row in new if "ms_median" in row], COLUMNS), ""]), flush=True)
+            print("\n".join([*table([line for line in new if "ms_median" in line], COLUMNS), ""]), flush=True)
     return rows
 
 
@@ -167,16 +86,16 @@ def check(shapes: list[Shape], options: argparse.Namespace, device: str) -> str:
     """Compares every variant with float64, which also compiles what the caches on disk keep for a later run."""
     checked, reasons = 0, []
     for problem in problems(shapes, device):
-        calls, missing = variants(problem, options.peers, options.rehearse)
-        checked += len(calls)
-        reasons += [_row(problem, name, note=reason) for name, reason in missing.items()]
+        found = right_variants(problem, options)
+        checked += len(found.calls)
+        reasons += [row(problem, name, note=reason) for name, reason in found.missing.items()]
     print("\n".join(["left out:", *left_out(reasons)]))
     return f"{checked} variants are right"
 
 
 def left_out(rows: list[Row]) -> list[str]:
     """Each reason why a variant has no figure, once."""
-    reasons = [f"  {row['variant']}: {row['note']}" for row in rows if row.get("note")]
+    reasons = [f"  {line['variant']}: {line['note']}" for line in rows if line.get("note")]
     return list(dict.fromkeys(reasons))
 
 

@@ -6,8 +6,9 @@
 
 Models have released widths with one layer of each kind, run in bfloat16 on CPU, unpatched and with
 ``dit_rope.patch(model, exact=False)``, as on a GPU. Counted is the second of two forward passes, in one attention
-module of each path that rotates: all of it but GEMMs and the attention product, as ``operator_counter.py`` says. The
-building of tables, and what converts them to ours, is counted apart, in both passes.
+module of each path that rotates: all of it but GEMMs and the attention product, as
+``dit_rope/benchmark/operator_counter.py`` says. The building of tables, and what converts them to ours, is counted
+apart, in both passes.
 
 The unit of bytes is one query of the module in bfloat16, as the attention product is given it, or, in linear attention,
 as it is when it turns. The minimum beside it
@@ -20,12 +21,9 @@ Writes ``scripts/results/operators.csv`` and ``docs/operators.svg``; both come o
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,17 +33,15 @@ import torch
 import typer
 from benchmarking import write_results
 from matplotlib import pyplot
-from operator_counter import Count, OperatorCounter
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.utils import _pytree as pytree
 
 import dit_rope
+from dit_rope.benchmark.operator_counts import FIGURES, TABLE_FIGURES, constant_weights, count_patched
+from dit_rope.benchmark.results import Row
 from dit_rope.models import ADAPTERS
-from dit_rope.models.adapter import ModelTables
-from dit_rope.models.formats import AxisRows, Format
-from dit_rope.models.plan import Plan, make_plan
 from dit_rope.patching import adapter_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -56,18 +52,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "operators.svg"
 DTYPE = torch.bfloat16
 LONGEST_BAR = 150  # units; a longer bar is cut off
-FIGURES = ("kernels_before", "kernels_after", "q_units_before", "q_units_after", "q_units_minimum", "unit_bytes")
-TABLE_FIGURES = (
-    "table_kernels_before_first",
-    "table_kernels_before_second",
-    "table_kernels_after_first",
-    "table_kernels_after_second",
-)
-INITIALIZERS = ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_", "xavier_normal_")
 NEW_IN_EACH_STEP = ("hidden_states", "audio_hidden_states", "x", "timestep", "t")
-
-Row = dict[str, Any]
-"""One line of the results, by column."""
 
 
 @dataclass(frozen=True)
@@ -103,85 +88,6 @@ ALL_EXAMPLES: tuple[Example, ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Step:
-    """One forward pass: what ran in attention modules, by path, and for their tables."""
-
-    attention: dict[str, Count]
-    tables: Count
-
-
-@contextlib.contextmanager
-def _watched(target: Any, method: str, region: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
-    """``target`` runs ``method`` in ``region()``, as a subclass that keeps its class's name."""
-    cls = type(target)
-    own = getattr(cls, method)
-
-    @functools.wraps(own)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with region():
-            return own(self, *args, **kwargs)
-
-    target.__class__ = type(cls.__name__, (cls,), {method: run, "__module__": cls.__module__})
-    try:
-        yield
-    finally:
-        target.__class__ = cls
-
-
-@contextlib.contextmanager
-def _packing_watched(region: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
-    """Conversions of a model's tables to ours run in ``region()``."""
-    own = {cls: cls.pack for cls in (Format, AxisRows)}
-
-    def watch(pack: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            with region():
-                return pack(*args)
-
-        return run
-
-    for cls, pack in own.items():
-        cls.pack = watch(pack)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for cls, pack in own.items():
-            cls.pack = pack  # type: ignore[method-assign]
-
-
-def run_steps(plan: Plan, forward: Callable[[], object], steps: int = 2) -> list[Step]:
-    """Counts what calls of ``forward`` run in the attention modules and table builders of ``plan``."""
-    counter, results = OperatorCounter(), [Step({}, Count()) for _ in range(steps)]
-    step = results[0]
-
-    def call(path: str) -> contextlib.AbstractContextManager[None]:
-        # The first call counts: models that call a module again do it with the same kind of arguments.
-        return counter.region(step.attention.setdefault(path, Count()) if path not in step.attention else Count())
-
-    def seen(name: str, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
-        if counter.current is not None:
-            counter.current.turned[name] += output.numel()
-
-    builders = {
-        (id(found.target), method): (found.target, method)
-        for found in plan.tables
-        for method in [found.tables.method if isinstance(found.tables, ModelTables) else "forward"]
-    }
-    with contextlib.ExitStack() as stack:
-        for target, method in builders.values():
-            stack.enter_context(_watched(target, method, lambda: counter.region(step.tables)))
-        stack.enter_context(_packing_watched(lambda: counter.region(step.tables)))
-        for found in plan.rotations:
-            stack.enter_context(_watched(found.attention, "forward", functools.partial(call, found.path)))
-            for name, module in found.seams():
-                stack.callback(module.register_forward_hook(functools.partial(seen, name)).remove)
-        for step in results:  # noqa: B007 - the closures above read it
-            with torch.no_grad(), counter:
-                forward()
-    return results
-
-
 def measure(example: Example) -> list[Row]:
     """One row for each path of attention modules that rotates; one without figures where none does.
 
@@ -189,7 +95,7 @@ def measure(example: Example) -> list[Row]:
         ValueError: no adapter knows the example's class.
     """
     dit_rope.cache_clear()
-    with _constant_weights():
+    with constant_weights():
         model = example.build(DTYPE, released=True)
     adapter = adapter_of(model)
     if adapter is None:
@@ -200,52 +106,13 @@ def measure(example: Example) -> list[Row]:
         new = {name: inputs[name] for name in NEW_IN_EACH_STEP if name in inputs}
         example.run(model, {**inputs, **pytree.tree_map_only(torch.Tensor, torch.clone, new)})
 
-    plan = make_plan(example.name, model, adapter)
-    before = run_steps(plan, forward)
-    with dit_rope.patch(model, exact=False):
-        after = run_steps(plan, forward)
-    tables = [step.tables.kernels for steps in (before, after) for step in steps]
-    paths: dict[str, str] = {}
-    for path in before[-1].attention:
-        paths.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", path), path)
-    counted = {stem: _figures(before[-1].attention[path], after[-1].attention[path]) for stem, path in paths.items()}
+    counted = count_patched(model, forward)
+    tables = dict(zip(TABLE_FIGURES, counted.tables, strict=True))
     return [
-        {"model": adapter.model_class, "example": example.name, "module": stem, **figures,
-         **dict(zip(TABLE_FIGURES, tables, strict=True)), "diffusers": version("diffusers")}
-        for stem, figures in (counted or {"": dict.fromkeys(FIGURES, "")}).items()
+        {"model": adapter.model_class, "example": example.name, "module": stem, **figures, **tables,
+         "diffusers": version("diffusers")}
+        for stem, figures in (counted.modules or {"": dict.fromkeys(FIGURES, "")}).items()
     ]  # fmt: skip
-
-
-def _figures(before: Count, after: Count) -> Row:
-    unit, least = minimum(before, after)
-    sizes = [f"{size / unit:.1f}" for size in (before.bytes, after.bytes, least)]
-    return dict(zip(FIGURES, [before.kernels, after.kernels, *sizes, unit], strict=True))
-
-
-def minimum(before: Count, after: Count) -> tuple[int, int]:
-    """Bytes of one query, and of reading and writing queries and keys once and the tables once.
-
-    Keys count with the heads they have before a processor repeats them for the heads of the queries.
-    """
-    turned = {kind: sum(n for name, n in before.turned.items() if kind in name.split("_")) for kind in ("q", "k")}
-    query = before.query or turned["q"] or after.largest
-    key = before.key or turned["k"] or query
-    if turned["q"] and turned["k"]:
-        key = min(key, query * turned["k"] // turned["q"])
-    return query * DTYPE.itemsize, 2 * (query + key) * DTYPE.itemsize + sum(after.tables.values())
-
-
-@contextlib.contextmanager
-def _constant_weights() -> Iterator[None]:
-    """Models are built with weights of one value, which takes a tenth of the time and changes no count."""
-    own = {name: getattr(torch.nn.init, name) for name in INITIALIZERS}
-    for name in own:
-        setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor.detach().fill_(0.001))
-    try:
-        yield
-    finally:
-        for name, function in own.items():
-            setattr(torch.nn.init, name, function)
 
 
 def chosen(names: list[str], every: bool) -> list[Example]:

@@ -99,11 +99,13 @@ def judged(results: Sequence[Result]) -> list[Result]:
     benchmark = next((result for result in results if result.check == plan.BENCHMARK), None)
     if benchmark is None or benchmark.result != PASSED:
         return []
-    from gpu_checks.results import read_rows, result_path
+    from gpu_checks.results import result_path
     from gpu_checks.targets import judge
 
+    from dit_rope.benchmark.results import read_csv
+
     words = {True: PASSED, False: FAILED, None: SKIPPED}
-    verdicts = judge(read_rows(result_path("kernels", "cuda")))
+    verdicts = judge(read_csv(result_path("kernels", "cuda")))
     return [Result(f"target: {each.name}", words[each.passed], 0.0, each.detail) for each in verdicts]
 
 

@@ -18,6 +18,8 @@ from zoo import EXAMPLES, Example
 
 import dit_rope
 from dit_rope import Grid, NormKind, RopeSpec
+from dit_rope.benchmark import operator_counts
+from dit_rope.benchmark.operator_counter import Count, OperatorCounter, stored_bytes
 from dit_rope.models import ADAPTERS
 from dit_rope.models.plan import make_plan
 
@@ -25,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import benchmarking
 import count_operators
-from operator_counter import Count, OperatorCounter, stored_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 B, S, H, D = 2, 6, 3, 8
@@ -177,12 +178,12 @@ def wan() -> Example:
 def test_wan_has_its_known_figures() -> None:
     """Two norms of 2 units; 8 kernels and 15 units for either rotation, and a third of a unit of tables for both."""
     (row,) = count_operators.measure(wan())
-    figures = {name: row[name] for name in count_operators.FIGURES[:5]}
+    figures = {name: row[name] for name in operator_counts.FIGURES[:5]}
     assert row["module"] == "blocks.*.attn1"
     assert (figures["kernels_before"], figures["kernels_after"]) == (18, 2)
     assert figures["q_units_before"] == "34.3"
     assert 4.0 <= float(figures["q_units_minimum"]) <= float(figures["q_units_after"]) <= 4.2
-    assert [row[name] > 0 for name in count_operators.TABLE_FIGURES] == [True, True, True, False]
+    assert [row[name] > 0 for name in operator_counts.TABLE_FIGURES] == [True, True, True, False]
 
 
 def test_hunyuan_video_has_its_known_figures() -> None:
@@ -209,7 +210,7 @@ def test_counting_leaves_a_model_as_it_was() -> None:
         return [(type(m), dict(vars(m)), dict(m._forward_hooks)) for m in model.modules()]
 
     before = state()
-    first = count_operators.run_steps(plan, lambda: example.run(model, {}))
+    first = operator_counts.run_steps(plan, lambda: example.run(model, {}))
     assert set(first[0].attention) == {"blocks.0.attn1", "blocks.1.attn1"}
     assert [(c, list(v), h) for c, v, h in state()] == [(c, list(v), h) for c, v, h in before]
     assert torch.nn.init.kaiming_uniform_.__module__ == "torch.nn.init"
@@ -218,13 +219,13 @@ def test_counting_leaves_a_model_as_it_was() -> None:
 def test_minimum_takes_keys_before_they_are_repeated() -> None:
     before = Count(query=64, key=64)
     before.turned.update({"norm_q": 64, "norm_k": 16})
-    assert count_operators.minimum(before, Count(tables={(0,): 10})) == (128, 2 * (128 + 32) + 10)
+    assert operator_counts.minimum(before, Count(tables={(0,): 10})) == (128, 2 * (128 + 32) + 10)
     # Cross-attention: keys are fewer than queries, and all of them turn.
     before = Count(query=64, key=16)
     before.turned.update({"norm_added_q": 64, "norm_added_k": 16})
-    assert count_operators.minimum(before, Count()) == (128, 2 * (128 + 32))
+    assert operator_counts.minimum(before, Count()) == (128, 2 * (128 + 32))
     # Without a product that is seen, what our operators turned.
-    assert count_operators.minimum(Count(), Count(largest=64)) == (128, 2 * (128 + 128))
+    assert operator_counts.minimum(Count(), Count(largest=64)) == (128, 2 * (128 + 128))
 
 
 def test_classes_are_chosen_by_name() -> None:

@@ -12,16 +12,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-import bench_kernels
 import gpu_check
 from gpu_checks import plan, results, runner, targets
-from gpu_checks.peers import PEERS, flashinfer_cache, flashinfer_norm
-from gpu_checks.problems import SHAPES, NotOffered, Operation, Problem
-from gpu_checks.reference import Expectation
 from gpu_checks.requirements import Requirement, describe, requirements, survey
 from gpu_checks.runner import FAILED, PASSED, SKIPPED, Check, Deadline, Missing, Result, run_all, run_one
 
 from dit_rope import NormKind
+from dit_rope.benchmark import rotation
+from dit_rope.benchmark.peers import flashinfer_cache, flashinfer_norm
+from dit_rope.benchmark.problems import SHAPES, NotOffered, Operation, Problem
+from dit_rope.benchmark.reference import Expectation
+from dit_rope.benchmark.results import read_csv
+from dit_rope.benchmark.sections import Wrong
 
 
 def python(code: str) -> tuple[str, ...]:
@@ -169,7 +171,7 @@ def test_results_are_written_with_the_machine(tmp_path: Path, monkeypatch) -> No
     machine = {"device": "GPU", "driver": "580", "commit": "abc"}
     monkeypatch.setattr(results, "environment", lambda device: machine)
     path = gpu_check.write([Result("one", PASSED, 1.23, "fine, really"), Result("two", FAILED, 0, "no")], tmp_path)
-    one, two = results.read_rows(path)
+    one, two = read_csv(path)
     assert one == {"check": "one", "result": PASSED, "seconds": "1.2", "detail": "fine, really", **machine}
     assert two["result"] == FAILED
 
@@ -269,17 +271,25 @@ def test_shapes_are_those_of_the_models(shape) -> None:
 
 def test_wrong_variant_of_ours_stops_the_benchmark(monkeypatch) -> None:
     problem = Problem(SHAPES["ltx"].tiny(), Operation.ROTATE, "cpu")
-    monkeypatch.setattr(bench_kernels, "own", lambda problem, backend: lambda q, k: (q, k))
-    with pytest.raises(bench_kernels.Wrong, match="cuda, rotate at ltx: .* elements are off"):
-        bench_kernels.variants(problem, [], rehearse=True)
+    monkeypatch.setattr(rotation, "own", lambda problem, backend: lambda q, k: (q, k))
+    with pytest.raises(Wrong, match="cuda, rotate at ltx: .* elements are off"):
+        rotation.variants(problem, {"cuda": "eager"}, {})
 
 
-def test_wrong_peer_is_left_out(monkeypatch) -> None:
+def test_wrong_peer_is_left_out() -> None:
     problem = Problem(SHAPES["ltx"].tiny(), Operation.ROTATE, "cpu")
-    monkeypatch.setitem(PEERS, "liger", lambda problem: lambda q, k: (q, k))
-    calls, missing = bench_kernels.variants(problem, ["liger"], rehearse=True)
-    assert [*calls] == ["cuda", "triton"]
-    assert missing["liger"].startswith("AssertionError: expected an error of at most")
+    found = rotation.variants(problem, {"cuda": "eager"}, {"liger": lambda problem: lambda q, k: (q, k)})
+    assert [*found.calls] == ["cuda"]
+    assert found.missing["liger"].startswith("AssertionError: expected an error of at most")
+
+
+def test_shape_within_fewer_tokens_keeps_its_lines_before_its_frames() -> None:
+    wan = SHAPES["wan-1.3b-480p"]
+    assert wan.within(8192).grid.sizes == (5, 30, 52)
+    assert wan.within(500).grid.sizes == (1, 9, 52)
+    assert wan.within(1).grid.sizes == (1, 1, 52)
+    assert wan.within(10**6) == wan
+    assert SHAPES["flux-1024"].within(512 + 640).tokens == 512 + 640
 
 
 def test_expectation_refuses_unnormed_and_unturned_results() -> None:

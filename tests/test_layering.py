@@ -34,10 +34,11 @@ LAYERS = (
     ("dit_rope.patch_report",),
     ("dit_rope.patching",),
     ("dit_rope.comparison", "dit_rope"),
+    ("dit_rope.benchmark",),
     ("dit_rope.cli",),
 )
 """From the bottom up: a module imports from below its own layer, never from beside it."""
-SAME_UNIT = ("dit_rope.models", "dit_rope.cli", "dit_rope.compat")
+SAME_UNIT = ("dit_rope.models", "dit_rope.benchmark", "dit_rope.cli", "dit_rope.compat")
 """Packages whose modules may import one another. Backends may not, but for what follows."""
 TRITON = ("dit_rope.backends.triton_kernels", "dit_rope.backends.triton_device")
 CUDA, PLAN, LAUNCH = (f"dit_rope.backends.cuda_{name}" for name in ("kernels", "plan", "launch"))
@@ -50,16 +51,24 @@ ask of a call is written once."""
 HOME = {
     "triton": TRITON,
     "cuda": (LAUNCH,),
-    "diffusers": ("dit_rope.models", "dit_rope.patching", "dit_rope.comparison", "dit_rope.cli"),
+    "diffusers": (
+        "dit_rope.models",
+        "dit_rope.patching",
+        "dit_rope.comparison",
+        "dit_rope.benchmark",
+        "dit_rope.cli",
+    ),
     "transformers": (),
     "typer": ("dit_rope.cli",),
     "rich": ("dit_rope.cli",),
+    "jinja2": ("dit_rope.benchmark",),
+    "matplotlib": ("dit_rope.benchmark", "dit_rope.cli"),
     "skimage": ("dit_rope.comparison",),
     "PIL": ("dit_rope.comparison",),
     "numpy": ("dit_rope.comparison", "dit_rope.cli"),
 }
 """Packages that only these modules import."""
-LAZY = ("diffusers", "transformers", "skimage", "PIL")
+LAZY = ("diffusers", "transformers", "jinja2", "matplotlib", "skimage", "PIL")
 """Imported inside functions, so that nobody who does without them needs them or waits for them."""
 NO_EINOPS = ("dit_rope.ops", "dit_rope.rotation", "dit_rope.rotation_args", "dit_rope.backends")
 
@@ -150,6 +159,8 @@ def test_module_imports_only_what_its_layer_may(name):
         ("dit_rope.tables", "import diffusers"),
         ("dit_rope.patching", "from diffusers import DiffusionPipeline"),
         ("dit_rope.patching", "if True:\n    import diffusers.models"),
+        ("dit_rope.benchmark.figures", "from matplotlib.figure import Figure"),
+        ("dit_rope.benchmark.rotation", "from ..cli import options"),
     ],
 )
 def test_layering_check_notices(name, source):
@@ -182,7 +193,7 @@ before = set(sys.modules)
 state = (dict(os.environ), torch.get_default_dtype(), torch.get_num_threads(), threading.active_count())
 import dit_rope
 loaded = {name.split(".")[0] for name in set(sys.modules) - before}
-heavy = {"triton", "cuda", "diffusers", "transformers", "typer", "rich", "skimage", "PIL", "kernels"}
+heavy = {"triton", "cuda", "diffusers", "transformers", "typer", "rich", "skimage", "PIL", "matplotlib", "kernels"}
 assert not loaded & heavy, loaded
 assert state == (dict(os.environ), torch.get_default_dtype(), torch.get_num_threads(), threading.active_count())
 assert not torch.cuda.is_initialized()

@@ -24,7 +24,8 @@ from dit_rope.rotation_args import RotationArgs
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = {path.name for path in (ROOT / "kernels").iterdir()}
-SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "dit_rope").rglob("*.py")} | {"dit_rope/py.typed"}
+DATA = {"dit_rope/py.typed", "dit_rope/benchmark/report.html"}
+SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "dit_rope").rglob("*.py")} | DATA
 
 
 def run(*command: str | Path, cwd: Path) -> str:

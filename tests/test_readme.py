@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import runpy
 import subprocess
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import write_model_table  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
+BENCH = ROOT / "scripts" / "results" / "bench-cpu"
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
@@ -49,6 +51,64 @@ def loads_random_pipeline(monkeypatch, random_wan):
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained)
     return asked
+
+
+def measured(file: str, column: str, variants: tuple[str, str], **where: str) -> tuple[float, float]:
+    """Upstream's figure and ours in one file of the committed benchmark; "default" is what ``patch`` does unasked."""
+    with (BENCH / f"{file}.csv").open(newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if all(row[name] == value for name, value in where.items())]
+    upstream, ours = (
+        [row for row in rows if (row["default"] == "True" if name == "default" else row["variant"] == name)]
+        for name in variants
+    )
+    assert (len(upstream), len(ours)) == (1, 1), where
+    return float(upstream[0][column]), float(ours[0][column])
+
+
+def time_text(ms: float) -> str:
+    return f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.1f} ms" if ms >= 1 else f"{ms:.2f} ms"
+
+
+def size_text(count: float) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
+def ratio_text(ratio: float) -> str:
+    return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.1f}x" if ratio >= 2 else f"{ratio:.2f}x"
+
+
+GRID = ("full grid", "axis tables")
+COLD = {"case": "wan-720p-81-frames", "quantity": "cold build"}
+WAN = {"shape": "wan-1.3b-480p"}
+NORM = "norm across heads, rotate"
+
+
+@pytest.mark.parametrize(
+    ("subject", "text", "file", "column", "variants", "where"),
+    [
+        ("build the 720p", time_text, "tables", "median", GRID, COLD),
+        ("bytes held", size_text, "tables", "median", GRID, {"case": "720p", "quantity": "bytes"}),
+        ("rotate q and k", time_text, "rotation", "ms_median", ("model, eager", "dit_rope"),
+         {**WAN, "dtype": "float32", "operation": "rotate"}),
+        ("the same in bfloat16", time_text, "rotation", "ms_median", ("model, eager", "dit_rope, exact"),
+         {**WAN, "dtype": "bfloat16", "operation": "rotate"}),
+        ("RMSNorm and rotate", time_text, "rotation", "ms_median", ("model, eager", "dit_rope"),
+         {**WAN, "dtype": "bfloat16", "operation": NORM}),
+        ("whole step", time_text, "step", "ms_median", ("unpatched", "default"), {}),
+    ],
+)  # fmt: skip
+def test_first_table_holds_the_committed_figures(subject, text, file, column, variants, where):
+    line = next(line for line in README.splitlines() if line.startswith(f"| {subject}"))
+    upstream, ours = measured(file, column, variants, **where)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:] == [text(upstream), text(ours), ratio_text(upstream / ours), f"`{file}.csv`"]
+
+
+def test_first_table_names_the_machine_and_the_sizes_measured():
+    with (BENCH / "rotation.csv").open(newline="") as lines:
+        row = next(row for row in csv.DictReader(lines) if row["shape"] == WAN["shape"])
+    assert f"| measured on CPU: {row['device']}, {row['threads']} threads, torch {row['torch'][:4]} |" in README
+    assert f"({int(row['tokens']):,} tokens, {row['heads']} heads of {row['head_dim']})" in README
 
 
 def test_code_blocks_run_in_order(loads_random_pipeline, caches, capsys):

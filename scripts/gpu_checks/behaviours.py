@@ -17,9 +17,9 @@ import torch
 
 import dit_rope
 from dit_rope import Grid, NormKind, Pairing, RopeSpec, RopeTable
+from dit_rope.benchmark.reference import Expectation
 
 from .profiling import device_work
-from .reference import Expectation
 
 DIMS = (44, 42, 42)
 SMALL = Grid(3, 5, 7)

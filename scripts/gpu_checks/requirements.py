@@ -12,14 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 TORCH_MINIMUM = (2, 9)
-PEER_MODULES = {
-    # flash-attn's package needs its compiled extension, which the one file with the Triton kernel does not.
-    "flash-attn": ("flash_attn.ops.triton.rotary", "rotary_flash_attn"),
-    "liger-kernel": ("liger_kernel.transformers.rope",),
-    "comfy-kitchen": ("comfy_kitchen",),
-    "flashinfer-python": ("flashinfer",),
-}
-"""Distributions, and the modules of each that are tried in turn."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +50,9 @@ def requirements() -> list[Requirement]:
         Requirement("hypothesis", _package("hypothesis"), "pip install hypothesis"),
         Requirement("compute-sanitizer", _sanitizer, "install the CUDA toolkit, or set CUDA_HOME", optional=True),
     ]
-    return packages + [
-        Requirement(name, _first_of(modules), f"pip install {name}, or name its folder with --peer-path", optional=True)
-        for name, modules in PEER_MODULES.items()
+    return [
+        *packages,
+        Requirement("peers", _peers, "pip install 'dit-rope[bench]', or name their folders with --peer-path", True),
     ]
 
 
@@ -106,19 +98,21 @@ def _package(module: str, distribution: str | None = None) -> Callable[[], str]:
     return version
 
 
-def _first_of(modules: tuple[str, ...]) -> Callable[[], str]:
-    """Whether any module is there, without importing it: some peers start compilers or contexts on import."""
+def _peers() -> str:
+    """Which peers are there, without importing them: some start compilers or contexts on import."""
+    from dit_rope.benchmark.peers import MODULES
 
-    def version() -> str:
-        for module in modules:
-            try:
-                if importlib.util.find_spec(module) is not None:
-                    return f"found as {module}"
-            except ModuleNotFoundError:  # a package that would hold it
-                continue
-        raise ModuleNotFoundError(f"no module named {' or '.join(modules)}")
+    found = [name for name, modules in MODULES.items() if any(map(_is_there, modules))]
+    if not found:
+        raise ModuleNotFoundError(f"none of {', '.join(MODULES)}")
+    return ", ".join(found)
 
-    return version
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package that would hold it
+        return False
 
 
 def _torch() -> str:

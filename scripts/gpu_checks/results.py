@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import importlib.metadata
 import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarking import RESULTS
-from benchmarking import environment as machine_and_versions
 
-Row = dict[str, Any]
+from dit_rope.benchmark.results import Row, write_rows
+from dit_rope.benchmark.results import environment as machine_and_versions
+
+__all__ = ["RESULTS", "driver_version", "environment", "result_path", "table", "write_rows"]
 
 
 @functools.cache
@@ -28,23 +28,6 @@ def environment(device: str) -> Row:
         "cuda_bindings": _version("cuda-bindings"),
         "nvrtc": _nvrtc_version(),
     }
-
-
-def write_rows(path: Path, rows: Sequence[Row], machine: Row) -> Path:
-    """Writes ``rows``, each with what ``machine`` says; columns in the order in which rows first name them."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*columns, *machine], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **machine} for row in rows)
-    return path
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV file as strings."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def result_path(stem: str, device: str) -> Path:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from dit_rope.backends import cuda_kernels, cuda_plan
+from dit_rope.benchmark.problems import Operation, Problem, Shape
+from dit_rope.benchmark.results import Row
+from dit_rope.benchmark.timing import Measurement, input_sets, measurement, take_turns
+from dit_rope.benchmark.variants import check_own, own
 
-from .problems import Operation, Problem, Shape
-from .results import Row, table
-from .timing import Measurement, input_sets, interleave, measurement
-from .variants import check_own, own
+from .results import table
 
 THREAD_CHUNKS = (2, 4, 8)
 MIN_THREADS = (64, 128, 256, 512)
@@ -37,8 +39,9 @@ def measure(problem: Problem, rounds: int, rehearse: bool) -> list[Row]:
         with tiles(*choice):
             call = own(problem, "eager" if rehearse else "cuda")
             check_own(problem, call)
-            measurements[str(choice)] = _with_tiles(choice, measurement(call, inputs, moved))
-    timings = interleave(measurements, rounds)
+            calls = [functools.partial(call, q, k) for q, k in inputs]
+            measurements[str(choice)] = _with_tiles(choice, measurement(calls, problem.device, moved))
+    timings = take_turns(measurements, rounds)
     best = min(timing.median for timing in timings.values())
     rows = [
         {

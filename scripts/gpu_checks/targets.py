@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .results import Row
+from dit_rope.benchmark.results import Row
 
 HEADLINE = ("wan-1.3b-480p", "wan-14b-720p", "hunyuan-video-720p")
 BACKEND = "cuda"

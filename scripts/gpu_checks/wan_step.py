@@ -18,14 +18,15 @@ from collections.abc import Callable
 
 import torch
 import wan_models
-from bench_model import build
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import dit_rope
+from dit_rope.benchmark.architectures import ARCHITECTURES
+from dit_rope.benchmark.results import Row
+from dit_rope.benchmark.timing import measurement, take_turns
 
-from .results import Row, environment, result_path, table, write_rows
-from .timing import Measurement, interleave, measurement
+from .results import environment, result_path, table, write_rows
 
 SIZES = (21, 60, 104)
 TINY_SIZES = (2, 4, 4)
@@ -100,12 +101,9 @@ def rotary_share(step: Step, model: torch.nn.Module, latent: torch.Tensor) -> fl
 
 def measure(mode: str, variants: dict[str, Step], latent: torch.Tensor, rounds: int) -> list[Row]:
     """One row for each variant."""
-    pair = [(latent, latent)]
-    measurements: dict[str, Measurement] = {
-        name: measurement(lambda q, k, step=step: step(), pair, latent.nbytes, graph=False)
-        for name, step in variants.items()
-    }
-    timings = interleave(measurements, rounds)
+    device = str(latent.device)
+    rounds_of = {name: measurement([step], device, latent.nbytes, graph=False) for name, step in variants.items()}
+    timings = take_turns(rounds_of, rounds)
     return [
         {
             "mode": mode,
@@ -122,7 +120,7 @@ def measure(mode: str, variants: dict[str, Step], latent: torch.Tensor, rounds: 
 def run(device: str, rounds: int, rehearse: bool) -> list[Row]:
     """Eager, then compiled; rows of both."""
     dtype = torch.float32 if rehearse else torch.bfloat16
-    model = wan_models.build("wan") if rehearse else build(30, dtype, device)
+    model = wan_models.build("wan") if rehearse else ARCHITECTURES["wan-1.3b"].build(None, device, dtype)
     sizes = TINY_SIZES if rehearse else SIZES
     latent = torch.randn(1, model.config.in_channels, *sizes, device=device).to(dtype)
     twins = models(model, "eager" if rehearse else "cuda")

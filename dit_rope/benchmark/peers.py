@@ -13,7 +13,31 @@ from types import ModuleType
 import torch
 
 from .problems import EPS, Call, NotOffered, Operation, Problem, Tensors, Unavailable
-from .requirements import PEER_MODULES
+
+MODULES = {
+    # flash-attn's package needs its compiled extension, which the one file with the Triton kernel does not.
+    "flash-attn": ("flash_attn.ops.triton.rotary", "rotary_flash_attn"),
+    "liger-kernel": ("liger_kernel.transformers.rope",),
+    "comfy-kitchen": ("comfy_kitchen",),
+    "flashinfer-python": ("flashinfer",),
+    "rotary-embedding-torch": ("rotary_embedding_torch",),
+}
+"""Distributions, and the modules of each that are tried in turn."""
+
+
+def wan_rotate(x: torch.Tensor, freqs_cos: torch.Tensor, freqs_sin: torch.Tensor) -> torch.Tensor:
+    """The rotation as ``WanAttnProcessor`` of diffusers 0.42.1 has it, where it is a nested function.
+
+    Args:
+        x: ``[B, S, H, D]``.
+        freqs_cos, freqs_sin: ``[1, S, 1, D]``, each value twice in a row.
+    """
+    x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = freqs_cos[..., 0::2], freqs_sin[..., 1::2]
+    out = torch.empty_like(x)
+    out[..., 0::2] = x1 * cos - x2 * sin
+    out[..., 1::2] = x1 * sin + x2 * cos
+    return out.type_as(x)
 
 
 def model(problem: Problem) -> Call:
@@ -39,6 +63,15 @@ def flash_attn(problem: Problem) -> Call:
         "conjugate": problem.operation is Operation.BACKWARD,
     }
     return lambda q, k: (apply_rotary(q, cos, sin, **how), apply_rotary(k, cos, sin, **how))
+
+
+def rotary_embedding_torch(problem: Problem) -> Call:
+    """``apply_rotary_emb`` of rotary-embedding-torch, which is given angles and takes cos and sin in every call."""
+    _only(problem, Operation.ROTATE)
+    rotate = _module("rotary-embedding-torch").apply_rotary_emb
+    cos, sin = problem.cos_sin
+    angles = torch.atan2(sin, cos).repeat_interleave(2, dim=-1)[:, None]
+    return lambda q, k: (rotate(angles, q), rotate(angles, k))
 
 
 def liger(problem: Problem) -> Call:
@@ -128,6 +161,7 @@ PEERS: dict[str, Callable[[Problem], Call]] = {
     "model, eager": model,
     "model, compiled": compiled_model,
     "flash-attn": flash_attn,
+    "rotary-embedding-torch": rotary_embedding_torch,
     "liger": liger,
     "comfy-kitchen": comfy_kitchen,
     "flashinfer cos-sin-cache": flashinfer_cache,
@@ -144,7 +178,7 @@ def _only(problem: Problem, *operations: Operation) -> None:
 def _module(distribution: str) -> ModuleType:
     """The first module of a peer that can be imported."""
     reasons = []
-    for name in PEER_MODULES[distribution]:
+    for name in MODULES[distribution]:
         try:
             return importlib.import_module(name)
         except Exception as error:  # a peer may fail on import with whatever its own imports raise
@@ -173,8 +207,6 @@ def _model_code(problem: Problem) -> Call:
 def _model_rotation(problem: Problem) -> Callable[[torch.Tensor], torch.Tensor]:
     cos, sin = (part.repeat_interleave(2, dim=-1) for part in problem.cos_sin)
     if problem.shape.name.startswith(("wan", "streaming")):
-        from dit_rope.cli.bench import wan_rotate
-
         return functools.partial(wan_rotate, freqs_cos=cos[None, :, None], freqs_sin=sin[None, :, None])
     try:
         from diffusers.models.embeddings import apply_rotary_emb

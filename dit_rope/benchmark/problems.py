@@ -9,9 +9,8 @@ from functools import cached_property
 
 import torch
 
-import dit_rope
-from dit_rope import Grid, NormKind, Pairing, RopeSpec, RopeTable
-
+from ..spec import Grid, NormKind, Pairing, RopeSpec
+from ..tables import RopeTable, rope_table
 from .reference import Expectation
 
 Tensors = tuple[torch.Tensor, torch.Tensor]
@@ -88,6 +87,14 @@ class Shape:
         other = {NormKind.PER_HEAD: Operation.ACROSS_HEADS, NormKind.ACROSS_HEADS: Operation.PER_HEAD}[self.norm]
         return [operation for operation in Operation if self.headline or operation is not other]
 
+    def within(self, tokens: int) -> Shape:
+        """The same on as many frames, or else lines, as make at most ``tokens`` tokens; never less than one line."""
+        frames, height, width = self.grid.sizes
+        room = tokens - self.prefix
+        frames = max(1, min(frames, room // (height * width)))
+        height = max(1, min(height, room // (frames * width)))
+        return replace(self, grid=Grid(frames, height, width, start_frame=self.grid.start_frame))
+
     def tiny(self) -> Shape:
         """The same on a few tokens and two heads."""
         few = Grid(*(min(size, 3) for size in self.grid.sizes), start_frame=self.grid.start_frame)
@@ -129,7 +136,7 @@ class Problem:
         """The axis tables of the grid, float32."""
         pairing = Pairing.HALF if self.half else Pairing.INTERLEAVED
         spec = RopeSpec(self.shape.dims, theta=self.shape.theta, pairing=pairing)
-        return dit_rope.rope_table(spec, self.shape.grid, device=self.device)
+        return rope_table(spec, self.shape.grid, device=self.device)
 
     @cached_property
     def cos_sin(self) -> Tensors:

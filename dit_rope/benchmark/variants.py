@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-import dit_rope
-
+from .. import rotation, shifting
+from .peers import model
 from .problems import EPS, Call, Operation, Problem, Tensors, Unavailable
 from .reference import sample
-
-BACKENDS = ("cuda", "triton")
 
 
 def own(problem: Problem, backend: str) -> Call:
@@ -33,11 +33,9 @@ def check_own(problem: Problem, call: Call) -> None:
     outs = call(q.clone(), k.clone())
     shape = problem.shape
     if problem.operation is Operation.EXACT:
-        expected = dit_rope.rotate_qk(q, k, problem.table, prefix=shape.prefix, exact=True, backend="eager")
+        expected = rotation.rotate_qk(q, k, problem.table, prefix=shape.prefix, exact=True, backend="eager")
         for name, out, bits in zip("qk", outs, expected, strict=True):
-            if not torch.equal(out, bits):
-                wrong = int((out != bits).sum())
-                raise AssertionError(f"expected the bits of the eager code, got {wrong} other elements of {name}")
+            _assert_bits(out, bits, name)
     elif problem.operation is Operation.SHIFT:
         _check_shift(problem, outs[1], k)
     else:
@@ -45,15 +43,44 @@ def check_own(problem: Problem, call: Call) -> None:
             problem.expectation.assert_right(out, x, index, f"({problem.operation.value}, {'qk'[index]})")
 
 
-def _forward(problem: Problem, backend: str) -> Call:
+def own_exact(problem: Problem, backend: str) -> Call:
+    """The same in exact mode, after its result has been compared with the model's own code, bit for bit.
+
+    Raises:
+        Unavailable: as :func:`own`.
+        AssertionError: a bit differs.
+    """
+    call = _forward(problem, backend, exact=True)
+    q, k = problem.inputs(1)[0]
+    try:
+        outs = call(q, k)
+    except ValueError as error:
+        raise Unavailable(str(error)) from error
+    for name, out, bits in zip("qk", outs, model(problem)(q, k), strict=True):
+        _assert_bits(out, bits, name)
+    return call
+
+
+def _assert_bits(out: torch.Tensor, bits: torch.Tensor, name: str) -> None:
+    if not torch.equal(out, bits):
+        wrong = int((out != bits).sum())
+        raise AssertionError(f"expected the bits of the eager code, got {wrong} other elements of {name}")
+
+
+def _forward(problem: Problem, backend: str, exact: bool = False) -> Call:
     table, norm = problem.table, problem.operation.norm
-    shared = {"prefix": problem.shape.prefix, "inplace": problem.operation.in_place, "backend": backend}
+    exact = exact or problem.operation is Operation.EXACT
+    shared: dict[str, Any] = {
+        "exact": exact,
+        "prefix": problem.shape.prefix,
+        "inplace": problem.operation.in_place,
+        "backend": backend,
+    }
     if norm is not None:
         weights = problem.weights
-        return lambda q, k: dit_rope.norm_rotate_qk(q, k, table, *weights, eps=EPS, norm=norm, **shared)
+        return lambda q, k: rotation.norm_rotate_qk(q, k, table, *weights, eps=EPS, norm=norm, **shared)
     positions = table.positions() if problem.operation is Operation.POSITIONS else None
-    exact = problem.operation is Operation.EXACT
-    return lambda q, k: dit_rope.rotate_qk(q, k, table, positions=positions, exact=exact, **shared)
+    return lambda q, k: rotation.rotate_qk(q, k, table, positions=positions, **shared)
 
 
 def _backward(problem: Problem, backend: str) -> Call:
@@ -61,7 +88,7 @@ def _backward(problem: Problem, backend: str) -> Call:
     size = (1, problem.shape.tokens, problem.shape.heads, problem.shape.head_dim)
     with torch.enable_grad():
         leaves = [torch.zeros(size, device=problem.device, dtype=problem.dtype).requires_grad_() for _ in range(2)]
-        outs = dit_rope.rotate_qk(*leaves, problem.table, prefix=problem.shape.prefix, backend=backend)
+        outs = rotation.rotate_qk(leaves[0], leaves[1], problem.table, prefix=problem.shape.prefix, backend=backend)
 
     def backward(q: torch.Tensor, k: torch.Tensor) -> Tensors:
         turned_q, turned_k = torch.autograd.grad(outs, leaves, (q, k), retain_graph=True)
@@ -77,7 +104,7 @@ def _shift(problem: Problem, backend: str) -> Call:
         raise Unavailable("a shift needs a grid of at least two frames and no prefix")
     table = _shift_table(problem)
     deltas = torch.ones(frames - 1, 1, dtype=torch.int32, device=problem.device)
-    how = {
+    how: dict[str, Any] = {
         "deltas": deltas,
         "blocks": torch.arange(frames - 1, dtype=torch.int32, device=problem.device),
         "inplace": True,
@@ -86,14 +113,14 @@ def _shift(problem: Problem, backend: str) -> Call:
     }
 
     def shift(q: torch.Tensor, k: torch.Tensor) -> Tensors:
-        dit_rope.shift_keys(k.view(frames, -1, *k.shape[2:]), table, **how)
+        shifting.shift_keys(k.view(frames, -1, *k.shape[2:]), table, **how)
         return q, k
 
     return shift
 
 
-def _shift_table(problem: Problem) -> dit_rope.ShiftTable:
-    return dit_rope.ShiftTable(problem.table.spec, device=problem.device)
+def _shift_table(problem: Problem) -> shifting.ShiftTable:
+    return shifting.ShiftTable(problem.table.spec, device=problem.device)
 
 
 def _check_shift(problem: Problem, out: torch.Tensor, k: torch.Tensor) -> None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import oracle
 import torch
-from tolerance import assert_within
 
-from dit_rope import NormKind, Pairing, RopeTable
-from dit_rope.backends import eager
+from ..backends import eager
+from ..spec import NormKind, Pairing
+from ..tables import RopeTable
 
 # A peer rounds where its own code does: after the norm, its weight and the rotation, or after every product.
 PEER_ROUNDINGS = 3
@@ -52,10 +51,14 @@ class Expectation:
         """Float64 result ``[B, n, H, D]`` at ``tokens`` of tensor number ``index``."""
         values = x[:, tokens].double()
         if self.norm is not None:
-            kind = {"across_heads": self.norm.across_heads, "centred": self.norm.centred}
-            values = oracle.norm(values, self._weight(index), None, self.eps, **kind)
+            values = _norm(values, self.norm, self._weight(index), self.eps)
+        cos, sin = self.angles(tokens)
+        turn = torch.complex(cos.double(), sin.double())[:, None]
+        turning, rest = values.tensor_split([2 * turn.shape[-1]], dim=-1)
         interleaved = self.table.spec.pairing is Pairing.INTERLEAVED
-        return oracle.rotate(values, *self.angles(tokens), interleaved=interleaved)
+        split, dim = ((-1, 2), -1) if interleaved else ((2, -1), -2)
+        turned = torch.complex(*turning.unflatten(-1, split).unbind(dim)) * turn
+        return torch.cat((torch.stack((turned.real, turned.imag), dim=dim).flatten(-2), rest), dim=-1)
 
     def naive(self, x: torch.Tensor, tokens: torch.Tensor, index: int = 0) -> torch.Tensor:
         """The same by the plain formula in float32."""
@@ -91,6 +94,35 @@ class Expectation:
         return self.weights[index] if self.weights else None
 
 
+def assert_within(actual: torch.Tensor, exact: torch.Tensor, naive: torch.Tensor, context: str = "") -> None:
+    """Fails, saying where and by how much, if an element of ``actual`` is off by more than its computation explains.
+
+    Allowed is the largest error anywhere of ``naive``, the same computation done plainly in the working precision, and
+    one rounding to the dtype of ``actual``: half the distance between neighbours at the exact value, or half the least
+    subnormal.
+    """
+    error = (naive.double() - exact).abs().max()
+    info = torch.finfo(actual.dtype)
+    allowed = error + (exact.abs() + error) * (info.eps / 2) + info.tiny * info.eps / 2
+    excess = (actual.double() - exact).abs() / allowed
+    wrong = ~(excess <= 1)  # NaN is wrong
+    if wrong.any():
+        worst = tuple(int(i) for i in torch.unravel_index(excess.nan_to_num(torch.inf).argmax(), excess.shape))
+        raise AssertionError(
+            f"{int(wrong.sum())} of {wrong.numel()} elements are off by more than the bound; worst at {worst}: "
+            f"got {actual[worst].item()}, exact {exact[worst].item()}, allowed {allowed[worst].item():.3g} {context}"
+        )
+
+
+def _norm(values: torch.Tensor, kind: NormKind, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """``kind`` of float64 ``values`` ``[B, n, H, D]``, by its definition."""
+    flat = values.flatten(2) if kind.across_heads else values
+    if kind.centred:
+        flat = flat - flat.mean(dim=-1, keepdim=True)
+    flat = flat / (flat.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+    return (flat if weight is None else flat * weight.double()).view(values.shape)
+
+
 def sample(count: int, device: torch.device | str, size: int = 384) -> torch.Tensor:
     """Up to ``size`` token numbers: the first, the last, and some spread over the sequence."""
     if count <= size:
@@ -98,4 +130,5 @@ def sample(count: int, device: torch.device | str, size: int = 384) -> torch.Ten
     third = size // 3
     spread = torch.arange(third, device=device) * (count // third)
     last = torch.arange(count - third, count, device=device)
-    return torch.cat((torch.arange(third, device=device), spread, last)).unique()
+    chosen: torch.Tensor = torch.cat((torch.arange(third, device=device), spread, last)).unique()
+    return chosen
