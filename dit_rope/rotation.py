@@ -112,7 +112,15 @@ def norm_rotate(
     exact: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Norm, then rotation, of one tensor ``[B, S, H, D]``, as :func:`norm_rotate_qk` does of two."""
+    """Norms and rotates one tensor, as :func:`norm_rotate_qk` does two.
+
+    Args:
+        x: ``[B, S, H, D]``, last dim contiguous, any outer strides.
+        weight, bias: ``[D]`` per head, ``[H * D]`` across heads, or None; the rest as in :func:`norm_rotate_qk`.
+
+    Returns:
+        A new tensor, or ``x`` itself when ``inplace``.
+    """
     how = (norm, eps, (weight,), () if bias is None else (bias,))
     args, name = _check(("x",), (x,), table, (prefix, suffix), positions, (inverse, exact), backend, how)
     return _norm_rotate(("x",), (x,), how, args, inplace, name)[0]
@@ -137,7 +145,7 @@ def norm_rotate_qk(
     exact: bool = False,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Norms every token of queries and keys, then rotates them, in one launch.
+    """Norms every token of queries and keys, then rotates them, in one launch; in exact mode the norm comes apart.
 
     The norm is an RMSNorm (Zhang and Sennrich, arXiv:1910.07467), or, of a layer kind, a LayerNorm (Ba, Kiros and
     Hinton, arXiv:1607.06450): the mean is subtracted, the variance is biased, the bias comes after the weight.
@@ -147,7 +155,8 @@ def norm_rotate_qk(
         q_bias, k_bias: of the same shapes, or None; of a LayerNorm alone.
         eps: added to the mean of squares, or to the variance.
         norm: which norm, and what one mean is taken over.
-        exact: ``torch.nn.functional.rms_norm`` or ``layer_norm`` first, then the exact rotation.
+        exact: ``torch.nn.functional.rms_norm`` or ``layer_norm`` first, then the exact rotation. Else norm and
+            rotation in float32 (float64 for float64 data), rounded once at the end.
 
     The other arguments, the return and the errors are those of :func:`rotate_qk`.
     """

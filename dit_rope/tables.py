@@ -50,7 +50,7 @@ class _TableKey:
 
 @dataclass(frozen=True)
 class TableCacheInfo:
-    """Counters of both caches.
+    """Counters of every cache, as :func:`cache_info` gives them.
 
     Attributes:
         tables: entries as a user counts them: tables, dense forms and position tensors.
@@ -186,7 +186,7 @@ class RopeTable:
             broadcast: ``[1, S, 1, width]``, for ``[B, S, H, D]`` queries; the same memory.
 
         Raises:
-            ValueError: it would take more than ``dense_memory.MAX_DENSE_BYTES``; so do the next two methods.
+            ValueError: it would take more than 16 GiB (``dense_memory.MAX_DENSE_BYTES``).
         """
         key = _TableKey(self.spec, self.grid, self.shard, self.dtype, _Form.REPEATED if repeat else _Form.PAIRS)
         dense = cast(DenseTable, _TABLES.get(key, self.device, lambda: _build_dense(key, self.device)))

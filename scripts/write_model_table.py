@@ -1,18 +1,27 @@
-"""Writes the table of models into README.md and docs/models.md, from the adapters.
+"""Writes the tables of models into README.md and docs/models.md, from the adapters and the examples of the tests.
 
 python scripts/write_model_table.py
 """
 
 from __future__ import annotations
 
+import importlib
+import re
+import sys
 from pathlib import Path
 
 from dit_rope.models import ADAPTERS, ModelAdapter
 from dit_rope.models.adapter import GridTables
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import wan_models
+from zoo import EXAMPLES
+
 ROOT = Path(__file__).resolve().parent.parent
-START, END = "<!-- models: written by scripts/write_model_table.py -->\n", "<!-- end of models -->\n"
 HEADER = "| transformer class | tables | queries and keys |\n|---|---|---|\n"
+COLUMNS = ("transformer class", "tables", "in one pass", "exact mode", "context parallel", "gradients")
+NOT_HERE = ("CosmosControlNetModel",)
+"""Its forward needs torchvision, which the pinned environment lacks: the table is not to depend on it."""
 
 
 def _tables(adapter: ModelAdapter) -> str:
@@ -21,23 +30,57 @@ def _tables(adapter: ModelAdapter) -> str:
     return "memoized" if adapter.tables else "not its own"
 
 
-def _turns(adapter: ModelAdapter) -> str:
-    """What one pass does, over all kinds of attention modules of a model."""
-    kinds = []
+def _kinds(adapter: ModelAdapter) -> dict[tuple[str, bool], None]:
+    """What one pass does, over all kinds of attention modules of a model, and whether exact mode does it too."""
+    kinds: dict[tuple[str, bool], None] = {}
     for rotations in adapter.rotations:
         norms = any("norm" in name for name in rotations.turned)
-        kind = "norm and rotation" if norms else "rotation"
-        if rotations.format is not None and not rotations.format.exact:
-            kind += ", fast mode only"
-        kinds.append(kind)
-    return "; ".join(dict.fromkeys(kinds)) or "left alone"
+        exact = rotations.format is None or rotations.format.exact
+        kinds["norm and rotation" if norms else "rotation", exact] = None
+    return kinds
+
+
+def _turns(adapter: ModelAdapter) -> str:
+    return "; ".join(kind if exact else f"{kind}, fast mode only" for kind, exact in _kinds(adapter)) or "left alone"
+
+
+def _one_pass(adapter: ModelAdapter) -> str:
+    return "; ".join(dict.fromkeys(kind for kind, _ in _kinds(adapter))) or "nothing"
+
+
+def _exact(adapter: ModelAdapter) -> str:
+    exact = {exact for _, exact in _kinds(adapter)}
+    return "partly" if len(exact) == 2 else "yes" if True in exact else "no"
+
+
+def _context_parallel(adapter: ModelAdapter) -> str:
+    module, _, name = adapter.model.rpartition(".")
+    return "yes" if getattr(getattr(importlib.import_module(module), name), "_cp_plan", None) else "no"
+
+
+def _gradients(adapter: ModelAdapter) -> str:
+    trained = {example.model for example in EXAMPLES if example.trains} | _wan_classes()
+    return "same" if adapter.model in trained and adapter.model_class not in NOT_HERE else "not tested"
+
+
+def _wan_classes() -> set[str]:
+    """Dotted names of the classes whose examples are in ``tests/wan_models.py``."""
+    models = {type(make()) for make in wan_models.MODELS.values()}
+    return {f"{model.__module__}.{model.__qualname__}" for model in models}
 
 
 def rows() -> str:
-    """The table: one row per class."""
+    """The table of the README: one row per class."""
     return HEADER + "".join(
         f"| `{adapter.model_class}` | {_tables(adapter)} | {_turns(adapter)} |\n" for adapter in ADAPTERS
     )
+
+
+def compatibility() -> str:
+    """The table of docs/models.md: one row per class."""
+    columns = (_tables, _one_pass, _exact, _context_parallel, _gradients)
+    lines = [(f"`{adapter.model_class}`", *(column(adapter) for column in columns)) for adapter in ADAPTERS]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (COLUMNS, ["---"] * len(COLUMNS), *lines))
 
 
 def left_alone() -> str:
@@ -47,17 +90,23 @@ def left_alone() -> str:
     )
 
 
-def with_section(text: str, section: str) -> str:
-    """``text`` with ``section`` between the two marks."""
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    return before + START + section + END + after
+def with_section(text: str, section: str, name: str = "models") -> str:
+    """``text`` with ``section`` between the two marks called ``name``.
+
+    Raises:
+        ValueError: for a text without these marks.
+    """
+    marks = re.compile(rf"(<!-- {name}: written by [\w/.]+ -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+    if not marks.search(text):
+        raise ValueError(f"text must have the marks of {name!r}, got none")
+    return marks.sub(lambda found: found[1] + section + found[2], text)
 
 
 def main() -> None:
     """Rewrites both files."""
-    for path, section in ((ROOT / "README.md", rows()), (ROOT / "docs" / "models.md", left_alone())):
-        path.write_text(with_section(path.read_text(), section))
+    readme, models = ROOT / "README.md", ROOT / "docs" / "models.md"
+    readme.write_text(with_section(readme.read_text(), rows()))
+    models.write_text(with_section(with_section(models.read_text(), left_alone()), compatibility(), "compatibility"))
 
 
 if __name__ == "__main__":

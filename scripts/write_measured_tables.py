@@ -1,0 +1,192 @@
+"""Writes the tables of figures into docs/numerics.md and docs/performance.md, from the CSV files in scripts/results.
+
+python scripts/write_measured_tables.py
+"""
+
+from __future__ import annotations
+
+import csv
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from write_model_table import with_section
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "scripts" / "results"
+NUMERICS, PERFORMANCE = PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("numerics", "performance"))
+
+Row = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One table of a page.
+
+    Attributes:
+        name: of the marks between which it stands.
+        results: the CSV file it is of, without its ending.
+        command: what writes that file.
+        columns: what each shows, by its heading, in the form of ``str.format``, numbers as numbers.
+        where: values that a row must have, or one of those given, by column.
+        across: the column whose values become columns of their own, in the order in which they come.
+        cell: what those columns show.
+    """
+
+    name: str
+    results: str
+    command: str
+    columns: Mapping[str, str]
+    where: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    across: str | None = None
+    cell: str = ""
+
+    def text(self) -> str:
+        """The table, and where it comes from.
+
+        Raises:
+            ValueError: when no row is left.
+        """
+        with (RESULTS / f"{self.results}.csv").open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if self._wanted(row)]
+        if not rows:
+            raise ValueError(f"where must leave rows of {self.results}.csv, got {dict(self.where)}")
+        cells: dict[tuple[str, ...], dict[str, str]] = {}
+        for row in rows:
+            line = cells.setdefault(tuple(filled(form, row) for form in self.columns.values()), {})
+            if self.across is not None:
+                line[number(row[self.across])] = filled(self.cell, row)
+        headings = list(self.columns) + list(dict.fromkeys(name for line in cells.values() for name in line))
+        lines = [headings, ["---"] * len(headings)]
+        lines += [[*key, *(line.get(name, "") for name in headings[len(key) :])] for key, line in cells.items()]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines) + self._source(rows[0])
+
+    def _wanted(self, row: Row) -> bool:
+        return all(row[name] in ((value,) if isinstance(value, str) else value) for name, value in self.where.items())
+
+    def _source(self, row: Row) -> str:
+        threads = f"{row['threads']} thread{'' if row['threads'] == '1' else 's'}"
+        machine = f"{row['device']}, {threads}, torch {row['torch']}, Python {row['python']}"
+        said = f"`{self.command}` wrote `scripts/results/{self.results}.csv`: {machine}."
+        return f"\n{textwrap.fill(said, 120)}\n"
+
+
+def filled(form: str, row: Row) -> str:
+    """``form`` with the values of a row in it; nothing where one of them is missing."""
+    values: dict[str, float | str] = {}
+    for name, text in row.items():
+        try:
+            values[name] = float(text)
+        except ValueError:
+            values[name] = text
+    try:
+        return form.format_map(values)
+    except ValueError:  # a number was wanted and there is none
+        return ""
+
+
+def number(text: str) -> str:
+    """Whole numbers with commas, and anything else as it is."""
+    return f"{int(text):,}" if text.isdecimal() else text
+
+
+_ERRORS = {"results": "errors-cpu", "command": "python scripts/measure_errors.py"}
+_BOTH_ERRORS = "{largest error:.1e}, {rms error:.1e}"
+_MS = "{ms_median:,.2f} ({ms_p20:,.2f} to {ms_p80:,.2f})"
+TABLES: Mapping[Path, tuple[Measured, ...]] = {
+    NUMERICS: (
+        Measured(
+            "errors",
+            columns={"operation": "{operation}", "dtype": "{dtype}", "pairs": "{pairing}"},
+            where={"last position": "100000"},
+            across="code",
+            cell=_BOTH_ERRORS,
+            **_ERRORS,
+        ),
+        Measured(
+            "error lengths",
+            columns={"dtype": "{dtype}", "code": "{code}"},
+            where={"operation": "norm and rotate", "pairing": "interleaved", "code": ("eager", "fast")},
+            across="last position",
+            cell=_BOTH_ERRORS,
+            **_ERRORS,
+        ),
+    ),
+    PERFORMANCE: (
+        Measured(
+            "tables",
+            "tables-cpu",
+            "python scripts/bench_tables.py",
+            {"what": "{what}", "variant": "{variant}", "unit": "{unit}", "median": "{median:,.4g}", "p20": "{p20:,.4g}",
+             "p80": "{p80:,.4g}", "times better than the full grid": "{ratio:,.4g}"},
+        ),
+        Measured(
+            "rotation",
+            "rotation-cpu",
+            "python scripts/bench_rotation.py",
+            {"dtype": "{dtype}", "variant": "{variant}", "ms (p20 to p80)": _MS,
+             "times faster than the model": "{times_faster_than_model:.2f}",
+             "times a copy": "{times_slower_than_copy:.2f}"},
+        ),
+        Measured(
+            "steps",
+            "model-cpu",
+            "python scripts/bench_model.py",
+            {"dtype": "{dtype}", "variant": "{variant}", "ms (p20 to p80)": _MS,
+             "times faster than unpatched": "{times_faster_than_unpatched:.3f}"},
+        ),
+        Measured(
+            "host time",
+            "host-time-cpu",
+            "python scripts/bench_host_time.py",
+            {"call": "{call}", "microseconds (p20 to p80)": "{us_median:.1f} ({us_p20:.1f} to {us_p80:.1f})"},
+        ),
+        Measured(
+            "operators",
+            "operators",
+            "python scripts/count_operators.py",
+            {"model": "`{model}`", "module": "`{module}`",
+             "operators": "{kernels_before:.0f} to {kernels_after:.0f}",
+             "passes over queries and keys": "{q_units_before:.1f} to {q_units_after:.1f}",
+             "least possible": "{q_units_minimum:.1f}"},
+            where={"example": ("wan", "hunyuan-video", "flux", "qwen-image", "ltx-padded", "cogvideox-1.0", "mochi")},
+        ),
+        Measured(
+            "graphs",
+            "compiled-graphs",
+            "python scripts/count_graphs.py",
+            {"example": "{example}", "compiled": "{compiled}", "graphs unpatched": "{graphs_unpatched}",
+             "patched": "{graphs_patched}", "breaks by the patch": "{break_reasons_of_the_patch:.0f}"},
+            where={"example": ("wan", "flux", "qwen-image")},
+        ),
+        Measured(
+            "resources",
+            "cuda-resources",
+            "python scripts/cuda_resources.py",
+            {"kernel": "`{plan}`", "registers": "{registers:.0f}", "spilled bytes": "{spill_bytes:.0f}",
+             "resident threads of a processor": "{resident_threads:,.0f}", "instructions": "{instructions:,.0f}"},
+            where={"arch": "sm_90", "plan": (
+                "rotate-wan-1.3b-interleaved-bfloat16", "exact-wan-1.3b-interleaved-bfloat16",
+                "norm-per-head-wan-1.3b-interleaved-bfloat16", "norm-across-heads-wan-1.3b-interleaved-bfloat16")},
+        ),
+    ),
+}  # fmt: skip
+
+
+def written(page: Path) -> str:
+    """The text of a page, with its tables as the files have them now."""
+    text = page.read_text()
+    for table in TABLES[page]:
+        text = with_section(text, table.text(), table.name)
+    return text
+
+
+def main() -> None:
+    """Rewrites the pages."""
+    for page in PAGES:
+        page.write_text(written(page))
+
+
+if __name__ == "__main__":
+    main()

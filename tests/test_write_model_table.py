@@ -1,0 +1,69 @@
+"""The tables of models: what they claim of a class is what a test of that class has shown."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import wan_models
+from test_context_parallel import BY_NAME, CASES
+
+import dit_rope
+from dit_rope.models import ADAPTERS
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import write_model_table
+
+
+def cells() -> dict[str, list[str]]:
+    """The row of each class in the wide table, without its name."""
+    lines = [re.split(r" \| ", line.strip("| \n")) for line in write_model_table.compatibility().splitlines()[2:]]
+    return {name.strip("`"): rest for name, *rest in lines}
+
+
+def test_every_class_has_a_row() -> None:
+    assert list(cells()) == [adapter.model_class for adapter in ADAPTERS]
+
+
+def test_classes_with_context_parallelism_are_those_that_were_split() -> None:
+    split = {BY_NAME[name].model_class.__name__ for name in CASES}
+    assert {name for name, (*_, parallel, _) in cells().items() if parallel == "yes"} == split
+
+
+def test_exact_mode_says_who_rotates() -> None:
+    rows = cells()
+    assert [rows[name][2] for name in ("FluxTransformer2DModel", "QwenImageTransformer2DModel")] == ["yes", "no"]
+    assert rows["LTX2VideoTransformer3DModel"][2] == "partly"
+
+
+@pytest.mark.parametrize("name", wan_models.MODELS)
+@pytest.mark.usefixtures("one_thread")
+def test_gradients_of_the_wan_family_are_the_same(name: str) -> None:
+    """Those of all other classes are in ``test_models.py``."""
+    model = wan_models.build(name)
+    frames = 2 if name == "chronoedit" else 3
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        wan_models.forward(model, frames=frames).square().sum().backward()
+        return {path: p.grad.clone() for path, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    with dit_rope.patch(model, exact=True):
+        actual = gradients()
+    assert actual.keys() == expected.keys()
+    assert [path for path, gradient in expected.items() if not torch.equal(actual[path], gradient)] == []
+
+
+def test_text_without_the_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"text must have the marks of 'models', got none"):
+        write_model_table.with_section("# A page\n", "| a |\n")
+
+
+def test_section_replaces_what_stood_between_its_marks() -> None:
+    text = "a\n<!-- models: written by scripts/x.py -->\nold\n<!-- end of models -->\nb <!-- other -->\n"
+    assert write_model_table.with_section(text, "new\n") == text.replace("old", "new")
