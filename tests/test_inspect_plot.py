@@ -343,6 +343,13 @@ def test_svg_says_what_it_shows_and_is_the_same_each_time(tmp_path):
         assert words in text
 
 
+def test_padding_of_the_last_ranks_is_named(tmp_path):
+    draw(read("WanTransformer3DModel"), Setting((3, 5, 7), 4), tmp_path / "a.svg")
+    assert "(3 of padding)" in (tmp_path / "a.svg").read_text()
+    draw(read("WanTransformer3DModel"), Setting((4, 5, 7), 4), tmp_path / "b.svg")
+    assert "of padding" not in (tmp_path / "b.svg").read_text()
+
+
 def test_picture_in_the_documentation_is_of_the_model_as_it_is():
     sizes = (33, 30, 52)
     found, text = read("WanTransformer3DModel", sizes), (ROOT / "docs" / "wan-frequencies.svg").read_text()

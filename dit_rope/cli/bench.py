@@ -62,7 +62,7 @@ def run(
         task = bar.add_task("", total=len(todo))
         begun = iter(range(len(todo)))
         try:
-            rows = measure(todo, lambda label: bar.update(task, completed=next(begun), description=label))
+            rows = measure(todo, device, lambda label: bar.update(task, completed=next(begun), description=label))
         except Wrong as error:
             bar.stop()
             console.print(f"{error}: no figures", style="red", markup=False, highlight=False)

@@ -166,7 +166,8 @@ def _draw_shards(figure: Any, setting: Setting) -> None:
         )  # fmt: skip
         plot.spines[:].set_visible(False)
         plot.set(xticks=[], yticks=[])
-        label = f"{name}\n{count:,} tokens each"
+        padding = count * setting.ranks - held.size
+        label = f"{name}\n{count:,} tokens each" + (f"\n({padding} of padding)" if padding else "")
         if video:
             plot.set_ylabel(label, rotation=0, ha="right", va="center")
         else:

@@ -61,7 +61,7 @@ class Axis:
 
         Scores have a scaling's magnitude twice, once from each side.
         """
-        return self.magnitude * (distances.double()[:, None] * self.radians).cos().mean(dim=1)
+        return self.magnitude**2 * (distances.double()[:, None] * self.radians).cos().mean(dim=1)
 
 
 @dataclass(frozen=True)
