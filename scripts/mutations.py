@@ -227,14 +227,14 @@ MUTATIONS = (
         "formats",
         "first = self.tokens - count if align is Align.END",
         "first = 0 if align is Align.END",
-        "cogvideox or ltx2 or stable-audio",
+        "flux-batched-ids or chroma",
     ),
     _models(
         "prefix-at-the-start",
         "formats",
         "prefix=length - count if align is Align.END else 0",
         "prefix=0",
-        "flux-single",
+        "cogvideox",
     ),
     _models("head-rows-ignored", "formats", "head_rows=self.head_rows,", "head_rows=0,", "mochi or ltx2-inter"),
     _models(
