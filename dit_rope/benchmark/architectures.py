@@ -175,21 +175,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         ("num_layers", "num_single_layers"),
         _hunyuan_video,
         Guidance.DISTILLED,
-        (3, 8, 10),
-        64,
+        (2, 8, 10),
+        32,
     ),
     "flux": Architecture(
         "FluxTransformer2DModel",
         ("num_layers", "num_single_layers"),
         _flux,
         Guidance.DISTILLED,
-        (1, 16, 16),
+        (1, 12, 16),
         64,
         {"guidance_embeds": True},
     ),
-    "ltx": Architecture("LTXVideoTransformer3DModel", ("num_layers",), _ltx, Guidance.BATCH, (3, 12, 16), 128),
+    "ltx": Architecture("LTXVideoTransformer3DModel", ("num_layers",), _ltx, Guidance.BATCH, (2, 12, 16), 128),
     "qwen-image": Architecture(
-        "QwenImageTransformer2DModel", ("num_layers",), _qwen_image, Guidance.PASSES, (1, 16, 16), 64
+        "QwenImageTransformer2DModel", ("num_layers",), _qwen_image, Guidance.PASSES, (1, 12, 16), 32
     ),
 }
 """By the name that programs take."""

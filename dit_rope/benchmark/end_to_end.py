@@ -181,6 +181,9 @@ def measure_step(
     Raises:
         Mismatch: an output differs by more than it may. Nothing is timed then.
     """
+    if compiled:
+        # Past some number of versions of the same code, the compiler leaves what comes next as it is.
+        torch.compiler.reset()
     variants = _twins(step, compiled)
     _compare(variants, step, compiled)
     cases: dict[str, Callable[[], object]] = {}

@@ -43,11 +43,12 @@ def cases(sections: Iterable[str], settings: Settings) -> list[tuple[str, Case]]
     return [(name, case) for name in sections for case in SECTIONS[name](settings)]
 
 
-def measure(todo: Iterable[tuple[str, Case]], begin: Callable[[str], object]) -> dict[str, list[Row]]:
+def measure(todo: Iterable[tuple[str, Case]], device: str, begin: Callable[[str], object]) -> dict[str, list[Row]]:
     """Runs cases one after the other, with no gradients, and leaves the caches empty.
 
     Args:
         todo: as :func:`cases` gives it.
+        device: of its settings, which becomes the current one where it is a GPU: events and graphs are of that.
         begin: called with the label of each case before it runs.
 
     Returns:
@@ -57,6 +58,8 @@ def measure(todo: Iterable[tuple[str, Case]], begin: Callable[[str], object]) ->
         Wrong: something of ours gave a wrong result; nothing measured is returned.
     """
     keep_freed_memory()
+    if device != "cpu":
+        torch.cuda.set_device(torch.device(device).index or 0)
     rows: dict[str, list[Row]] = {}
     try:
         with torch.no_grad():

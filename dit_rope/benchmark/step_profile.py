@@ -24,8 +24,8 @@ _PRODUCTS = frozenset(f"aten::{name}" for name in ("linear", "matmul", "mm", "ad
 _NORMS = frozenset(f"aten::{name}" for name in ("layer_norm", "rms_norm", "group_norm"))
 
 
-def shares(plans: Iterable[Plan], step: Callable[[], object], device: str) -> dict[str, float]:
-    """The share of each of :data:`KINDS` in one call of ``step``, which runs the models of ``plans``, unpatched.
+def shares(plans: Iterable[Plan], step: Callable[[], object], device: str, calls: int = 3) -> dict[str, float]:
+    """The share of each of :data:`KINDS` in ``calls`` of ``step``, which runs the models of ``plans``, unpatched.
 
     Shares add up to 1. On a GPU they are of the time that its kernels run, elsewhere of the call.
     """
@@ -36,7 +36,8 @@ def shares(plans: Iterable[Plan], step: Callable[[], object], device: str) -> di
             stack.enter_context(_marked(*place))
         step()
         with profile(activities=activities) as profiled, record_function(_STEP):
-            step()
+            for _ in range(calls):
+                step()
             if cuda:
                 torch.cuda.synchronize()
     return _summed(profiled.events(), "self_device_time_total" if cuda else "self_cpu_time_total")
