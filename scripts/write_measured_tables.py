@@ -93,7 +93,7 @@ def number(text: str) -> str:
 
 _ERRORS = {"results": "errors-cpu", "command": "python scripts/measure_errors.py"}
 _BOTH_ERRORS = "{largest error:.1e}, {rms error:.1e}"
-_MS = "{ms_median:,.2f} ({ms_p20:,.2f} to {ms_p80:,.2f})"
+_BENCH = "dit-rope bench --device cpu"
 TABLES: Mapping[Path, tuple[Measured, ...]] = {
     NUMERICS: (
         Measured(
@@ -115,26 +115,65 @@ TABLES: Mapping[Path, tuple[Measured, ...]] = {
     ),
     PERFORMANCE: (
         Measured(
-            "tables",
-            "tables-cpu",
-            "python scripts/bench_tables.py",
-            {"what": "{what}", "variant": "{variant}", "unit": "{unit}", "median": "{median:,.4g}", "p20": "{p20:,.4g}",
-             "p80": "{p80:,.4g}", "times better than the full grid": "{ratio:,.4g}"},
+            "steps",
+            "bench-cpu/step",
+            _BENCH,
+            {"what is patched": "{variant}",
+             "ms a step (p20 to p80)": "{ms_median:,.0f} ({ms_p20:,.0f} to {ms_p80:,.0f})",
+             "times as fast": "{ratio:.3f}", "": "{verdict}"},
+        ),
+        Measured(
+            "step shares",
+            "bench-cpu/step",
+            _BENCH,
+            {"layers": "{layers:.0f}", "tokens": "{grid}", "dtype": "{dtype}", "attention": "{share_attention:.1%}",
+             "matrix products": "{share_matrix_products:.1%}", "tables": "{share_tables:.1%}",
+             "rotation": "{share_rotation:.1%}", "norms of q and k": "{share_q_and_k_norms:.1%}",
+             "other norms": "{share_other_norms:.1%}", "elementwise": "{share_elementwise:.1%}"},
+            where={"variant": "unpatched"},
         ),
         Measured(
             "rotation",
-            "rotation-cpu",
-            "python scripts/bench_rotation.py",
-            {"dtype": "{dtype}", "variant": "{variant}", "ms (p20 to p80)": _MS,
-             "times faster than the model": "{times_faster_than_model:.2f}",
-             "times a copy": "{times_slower_than_copy:.2f}"},
+            "bench-cpu/rotation",
+            _BENCH,
+            {"shape": "{shape}", "tokens": "{tokens:,.0f}", "dtype": "{dtype}", "operation": "{operation}"},
+            where={"variant": ("copy", "model, eager", "model, compiled", "dit_rope", "dit_rope, exact")},
+            across="variant",
+            cell="{ms_median:.2f}",
         ),
         Measured(
-            "steps",
-            "model-cpu",
-            "python scripts/bench_model.py",
-            {"dtype": "{dtype}", "variant": "{variant}", "ms (p20 to p80)": _MS,
-             "times faster than unpatched": "{times_faster_than_unpatched:.3f}"},
+            "builds",
+            "bench-cpu/tables",
+            _BENCH,
+            {"tokens": "{tokens:,.0f}"},
+            where={"quantity": "cold build"},
+            across="variant",
+            cell="{median:.3g} ({p20:.3g} to {p80:.3g})",
+        ),
+        Measured(
+            "hits",
+            "bench-cpu/tables",
+            _BENCH,
+            {"call": "`{variant}`", "microseconds (p20 to p80)": "{median:.2f} ({p20:.2f} to {p80:.2f})"},
+            where={"quantity": "hit"},
+        ),
+        Measured(
+            "bytes",
+            "bench-cpu/tables",
+            _BENCH,
+            {"81 frames at": "{case}"},
+            where={"quantity": "bytes"},
+            across="variant",
+            cell="{median:,.0f}",
+        ),
+        Measured(
+            "rope modules",
+            "bench-cpu/tables",
+            _BENCH,
+            {"module": "{case}"},
+            where={"quantity": "rope module"},
+            across="variant",
+            cell="{median:.3g}",
         ),
         Measured(
             "host time",

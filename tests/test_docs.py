@@ -107,9 +107,8 @@ def test_commands_that_every_page_names_exist(page: Path) -> None:
     for command, given in re.findall(r"\bdit-rope (\w+)([^\n#]*)", text):
         assert command in known
         assert [option for option in re.findall(r"(--[\w-]+)", given) if option not in options[command]] == []
-    for goal in set(re.findall(r"(?:^|\s)make ([a-z]+)\b", text, flags=re.MULTILINE)):
-        done = subprocess.run(["make", "-n", goal], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    goals = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"(?:^|\s)make ([a-z]+)\b", text, flags=re.MULTILINE)) <= goals
     scripts = re.findall(r"python ((?:scripts|samples)/\S+\.py)", text)
     assert [script for script in scripts if not (ROOT / script).exists()] == []
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
