@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: help test lint demo bench gpu clean
+.PHONY: help test lint demo bench docs gpu clean
 
 help: ## list the goals
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/'
@@ -30,6 +30,10 @@ demo: $(STAMP) ## generate a video with and without the patch: ARGS="--steps 10 
 bench: $(STAMP) ## measure this machine, and write a report: ARGS="--device cuda", "--quick", "--only tables"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/dit-rope bench $(ARGS)
+
+docs: $(STAMP) ## build the pages and the API reference into build/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -E -b html docs build/docs
+	@echo "open build/docs/index.html"
 
 # Where packages cannot be fetched, the checks run on what PYTHON has, and say what of it is missing.
 gpu: ## check and time what needs a GPU: ARGS="--only contract", "--peer-path DIR", "--rehearse"

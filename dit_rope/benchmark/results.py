@@ -36,14 +36,14 @@ def write_csv(path: Path, rows: Sequence[Row], device: str) -> Path:
 def write_rows(path: Path, rows: Sequence[Row], machine: Row) -> Path:
     """Writes ``rows``, each with what ``machine`` says, and returns ``path``.
 
-    Columns come in the order in which rows first name them. Folders that are missing are made.
+    Columns come in the order in which rows first name them; floats have six digits. Folders that are missing are made.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=[*columns, *machine], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**row, **machine} for row in rows)
+        writer.writerows({name: _short(value) for name, value in {**row, **machine}.items()} for row in rows)
     return path
 
 
@@ -51,6 +51,10 @@ def read_csv(path: Path) -> list[Row]:
     """The rows of a CSV file, all values as text."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _cpu_name() -> str:

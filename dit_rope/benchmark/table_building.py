@@ -45,20 +45,26 @@ class Subject:
     device: str
     dims: tuple[int, ...] = (44, 42, 42)
 
+    @functools.cached_property
+    def spec(self) -> RopeSpec:
+        """What the tables are of."""
+        return RopeSpec(self.dims, frequency_dtype=torch.float64)
+
     def full_grid(self) -> Tensors:
         """Every token's angles on their own, on the host as FastVideo does, then moved."""
-        cos, sin = full_grid_table(self.grid.sizes, self.dims)
-        return cos.to(self.device), sin.to(self.device)
+        return self._moved(full_grid_table(self.grid.sizes, self.dims))
 
     def table(self) -> RopeTable:
         """The axis tables."""
-        spec = RopeSpec(self.dims, frequency_dtype=torch.float64)
-        return rope_table(spec, self.grid, device=self.device, dtype=torch.float64)
+        return rope_table(self.spec, self.grid, device=self.device, dtype=torch.float64)
 
     def dense(self) -> Tensors:
         """The dense form that replaces FastVideo's function, which builds on the host."""
-        cos, sin = get_rotary_pos_embed(self.grid.sizes, sum(self.dims), 1, self.dims, 10_000.0, dtype=torch.float64)
-        return cos.to(self.device), sin.to(self.device)
+        width = self.spec.rotary_dim
+        return self._moved(get_rotary_pos_embed(self.grid.sizes, width, 1, self.dims, 10_000.0, dtype=torch.float64))
+
+    def _moved(self, pair: Tensors) -> Tensors:
+        return pair if self.device == "cpu" else (pair[0].to(self.device), pair[1].to(self.device))
 
     def dense_bytes(self) -> int:
         """Bytes of dense cos and sin, each number twice in a row."""

@@ -55,7 +55,7 @@ def run(
 
     console = Console()
     settings = Settings(device, rounds, quick)
-    chosen = list(dict.fromkeys(only)) if only else list(Section)
+    chosen = [section for section in Section if not only or section in only]
     todo = cases(chosen, settings)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as bar:
