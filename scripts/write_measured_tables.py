@@ -93,6 +93,7 @@ def number(text: str) -> str:
 
 _ERRORS = {"results": "errors-cpu", "command": "python scripts/measure_errors.py"}
 _BOTH_ERRORS = "{largest error:.1e}, {rms error:.1e}"
+_END_TO_END = "python scripts/bench_end_to_end.py"
 _BENCH = "dit-rope bench --device cpu"
 TABLES: Mapping[Path, tuple[Measured, ...]] = {
     NUMERICS: (
@@ -114,6 +115,33 @@ TABLES: Mapping[Path, tuple[Measured, ...]] = {
         ),
     ),
     PERFORMANCE: (
+        Measured(
+            "shares",
+            "end-to-end-cpu",
+            _END_TO_END,
+            {"model": "{model}", "tokens": "{grid}", "dtype": "{dtype}", "attention": "{share_attention:.1%}",
+             "matrix products": "{share_matrix_products:.1%}", "tables": "{share_tables:.1%}",
+             "rotation": "{share_rotation:.1%}", "norms of q and k": "{share_q_and_k_norms:.1%}"},
+            where={"mode": "eager", "steps": "50", "variant": "unpatched"},
+        ),
+        Measured(
+            "gains",
+            "end-to-end-cpu",
+            _END_TO_END,
+            {"model": "{model}", "tokens": "{grid}", "dtype": "{dtype}"},
+            where={"mode": "eager", "steps": "50"},
+            across="variant",
+            cell="{ratio:.3f}",
+        ),
+        Measured(
+            "defaults",
+            "end-to-end-cpu",
+            _END_TO_END,
+            {"model": "{model}", "tokens": "{grid}", "dtype": "{dtype}", "mode": "{mode}", "steps": "{steps:.0f}",
+             "ms a pass (p20 to p80)": "{ms_median:,.0f} ({ms_p20:,.0f} to {ms_p80:,.0f})",
+             "times as fast, whole run": "{run_ratio:.3f}", "": "{verdict}"},
+            where={"default": "True"},
+        ),
         Measured(
             "steps",
             "bench-cpu/step",

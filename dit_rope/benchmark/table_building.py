@@ -24,7 +24,7 @@ FULL, AXES, DENSE = "full grid", "axis tables", "dense drop-in"
 BUILD, HIT, RATE, BYTES = "cold build", "hit", "hits by threads", "bytes"
 ENTRIES = "bytes of entries"
 VIDEO = "wan-720p-81-frames"
-HITS, COLD_TABLES = 1000, 10
+HITS, COLD_TABLES = 1000, 100
 THREADS, HITS_OF_THREADS = (1, 8), 40_000
 RESOLUTIONS = {"240p": (15, 26), "480p": (30, 52), "720p": (45, 80), "1080p": (68, 120), "4K": (135, 240)}
 """Tokens in height and width; a token is 16 x 16 pixels."""
