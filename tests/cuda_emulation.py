@@ -8,9 +8,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,17 +59,17 @@ class EmulatedKernels:
         digest = hashlib.sha256(text.encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
         library = self.folder / f"{digest}.so"
         if not library.exists():
-            with_sources = self.folder / f"{digest}-{os.getpid()}"
-            with_sources.mkdir(parents=True)
-            for path in sources:  # the later of two of one name, which is ptx.cuh for a CPU
-                shutil.copy(path, with_sources)
-            (with_sources / "kernel.cpp").write_text(text)
-            command = [COMPILER, *FLAGS, "-I.", "kernel.cpp", "-o", "kernel.so"]
-            done = subprocess.run(command, cwd=with_sources, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{COMPILER} failed:\n{done.stderr[:8000]}")
-            (with_sources / "kernel.so").replace(library)
-            shutil.rmtree(with_sources)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+                with_sources = Path(folder)
+                for path in sources:  # the later of two of one name, which is ptx.cuh for a CPU
+                    shutil.copy(path, with_sources)
+                (with_sources / "kernel.cpp").write_text(text)
+                command = [COMPILER, *FLAGS, "-I.", "kernel.cpp", "-o", "kernel.so"]
+                done = subprocess.run(command, cwd=with_sources, capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(f"{COMPILER} failed:\n{done.stderr[:8000]}")
+                (with_sources / "kernel.so").replace(library)
         run = ctypes.CDLL(str(library)).run
         run.restype = ctypes.c_char_p
         return run

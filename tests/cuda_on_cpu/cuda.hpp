@@ -32,7 +32,8 @@ struct Index {
   unsigned x, y, z;
 };
 
-extern "C" __attribute__((visibility("hidden"))) char __start_cuda_shared[], __stop_cuda_shared[];
+// Weak: a kernel without shared memory has no such section, and both are null.
+extern "C" __attribute__((weak, visibility("hidden"))) char __start_cuda_shared[], __stop_cuda_shared[];
 
 namespace cuda_on_cpu {
 
