@@ -293,7 +293,7 @@ MUTATIONS = (
         "seams",
         "if settings.rounds is not None:",
         "if False:",
-        "krea2 or ideogram4 or stable-audio or lumina or cosmos",
+        "kandinsky or cogview4 or glm or hidream",
     ),
     _models(
         "result-not-rounded",
@@ -311,11 +311,13 @@ MUTATIONS = (
         "return all(True",
     ),
     _patching("lost-rotation-unnoticed", "seams", "if 0 < len(pending) < self.seams", "if False and 0 < self.seams"),
-    _patching(
+    Mutation(
         "second-call-unnoticed",
-        "seams",
+        "dit_rope/models/seams.py",
         "if not settings.repeats and settings.name not in",
         "if False and settings.name not in",
+        ("tests/test_adapters_of_others.py",),
+        "twice",
     ),
     _patching(
         "hooks-not-removed",
@@ -342,8 +344,8 @@ MUTATIONS = (
         _PATCHING,
         "failing",
     ),
-    _models(
-        "wan-axes", "wan", "dims=(head_dim - 2 * side, side, side)", "dims=(side, side, head_dim - 2 * side)", "wan"
+    _patching(
+        "wan-axes", "wan", "dims=(head_dim - 2 * side, side, side)", "dims=(side, side, head_dim - 2 * side)", "bitwise"
     ),
     _patching("edit-frame-off-by-one", "wan", "frames=(0, skip - 1)", "frames=(0, skip - 2)", "bitwise"),
     _models(

@@ -152,6 +152,26 @@ def test_processor_of_another_class_put_in_while_patched_rotates_by_itself(name:
     assert same(run(name, model), plain)
 
 
+def test_processor_that_norms_twice_is_an_error() -> None:
+    """A second call of a norm would find the rotation taken, and return queries that have not turned."""
+    model = named(NORMS).build()
+    attention = model.blocks[0].attn1
+    own = type(attention.processor)
+
+    class Twice(own):
+        def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            attn.norm_q(attn.to_q(hidden_states))
+            return super().__call__(attn, hidden_states, *args, **kwargs)
+
+    Twice.__name__ = own.__name__
+    with dit_rope.patch(model):
+        attention.processor = Twice()
+        with pytest.raises(RuntimeError, match="norm_q must be called once in each call"):
+            run(NORMS, model)
+        attention.processor = own()
+        run(NORMS, model)
+
+
 @BY_KIND
 def test_processors_taken_out_and_put_back_while_patched(name: str) -> None:
     """As diffusers does around fused projections and with ``attn_processors``."""

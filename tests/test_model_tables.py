@@ -84,7 +84,8 @@ def test_view_made_anew_of_the_same_memory_is_a_hit() -> None:
     assert_fresh(rope, ids[2:6])
 
 
-def test_write_in_place_is_seen() -> None:
+@pytest.mark.filterwarnings("error")
+def test_write_in_place_is_seen_and_is_no_mistake() -> None:
     rope, ids = memoized(), torch.arange(5)
     rope(ids)
     ids.add_(1)
@@ -108,6 +109,17 @@ def test_arguments_of_other_values_types_and_shapes_are_told_apart() -> None:
         assert_fresh(rope, ids, count)
     for other in (ids.view(2, 3).t().reshape(-1), ids.double(), ids.flip(0), ids[::2], ids.int()):
         assert_fresh(rope, other)
+
+
+def test_equal_numbers_of_two_types_are_told_apart() -> None:
+    class Full(Rope):
+        def forward(self, ids: torch.Tensor, count: Any = None) -> dict[str, torch.Tensor]:
+            return {"angles": torch.full((3,), count)}
+
+    rope = Full()
+    swap_class(rope, MemoSeam, MemoSettings(ModelTables("rope", "Full"), ("ids", "count")))
+    ids = torch.arange(3)
+    assert [rope(ids, one)["angles"].dtype for one in (1, 1.0, True)] == [torch.int64, torch.float32, torch.bool]
 
 
 def test_state_of_the_module_is_part_of_the_key() -> None:

@@ -24,11 +24,16 @@ _COMMON: dict[str, Any] = {
 def _wan(**kwargs: Any) -> torch.nn.Module:
     import diffusers
 
-    return diffusers.WanTransformer3DModel(**_COMMON, in_channels=4, out_channels=4, **kwargs)
+    return diffusers.WanTransformer3DModel(**{**_COMMON, **kwargs}, in_channels=4, out_channels=4)
 
 
 def _wan_i2v() -> torch.nn.Module:
     return _wan(image_dim=16, added_kv_proj_dim=48)
+
+
+def _wan_uneven() -> torch.nn.Module:
+    """Heads of 28 channels: 12 turn with the frame, 8 with height and with width."""
+    return _wan(attention_head_dim=28)
 
 
 def _vace() -> torch.nn.Module:
@@ -64,6 +69,7 @@ def _skyreels() -> torch.nn.Module:
 
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "wan": _wan,
+    "wan-uneven-axes": _wan_uneven,
     "wan-i2v": _wan_i2v,
     "vace": _vace,
     "animate": _animate,
