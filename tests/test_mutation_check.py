@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,13 @@ def test_every_mutation_applies_once_to_the_source_and_is_python(mutation: Mutat
     source = (ROOT / mutation.file).read_text()
     compile(mutation.applied(source), mutation.file, "exec")
     assert all((ROOT / test).is_file() for test in mutation.tests)
+
+
+def test_committed_run_caught_every_mutation() -> None:
+    with (ROOT / "scripts" / "results" / "mutations.csv").open(newline="") as file:
+        outcomes = {row["mutation"]: row["result"] for row in csv.DictReader(file)}
+    explained = {mutation.name for mutation in MUTATIONS if mutation.equivalent}
+    assert outcomes == {m.name: "equivalent" if m.name in explained else "caught" for m in MUTATIONS}
 
 
 def test_there_are_many_mutations_of_many_modules() -> None:

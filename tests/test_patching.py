@@ -108,10 +108,9 @@ def test_patch_changes_no_state_dict_key_and_undo_restores_every_object() -> Non
 
 def test_undo_keeps_hooks_of_others() -> None:
     model = wan_models.build("wan")
-    attention = model.blocks[0].attn1
     seen = []
     with dit_rope.patch(model):
-        attention.register_forward_hook(lambda *_: seen.append(1))
+        model.blocks[0].attn1.register_forward_hook(lambda *_: seen.append(1))
     forward(model)
     assert seen == [1]
 
@@ -126,10 +125,8 @@ def test_patched_model_copies_into_one_that_uses_its_own_weights(how: str) -> No
         elif how == "pickle":
             twin = pickle.loads(pickle.dumps(model))
         else:
-            buffer = io.BytesIO()
-            torch.save(model, buffer)
-            buffer.seek(0)
-            twin = torch.load(buffer, weights_only=False)
+            torch.save(model, buffer := io.BytesIO())
+            twin = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
     assert torch.equal(forward(twin), expected)
     assert type(twin.rope) is not type(model.rope)
     with torch.no_grad():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import kernel_properties
 import properties
@@ -118,3 +120,12 @@ def test_overlaps_are_found_by_numbering_places() -> None:
         x = properties.strided(layout, shape, F32, 0)
         assert x.shape == torch.Size(shape)
         assert properties.overlaps(x) == (layout in properties.SHARED), layout
+
+
+def test_committed_draws_are_many_and_none_is_wrong() -> None:
+    results = Path(__file__).resolve().parent.parent / "scripts" / "results" / "fuzz.csv"
+    with results.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(int(row["draws"]) for row in rows) >= 100_000
+    assert [row for row in rows if row["outcome"] == "wrong" and row["draws"] != "0"] == []
+    assert {row["backend"] for row in rows} == {"eager", "triton", "cuda"}
