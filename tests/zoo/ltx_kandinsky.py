@@ -1,4 +1,4 @@
-"""Small LTX, Helios, Kandinsky and MiniMax H3 transformers with inputs for one forward pass of each."""
+"""Small LTX, Helios and Kandinsky transformers with inputs for one forward pass of each."""
 
 from __future__ import annotations
 
