@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help test lint demo bench docs gpu clean
 
 help: ## list the goals
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { print "make " $$1 "\t" $$2 }' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "dit_rope needs Python 3.11 or newer: make PYTHON=python3.11")'

@@ -1,4 +1,4 @@
-"""Rotary position embedding for video diffusion transformers: each table built once, each rotation one pass."""
+"""Rotary position embedding for diffusion transformers: each table built once, each rotation one pass."""
 
 from .patching import Patch, UnsupportedModelError, patch, unpatch
 from .rolling_cache import RollingCache

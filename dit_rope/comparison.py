@@ -173,8 +173,9 @@ def generate(
     ticks: list[float] = []
 
     def tick(_pipe: Any, _step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        device = kwargs["latents"].device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         ticks.append(time.perf_counter())
         if on_step is not None:
             on_step()
@@ -227,6 +228,7 @@ def compare(pipe: Any, request: Request, *, repeats: int = 1, progress: Progress
                 if handle is not None:
                     report = handle.report()
     caches = cache_info()
+    kept = caches.tables, caches.axes, caches.angles, caches.models
     before, after = (tuple(second for run in runs[name] for second in run.step_seconds) for name in SIDES)
     unpatched, patched = (_frames(runs[name][0]) for name in SIDES)
     return Comparison(
@@ -234,9 +236,9 @@ def compare(pipe: Any, request: Request, *, repeats: int = 1, progress: Progress
         unpatched=unpatched,
         patched=patched,
         before=Side(before, handed["unpatched"], cached_bytes=0),
-        after=Side(after, handed["patched"], caches.tables.bytes + caches.axes.bytes + caches.angles.bytes),
-        cache_hits=caches.tables.hits,
-        cache_misses=caches.tables.misses,
+        after=Side(after, handed["patched"], cached_bytes=sum(cache.bytes for cache in kept)),
+        cache_hits=caches.tables.hits + caches.models.hits,
+        cache_misses=caches.tables.misses + caches.models.misses,
         ssim=frame_ssim(unpatched, patched),
         max_difference=float(np.abs(unpatched - patched).max()),
         report=report,

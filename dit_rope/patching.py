@@ -82,8 +82,9 @@ def patch(
 
     Raises:
         UnsupportedModelError: nothing in ``target`` can be patched; names the supported models.
-        ValueError: it is patched already, its modules are not what this version knows, or the scaling is not one that
-            its axes can have; nothing is changed then.
+        TypeError: an argument of another type.
+        ValueError: an unknown backend, ``target`` is patched already, its modules are not what this version knows, or
+            the scaling is not one that its axes can have. Nothing is changed then.
     """
     if exact is not None and not isinstance(exact, bool):
         raise TypeError(f"exact must be True, False or None, got {exact!r}")
@@ -107,7 +108,11 @@ def patch(
 
 
 def unpatch(target: Any) -> None:
-    """Takes a patch out of a pipeline or transformer without its handle, such as out of a copy of a patched model."""
+    """Takes a patch out of a pipeline or transformer without its handle, such as out of a copy of a patched model.
+
+    Raises:
+        UnsupportedModelError: ``target`` is neither; a model without a patch is left as it is.
+    """
     for _, model in _modules(target):
         restore(model)
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 
 from . import rotation
-from .streaming import Chunk, PositionPolicy, RopeStream, check_count, runs, uncompiled
+from .spec import integer
+from .streaming import Chunk, PositionPolicy, RopeStream, runs, uncompiled
 from .validation import DTYPES
 
 _MOST = 2**20
@@ -57,7 +58,7 @@ class RollingCache:
         value_dim = head_dim if value_dim is None else value_dim
         sizes = (("batch", batch), ("heads", heads), ("head_dim", head_dim), ("value_dim", value_dim))
         for name, value in sizes:
-            check_count(name, value, 1)
+            integer(name, value, 1)
             if value > _MOST:
                 raise ValueError(f"{name} must be at most {_MOST}, got {value}")
         if dtype not in DTYPES:

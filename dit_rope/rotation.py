@@ -222,8 +222,8 @@ def _check(
         raise TypeError(f"table must be a RopeTable, got {type(table).__name__}; make one with dit_rope.rope_table")
     if torch.compiler.is_compiling():  # the operator chooses when it runs, on real tensors
         return _validated(names, xs, table, around, positions, flags, backend, norm), backend
-    normed = None if norm is None else (norm[0], norm[1], *map(_layout, norm[2] + norm[3]))
     # With the types, since True is equal to 1 and would find what was accepted of it.
+    normed = None if norm is None else (norm[0], type(norm[1]), norm[1], *map(_layout, norm[2] + norm[3]))
     key = (*map(_layout, xs), around, _layout(positions), flags, backend, normed, *map(type, (*around, *flags)))
     try:
         found = table.validated.get(key)
@@ -266,9 +266,9 @@ def _validated(
         kind, eps, weights, biases = norm
         check_norm(names, xs, weights, eps, kind, biases)
     (prefix, suffix), (inverse, exact) = around, flags
-    check_flags(inverse=flags[0], exact=flags[1])
+    check_flags(inverse=inverse, exact=exact)
     batch, length = xs[0].shape[:2]
-    check_around(length, *around)
+    check_around(length, prefix, suffix)
     count = table.count if positions is None else length - prefix - suffix
     check_token_count(names[0], length, prefix, count, suffix)
     if positions is not None:

@@ -227,10 +227,11 @@ def _table(keys: torch.Tensor, table: RopeSpec | ShiftTable) -> ShiftTable:
         table = make(table, device=keys.device, dtype=torch.promote_types(keys.dtype, torch.float32))
     elif not isinstance(table, ShiftTable):
         raise TypeError(f"table must be a RopeSpec or a ShiftTable, got {type(table).__name__}")
-    if table.device.type != keys.device.type or table.spec.rotary_dim > keys.shape[-1]:
+    device = table.rows.device
+    if device != keys.device or table.spec.rotary_dim > keys.shape[-1]:
         raise ValueError(
             f"table must be on the keys' device {keys.device} and turn at most their {keys.shape[-1]} channels, got "
-            f"{table.device} and {table.spec.rotary_dim} channels"
+            f"{device} and {table.spec.rotary_dim} channels"
         )
     return table
 

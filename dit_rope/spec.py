@@ -145,7 +145,7 @@ def _per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple[flo
 def integer(name: str, value: object, minimum: int) -> int:
     """``value``, which must be an int of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name} must be an int, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return value

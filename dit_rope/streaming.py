@@ -22,7 +22,7 @@ from .backend_choice import check_backend
 from .layout import MAX_POSITION, grid_coordinates
 from .rotation_args import RotationArgs
 from .scaling import axis_frequencies
-from .spec import Grid, RopeSpec
+from .spec import Grid, RopeSpec, integer
 from .tables import RopeTable, rope_table
 from .validation import checked_device
 
@@ -128,18 +128,18 @@ class RopeStream:
             raise ValueError(
                 f"frame_size must have one size for each axis but the first of {spec.dims}, got {frame_size}"
             )
-        check_count("window_frames", window_frames, 1)
-        check_count("sink_frames", sink_frames, 0)
+        integer("window_frames", window_frames, 1)
+        integer("sink_frames", sink_frames, 0)
         if sink_frames >= window_frames:
             raise ValueError(f"sink_frames must be below window_frames {window_frames}, got {sink_frames}")
         if (max_frames is None) == (policy is PositionPolicy.CLAMP):
             raise ValueError(f"max_frames must be given with CLAMP and only there, got {max_frames} with {policy.name}")
         if max_frames is not None:
-            check_count("max_frames", max_frames, 1)
+            integer("max_frames", max_frames, 1)
         if window_frames > MAX_POSITION - _TABLE_STEP:
             raise ValueError(f"window_frames must be at most {MAX_POSITION - _TABLE_STEP}, got {window_frames}")
         for size in frame_size:
-            check_count("frame_size", size, 1)
+            integer("frame_size", size, 1)
         check_backend(backend)
         self.spec = spec
         self.frame_size = tuple(frame_size)
@@ -181,7 +181,7 @@ class RopeStream:
                 f"the chunk at frame {self._chunk.start_frame} must be committed before another begins, got "
                 f"begin_chunk({frames}); call commit()"
             )
-        check_count("frames", frames, 1)
+        integer("frames", frames, 1)
         start, end = self.start_frame, self.start_frame + frames
         room = self.window_frames - max(0, min(self.sink_frames, start))
         if frames > room:
@@ -229,8 +229,9 @@ class RopeStream:
             TypeError, ValueError: naming the argument and the sizes.
         """
         chunk = self.chunk
-        self._check_queries(queries, chunk.frames)
-        return rotation.apply([queries], self.args(chunk.positions), backend=self.backend)[0]
+        args = self.args(chunk.positions)
+        self._check_queries(queries, chunk.frames, args.rows.device)
+        return rotation.apply([queries], args, backend=self.backend)[0]
 
     def args(self, positions: tuple[int, ...]) -> RotationArgs:
         """The rotation of whole frames at consecutive frame positions; all layers ask for those of a chunk again."""
@@ -287,7 +288,7 @@ class RopeStream:
             rows[:, first.first_rows[0] : first.first_rows[0] + frames, : self.spec.pairs[0]] = moved
         return replace(first, grid=Grid(*first.grid.sizes, start_frame=base), rows=rows, validated={})
 
-    def _check_queries(self, queries: torch.Tensor, frames: int) -> None:
+    def _check_queries(self, queries: torch.Tensor, frames: int, device: torch.device) -> None:
         if not isinstance(queries, torch.Tensor):
             raise TypeError(f"queries must be a torch.Tensor, got {type(queries).__name__}")
         tokens = frames * self.frame_tokens
@@ -296,8 +297,8 @@ class RopeStream:
                 f"queries must be [B, {frames} frames * {self.frame_tokens} tokens = {tokens}, H, at least "
                 f"{self.spec.rotary_dim}], got {tuple(queries.shape)}"
             )
-        if queries.device.type != self.device.type:
-            raise ValueError(f"queries must be on the stream's device {self.device}, got {queries.device}")
+        if queries.device != device:
+            raise ValueError(f"queries must be on the stream's device {device}, got {queries.device}")
 
     def _plan(self, start: int, end: int) -> Chunk:
         sinks, ring = min(self.sink_frames, end), self.window_frames - self.sink_frames
@@ -334,11 +335,3 @@ def runs(numbers: list[int]) -> Iterator[tuple[int, int, int]]:
         if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
             yield numbers[first], first, i - first
             first = i
-
-
-def check_count(name: str, value: object, least: int) -> None:
-    """Refuses what is no int of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -89,6 +89,8 @@ def main(
     """Compare, time and print every variant; write results/end-to-end-<cpu or cuda>.csv."""
     torch.set_num_threads(threads)
     keep_freed_memory()
+    if device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(device).index or 0)  # which the clock waits for
     call: dict[str, Any] = {"prompt": prompt}
     if size is not None:
         call |= dict(zip(("height", "width"), parse_sizes(size, "--size", ("HEIGHT", "WIDTH")), strict=True))

@@ -9,8 +9,6 @@ calls where there is a GPU; the driver's own launch takes some 3 us more.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from unittest import mock
 
@@ -20,6 +18,7 @@ from benchmarking import write_results
 import dit_rope
 from dit_rope import Grid, NormKind, RopeSpec
 from dit_rope.backends import cuda_kernels
+from dit_rope.benchmark.timing import interleave
 
 CALLS = 1000
 
@@ -53,12 +52,14 @@ def cases() -> dict[str, Callable[[], object]]:
     }
 
 
-def microseconds(call: Callable[[], object]) -> float:
-    """Mean over CALLS calls."""
-    start = time.perf_counter()
-    for _ in range(CALLS):
-        call()
-    return (time.perf_counter() - start) / CALLS * 1e6
+def repeated(call: Callable[[], object]) -> Callable[[], None]:
+    """CALLS calls."""
+
+    def run() -> None:
+        for _ in range(CALLS):
+            call()
+
+    return run
 
 
 def main() -> None:
@@ -71,20 +72,13 @@ def main() -> None:
         mock.patch.object(cuda_kernels, "_why_no_device", return_value=None),
         mock.patch.object(cuda_kernels, "_launcher", no_launcher),
     ):
-        calls = cases()
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for call in calls.values():  # the first calls of a layout are not counted
-            microseconds(call)
-        for _ in range(rounds):
-            for name, call in calls.items():
-                times[name].append(microseconds(call))
+        timings = interleave({name: repeated(call) for name, call in cases().items()}, rounds)
     rows: list[dict[str, object]] = []
-    for name, taken in times.items():
-        low, *_, high = statistics.quantiles(taken, n=5, method="inclusive")
-        rows.append({"call": name, "us_p20": low, "us_median": statistics.median(taken), "us_p80": high})
-        print(f"{name:26} {statistics.median(taken):6.1f} us  [{low:.1f}, {high:.1f}]")
-    rounded = [{name: round(v, 2) if isinstance(v, float) else v for name, v in row.items()} for row in rows]
-    print(write_results("host-time-cpu", rounded))
+    for name, timing in timings.items():
+        low, median, high = (round(1e3 * ms / CALLS, 2) for ms in (timing.p20, timing.median, timing.p80))
+        rows.append({"call": name, "us_p20": low, "us_median": median, "us_p80": high})
+        print(f"{name:26} {median:6.1f} us  [{low:.1f}, {high:.1f}]")
+    print(write_results("host-time-cpu", rows))
 
 
 if __name__ == "__main__":

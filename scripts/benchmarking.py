@@ -1,13 +1,10 @@
-"""Where the scripts write their results, and the timing they share with ``dit-rope bench``."""
+"""Where the scripts write their results."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from dit_rope.benchmark.results import Row, write_csv
-from dit_rope.benchmark.timing import Timing, interleave, keep_freed_memory
-
-__all__ = ["RESULTS", "Timing", "interleave", "keep_freed_memory", "write_results"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

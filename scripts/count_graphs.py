@@ -1,18 +1,18 @@
 """Counts what torch.compile makes of every supported model, with and without the patch.
 
     python scripts/count_graphs.py               # one example in tests/zoo of every class
-    python scripts/count_graphs.py flux wan      # these examples
+    python scripts/count_graphs.py flux wan      # these examples; writes nothing
 
 Each model, and its repeated blocks where it names some, is compiled twice from the same weights and called at three
 widths, where the example can be widened. A row holds the graphs there were after each call, as ``1 2 2``: a new width
 that compiles nothing repeats the number before. Operators run one by one, without fusion, so that outputs of both are
 the same to the bit where the patch leaves the model's own code to the compiler. Rows are written as they come, and a
-run that was stopped goes on where it was. Writes ``scripts/results/compiled-graphs.csv``.
+run that was stopped goes on where it was, if versions and commit are the same. Writes
+``scripts/results/compiled-graphs.csv``.
 """
 
 from __future__ import annotations
 
-import csv
 import logging
 import sys
 import warnings
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from compiled_graphs import WAN, Compiled, compiled, equal
 from zoo import EXAMPLES, Example
 
+from dit_rope.benchmark.results import Row, environment, read_csv
 from dit_rope.models import ADAPTERS
 
 NAME = "compiled-graphs"
@@ -75,16 +76,22 @@ def row(example: Example, blocks: bool) -> dict[str, object]:
     }
 
 
+def known() -> list[Row]:
+    """The rows of a run that was stopped: those of this machine, these versions and this commit."""
+    path, machine = RESULTS / f"{NAME}.csv", {name: str(value) for name, value in environment("cpu").items()}
+    return [
+        {name: value for name, value in each.items() if name not in machine}
+        for each in (read_csv(path) if path.exists() else [])
+        if machine.items() <= each.items()
+    ]
+
+
 def main(names: list[str] = typer.Argument(None)) -> None:  # noqa: B008
-    """Counts, and writes a row for each model."""
+    """Counts, and writes a row for each model where none is named."""
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    path = RESULTS / f"{NAME}.csv"
-    rows: list[dict[str, object]] = []
-    if path.exists():
-        with path.open() as file:
-            rows = [{key: each[key] for key in list(each)[:7]} for each in csv.DictReader(file)]
+    rows = [] if names else known()
     for example in chosen(names or []):
         for blocks in (False, True) if getattr(example.model_class, "_repeated_blocks", None) else (False,):
             what = "repeated blocks" if blocks else "model"
@@ -98,7 +105,8 @@ def main(names: list[str] = typer.Argument(None)) -> None:  # noqa: B008
                     continue
                 raise
             typer.echo(", ".join(map(str, rows[-1].values())))
-            write_results(NAME, rows)
+            if not names:
+                write_results(NAME, rows)
 
 
 if __name__ == "__main__":

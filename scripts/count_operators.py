@@ -11,10 +11,10 @@ module of each path that rotates: all of it but GEMMs and the attention product,
 apart, in both passes.
 
 The unit of bytes is one query of the module in bfloat16, as the attention product is given it, or, in linear attention,
-as it is when it turns. The minimum beside it
-is to read and write queries and keys once, and to read the tables once. What else happens in the module, such as the
-concatenation of text and image, is in the counts and not in the minimum. Sizes are those of the examples, mostly two
-samples of 30 tokens of image and 7 of text: a longer video has a smaller part of text, which many models do not turn.
+as it is when it turns. The minimum beside it is to read and write queries and keys once, and to read the tables once.
+What else happens in the module, such as the concatenation of text and image, is in the counts and not in the minimum.
+Sizes are those of the examples, mostly two samples of 30 tokens of image and 7 of text: a longer video has a smaller
+part of text, which many models do not turn.
 
 Writes ``scripts/results/operators.csv`` and ``docs/operators.svg``; both come out the same at every run.
 """

@@ -11,7 +11,6 @@ nor take over 8 registers more than there. Compile times are those of a machine 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 import time
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 
 from dit_rope.backends.cuda_launch import compile_plan
+from dit_rope.benchmark.results import read_csv
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cuda_machine_code import ARCHS, disassemble, is_data_load, is_store, resident_threads, resources
@@ -89,8 +89,7 @@ def complaint(kernel: Kernel, before: dict[Kernel, dict[str, str]]) -> str | Non
 
 def committed() -> dict[Kernel, dict[str, str]]:
     """The rows of the committed results."""
-    with (RESULTS / f"{NAME}.csv").open(newline="") as file:
-        return {(row["plan"], row["arch"]): row for row in csv.DictReader(file)}
+    return {(row["plan"], row["arch"]): row for row in read_csv(RESULTS / f"{NAME}.csv")}
 
 
 def show(results: Iterable[Result], total: int, what: str) -> Iterable[Result]:

@@ -11,7 +11,6 @@ mode gives the unpatched pixels, fast mode clears the bar of ``tests/test_sample
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 from stream_video import stream_video
 
 import dit_rope
+from dit_rope.benchmark.results import read_csv
 from dit_rope.comparison import Frames, Request, frame_ssim, generate, save_preview
 
 SAMPLE = Path(__file__).resolve().parent.parent / "samples" / "tiny-wan"
@@ -251,9 +251,9 @@ Differences are those of two pixels, on a scale of 0 to 1; SSIM is 1 for equal f
 
 - every angle has the other sign;
 - height and width change places, so that the circle moves down;
-- all frames stand at the place of the first, so that nothing moves.
+- every frame has the position of the first.
 
-Each stands under the mean of its SSIM against the right video, which is on the left. The rotation is made wrong once
+The number above each is its mean SSIM against the right video, on the left. The rotation is made wrong once
 the pipeline is patched: a patch that turned queries and keys so would be refused, because `patch` compares them.
 `tests/test_samples_ssim.py` has more of these.
 
@@ -293,8 +293,7 @@ def main() -> None:
             print(file, *(f"{row['side']}: SSIM {row['ssim_min']}" for row in figures), sep="; ")
     if options.clip is None:
         results = write_results("gallery", rows)
-        with results.open(newline="") as file:
-            (options.out / "README.md").write_text(page(list(csv.DictReader(file))))
+        (options.out / "README.md").write_text(page(read_csv(results)))
 
 
 if __name__ == "__main__":

@@ -388,8 +388,8 @@ MUTATIONS = (
     Mutation(
         "probe-looks-away",
         "dit_rope/models/probe.py",
-        "if not actual or not all(",
-        "if False and not all(",
+        "if not self._as_expected(actual, rounded):",
+        "if False:",
         ("tests/test_probe.py",),
         "refused",
     ),

@@ -170,6 +170,8 @@ def stream_video(pipe: Any, options: argparse.Namespace) -> Iterator[tuple[Chunk
             frames = min(options.chunk if first else options.first_chunk, options.frames - first)
             began, cpu_began = time.perf_counter(), time.process_time()
             latents = denoise_chunk(pipe, stream, frames, text, noise, options)
+            if pipe.device.type == "cuda":
+                torch.cuda.synchronize(pipe.device)
             seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
             pixels = decode(latents)
             tables = dit_rope.cache_info()
@@ -242,7 +244,8 @@ def main() -> None:
     save_contact_sheet(dict(zip(labels, rows, strict=True)), options.out / "sheet.png")
     plot(figures, options.out / "streaming.svg")
     settings = {"window": options.window, "sinks": options.sinks, "policy": options.policy, "steps": options.steps}
-    results = write_results(f"streaming-{pipe.device.type}", [asdict(chunk) | settings for chunk in figures])
+    rows_of_chunks = [asdict(chunk) | settings for chunk in figures]
+    results = write_results(f"streaming-{pipe.device.type}", rows_of_chunks, str(pipe.device))
     print(f"wrote {written} frames to {options.out / 'stream.mp4'}, figures to {results}")
 
 

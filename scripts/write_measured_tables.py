@@ -5,13 +5,14 @@ python scripts/write_measured_tables.py
 
 from __future__ import annotations
 
-import csv
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from write_model_table import with_section
+
+from dit_rope.benchmark.results import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"
@@ -48,8 +49,7 @@ class Measured:
         Raises:
             ValueError: when no row is left.
         """
-        with (RESULTS / f"{self.results}.csv").open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if self._wanted(row)]
+        rows = [row for row in read_csv(RESULTS / f"{self.results}.csv") if self._wanted(row)]
         if not rows:
             raise ValueError(f"where must leave rows of {self.results}.csv, got {dict(self.where)}")
         cells: dict[tuple[str, ...], dict[str, str]] = {}
@@ -139,7 +139,7 @@ TABLES: Mapping[Path, tuple[Measured, ...]] = {
             _END_TO_END,
             {"model": "{model}", "tokens": "{grid}", "dtype": "{dtype}", "mode": "{mode}", "steps": "{steps:.0f}",
              "ms a pass (p20 to p80)": "{ms_median:,.0f} ({ms_p20:,.0f} to {ms_p80:,.0f})",
-             "times as fast, whole run": "{run_ratio:.3f}", "": "{verdict}"},
+             "speedup of the whole run": "{run_ratio:.3f}", "verdict": "{verdict}"},
             where={"default": "True"},
         ),
         Measured(
@@ -148,7 +148,7 @@ TABLES: Mapping[Path, tuple[Measured, ...]] = {
             _BENCH,
             {"what is patched": "{variant}",
              "ms a step (p20 to p80)": "{ms_median:,.0f} ({ms_p20:,.0f} to {ms_p80:,.0f})",
-             "times as fast": "{ratio:.3f}", "": "{verdict}"},
+             "speedup": "{ratio:.3f}", "verdict": "{verdict}"},
         ),
         Measured(
             "step shares",
@@ -215,7 +215,7 @@ TABLES: Mapping[Path, tuple[Measured, ...]] = {
             "python scripts/count_operators.py",
             {"model": "`{model}`", "module": "`{module}`",
              "operators": "{kernels_before:.0f} to {kernels_after:.0f}",
-             "passes over queries and keys": "{q_units_before:.1f} to {q_units_after:.1f}",
+             "bytes, in units of a query": "{q_units_before:.1f} to {q_units_after:.1f}",
              "least possible": "{q_units_minimum:.1f}"},
             where={"example": ("wan", "hunyuan-video", "flux", "qwen-image", "ltx-padded", "cogvideox-1.0", "mochi")},
         ),

@@ -249,7 +249,7 @@ def test_csv_holds_columns_that_only_some_rows_have(tmp_path: Path) -> None:
 def test_losses_are_named() -> None:
     table = {"case": "a", "variant": "axis tables", "unit": "ms", "times_better": 0.5}
     assert table_losses([table, {**table, "times_better": 2.0}]) == [
-        "a: axis tables take 2.00x the time of what upstream builds"
+        "a: axis tables: 2.00x the time of what upstream builds"
     ]
     turned = {"shape": "s", "tokens": 5, "dtype": "d", "operation": "o", "variant": "dit_rope", "best_peer": "peer"}
     rows = [{**turned, "times_best_peer": 0.8}, {**turned, "times_best_peer": 1.2}, turned]

@@ -278,6 +278,7 @@ def test_compiled_caller_uses_two_graphs_for_many_start_frames():
         ({"do_sp_sharding": True, "sp_rank": 0}, ValueError, "must be given together, got 0 and None"),
         ({"theta_rescale_factor": [1.0, 2.0]}, ValueError, r"one value per axis \(3\)"),
         ({"sizes": (3, 4)}, ValueError, "one size per axis"),
+        ({"theta": [10_000, 256]}, TypeError, r"rope_theta must be a number, got \[10000, 256\]"),
         ({"sizes": (3, 4, 0)}, ValueError, "rope_sizes must be at least 1, got 0"),
         ({"dtype": torch.int64}, TypeError, "dtype must be"),
     ],

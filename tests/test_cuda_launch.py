@@ -238,6 +238,13 @@ def test_launch_in_place_serves_no_call_that_is_so_for_one_tensor_only() -> None
     assert widths == [32, 40, 40, 32]
 
 
+def test_positions_are_taken_of_a_shard_past_what_the_kernel_counts_in() -> None:
+    x, positions = torch.zeros(1, 4, 2, 64), torch.zeros(1, 4, 3, dtype=torch.int32)
+    args = replace(SMALL, positions=positions, sizes=(2**20, 2**10, 2**10), pairs=(12, 10, 10), first_rows=(0, 0, 0))
+    near, far = (launch_of([x], replace(args, token_offset=offset), [x])[0] for offset in (0, 2**35))
+    assert far.numbers == near.numbers
+
+
 def test_grid_has_a_row_for_each_entry_that_turns() -> None:
     x = queries(100, 24, 3, 40)
     launch, _ = launch_of([x], replace(SMALL, entries=torch.zeros(5, dtype=torch.int32)), [x])

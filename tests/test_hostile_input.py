@@ -333,7 +333,7 @@ def test_an_argument_of_the_wrong_type_is_named(name: str, argument: str) -> Non
 
 def test_every_public_name_is_called_with_wrong_arguments() -> None:
     tested = {name.split(".")[-1].split(" ")[0] for name in calls()}
-    without = {"NormKind", "Pairing", "PositionPolicy", "UnsupportedModelError", "__version__", "cache_clear"}
+    without = {"Fusion", "NormKind", "Pairing", "PositionPolicy", "UnsupportedModelError", "__version__", "cache_clear"}
     without |= {"cache_info", "known_scalings"}  # enums, and what takes no argument
     made_for_users = {"Patch", "RopeTable"}  # made by patch and rope_table
     assert tested | without | made_for_users >= set(dit_rope.__all__)
@@ -358,6 +358,9 @@ def test_true_is_not_taken_for_one_where_one_was() -> None:
         dit_rope.rotate(x, table, prefix=1.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="inverse must be a bool, got 0"):
         dit_rope.rotate(x, table, prefix=1, inverse=0)  # type: ignore[arg-type]
+    dit_rope.norm_rotate(x, table, eps=1, suffix=1)
+    with pytest.raises(TypeError, match="eps must be a float, got True"):
+        dit_rope.norm_rotate(x, table, eps=True, suffix=1)
 
 
 def test_a_table_takes_positions_of_its_own_axes_only() -> None:

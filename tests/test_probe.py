@@ -84,6 +84,23 @@ def test_processor_that_turns_otherwise_is_refused_and_the_model_left_as_it_was(
     assert objects(model) == before
 
 
+@pytest.mark.parametrize("name", ["flux", "hunyuan-video", "ltx-padded"])
+def test_float64_that_the_model_turns_in_float32_is_refused_for_that_reason(name: str) -> None:
+    model = BY_NAME[name].build().double()
+    before = objects(model)
+    with pytest.raises(ValueError, match=r"must have weights of 16 or 32 bits, got torch\.float64, .*another dtype"):
+        dit_rope.patch(model)
+    assert objects(model) == before
+
+
+def test_float64_that_is_turned_otherwise_is_refused_as_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models.transformers import transformer_flux
+
+    monkeypatch.setattr(transformer_flux, "apply_rotary_emb", turns_backwards)
+    with pytest.raises(ValueError, match="not known"):
+        dit_rope.patch(BY_NAME["flux"].build().double())
+
+
 def test_processor_that_turns_text_too_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of text and image, not only the arithmetic."""
     from diffusers.models.transformers.transformer_flux import FluxAttnProcessor

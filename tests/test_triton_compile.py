@@ -265,6 +265,13 @@ def test_launch_has_programs_for_the_entries_alone() -> None:
     assert (arguments["entry_count"], others["entry_count"]) == (3, 99)
 
 
+def test_positions_are_taken_of_a_shard_past_what_the_kernel_counts_in() -> None:
+    positions = torch.zeros(1, 60, len(WAN.pairs), dtype=torch.int32)
+    args = replace(WAN, positions=positions, token_offset=2**35)
+    _, arguments, _ = launch_arguments([meta(1, 60)], args, [meta(1, 60)], None)
+    assert arguments["token_offset"] == 0
+
+
 def test_launch_uses_one_dimension_of_the_grid_past_65535_blocks() -> None:
     programs, arguments, _ = launch_arguments([meta(4, 2**20)], WAN, [meta(4, 2**20)], None)
     assert programs == 4 * 2**20 // arguments["TOKENS"] > 65_535

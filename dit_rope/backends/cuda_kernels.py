@@ -227,7 +227,9 @@ def _pack_numbers(
     sizes: tuple[int, ...] = (*args.sizes, *(1,) * spare)
     spans: tuple[int, ...] = (1,) * MAX_AXES
     by_position: tuple[int, ...] = (0, 0, 0)
+    token_offset = 0  # with positions it may be too large for the kernel, which ignores it
     if positions is None:
+        token_offset = args.token_offset
         spans = (sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1)
     else:
         by_position = shared_strides(positions, 3)
@@ -243,7 +245,7 @@ def _pack_numbers(
         x.shape[1],
         args.prefix,
         turning_tokens(args, x.shape[1]),
-        args.token_offset,
+        token_offset,
         args.inverse,
         keeps_still(xs, outs, norm),
         *sizes,

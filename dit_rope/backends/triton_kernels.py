@@ -257,9 +257,11 @@ def _table_arguments(args: RotationArgs, tokens: int) -> dict[str, Any]:
     """Where the angles of a token are: the tables, the positions or the grid, and which tokens turn."""
     strides: tuple[int, ...] = (0, 0, 0)
     firsts, spans = [0] * MAX_AXES, [1] * MAX_AXES
+    token_offset = 0  # with positions it may be too large for the kernel, which ignores it
     if args.positions is not None:
         strides = shared_strides(args.positions, 3)
     else:
+        token_offset = args.token_offset
         for a, first in enumerate(args.first_rows):
             firsts[a], spans[a] = first, math.prod(args.sizes[a + 1 :])
     align = math.gcd(ACCESS_BYTES // args.rows.element_size(), *args.rows.stride()[:2]) if args.head_rows else 1
@@ -274,7 +276,7 @@ def _table_arguments(args: RotationArgs, tokens: int) -> dict[str, Any]:
         "row_count": args.rows.shape[1],
         "prefix": args.prefix,
         "turning": turning_tokens(args, tokens),
-        "token_offset": args.token_offset,
+        "token_offset": token_offset,
         **{f"span{a}": spans[a] for a in range(MAX_AXES - 1)},
         **{f"first{a}": firsts[a] for a in range(MAX_AXES)},
     }

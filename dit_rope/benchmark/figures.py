@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from . import rope_modules, rotation, table_building
+from .end_to_end import UNPATCHED, WITHOUT
 from .results import Row
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def step_bars(rows: Sequence[Row]) -> str:
     medians = [row["ms_median"] for row in rows]
     spread = [[row["ms_median"] - row["ms_p20"] for row in rows], [row["ms_p80"] - row["ms_median"] for row in rows]]
     figure, (axes,) = _figure(1, 1.2 + 0.4 * len(rows))
-    special = {"unpatched": THEIRS, "without rope": "#e4e7ec"}
+    special = {UNPATCHED: THEIRS, WITHOUT: "#e4e7ec"}
     axes.barh(labels, medians, height=0.65, color=[special.get(row["variant"], OURS) for row in rows])
     axes.errorbar(medians, labels, xerr=spread, fmt="none", ecolor=LIMIT, elinewidth=1, capsize=3)
     for label, row in zip(labels, rows, strict=True):

@@ -30,7 +30,7 @@ def tables_title(rows: list[Row]) -> str:
     return (
         f"Tables: a grid of {largest:,} tokens is built {times(faster['times_better'])} as fast and one of 720p holds "
         f"{times(held['times_better'])} fewer bytes; diffusers' rope modules take "
-        f"{max(row['median'] for row in found):.2f} ms or less once patched"
+        f"{max(row['median'] for row in found):.2g} ms or less once patched"
     )
 
 
@@ -71,7 +71,7 @@ def table_losses(rows: list[Row]) -> list[str]:
     ours = (table_building.DENSE, table_building.AXES, rope_modules.FIRST, rope_modules.FOUND)
     worse = [row for row in rows if row["variant"] in ours and row["times_better"] and row["times_better"] < GAIN]
     return [
-        f"{row['case']}: {row['variant']} take{_s(row)} {1 / row['times_better']:.2f}x the "
+        f"{row['case']}: {row['variant']}: {1 / row['times_better']:.2f}x the "
         f"{'bytes' if row['unit'] == 'bytes' else 'time'} of what upstream builds"
         for row in worse
     ]
@@ -141,10 +141,6 @@ def spread(ratios: Sequence[float]) -> str:
     """The least and the largest of some ratios."""
     low, high = times(min(ratios)), times(max(ratios))
     return low if low == high else f"{low} to {high}"
-
-
-def _s(row: Row) -> str:
-    return "" if row["variant"].endswith("s") else "s"
 
 
 def _is_fast(row: Row) -> bool:

@@ -18,7 +18,7 @@ class Settings:
 
     Attributes:
         device: a torch device, ``cpu`` or one of CUDA.
-        rounds: timed calls of each variant, in turn.
+        rounds: timed calls of each variant, in turn; half as many, and 3 at least, of a whole step.
         quick: small sizes, which show that everything works rather than how fast it is.
     """
 

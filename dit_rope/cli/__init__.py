@@ -9,8 +9,9 @@ from . import bench, demo, doctor, inspect
 
 app = typer.Typer(
     name="dit-rope",
-    help="Rotary position embedding for video diffusion transformers: see it work, measure it, ask what it would do.",
+    help="Rotary position embedding for diffusion transformers: see it work, measure it, ask what it would do.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",
     add_completion=False,
     pretty_exceptions_enable=False,
 )

@@ -32,15 +32,17 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder for the report and a CSV file of each section.")] = Path(
         "bench-output"
     ),
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: that everything works, not how fast.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: shows that it works, not how fast.")] = False,
     only: Annotated[
-        list[Section] | None, typer.Option(metavar="SECTION", help="One section; again for more. Default: all.")
+        list[Section] | None,
+        typer.Option(metavar="SECTION", help=f"One of {', '.join(Section)}; repeat it for several. Default: all."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="Timed calls of each variant.")] = 10,
+    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds; half as many of a whole step.")] = 10,
 ) -> None:
     """Measure tables, rotation, operators and a whole step on this machine; write CSV files and an HTML report.
 
-    Every variant is checked before it is timed: where one of ours is wrong there is no figure. Variants take turns.
+    Every variant is checked before it is timed: if one of ours is wrong, the run ends without a figure. Variants take
+    turns.
     """
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
@@ -77,7 +79,7 @@ def run(
 
 
 def _usable(device: str) -> str:
-    """The device, if it is a CPU or a CUDA device that is here."""
+    """The device, if it is a CPU or a CUDA device that is here; a CPU has no number."""
     try:
         kind = torch.device(device)
     except RuntimeError as error:
@@ -89,4 +91,4 @@ def _usable(device: str) -> str:
             f"must be a device that torch sees, got {device!r}; it sees {torch.cuda.device_count()} CUDA devices",
             param_hint="--device",
         )
-    return device
+    return "cpu" if kind.type == "cpu" else device

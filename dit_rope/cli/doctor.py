@@ -18,7 +18,7 @@ PACKAGES = ("torch", *GPU_PACKAGES, "diffusers", "transformers", "accelerate", "
 
 
 def run() -> None:
-    """Print versions, devices, the backend chosen on each device, and why each other is not."""
+    """Print versions, devices, the backend chosen on each device, and why the others are not."""
     console = Console()
     versions = Table("package", "version", title="Versions", title_justify="left")
     versions.add_row("dit-rope", __version__)

@@ -41,17 +41,19 @@ def run(
     scaling: Annotated[
         list[str] | None,
         typer.Option(
-            help="With --plot: a scaling to draw beside, riflex:frames=33,repetition=21 or JSON as a configuration has "
-            "it; for every axis, or repeated for each, none where there is none. One of frames alone is for frames.",
+            help="With --plot: a scaling to compare with, such as riflex:frames=33,repetition=21, or the JSON of a "
+            "configuration. One alone is for every axis, or for frames if it is made for them; else give one for each "
+            "axis, and none where an axis has none.",
         ),
     ] = None,
 ) -> None:
     """Print what dit_rope.patch would replace in a model, and what it would leave alone and why.
 
-    Reads configurations only: the model is built without weights, on torch's meta device. Of a class, which needs no
-    folder, it prints what is declared. With --plot it also draws how the model's frequencies lie on the axes of a
-    grid, what they make of distance, which tokens each rank of a sharded grid holds, and the memory of the tables; of
-    a class, those of its default configuration.
+    Reads configurations only: the model is built without weights, on torch's meta device. The name of a class needs no
+    folder; it prints what dit_rope declares for it.
+
+    With --plot it also draws the model's frequencies on the axes of a grid, what they make of distance, which tokens
+    each rank of a sharded grid holds, and the memory of the tables; for a class, of its default configuration.
     """
     draw = None if plot is None else _drawing(plot, grid, ranks, scaling or [])
     if plot is None and (grid or scaling):

@@ -68,8 +68,8 @@ def _as_tensor(name: str, values: Ints) -> torch.Tensor:
         return values
     if (
         not isinstance(values, Sequence)
-        or isinstance(values, bytes)
-        or not all(isinstance(v, int) and -(2**63) <= v < 2**63 for v in values)
+        or isinstance(values, str | bytes)
+        or not all(isinstance(v, int) and not isinstance(v, bool) and -(2**63) <= v < 2**63 for v in values)
     ):
         raise TypeError(f"{name} must be an int32 or int64 tensor, or a sequence of ints, got {values!r}")
     return torch.tensor(values, dtype=torch.int64)

@@ -69,13 +69,16 @@ def get_rotary_pos_embed(
         shard = Shard(rank, world, axis=shard_dim)
     # Dynamo traces through lru_cache, with a warning.
     request_of = _request.__wrapped__ if torch.compiler.is_compiling() else _request
+    theta = _numbers("rope_theta", rope_theta)
+    if len(theta) > 1:
+        raise TypeError(f"rope_theta must be a number, got {rope_theta!r}")
     factors = (
         _numbers("theta_rescale_factor", theta_rescale_factor),
         _numbers("interpolation_factor", interpolation_factor),
     )
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
-    numbers = _numbers("rope_theta", rope_theta)[0], *factors, dtype, _integers("rope_sizes", rope_sizes)
+    numbers = theta[0], *factors, dtype, _integers("rope_sizes", rope_sizes)
     spec, grid, table_dtype = request_of(dims, *numbers, integer("start_frame", start_frame, 0))
     return dense_table(spec, grid, shard, None, table_dtype, use_real).flat
 

@@ -74,7 +74,7 @@ def apply_rope_with_cos_sin_cache_inplace(
 
 
 apply_rope_inplace_with_cache = apply_rope_with_cos_sin_cache_inplace
-"""The name under which that function was first asked for."""
+"""The same function under a shorter name."""
 
 
 def apply_rope(

@@ -72,7 +72,7 @@ class Probe:
         """Runs the module again, patched, and remembers its kind as right.
 
         Raises:
-            ValueError: its queries or keys are others.
+            ValueError: its queries or keys are others, or are float64 and turned in float32 by its own code.
         """
         attention, given = self.found.attention, {**self.inputs.named, **self.inputs.ours}
         take = next(hook for hook in attention._forward_pre_hooks.values() if isinstance(hook, TakeRotation))
@@ -84,12 +84,20 @@ class Probe:
         finally:
             end_flight()
         rounded = self.found.rotations.result or actual[0].dtype if actual else torch.float32
-        if not actual or not all(_close(*pair, rounded) for pair in zip(actual, self.expected, strict=True)):
+        if not self._as_expected(actual, rounded):
+            if rounded is torch.float64 and self._as_expected(actual, torch.float32):
+                raise ValueError(
+                    f"{self.found.path} must have weights of 16 or 32 bits, got {rounded}, in which dit_rope would "
+                    f"turn what {type(attention).__name__} turns in float32; patch the model in another dtype"
+                )
             raise ValueError(
                 f"{self.found.path} must turn its queries and keys as the {type(attention).__name__} that dit_rope "
                 "knows, got others once it was patched; this version of the model is not known"
             )
         _right.add(self.kind)
+
+    def _as_expected(self, actual: tuple[torch.Tensor, ...], rounded: torch.dtype) -> bool:
+        return bool(actual) and all(_close(*pair, rounded) for pair in zip(actual, self.expected, strict=True))
 
 
 _right: set[Hashable] = set()
