@@ -17,7 +17,6 @@ from dit_rope import RopeSpec, Scaling
 from dit_rope.models import seams as seams_module
 from dit_rope.scaling import axis_frequencies
 
-DIMS = (8, 8, 8)
 TRAINED_FRAMES = 32
 LONGER = 40
 RIFLEX = (Scaling.of("riflex", frames=120, k=2), None, None)
@@ -54,7 +53,9 @@ def with_angles(
 
 def with_scaling(model: Any, scaling: Any) -> Any:
     """:func:`with_angles` of the numbers that a scaling resolves to."""
-    found = [axis_frequencies(RopeSpec(DIMS, scaling=scaling), axis) for axis in range(3)]
+    side = 2 * (model.config.attention_head_dim // 6)
+    spec = RopeSpec((model.config.attention_head_dim - 2 * side, side, side), scaling=scaling)
+    found = [axis_frequencies(spec, axis) for axis in range(3)]
     magnitudes = tuple(one.magnitude for one in found)
     return with_angles(model, lambda axis, positions: found[axis].angles(positions.float()), magnitudes)
 
