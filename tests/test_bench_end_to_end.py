@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typer.testing import CliRunner, Result
 import dit_rope
 from dit_rope.benchmark import end_to_end
 from dit_rope.benchmark.end_to_end import ARCHITECTURES, VARIANTS, Mismatch, Step, architecture_step, measure_step
+from dit_rope.benchmark.results import read_csv
 from dit_rope.benchmark.step_profile import KINDS, ROPE, shares
 from dit_rope.benchmark.timing import Timing
 from dit_rope.models import seams
@@ -186,7 +186,7 @@ def script(*args: str) -> Result:
 def test_script_writes_every_variant_of_every_run(results: Path) -> None:
     done = script("wan-1.3b", "ltx", "--grid", "2x3x4", "--dtype", "float32")
     assert done.exit_code == 0, done.output
-    rows = list(csv.DictReader((results / "end-to-end-cpu.csv").open()))
+    rows = read_csv(results / "end-to-end-cpu.csv")
     assert [row["variant"] for row in rows] == 4 * NAMES
     runs = {(row["model"], row["steps"], row["guided"], row["batch"], row["passes"]) for row in rows}
     assert runs == {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 import re
 from pathlib import Path
 
 import pytest
 import torch
+
+from dit_rope.benchmark.results import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "compat.md").read_text()
@@ -44,8 +45,10 @@ def test_files_named_exist() -> None:
 
 @pytest.mark.requirement(12)
 def test_table_of_errors_is_that_of_the_csv() -> None:
-    with (ROOT / "scripts" / "results" / "long-context-error.csv").open() as file:
-        measured = {(row["last position"], row["source"]): row for row in csv.DictReader(file)}
+    measured = {
+        (row["last position"], row["source"]): row
+        for row in read_csv(ROOT / "scripts" / "results" / "long-context-error.csv")
+    }
     head, *rows = re.findall(r"^\| (up to position|[\d,]+) \| (.*) \|$", TEXT, flags=re.MULTILINE)
     sources = head[1].split(" | ")
     stated = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +19,7 @@ import dit_rope
 from dit_rope import Grid, NormKind, RopeSpec
 from dit_rope.benchmark import operator_counts
 from dit_rope.benchmark.operator_counter import Count, OperatorCounter, stored_bytes
+from dit_rope.benchmark.results import read_csv
 from dit_rope.models import ADAPTERS
 from dit_rope.models.plan import make_plan
 
@@ -248,8 +248,7 @@ def test_program_writes_results_and_picture(
     assert "blocks.*.attn1" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     count_operators.main()
-    with (tmp_path / "operators.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tmp_path / "operators.csv")
     assert len(rows) == len(ADAPTERS)
     assert (rows[0]["module"], rows[0]["q_units_before"]) == ("blocks.*.attn1", "34.3")
     assert {row["module"] for row in rows[1:]} == {""}
@@ -259,8 +258,7 @@ def test_program_writes_results_and_picture(
 @pytest.fixture(scope="module")
 def committed() -> list[dict[str, str]]:
     """The rows of the repository's results."""
-    with (ROOT / "scripts" / "results" / "operators.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(ROOT / "scripts" / "results" / "operators.csv")
 
 
 def test_results_cover_every_adapter(committed: list[dict[str, str]]) -> None:

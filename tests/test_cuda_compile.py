@@ -6,7 +6,6 @@ sm_90; its resources on two more in turn. ``scripts/cuda_resources.py`` does all
 
 from __future__ import annotations
 
-import csv
 import os
 import runpy
 import subprocess
@@ -45,6 +44,7 @@ from dit_rope.backends.cuda_kernels import ARGUMENTS_SIZE, kernel_sources, plan_
 from dit_rope.backends.cuda_launch import compile_plan
 from dit_rope.backends.cuda_plan import Plan
 from dit_rope.backends.gpu_calls import Norm
+from dit_rope.benchmark.results import read_csv
 from dit_rope.spec import NormKind, Pairing
 
 # Resident threads of an SM for the models' calls, and for any: what was compiled, rounded down. A thread has 64 bytes
@@ -329,8 +329,7 @@ def test_check_of_resources_names_what_became_worse(repository: Path, monkeypatc
 
 
 def test_committed_resources_hold_every_plan_and_no_spill(repository: Path) -> None:
-    with (repository / "scripts" / "results" / "cuda-resources.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(repository / "scripts" / "results" / "cuda-resources.csv")
     assert [(row["plan"], row["arch"]) for row in rows] == [(name, arch) for name in PLANS for arch in ARCHS]
     assert {row["spill_bytes"] for row in rows} == {"0"}
     assert all(row["data_loads"] == row["stores"] == str(data_accesses(PLANS[row["plan"]])) for row in rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typer.testing import CliRunner
 
 import dit_rope
 from dit_rope import cli, scaling_types
+from dit_rope.benchmark.results import read_csv
 from dit_rope.models import ADAPTERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,8 +166,7 @@ def test_adapter_of_the_models_page_is_the_one_in_use() -> None:
 
 
 def test_drift_of_the_streaming_page_is_the_measured_one() -> None:
-    with (ROOT / "scripts" / "results" / "key-drift.csv").open() as file:
-        measured = {(row["dtype"], row["shifts"]): row for row in csv.DictReader(file)}
+    measured = {(row["dtype"], row["shifts"]): row for row in read_csv(ROOT / "scripts" / "results" / "key-drift.csv")}
     lines = re.findall(r"^\| ([\d,]+) \| (.*) \|$", STREAMING, flags=re.MULTILINE)
     assert len(lines) == 6
     for shifts, cells in lines:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 from PIL import Image
 
 import dit_rope
+from dit_rope.benchmark.results import read_csv
 from dit_rope.comparison import Request
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,8 +32,7 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, str]]:
-    with (ROOT / "scripts" / "results" / "gallery.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(ROOT / "scripts" / "results" / "gallery.csv")
 
 
 def test_page_is_that_of_the_figures(program, rows):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from dit_rope.benchmark.results import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -38,8 +39,7 @@ def test_every_mutation_applies_once_to_the_source_and_is_python(mutation: Mutat
 
 
 def test_committed_run_caught_every_mutation() -> None:
-    with (ROOT / "scripts" / "results" / "mutations.csv").open(newline="") as file:
-        outcomes = {row["mutation"]: row["result"] for row in csv.DictReader(file)}
+    outcomes = {row["mutation"]: row["result"] for row in read_csv(ROOT / "scripts" / "results" / "mutations.csv")}
     explained = {mutation.name for mutation in MUTATIONS if mutation.equivalent}
     assert outcomes == {m.name: "equivalent" if m.name in explained else "caught" for m in MUTATIONS}
 

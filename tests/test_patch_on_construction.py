@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import csv
 import inspect
 import io
 import os
@@ -23,6 +22,7 @@ import typer
 import wan_models
 
 import dit_rope
+from dit_rope.benchmark.results import read_csv
 from dit_rope.models.swapping import Seam
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -274,8 +274,7 @@ def test_both_runs_are_compared_and_not_repeated(
     assert other_outcome == f"{name}: passed, {none} plain, failed (AssertionError), {none} patched"
     log = (work / "patched" / f"{FILE}.log").read_text()
     assert "\ndit_rope: 3 models patched (3 WanTransformer3DModel), 0 refused\n" in log
-    with results.open() as table:
-        (row,) = csv.DictReader(table)
+    (row,) = read_csv(results)
     expected = {
         "file": FILE, "class": "WanTransformer3DModel",
         "plain_passed": "3", "plain_failed": "1", "plain_skipped": "1",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from properties import F32, RIGHT, RotationDraw, TableDraw
 
 from dit_rope import Grid, Pairing, RopeSpec, ShiftTable, rotation
 from dit_rope.backends import eager
+from dit_rope.benchmark.results import read_csv
 from dit_rope.tables import RopeTable
 
 few = settings(
@@ -124,8 +124,7 @@ def test_overlaps_are_found_by_numbering_places() -> None:
 
 def test_committed_draws_are_many_and_none_is_wrong() -> None:
     results = Path(__file__).resolve().parent.parent / "scripts" / "results" / "fuzz.csv"
-    with results.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(results)
     assert sum(int(row["draws"]) for row in rows) >= 100_000
     assert [row for row in rows if row["outcome"] == "wrong" and row["draws"] != "0"] == []
     assert {row["backend"] for row in rows} == {"eager", "triton", "cuda"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import runpy
 import subprocess
@@ -16,6 +15,7 @@ from typer.testing import CliRunner
 
 import dit_rope
 from dit_rope import cli
+from dit_rope.benchmark.results import read_csv
 from dit_rope.models import ADAPTERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,8 +55,7 @@ def loads_random_pipeline(monkeypatch, random_wan):
 
 def measured(file: str, column: str, variants: tuple[str, str], **where: str) -> tuple[float, float]:
     """Upstream's figure and ours in one file of the committed benchmark; "default" is what ``patch`` does unasked."""
-    with (BENCH / f"{file}.csv").open(newline="") as lines:
-        rows = [row for row in csv.DictReader(lines) if all(row[name] == value for name, value in where.items())]
+    rows = [row for row in read_csv(BENCH / f"{file}.csv") if all(row[name] == value for name, value in where.items())]
     upstream, ours = (
         [row for row in rows if (row["default"] == "True" if name == "default" else row["variant"] == name)]
         for name in variants
@@ -105,8 +104,7 @@ def test_first_table_holds_the_committed_figures(subject, text, file, column, va
 
 
 def test_first_table_names_the_machine_and_the_sizes_measured():
-    with (BENCH / "rotation.csv").open(newline="") as lines:
-        row = next(row for row in csv.DictReader(lines) if row["shape"] == WAN["shape"])
+    row = next(row for row in read_csv(BENCH / "rotation.csv") if row["shape"] == WAN["shape"])
     assert f"| measured on CPU: {row['device']}, {row['threads']} threads, torch {row['torch'][:4]} |" in README
     assert f"({int(row['tokens']):,} tokens, {row['heads']} heads of {row['head_dim']})" in README
 

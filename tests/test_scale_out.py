@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from pathlib import Path
 
 import pytest
 
+from dit_rope.benchmark.results import read_csv
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "scale-out.md").read_text()
-ROWS = list(csv.DictReader((ROOT / "scripts" / "results" / "scale-out.csv").open()))
+ROWS = read_csv(ROOT / "scripts" / "results" / "scale-out.csv")
 
 
 @pytest.fixture

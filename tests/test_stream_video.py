@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import runpy
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from dit_rope import RopeSpec, RopeStream
+from dit_rope.benchmark.results import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -117,8 +117,7 @@ def test_program_streams_and_writes_what_it_promises(
     assert random_wan.transformer.attn_processors == before
     for name in ("stream.mp4", "sheet.png", "streaming.svg"):
         assert (tmp_path / "out" / name).stat().st_size > 0
-    with (tmp_path / "results" / "streaming-cpu.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tmp_path / "results" / "streaming-cpu.csv")
     assert [int(row["start_frame"]) for row in rows] == [0, 2, 3, 4, 5]
     # Two layers of keys, values and the sink's raw keys: batch 2, frames of 2 x 3 tokens, 2 heads of 24, float32.
     expected = pytest.approx(2 * (3 + 3 + 1) * 2 * 6 * 2 * 24 * 4, rel=1e-5)  # files have six digits

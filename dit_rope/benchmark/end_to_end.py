@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 from ..models.plan import Plan, RotationFound, make_plan
 from ..patching import adapter_of, patch
 from ..spec import Fusion
-from ..tables import cache_clear
 from .architectures import ARCHITECTURES, Architecture, Noise
 from .results import Row
 from .step_profile import KINDS, ROPE, shares
+from .table_building import cold
 from .timing import Timing, interleave
 
 __all__ = [
@@ -189,7 +189,7 @@ def measure_step(
     cases: dict[str, Callable[[], object]] = {}
     for name, twin in variants.items():
         if name == default_variant(step.device):
-            cases[_FIRST] = _cold(twin)  # right before the runs that find what it has built
+            cases[_FIRST] = cold(twin.run)  # right before the runs that find what it has built
         cases[name] = twin.run
     timings = interleave(cases, rounds, warm_up=1, advance=advance)
     parts = dict.fromkeys(KINDS) if compiled else shares(step.plans(), step.run, step.device)
@@ -257,16 +257,6 @@ def verdict(own: Timing, time: Timing) -> str:
     if time.p80 < own.p20:
         return "faster"
     return "slower" if time.p20 > own.p80 else "no difference"
-
-
-def _cold(step: Step) -> Callable[[], object]:
-    """A run of ``step`` that finds no table."""
-
-    def run() -> None:
-        cache_clear()
-        step.run()
-
-    return run
 
 
 def _compare(variants: Mapping[str, Step], step: Step, compiled: bool) -> None:

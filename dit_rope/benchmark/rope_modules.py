@@ -20,7 +20,7 @@ from ..patching import adapter_of, patch
 from ..tables import cache_clear
 from .results import Row
 from .sections import Case, Settings, Wrong
-from .table_building import held_bytes
+from .table_building import cold, held_bytes, repeated
 from .timing import Timing, interleave
 
 OWN, FIRST, FOUND = "diffusers, every pass", "dit_rope, first pass", "dit_rope, later passes"
@@ -132,16 +132,10 @@ def _rows(family: Family, settings: Settings) -> list[Row]:
         own, ours = rope(*inputs), patched(*inputs)
         held = held_bytes()
         _check(family, model, own, ours)
-
-        def first() -> None:
-            cache_clear()
-            patched(*inputs)
-
-        def found() -> None:
-            for _ in range(HITS):
-                patched(*inputs)
-
-        timings = interleave({OWN: lambda: rope(*inputs), FIRST: first, FOUND: found}, settings.rounds)
+        call = functools.partial(patched, *inputs)
+        timings = interleave(
+            {OWN: functools.partial(rope, *inputs), FIRST: cold(call), FOUND: repeated(call, HITS)}, settings.rounds
+        )
     timings[FOUND] = timings[FOUND].times(1 / HITS)
     dense = sum(leaf.nbytes for leaf in pytree.tree_leaves(own) if isinstance(leaf, torch.Tensor))
     rows = [_row(family, MODULE, name, "ms", timing, timings[OWN]) for name, timing in timings.items()]
@@ -166,8 +160,6 @@ def _row(family: Family, quantity: str, variant: str, unit: str, timing: Timing,
         "quantity": quantity,
         "variant": variant,
         "unit": unit,
-        "p20": timing.p20,
-        "median": timing.median,
-        "p80": timing.p80,
+        **vars(timing),
         "times_better": own.median / timing.median,
     }

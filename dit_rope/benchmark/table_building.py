@@ -117,7 +117,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 def _time_builds(subject: Subject, rounds: int) -> list[Row]:
     subject.check()
     timings = interleave(
-        {FULL: subject.full_grid, AXES: _cold(subject.table, COLD_TABLES), DENSE: _cold(subject.dense)}, rounds
+        {FULL: subject.full_grid, AXES: cold(subject.table, COLD_TABLES), DENSE: cold(subject.dense)}, rounds
     )
     timings[AXES] = timings[AXES].times(1 / COLD_TABLES)
     full = timings[FULL].median
@@ -134,7 +134,7 @@ def _time_hits(subject: Subject, rounds: int) -> list[Row]:
     }
     for call in calls.values():
         call()
-    timings = interleave({name: _repeated(call, HITS) for name, call in calls.items()}, rounds)
+    timings = interleave({name: repeated(call, HITS) for name, call in calls.items()}, rounds)
     return [_row(subject, HIT, name, "us", timing.times(1e3 / HITS)) for name, timing in timings.items()]
 
 
@@ -144,7 +144,7 @@ def _time_threads(subject: Subject, rounds: int) -> list[Row]:
     with ThreadPoolExecutor(max(THREADS)) as pool:
 
         def ask(threads: int) -> None:
-            list(pool.map(lambda _: _repeated(subject.table, HITS_OF_THREADS // threads)(), range(threads)))
+            list(pool.map(lambda _: repeated(subject.table, HITS_OF_THREADS // threads)(), range(threads)))
 
         timings = interleave({f"threads: {n}": functools.partial(ask, n) for n in THREADS}, rounds)
     # The 20th percentile of a rate is the 80th of its time.
@@ -185,7 +185,7 @@ def held_bytes() -> int:
     return info.tables.bytes + info.axes.bytes + info.models.bytes
 
 
-def _cold(build: Callable[[], object], times: int = 1) -> Callable[[], None]:
+def cold(build: Callable[[], object], times: int = 1) -> Callable[[], None]:
     """``build`` from empty caches, so many times."""
 
     def run() -> None:
@@ -196,7 +196,9 @@ def _cold(build: Callable[[], object], times: int = 1) -> Callable[[], None]:
     return run
 
 
-def _repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
+def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
+    """``call``, so many times."""
+
     def run() -> None:
         for _ in range(times):
             call()
@@ -214,8 +216,6 @@ def _row(subject: Subject, quantity: str, variant: str, unit: str, timing: Timin
         "quantity": quantity,
         "variant": variant,
         "unit": unit,
-        "p20": timing.p20,
-        "median": timing.median,
-        "p80": timing.p80,
+        **vars(timing),
         "times_better": ratio,
     }
