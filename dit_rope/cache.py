@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
@@ -19,6 +20,7 @@ Value = TypeVar("Value")
 # Looked up once: they run at every hit.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_transforms = torch._C._functorch.peek_interpreter_stack
+_jit_tracing = torch._C._get_tracing_state
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,19 @@ def in_mode() -> bool:
         or (_dispatch_modes() > 0 and not _watched())
         or _function_transforms() is not None
     )
+
+
+def in_transform() -> bool:
+    """Whether somebody differentiates, batches or records torch's own operations as they are called.
+
+    That is: a level of torch.func (grad, jvp, vmap), a level of dual numbers, or torch.jit tracing. Under any of them a
+    call has to be made of operations that torch knows: one that a kernel answers would have no tangent and no trace.
+    """
+    return _function_transforms() is not None or forward_ad._current_level >= 0 or _jit_tracing() is not None
+
+
+# torch.compile takes the answer of the moment it traces. torch's decorator for this would import dynamo.
+in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def capturing(device: torch.device) -> bool:
