@@ -18,6 +18,7 @@ from benchmarking import write_results
 import dit_rope
 from dit_rope import Grid, NormKind, RopeSpec
 from dit_rope.backends import cuda_kernels
+from dit_rope.backends.cuda_arguments import Launch
 from dit_rope.benchmark.timing import interleave
 
 CALLS = 1000
@@ -27,7 +28,7 @@ class NoLaunch:
     """Stands in for the module that compiles and launches."""
 
     @staticmethod
-    def run(launch: cuda_kernels.Launch, pointers: bytes, device: torch.device) -> None:
+    def run(launch: Launch, pointers: bytes, device: torch.device) -> None:
         """Does nothing."""
 
 

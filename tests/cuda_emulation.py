@@ -20,7 +20,8 @@ from unittest import mock
 import torch
 
 from dit_rope.backends import cuda_kernels
-from dit_rope.backends.cuda_kernels import Launch, Plan, kernel_sources
+from dit_rope.backends.cuda_arguments import Launch
+from dit_rope.backends.cuda_plan import Plan, kernel_sources
 
 HERE = Path(__file__).resolve().parent
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-shared", "-fPIC")

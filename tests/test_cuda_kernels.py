@@ -10,7 +10,7 @@ import pytest
 import torch
 from contract_calls import run_contract
 
-from dit_rope.backends import cuda_kernels, eager
+from dit_rope.backends import cuda_kernels, cuda_plan, eager
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.spec import NormKind, Pairing
 
@@ -71,7 +71,7 @@ def test_run_on_a_cpu_needs_every_barrier(
 ) -> None:
     actual, expected = norm_and_rotation(kind, tmp_path / "right")
     torch.testing.assert_close(actual, expected)
-    parts = (cuda_kernels.kernel_sources() / "rope.cu").read_text().split("__syncthreads();")
+    parts = (cuda_plan.kernel_sources() / "rope.cu").read_text().split("__syncthreads();")
     assert len(parts) == 4
     broken = "".join(part + ("" if i in (barrier, 3) else "__syncthreads();") for i, part in enumerate(parts))
     break_kernel("__syncthreads();".join(parts), broken, tmp_path, monkeypatch)
@@ -94,7 +94,7 @@ def test_rotation_in_place_touches_no_token_that_does_not_turn(tmp_path: Path, m
 
 def break_kernel(right: str, wrong: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets kernels be built from a copy of the sources in which ``wrong`` stands for the one place of ``right``."""
-    shutil.copytree(cuda_kernels.kernel_sources(), folder / "kernels")
+    shutil.copytree(cuda_plan.kernel_sources(), folder / "kernels")
     source = folder / "kernels" / "rope.cu"
     text = source.read_text()
     assert text.count(right) == 1

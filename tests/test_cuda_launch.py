@@ -21,7 +21,8 @@ from gpu_call_cases import SMALL, WRONG_ARGUMENTS, WRONG_TENSORS
 pytest.importorskip("cuda.core")
 
 from dit_rope.backends import cuda_kernels, cuda_launch
-from dit_rope.backends.cuda_kernels import ARGUMENTS_SIZE, MAX_GRID_ROWS, Launch, launch_of
+from dit_rope.backends.cuda_arguments import ARGUMENTS_SIZE, Launch
+from dit_rope.backends.cuda_kernels import MAX_GRID_ROWS, launch_of
 from dit_rope.backends.cuda_plan import Plan
 from dit_rope.spec import NormKind, Pairing
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,12 +43,14 @@ LAYERS = (
 SAME_UNIT = ("dit_rope.models", "dit_rope.benchmark", "dit_rope.cli", "dit_rope.compat")
 """Packages whose modules may import one another. Backends may not, but for what follows."""
 TRITON = ("dit_rope.backends.triton_kernels", "dit_rope.backends.triton_device")
-CUDA, PLAN, LAUNCH = (f"dit_rope.backends.cuda_{name}" for name in ("kernels", "plan", "launch"))
+PLAN, ARGUMENTS, LAUNCH, CUDA = (
+    f"dit_rope.backends.cuda_{name}" for name in ("plan", "arguments", "launch", "kernels")
+)
 GPU_CALLS = "dit_rope.backends.gpu_calls"
-BESIDE = {TRITON, (CUDA, PLAN), (LAUNCH, PLAN), (LAUNCH, CUDA)}
-BESIDE |= {(backend, GPU_CALLS) for backend in (TRITON[0], CUDA, PLAN)}
-"""What needs Triton or the CUDA bindings is a file of its own, imported only where they are; what both GPU backends
-ask of a call is written once."""
+BESIDE = {TRITON, (ARGUMENTS, PLAN), (LAUNCH, PLAN), (LAUNCH, ARGUMENTS), (CUDA, PLAN), (CUDA, ARGUMENTS)}
+BESIDE |= {(CUDA, LAUNCH)} | {(backend, GPU_CALLS) for backend in (TRITON[0], CUDA, ARGUMENTS, PLAN)}
+"""The left imports the right. What needs Triton or the CUDA bindings is a file of its own, imported only where they
+are; what both GPU backends ask of a call is written once."""
 
 HOME = {
     "triton": TRITON,
@@ -97,6 +101,9 @@ def imports(name: str, source: str, is_package: bool) -> Iterator[Import]:
             for alias in node.names:
                 full = ".".join([*base, alias.name])
                 yield Import(full if full in MODULES else ".".join(base), eager)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            given = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+            yield from (Import(importlib.util.resolve_name(module, ".".join(package)), eager) for module in given)
         type_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or type_only
         for child in ast.iter_child_nodes(node):
@@ -149,6 +156,9 @@ def test_module_imports_only_what_its_layer_may(name):
         ("dit_rope.backends.eager", "from . import triton_kernels"),
         ("dit_rope.backends.triton_device", "from .triton_kernels import rotate"),
         ("dit_rope.backends.gpu_calls", "from .cuda_kernels import Plan"),
+        ("dit_rope.backends.cuda_launch", "from .cuda_kernels import launch_of"),
+        ("dit_rope.backends.cuda_plan", "def f():\n    from . import cuda_arguments"),
+        ("dit_rope.backends.eager", "importlib.import_module('..ops', __package__)"),
         ("dit_rope.backends.cuda_kernels", "from .triton_kernels import rotate"),
         ("dit_rope.backends.cuda_kernels", "from cuda.core import Device"),
         ("dit_rope.rotation", "import dit_rope"),
@@ -165,6 +175,12 @@ def test_module_imports_only_what_its_layer_may(name):
 )
 def test_layering_check_notices(name, source):
     assert offences(name, source)
+
+
+def test_no_two_modules_beside_one_another_import_each_other():
+    """However long the way round: what may be imported of a unit's own modules has an order."""
+    below = {above: [module for other, module in BESIDE if other == above] for above, _ in BESIDE}
+    graphlib.TopologicalSorter(below).prepare()  # raises CycleError
 
 
 def test_init_holds_public_names_and_nothing_else():

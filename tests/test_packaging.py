@@ -18,7 +18,7 @@ import torch
 
 import dit_rope
 from dit_rope import NormKind, Pairing
-from dit_rope.backends import cuda_kernels
+from dit_rope.backends import cuda_kernels, cuda_plan
 from dit_rope.backends.gpu_calls import Norm
 from dit_rope.rotation_args import RotationArgs
 
@@ -72,7 +72,7 @@ def install(what: list[str | Path], folder: Path) -> Path:
 PROBE = """
 import importlib.metadata, importlib.util, sys
 import dit_rope
-from dit_rope.backends.cuda_kernels import kernel_sources
+from dit_rope.backends.cuda_plan import kernel_sources
 print(dit_rope.__file__)
 print(dit_rope.__version__, importlib.metadata.version("dit-rope"))
 print(*sorted(path.name for path in kernel_sources().iterdir()))
@@ -115,9 +115,9 @@ def test_kernels_folder_holds_sources_and_their_readme():
 
 
 def test_kernel_sources_names_both_places_when_neither_has_them(monkeypatch, tmp_path):
-    monkeypatch.setattr(cuda_kernels, "_PACKAGE", tmp_path / "dit_rope")
+    monkeypatch.setattr(cuda_plan, "_PACKAGE", tmp_path / "dit_rope")
     with pytest.raises(FileNotFoundError, match=r"rope.cu must be in .*/dit_rope/_kernels or .*/kernels"):
-        cuda_kernels.kernel_sources()
+        cuda_plan.kernel_sources()
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

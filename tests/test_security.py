@@ -18,7 +18,7 @@ import typer
 from safetensors.torch import load_file
 
 from dit_rope import comparison
-from dit_rope.backends import cuda_kernels, triton_kernels
+from dit_rope.backends import cuda_plan, triton_kernels
 from dit_rope.cli import demo, inspect
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,7 +193,7 @@ def test_no_file_name_is_made_from_a_prompt() -> None:
 
 def test_cuda_sources_are_those_of_the_package_and_compiling_leaves_nothing_on_disk(tmp_path: Path) -> None:
     pytest.importorskip("cuda.core")
-    assert cuda_kernels.kernel_sources() in (ROOT / "kernels", ROOT / "dit_rope" / "_kernels")
+    assert cuda_plan.kernel_sources() in (ROOT / "kernels", ROOT / "dit_rope" / "_kernels")
     program = """
 import os, pathlib, torch
 from dit_rope.backends import cuda_kernels, cuda_launch

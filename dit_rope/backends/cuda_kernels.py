@@ -1,25 +1,23 @@
 """The rotation, and a norm with rotation, as one CUDA C++ launch on an NVIDIA GPU.
 
-This module decides whether the kernel of ``kernels/rope.cu`` can take a call, what its arguments are, and
-remembers both per layout. :mod:`dit_rope.backends.cuda_plan` chooses the constants it is compiled for,
-:mod:`dit_rope.backends.cuda_launch` compiles and launches it.
+This module decides whether the kernel of ``kernels/rope.cu`` can take a call, and remembers its launch per layout.
+:mod:`dit_rope.backends.cuda_plan` chooses the constants it is compiled for, :mod:`dit_rope.backends.cuda_arguments`
+packs what it is launched with, :mod:`dit_rope.backends.cuda_launch` compiles and launches it.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from types import ModuleType
 
 import torch
 
 from ..rotation_args import RotationArgs
-from ..spec import MAX_AXES, NormKind, Pairing
+from ..spec import NormKind, Pairing
+from .cuda_arguments import POINTERS, Launch, pack_numbers
 from .cuda_plan import MAX_HELD, WARP, Plan, Signature, deal_threads, plan_for
 from .gpu_calls import (
     ACCESS_BYTES,
@@ -31,36 +29,15 @@ from .gpu_calls import (
     first_reason,
     keeps_still,
     shared_strides,
-    turning_tokens,
 )
 
 MIN_CAPABILITY = (8, 0)
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# struct RotationArgs of kernels/rope.cuh: 11 pointers, 18 other members of 8 bytes, 22 of 4.
-_POINTERS, _NUMBERS = struct.Struct("=11q"), struct.Struct("=18q21if")
-ARGUMENTS_SIZE = _POINTERS.size + _NUMBERS.size
 MAX_GRID_ROWS = 65_535
 MAX_LAUNCHES = 1024
 
 _launches: dict[object, Launch] = {}
-_PACKAGE = Path(__file__).resolve().parent.parent
-
-
-def kernel_sources() -> Path:
-    """The folder with the CUDA headers and sources: ``kernels/`` of the repository, as this installation carries it.
-
-    A wheel installs it as ``dit_rope/_kernels``; in a checkout, and in an editable install of one, it stands beside
-    the package. ``importlib.resources`` does not find the second, which is why the two places are looked up by path.
-
-    Raises:
-        FileNotFoundError: when neither place has it, naming both.
-    """
-    candidates = (_PACKAGE / "_kernels", _PACKAGE.parent / "kernels")
-    for folder in candidates:
-        if (folder / "rope.cu").is_file():
-            return folder
-    raise FileNotFoundError(f"rope.cu must be in {candidates[0]} or {candidates[1]}; reinstall dit_rope")
 
 
 def declined(xs: Sequence[torch.Tensor], args: RotationArgs, norm: NormKind | None = None) -> str | None:
@@ -100,21 +77,6 @@ def norm_rotate(
     _launch(xs, args, outs, Norm(norm, [_readable(weight) for weight in weights], eps, added))
 
 
-@dataclass(frozen=True)
-class Launch:
-    """What calls with one layout of their tensors have in common.
-
-    Attributes:
-        plan: the constants of the kernel.
-        grid: thread blocks along x, y and z; none of y and z is past the driver's 65,535.
-        numbers: ``struct RotationArgs`` of ``kernels/rope.cuh`` after the pointers.
-    """
-
-    plan: Plan
-    grid: tuple[int, int, int]
-    numbers: bytes
-
-
 def launch_of(
     xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None = None
 ) -> tuple[Launch, bytes]:
@@ -141,7 +103,7 @@ def launch_of(
         if len(_launches) >= MAX_LAUNCHES:
             _launches.clear()
         launch = _launches[key] = _launch_of(xs, args, outs, norm)
-    return launch, _POINTERS.pack(*pointers)
+    return launch, POINTERS.pack(*pointers)
 
 
 def _norm_key(norm: Norm, pointers: list[int]) -> tuple[object, ...]:
@@ -166,7 +128,7 @@ def _launch_of(
     batch, tokens = batch_entries(xs, args), xs[0].shape[1]
     rows = min(batch, MAX_GRID_ROWS)
     grid = (-(-tokens // plan.tokens), rows, -(-batch // rows))
-    return Launch(plan, grid, _pack_numbers(xs, args, outs, norm, batch))
+    return Launch(plan, grid, pack_numbers(xs, args, outs, norm, batch))
 
 
 def plan_of(
@@ -218,44 +180,6 @@ def _signature(call: Call) -> Signature:
     )
 
 
-def _pack_numbers(
-    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None, batch: int
-) -> bytes:
-    x, positions = xs[0], args.positions
-    strides = [(*a.stride()[:3], *out.stride()[:3]) for a, out in zip(xs, outs, strict=True)]
-    spare = MAX_AXES - len(args.sizes)
-    sizes: tuple[int, ...] = (*args.sizes, *(1,) * spare)
-    spans: tuple[int, ...] = (1,) * MAX_AXES
-    by_position: tuple[int, ...] = (0, 0, 0)
-    token_offset = 0  # with positions it may be too large for the kernel, which ignores it
-    if positions is None:
-        token_offset = args.token_offset
-        spans = (sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1)
-    else:
-        by_position = shared_strides(positions, 3)
-    return _NUMBERS.pack(
-        *strides[0],
-        *strides[-1],
-        *args.rows.stride()[:2],
-        args.head_rows,
-        *by_position,
-        batch,
-        x.shape[0],
-        args.rows.shape[1],
-        x.shape[1],
-        args.prefix,
-        turning_tokens(args, x.shape[1]),
-        token_offset,
-        args.inverse,
-        keeps_still(xs, outs, norm),
-        *sizes,
-        *spans,
-        *args.first_rows,
-        *(0,) * spare,
-        norm.eps if norm else 0.0,
-    )
-
-
 def _launch(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None) -> None:
     if xs[0].numel() == 0 or batch_entries(xs, args) == 0:
         return
@@ -267,7 +191,9 @@ def _launch(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch
 @functools.cache
 def _launcher() -> ModuleType:
     """What needs the CUDA bindings, imported when the first call is made."""
-    return importlib.import_module(".cuda_launch", __package__)
+    from . import cuda_launch
+
+    return cuda_launch
 
 
 def _readable(weight: torch.Tensor | None) -> torch.Tensor | None:

@@ -15,8 +15,8 @@ import torch
 from cuda.bindings import driver
 from cuda.core import Device, Kernel, ObjectCode, Program, ProgramOptions
 
-from .cuda_kernels import ARGUMENTS_SIZE, Launch, kernel_sources
-from .cuda_plan import Plan
+from .cuda_arguments import ARGUMENTS_SIZE, Launch
+from .cuda_plan import Plan, kernel_sources
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 
@@ -20,7 +21,24 @@ MAX_HELD = 8
 # A block is as small as one token needs, but no smaller than this, and no larger than that.
 MIN_THREADS, MAX_THREADS = 128, 512
 
+_PACKAGE = Path(__file__).resolve().parent.parent
 _TYPE_NAMES = {torch.float32: "float", torch.bfloat16: "dit_rope::BFloat16", torch.float16: "dit_rope::Float16"}
+
+
+def kernel_sources() -> Path:
+    """The folder with the CUDA headers and sources: ``kernels/`` of the repository, as this installation carries it.
+
+    A wheel installs it as ``dit_rope/_kernels``; in a checkout, and in an editable install of one, it stands beside
+    the package. ``importlib.resources`` does not find the second, which is why the two places are looked up by path.
+
+    Raises:
+        FileNotFoundError: when neither place has it, naming both.
+    """
+    candidates = (_PACKAGE / "_kernels", _PACKAGE.parent / "kernels")
+    for folder in candidates:
+        if (folder / "rope.cu").is_file():
+            return folder
+    raise FileNotFoundError(f"rope.cu must be in {candidates[0]} or {candidates[1]}; reinstall dit_rope")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..backend_choice import explain_backends
-from ..backends.cuda_kernels import kernel_sources
+from ..backends.cuda_plan import kernel_sources
 
 GPU_PACKAGES = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "triton")
 PACKAGES = ("torch", *GPU_PACKAGES, "diffusers", "transformers", "accelerate", "peft", "einops")
