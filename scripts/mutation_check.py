@@ -32,6 +32,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mutation import Mutation
+from mutations import MUTATIONS
+
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("dit_rope", "kernels", "tests", "scripts", "pyproject.toml")
 PRELOADED = ("torch", "einops", "numpy", "diffusers", "transformers", "diffusers.models.transformers.transformer_wan")
@@ -39,44 +42,6 @@ TIMEOUT = 1200.0
 CPU_SECONDS = 240
 _PASSED, _FAILED, _BROKEN_COLLECTION = 0, 1, 2
 _STOPPED = (None, -signal.SIGXCPU, -signal.SIGKILL)  # by the clock, or after too much computing
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """One fault.
-
-    Attributes:
-        name: unique, of letters, digits and dashes.
-        file: in which it is made, relative to the root.
-        old, new: text that is in the file exactly once, and what takes its place.
-        tests: files that guard the module.
-        k: which of their tests, as pytest's ``-k`` takes it; all when empty.
-        equivalent: why no test can see it; empty for a fault that has to be caught.
-    """
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-    k: str = ""
-    equivalent: str = ""
-
-    @property
-    def command(self) -> tuple[tuple[str, ...], str]:
-        """What guards it, which several faults share."""
-        return self.tests, self.k
-
-    def applied(self, source: str) -> str:
-        """The file with the fault.
-
-        Raises:
-            ValueError: its text is not there exactly once, or would not change.
-        """
-        count = source.count(self.old)
-        if count != 1 or self.old == self.new:
-            raise ValueError(f"{self.name} must find its text once in {self.file}, found it {count} times")
-        return source.replace(self.old, self.new)
 
 
 @dataclass(frozen=True)
@@ -284,8 +249,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of the names, or of the files, of the mutations to run")
     parser.add_argument("--work-dir", type=Path, default=ROOT / "build" / "mutation-check")
     options = parser.parse_args()
-    from mutations import MUTATIONS
-
     chosen = [m for m in MUTATIONS if options.only in m.name or options.only in m.file]
     options.work_dir.mkdir(parents=True, exist_ok=True)
     preload()
@@ -309,5 +272,4 @@ def rows_of(mutations: Sequence[Mutation], outcomes: dict[str, Outcome]) -> list
 
 
 if __name__ == "__main__":
-    sys.modules["mutation_check"] = sys.modules["__main__"]  # one Mutation class, for the list and for this program
     main()

@@ -6,7 +6,7 @@ the kinds of mistakes that tests have to notice.
 
 from __future__ import annotations
 
-from mutation_check import Mutation
+from mutation import Mutation
 
 _CORE = ("tests/test_tables.py", "tests/test_layout.py", "tests/test_axis_tables.py")
 _QUICK = "not compile and not 720p and not fake_tensor"

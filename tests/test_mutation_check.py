@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from dit_rope.benchmark.results import read_csv
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from mutation_check import Mutation  # noqa: E402
+from mutation import Mutation  # noqa: E402
 from mutations import MUTATIONS  # noqa: E402
 
 SOURCE = "def add(a, b):\n    # a sum\n    return a + b\n"
@@ -22,7 +23,8 @@ PROGRAM = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {scripts!r})
-from mutation_check import Mutation, check
+from mutation import Mutation
+from mutation_check import check
 made = lambda name, old, new, why="": Mutation(name, "tiny.py", old, new, ("test_tiny.py",), equivalent=why)
 mutations = [{mutations}]
 root, work = Path({root!r}), Path({work!r})
@@ -42,6 +44,13 @@ def test_committed_run_caught_every_mutation() -> None:
     outcomes = {row["mutation"]: row["result"] for row in read_csv(ROOT / "scripts" / "results" / "mutations.csv")}
     explained = {mutation.name for mutation in MUTATIONS if mutation.equivalent}
     assert outcomes == {m.name: "equivalent" if m.name in explained else "caught" for m in MUTATIONS}
+
+
+def test_programs_import_one_another_in_one_direction() -> None:
+    """Together they would be two modules with two classes of one name, one of them ``__main__``."""
+    sources = {name: (ROOT / "scripts" / f"{name}.py").read_text() for name in ("mutation", "mutations")}
+    assert not any(re.search(r"(from|import) mutation_check", source) for source in sources.values())
+    assert "import mutation" not in sources["mutation"]
 
 
 def test_there_are_many_mutations_of_many_modules() -> None:
