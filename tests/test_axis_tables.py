@@ -108,7 +108,6 @@ def test_table_after_another_equals_one_built_from_empty_caches(spec, grid, dtyp
     assert torch.equal(after, rope_table(spec, grid, dtype=dtype).rows)
 
 
-@pytest.mark.requirement(8)
 def test_scalings_of_one_type_with_other_options_share_nothing():
     four, eight = (rope_table(RopeSpec((16,), scaling=yarn(factor)), GRID_1D) for factor in (4.0, 8.0))
     assert cache_info().tables.entries == cache_info().axes.entries == 2
@@ -153,7 +152,6 @@ def test_axes_of_one_spec_are_scaled_apart():
     assert cache_info().axes.misses == 3
 
 
-@pytest.mark.requirement(7)
 def test_forty_layers_share_one_table():
     def ask() -> object:
         return rope_table(RopeSpec((8, 6, 4), scaling=(yarn(4.0), None, None)), Grid(3, 4, 5))
@@ -165,7 +163,6 @@ def test_forty_layers_share_one_table():
     assert info.axes.misses == 3
 
 
-@pytest.mark.requirement(9)
 def test_eight_threads_on_two_devices_get_tables_of_their_own_device():
     """Tables on meta hold nothing and are not kept; the axis arrays, in host memory, serve both devices."""
     devices = ["cpu", "meta"]
@@ -176,7 +173,6 @@ def test_eight_threads_on_two_devices_get_tables_of_their_own_device():
     assert (cache_info().tables.misses, cache_info().tables.entries, cache_info().axes.misses) == (1, 1, 3)
 
 
-@pytest.mark.requirement(9)
 def test_eight_threads_on_two_devices_build_once_for_each():
     """Two device numbers that this machine need not have stand in for two that keep their entries."""
     devices = [torch.device("privateuseone", index) for index in range(2)]
@@ -193,7 +189,6 @@ def test_eight_threads_on_two_devices_build_once_for_each():
     assert len({id(value) for value in found}) == 2
 
 
-@pytest.mark.requirement(10)
 @pytest.mark.parametrize("entries", [2, 16])
 def test_sixteen_threads_agree_bitwise_and_build_each_table_once_unless_it_was_evicted(entries):
     specs = [RopeSpec((8, 6, 4), scaling=yarn(factor)) for factor in (2.0, 3.0, 4.0, 5.0, 6.0)]
@@ -211,7 +206,6 @@ def test_sixteen_threads_agree_bitwise_and_build_each_table_once_unless_it_was_e
     assert (tables.misses == len(specs)) == (tables.evictions == 0) == (entries == 16)
 
 
-@pytest.mark.requirement(32)
 def test_rows_carry_the_magnitude_of_a_scaling_and_its_angles_do_not():
     spec = RopeSpec((16,), scaling=yarn(4.0))
     cos, sin = rope_table(spec, Grid(50), dtype=torch.float64).axis(0)

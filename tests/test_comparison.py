@@ -50,7 +50,6 @@ def test_request_refuses_one_step():
         Request("x", steps=1)
 
 
-@pytest.mark.requirement(43)
 def test_compare_finds_exact_mode_equal_and_counts(random_wan):
     steps = []
     result = compare(random_wan, REQUEST, repeats=2, progress=steps.append)

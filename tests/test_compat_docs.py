@@ -43,7 +43,6 @@ def test_files_named_exist() -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.requirement(12)
 def test_table_of_errors_is_that_of_the_csv() -> None:
     measured = {
         (row["last position"], row["source"]): row

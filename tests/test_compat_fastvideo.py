@@ -57,7 +57,6 @@ def test_builder_is_bitwise_equal_with_factors(rescale, interpolation, dtype):
     assert_bitwise(ours, full_grid_table((5, 7, 9), tuple(WAN_DIMS), 10_000, **settings))
 
 
-@pytest.mark.requirement(41)
 @pytest.mark.parametrize("use_real", [True, False], ids=["use_real", "pairs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("axis", "world"), [(0, 2), (0, 4), (1, 3), (2, 5)])
@@ -98,7 +97,6 @@ def test_rank_and_world_are_ignored_without_sharding():
     assert embed(sp_rank=1, sp_world_size=3)[0] is embed()[0]
 
 
-@pytest.mark.requirement(33)
 def test_repeated_call_returns_the_same_tensors_from_one_entry():
     first = embed()
     for _ in range(9):
@@ -109,7 +107,6 @@ def test_repeated_call_returns_the_same_tensors_from_one_entry():
     assert (cache_info().tables.hits, cache_info().tables.misses) == (9, 1)
 
 
-@pytest.mark.requirement(34)
 @pytest.mark.parametrize(
     "settings",
     [{}, {"dtype": torch.float64}, {"use_real": False}, {"start_frame": 5, "theta_rescale_factor": 2.0}],
@@ -125,7 +122,6 @@ def test_cached_table_equals_a_fresh_one(settings):
     assert_bitwise(cached, fresh)
 
 
-@pytest.mark.requirement(35)
 @pytest.mark.parametrize(
     "change",
     [
@@ -150,7 +146,6 @@ def test_each_argument_makes_an_entry_of_its_own(change):
     assert embed()[0] is first[0]
 
 
-@pytest.mark.requirement(41)
 def test_shard_axes_and_ranks_never_share():
     sizes = (6, 6, 6)
     tables = [
@@ -162,26 +157,22 @@ def test_shard_axes_and_ranks_never_share():
     assert all(not torch.equal(a, b) for i, a in enumerate(tables) for b in tables[:i])
 
 
-@pytest.mark.requirement(35)
 def test_no_dims_share_an_entry_with_the_explicit_third():
     first = embed(dims=None, hidden=12 * 96)
     assert embed(dims=[32, 32, 32], hidden=12 * 96)[0] is first[0]
     assert cache_info().tables.entries == 1
 
 
-@pytest.mark.requirement(40)
 def test_width_is_the_head_dim_or_half_of_it():
     assert embed()[0].shape == (72, 128)
     assert embed(use_real=False)[0].shape == (72, 64)
 
 
-@pytest.mark.requirement(39)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 30, 52), (21, 1, 1)], ids=str)
 def test_degenerate_grids_have_their_rows(sizes):
     assert embed(sizes)[0].shape == (sizes[0] * sizes[1] * sizes[2], 128)
 
 
-@pytest.mark.requirement(36)
 @pytest.mark.parametrize("same", [2.0, [2.0], (2.0, 2.0, 2.0), [2, 2, 2]], ids=str)
 def test_a_factor_and_the_list_that_repeats_it_share_one_entry(same):
     first = embed(theta_rescale_factor=2.0, interpolation_factor=2.0)
@@ -189,7 +180,6 @@ def test_a_factor_and_the_list_that_repeats_it_share_one_entry(same):
     assert cache_info().tables.entries == 1
 
 
-@pytest.mark.requirement(38)
 def test_casting_a_result_does_not_change_the_cache():
     expected = embed(dtype=torch.float64)[0].clone()
     for _ in range(2):
@@ -198,7 +188,6 @@ def test_casting_a_result_does_not_change_the_cache():
     assert torch.equal(embed(dtype=torch.float64)[0], expected)
 
 
-@pytest.mark.requirement(38)
 def test_writing_to_a_result_is_noticed_and_the_next_caller_gets_a_fresh_table():
     expected = embed()[0].clone()
     embed()[0].zero_()
@@ -206,14 +195,12 @@ def test_writing_to_a_result_is_noticed_and_the_next_caller_gets_a_fresh_table()
         assert torch.equal(embed()[0], expected)
 
 
-@pytest.mark.requirement(41)
 def test_start_frame_shifts_the_values():
     later, longer = embed((3, 4, 6), start_frame=2)[0], embed((5, 4, 6))[0]
     assert torch.equal(later, longer[48:])
     assert not torch.equal(later, longer[:72])
 
 
-@pytest.mark.requirement(37)
 def test_cache_keeps_sixteen_first_in_first_out_although_the_oldest_was_hit():
     oldest = embed(start_frame=0)
     for start in range(1, 16):
@@ -225,7 +212,6 @@ def test_cache_keeps_sixteen_first_in_first_out_although_the_oldest_was_hit():
     assert embed(start_frame=0)[0] is not oldest[0]
 
 
-@pytest.mark.requirement(37)
 def test_cache_is_capped_in_bytes():
     cache_configure(max_bytes=200_000)
     for start in range(8):

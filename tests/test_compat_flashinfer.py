@@ -67,8 +67,6 @@ def call(
     return q, k
 
 
-@pytest.mark.requirement(14)
-@pytest.mark.requirement(15)
 @both_pairings
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
 @pytest.mark.parametrize("factor", [0.25, 0.75, 1.0])
@@ -93,7 +91,6 @@ def test_ragged_rotation_is_within_the_bound(
         assert_rotated(after[None], x[None], cos, sin, interleaved=interleave)
 
 
-@pytest.mark.requirement(14)
 @both_pairings
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
@@ -113,7 +110,6 @@ def test_positions_and_segments_give_the_same_bits(
         assert all(map(torch.equal, listed, by_segment))
 
 
-@pytest.mark.requirement(14)
 @pytest.mark.parametrize(
     ("indptr", "offsets", "expected"),
     [
@@ -166,9 +162,6 @@ CACHED = [
 """Head size, rotary_dim, rows, neox, tokens, heads of queries and keys."""
 
 
-@pytest.mark.requirement(12)
-@pytest.mark.requirement(15)
-@pytest.mark.requirement(16)
 @pytest.mark.parametrize(("dtype", "table"), [(BF16, F32), (F16, F16), (F32, F32)], ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize(("head_size", "rotary_dim", "rows", "is_neox", "tokens", "heads"), CACHED)
 def test_cached_rotation_is_within_the_bound(
@@ -197,7 +190,6 @@ def test_cached_rotation_is_within_the_bound(
     assert torch.equal(key, turned[1])
 
 
-@pytest.mark.requirement(16)
 def test_cached_function_in_place_has_vllms_arguments() -> None:
     parameters = inspect.signature(apply_rope_inplace_with_cache).parameters
     assert list(parameters)[:6] == ["positions", "query", "key", "head_size", "cos_sin_cache", "is_neox"]
@@ -205,7 +197,6 @@ def test_cached_function_in_place_has_vllms_arguments() -> None:
     assert parameters["backend"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
-@pytest.mark.requirement(16)
 def test_cached_rotation_takes_views_of_packed_memory_and_three_dims() -> None:
     q, k = packed(7, 3, 2, 80, BF16)
     cache, positions = cos_sin_cache(50, 80, F32), torch.arange(7, dtype=torch.int32)
@@ -217,7 +208,6 @@ def test_cached_rotation_takes_views_of_packed_memory_and_three_dims() -> None:
         assert torch.equal(new, wanted.view(after.shape))
 
 
-@pytest.mark.requirement(13)
 @both_pairings
 def test_rotation_without_a_cache_equals_that_with_one(interleave: bool) -> None:
     """Values of at most 1, so that an absolute 1e-6 is above the rounding of a rotation in float32."""
@@ -228,8 +218,6 @@ def test_rotation_without_a_cache_equals_that_with_one(interleave: bool) -> None
         assert (mine - other).abs().max() <= 1e-6
 
 
-@pytest.mark.requirement(12)
-@pytest.mark.requirement(13)
 @pytest.mark.parametrize("position", [0, 1, 1000, 10**5, 10**6, 2**24 + 1, -5, -(10**6)])
 def test_angles_stay_exact_at_any_position(position: int) -> None:
     """A float32 in cos or sin rounded once, wherever: half a step below 1, which 1e-5 is far above."""
@@ -243,7 +231,6 @@ def test_angles_stay_exact_at_any_position(position: int) -> None:
         assert (rows[:, at] - expected).abs().max() <= 2**-25 + abs(position) * 2**-51
 
 
-@pytest.mark.requirement(12)
 @pytest.mark.parametrize(("table", "bound"), [(F32, 1e-5), (F16, 2**-11)], ids=["float32", "float16"])
 def test_cached_rotation_at_position_100000_is_off_by_the_caches_rounding_alone(
     table: torch.dtype, bound: float

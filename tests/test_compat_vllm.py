@@ -65,8 +65,6 @@ def check(
         assert_rotated(as_tokens(after, head_size), as_tokens(x, head_size), cos, sin, interleaved=not is_neox)
 
 
-@pytest.mark.requirement(15)
-@pytest.mark.requirement(44)
 @both_pairings
 @all_dtypes
 @pytest.mark.parametrize("rotary_dim", [None, 32])
@@ -78,7 +76,6 @@ def test_rotation_is_within_the_bound(
     check("flat", head_size, cache, is_neox, dtype)
 
 
-@pytest.mark.requirement(16)
 @both_pairings
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["heads", "batch", "padded", "packed"])
@@ -116,7 +113,6 @@ def test_positions_past_the_cache_leave_their_tokens_alone_on_a_gpu() -> None:
     assert not torch.equal(x[1], before[1])
 
 
-@pytest.mark.requirement(16)
 def test_signature_is_vllms() -> None:
     theirs = ["positions", "query", "key", "head_size", "cos_sin_cache", "is_neox", "rope_dim_offset", "inverse"]
     parameters = inspect.signature(rotary_embedding).parameters
@@ -143,8 +139,6 @@ def test_offset_turns_the_middle_of_each_head_and_leaves_the_rest_in_bits(
         assert_rotated(after[None, ..., offset:], x[None, ..., offset:], cos, sin, interleaved=not is_neox)
 
 
-@pytest.mark.requirement(16)
-@pytest.mark.requirement(15)
 def test_rotation_in_place_touches_nothing_but_its_channels() -> None:
     """Query and key are neighbours in packed memory, with values beside them and channels that do not turn."""
     packed = torch.randn(11, 5 * 80)
@@ -158,7 +152,6 @@ def test_rotation_in_place_touches_nothing_but_its_channels() -> None:
     assert not changed[:, 3:].any()
 
 
-@pytest.mark.requirement(48)
 @both_pairings
 def test_inverse_undoes_the_rotation(is_neox: bool) -> None:
     """Values are at most 1, so that 1e-6 is more than two rotations round off.
@@ -173,7 +166,6 @@ def test_inverse_undoes_the_rotation(is_neox: bool) -> None:
     assert (turned - x).abs().max() <= 1e-6
 
 
-@pytest.mark.requirement(48)
 def test_inverse_is_within_the_bound() -> None:
     cache, positions, x = cos_sin_cache(ROWS, 64, F32), torch.randint(ROWS, (11,)), torch.randn(11, 3, 64).to(BF16)
     turned = x.clone()
@@ -181,7 +173,6 @@ def test_inverse_is_within_the_bound() -> None:
     assert_rotated(turned[None], x[None], *cache[positions].chunk(2, -1), interleaved=False, inverse=True)
 
 
-@pytest.mark.requirement(44)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
 def test_cache_is_float32_or_of_the_querys_dtype_and_nothing_else(dtype: torch.dtype) -> None:
     taken = []
@@ -196,7 +187,6 @@ def test_cache_is_float32_or_of_the_querys_dtype_and_nothing_else(dtype: torch.d
     assert taken == ([F32] if dtype == F32 else [table for table in (F32, BF16, F16, F64) if table in (F32, dtype)])
 
 
-@pytest.mark.requirement(46)
 @both_pairings
 def test_bfloat16_cache_is_read_into_float32_arithmetic(is_neox: bool) -> None:
     """At most one step of bfloat16 from the float32 result of the same cache; products in bfloat16 are further off."""
@@ -225,7 +215,6 @@ def peak_bytes(call: object) -> int:
     return peak
 
 
-@pytest.mark.requirement(45)
 @pytest.mark.parametrize("table", [BF16, F32], ids=["bfloat16", "float32"])
 @both_pairings
 def test_cache_is_not_copied_or_converted(is_neox: bool, table: torch.dtype) -> None:
@@ -235,7 +224,6 @@ def test_cache_is_not_copied_or_converted(is_neox: bool, table: torch.dtype) -> 
     assert peak < cache.nbytes / 1000
 
 
-@pytest.mark.requirement(45)
 def test_cache_reaches_the_backend_as_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(rotation, "apply", lambda xs, args, **_: seen.append((xs, args)))
@@ -273,7 +261,6 @@ def test_calls_leave_nothing_in_the_caches() -> None:
     assert (info.tables.entries, info.axes.entries, info.angles.entries) == (0, 0, 0)
 
 
-@pytest.mark.requirement(47)
 @pytest.mark.parametrize("head_size", [32, 108])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
 @both_pairings
@@ -284,7 +271,6 @@ def test_operator_passes_opcheck(is_neox: bool, dtype: torch.dtype, head_size: i
     torch.library.opcheck(torch.ops.dit_rope.rotate_.default, (xs, *ops._flatten(args), "eager"))
 
 
-@pytest.mark.requirement(47)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
 def test_compiled_call_equals_the_plain_one_without_a_graph_break(dtype: torch.dtype) -> None:
     torch._dynamo.reset()

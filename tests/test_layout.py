@@ -48,7 +48,6 @@ def expected_dense(shard: Shard | None, start: int, repeat: bool) -> tuple[torch
     return torch.cat((cos[first:stop], padding)), torch.cat((sin[first:stop], padding * 0))
 
 
-@pytest.mark.requirement(50)
 @pytest.mark.parametrize("repeat", [True, False], ids=["repeated", "pairs"])
 @pytest.mark.parametrize("shard", SHARDS.values(), ids=SHARDS.keys())
 def test_dense_table_of_a_shard_is_its_part_of_the_whole(shard, repeat):
@@ -83,7 +82,6 @@ def test_each_shard_form_has_an_entry_of_its_own():
     assert len(first) == len(SHARDS) == cache_info().tables.entries
 
 
-@pytest.mark.requirement(50)
 def test_seven_tokens_over_four_ranks_turn_as_on_one():
     """The last rank's second token is padding, and comes back as it is."""
     grid, x = Grid(7, 1, 1), torch.randn(1, 8, 2, 20)

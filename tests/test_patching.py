@@ -163,7 +163,6 @@ def test_two_threads_generate_at_two_sizes_with_one_patched_model() -> None:
     assert wrong == []
 
 
-@pytest.mark.requirement(42)
 def test_second_step_builds_no_table() -> None:
     model = wan_models.build("wan")
     with dit_rope.patch(model):
@@ -176,7 +175,6 @@ def test_second_step_builds_no_table() -> None:
     assert second.tables.hits > first.tables.hits
 
 
-@pytest.mark.requirement(42)
 def test_second_step_runs_no_operator_to_get_its_tables() -> None:
     """None to build, and none to cast or to copy from the host."""
     model = wan_models.build("wan")

@@ -205,7 +205,6 @@ def test_compiled_by_inductor_stays_within_the_unpatched_models_error(dtype: tor
     assert (patched - eager).abs().max() <= allowed
 
 
-@pytest.mark.requirement(49)
 @pytest.mark.parametrize("split", [torch.Tensor.chunk, torch.Tensor.tensor_split], ids=["chunk", "tensor_split"])
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_rotation_of_a_split_rope_output_is_the_part_of_the_whole(world: int, split: Callable[..., Any]) -> None:

@@ -144,7 +144,6 @@ def test_following_sinks_give_the_logits_of_a_relative_window() -> None:
         assert (follow - relative).abs().max() <= 1e-6 * queries.norm(dim=-1).max() * keys.norm(dim=-1).max()
 
 
-@pytest.mark.requirement(51)
 @POLICIES
 def test_repeated_forwards_leave_the_cache_of_one(policy: PositionPolicy) -> None:
     """Noise in all forwards but the last, with sinks, an overflowing ring and a chunk that is cut in two by its end."""
@@ -257,7 +256,6 @@ def test_layers_share_the_scratch_of_a_relative_window() -> None:
     assert pointers[0] == pointers[1] != pointers[2]
 
 
-@pytest.mark.requirement(30)
 def test_a_thousand_sink_moves_in_bfloat16_do_not_drift() -> None:
     """Relative error of the sink's frame channels; the same moves made in place, one upon another, ruin them."""
     stream = RopeStream(WAN, SIZE, window_frames=4, sink_frames=1)

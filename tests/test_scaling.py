@@ -107,7 +107,6 @@ PARAMETERS = {
 }  # fmt: skip
 
 
-@pytest.mark.requirement(6)
 @pytest.mark.parametrize(("scaling", "frequencies", "magnitude"), GOLDEN.values(), ids=GOLDEN.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_scaling_gives_stored_frequencies_of_transformers(scaling, frequencies, magnitude, dtype):
@@ -117,7 +116,6 @@ def test_scaling_gives_stored_frequencies_of_transformers(scaling, frequencies, 
     assert math.isclose(ours.magnitude, magnitude, rel_tol=1e-12)
 
 
-@pytest.mark.requirement(6)
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
 @pytest.mark.parametrize(("parameters", "seq_len"), PARAMETERS.values(), ids=PARAMETERS.keys())
 def test_scaling_from_a_model_configuration_is_transformers_own(parameters, seq_len, theta):
@@ -132,7 +130,6 @@ def test_scaling_from_a_model_configuration_is_transformers_own(parameters, seq_
     assert math.isclose(ours.magnitude, magnitude, rel_tol=1e-12)
 
 
-@pytest.mark.requirement(6)
 def test_llama3_gives_the_frequencies_of_transformers_at_both_thresholds():
     ours = scaled_frequencies(Scaling.of("llama3", **LLAMA3), 128, 500_000.0, torch.float64)
     expected = torch.tensor(LLAMA3_28_TO_34, dtype=torch.float64)
@@ -245,7 +242,6 @@ def test_interpolation_applies_besides_a_scaling_of_positions():
     torch.testing.assert_close(angles, expected, rtol=1e-15, atol=0)
 
 
-@pytest.mark.requirement(1)
 def test_registered_scaling_is_called_once_per_distinct_axis():
     calls = []
 
@@ -294,14 +290,12 @@ def test_axis_frequencies_refuses(fields, error, message):
         AxisFrequencies(**{"inverse": torch.ones(2)} | fields)
 
 
-@pytest.mark.requirement(2)
 def test_unknown_scaling_is_refused_naming_those_that_import_registered():
     names = "default, dynamic, fps, .*kandinsky5, linear, llama3, longrope, none, ntk, proportional, .*riflex, yarn"
     with pytest.raises(ValueError, match=f"scaling must be one of {names}, got 'su'"):
         rope_table(RopeSpec((8,), scaling=Scaling.of("su")), Grid(2))
 
 
-@pytest.mark.requirement(5)
 def test_import_alone_registers_every_type(repository):
     program = "import json, dit_rope; print(json.dumps(dit_rope.known_scalings()))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=repository, check=True)
@@ -338,7 +332,6 @@ def test_scaling_refuses_options(scaling, message):
         scaled_frequencies(scaling, 16, 10_000.0, torch.float64)
 
 
-@pytest.mark.requirement(4)
 @pytest.mark.parametrize(
     ("kind", "missing"),
     [

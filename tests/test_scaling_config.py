@@ -35,7 +35,6 @@ class _ModelConfig:
     rope_scaling: dict[str, object] | None = field(default_factory=lambda: dict(DYNAMIC))
 
 
-@pytest.mark.requirement(3)
 @pytest.mark.parametrize(
     "config",
     [
@@ -62,7 +61,6 @@ def test_config_may_be_a_dictionary_a_dataclass_or_a_model(config):
     assert scaling_from_config(config) == LINEAR
 
 
-@pytest.mark.requirement(3)
 @pytest.mark.parametrize(
     "config",
     [
@@ -79,7 +77,6 @@ def test_config_that_asks_for_nothing_gives_none(config):
     assert scaling_from_config(config) is None
 
 
-@pytest.mark.requirement(3)
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
@@ -139,7 +136,6 @@ def test_layer_types_have_scalings_of_their_own():
         scaling_from_config(config)
 
 
-@pytest.mark.requirement(11)
 @pytest.mark.parametrize(
     ("head_dim", "factor", "expected"),
     [(128, 0.5, 64), (64, 0.25, 16), (80, 0.4, 32), (10, 0.5, 4), (64, 0.01, 2), (64, 0.0, 64), (64, 1.5, 64)],

@@ -80,7 +80,6 @@ def test_stream_rotates_far_frames_by_the_scaled_angles(name):
     torch.testing.assert_close(turned.double(), expected, rtol=0, atol=atol)
 
 
-@pytest.mark.requirement(32)
 @pytest.mark.parametrize("name", SCALINGS)
 def test_shift_turns_by_the_scaled_angle_without_its_magnitude(name):
     spec = spec_with(name)

@@ -28,7 +28,6 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.mark.requirement(17)
 def test_table_is_one_for_all_layers_and_gathered_by_the_backend() -> None:
     table = ShiftTable(TEXT, step=BLOCK)
     with mock.patch.object(eager, "rotate", wraps=eager.rotate) as backend:
@@ -41,7 +40,6 @@ def test_table_is_one_for_all_layers_and_gathered_by_the_backend() -> None:
     assert {args.positions.shape for args in calls} == {(3, 1, 1)}
 
 
-@pytest.mark.requirement(17)
 def test_spec_in_place_of_a_table_makes_one_table() -> None:
     with mock.patch.object(eager, "rotate", wraps=eager.rotate) as backend:
         for _ in range(3):
@@ -49,7 +47,6 @@ def test_spec_in_place_of_a_table_makes_one_table() -> None:
     assert len({call.args[1].rows.data_ptr() for call in backend.call_args_list}) == 1
 
 
-@pytest.mark.requirement(18)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_table_rows_are_multiples_of_the_step_in_float64_rounded_once(axis: int) -> None:
     table = ShiftTable(VIDEO, axis=axis, step=BLOCK)
@@ -62,7 +59,6 @@ def test_table_rows_are_multiples_of_the_step_in_float64_rounded_once(axis: int)
     assert not table.rows[..., pairs:].any()
 
 
-@pytest.mark.requirement(18)
 def test_table_of_float32_frequencies_has_float64_angles() -> None:
     table = ShiftTable(RopeSpec((16,), frequency_dtype=F32), step=64)
     frequencies = 1.0 / 10_000.0 ** (torch.arange(0, 16, 2, dtype=F32) / 16)
@@ -70,7 +66,6 @@ def test_table_of_float32_frequencies_has_float64_angles() -> None:
     assert torch.equal(table.reserve(1000)[:, :1001], torch.stack((exact.cos(), exact.sin())).float())
 
 
-@pytest.mark.requirement(24)
 def test_table_grows_on_demand_and_old_rows_keep_their_bits() -> None:
     table = ShiftTable(TEXT, step=BLOCK)
     before, bits = table.rows, table.rows.clone()
@@ -83,7 +78,6 @@ def test_table_grows_on_demand_and_old_rows_keep_their_bits() -> None:
     assert_within(longer, turned(keys, TEXT, moved), naively_turned(keys, TEXT, moved))
 
 
-@pytest.mark.requirement(24)
 def test_row_past_the_table_is_an_error_in_the_backend() -> None:
     """The table as it is before it grows: what a backend does when nobody has looked at the deltas."""
     table = ShiftTable(TEXT)
@@ -92,7 +86,6 @@ def test_row_past_the_table_is_an_error_in_the_backend() -> None:
         eager.rotate([pool(1)], args, [torch.empty(1, BLOCK, 2, 16)])
 
 
-@pytest.mark.requirement(24)
 def test_row_past_the_table_does_not_turn_on_a_gpu(cuda_on_cpu: object) -> None:
     table, keys = ShiftTable(TEXT), pool(3)
     wrong = (table.rows.shape[1], 2**31 - 1)
@@ -129,7 +122,6 @@ def test_table_is_real_after_a_first_use_in_other_circumstances() -> None:
 
 
 @both_pairings
-@pytest.mark.requirement(19)
 def test_delta_of_a_block_is_that_delta_for_each_of_its_tokens(pairing: Pairing, backend: str) -> None:
     spec, keys, deltas = RopeSpec((16,), pairing=pairing), pool(3), int32([3], [0], [7])
     per_block = shift_keys(keys, spec, deltas=deltas, backend=backend)
@@ -138,8 +130,6 @@ def test_delta_of_a_block_is_that_delta_for_each_of_its_tokens(pairing: Pairing,
 
 
 @both_pairings
-@pytest.mark.requirement(20)
-@pytest.mark.requirement(22)
 def test_deltas_may_differ_inside_a_block(pairing: Pairing, backend: str) -> None:
     spec, keys = RopeSpec((16,), pairing=pairing), pool(2, dim=20)
     deltas = int32([0, 1, 2, 9], [63, 5, 5, 0])
@@ -149,7 +139,6 @@ def test_deltas_may_differ_inside_a_block(pairing: Pairing, backend: str) -> Non
 
 
 @both_pairings
-@pytest.mark.requirement(21)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-12), (F32, 1e-6)], ids=["float64", "float32"])
 def test_shift_gives_keys_rotated_elsewhere(pairing: Pairing, dtype: torch.dtype, tolerance: float) -> None:
     spec, raw = RopeSpec((16,), pairing=pairing), pool(2).double()
@@ -195,7 +184,6 @@ def rotation_args(rows: torch.Tensor, positions: torch.Tensor, spec: RopeSpec) -
 
 
 @both_pairings
-@pytest.mark.requirement(22)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 1e-6), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)], ids=str)
 def test_vectors_of_the_kernel(dtype: torch.dtype, tolerance: float, pairing: Pairing, backend: str) -> None:
     order = torch.tensor([0, 1, 2, 3] if pairing is Pairing.HALF else [0, 2, 1, 3])
@@ -205,7 +193,6 @@ def test_vectors_of_the_kernel(dtype: torch.dtype, tolerance: float, pairing: Pa
     assert (actual[0].float() - BLOCK_AFTER[..., order]).abs().max() <= tolerance
 
 
-@pytest.mark.requirement(22)
 def test_table_of_long_blocks_has_the_recorded_sines() -> None:
     """Blocks 18 to 44 of 53 leave, 27 blocks of 16 tokens; recorded in float16, with the sign of a move back."""
     plan = plan_eviction(range(18, 45), 53, 16)
@@ -217,7 +204,6 @@ def test_table_of_long_blocks_has_the_recorded_sines() -> None:
 # --------------------------------------------------------------------------------------------------- planning evictions
 
 
-@pytest.mark.requirement(26)
 def test_empty_list_changes_nothing(backend: str) -> None:
     keys = pool(4)
     keys[0, 0, 0, :2] = torch.tensor([torch.inf, -0.0])  # which no rotation by an angle of zero keeps
@@ -230,7 +216,6 @@ def test_empty_list_changes_nothing(backend: str) -> None:
 
 
 @both_pairings
-@pytest.mark.requirement(27)
 @pytest.mark.parametrize("transposed", [False, True], ids=["tokens-first", "heads-first"])
 def test_only_listed_blocks_change(pairing: Pairing, transposed: bool, backend: str) -> None:
     spec, keys = RopeSpec((16,), pairing=pairing), pool(6, heads=3)
@@ -261,7 +246,6 @@ def test_shift_of_other_sizes_is_as_accurate_as_float32(blocks: int, block: int,
     assert_within(shifted[:, :, few], exact, naively_turned(keys[:, :, few], spec, -deltas))
 
 
-@pytest.mark.requirement(29)
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_shift_of_a_video_turns_one_axis_alone(axis: int, backend: str) -> None:
     keys = torch.randn(2, 12, 2, 24)  # 20 channels turn, 4 do not
@@ -274,7 +258,6 @@ def test_shift_of_a_video_turns_one_axis_alone(axis: int, backend: str) -> None:
     assert torch.equal(out[..., others], keys[..., others])
 
 
-@pytest.mark.requirement(29)
 def test_shift_of_a_video_gives_keys_of_other_frames() -> None:
     raw = torch.randn(1, 2 * 6, 2, 20, dtype=F64)
     at_9, at_4 = (
@@ -288,7 +271,6 @@ def test_shift_of_a_video_gives_keys_of_other_frames() -> None:
     assert (shift_keys(at_9, VIDEO, delta_frames=-5) - at_4).abs().max() <= 1e-12
 
 
-@pytest.mark.requirement(32)
 @pytest.mark.parametrize(
     "scaling",
     [

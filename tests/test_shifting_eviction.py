@@ -30,7 +30,6 @@ PLANS = {
 }
 
 
-@pytest.mark.requirement(23)
 @pytest.mark.parametrize("name", PLANS)
 def test_plan_and_angles_of_four_blocks_of_two(name: str) -> None:
     theta, evicted, expected = PLANS[name]
@@ -42,7 +41,6 @@ def test_plan_and_angles_of_four_blocks_of_two(name: str) -> None:
         assert (-rows[1, steps]).tolist() == pytest.approx(sines, abs=1e-8)
 
 
-@pytest.mark.requirement(23)
 @pytest.mark.parametrize(
     ("evicted", "blocks", "moved"), [({1, 2}, 7, 4), ({8, 0, 5, 3}, 9, 5), (set(range(24, 29)), 30, 1)]
 )
@@ -53,7 +51,6 @@ def test_plan_moves_what_follows_an_evicted_block(evicted: set[int], blocks: int
     assert [block for block in range(blocks) if block not in evicted] == list(plan.kept)
 
 
-@pytest.mark.requirement(23)
 @pytest.mark.parametrize(
     ("evicted", "blocks", "block_size"), [([1, 2, 6, 39], 32, 8), ([8, 0, 5, 50], 9, 16), ([0, 1, 2], 2, 8)]
 )
@@ -62,7 +59,6 @@ def test_plan_refuses_blocks_that_are_not_there(evicted: list[int], blocks: int,
         plan_eviction(evicted, blocks, block_size)
 
 
-@pytest.mark.requirement(23)
 @pytest.mark.parametrize("theta", [-1.0, 0.0, 1337.0])
 def test_spec_needs_a_positive_theta(theta: float) -> None:
     if theta > 0:
@@ -78,7 +74,6 @@ def test_plan_of_nothing_and_of_everything() -> None:
 
 
 @pytest.mark.parametrize("pairing", list(Pairing), ids=lambda pairing: pairing.value)
-@pytest.mark.requirement(25)
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 def test_eviction_leaves_the_logits_of_a_cache_without_the_evicted(pairing: Pairing, dtype: torch.dtype) -> None:
     spec, blocks = RopeSpec((16,), pairing=pairing), 7

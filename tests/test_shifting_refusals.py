@@ -12,7 +12,6 @@ from turned_keys import BLOCK, TEXT, int32
 from dit_rope import RopeSpec, ShiftTable, plan_eviction, shift_keys
 
 
-@pytest.mark.requirement(28)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
 def test_quantized_keys_are_refused(dtype: torch.dtype) -> None:
     keys = torch.zeros(2, BLOCK, 2, 16).to(dtype)

@@ -99,7 +99,6 @@ def test_runs_of_consecutive_numbers() -> None:
     assert list(runs([])) == []
 
 
-@pytest.mark.requirement(31)
 @pytest.mark.parametrize("start", [0, 1021, 5_000, 100_000, 1_000_000])
 def test_queries_far_from_the_start_are_those_of_float64(start: int) -> None:
     stream = RopeStream(WAN, SIZE, window_frames=6, policy=ABSOLUTE)
@@ -114,7 +113,6 @@ def test_queries_far_from_the_start_are_those_of_float64(start: int) -> None:
     assert (stream.rotate(x.float()) - exact).abs().max() <= 1e-6
 
 
-@pytest.mark.requirement(31)
 def test_stream_rotates_as_the_table_of_its_start_frame_does() -> None:
     """Bit for bit, over both of the tables that it has at a time."""
     stream = stream_of(window=5)
