@@ -15,10 +15,12 @@ import torch
 
 from .cache import FifoCache, in_mode
 from .scaling_types import TYPES, AxisFrequencies, ScalingFunction, ScalingType, default, ntk_theta
-from .spec import RopeSpec, Scaling
+from .spec import RopeSpec, Scaling, integer
 
 # Keys of transformers' dictionaries that say which type it is, or belong to the rotation and not to its scaling.
-_TYPE_KEYS = ("type", "rope_type")
+_TYPE_KEYS = ("rope_type", "type")
+_OTHER_NAMES = {"mrope": "default"}  # Qwen2-VL's: axes of their own, frequencies as trained
+_WITHOUT_EFFECT = frozenset({"finetuned"})  # in checkpoints of YaRN's authors; nobody reads it
 _OF_THE_SPEC = frozenset({*_TYPE_KEYS, "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"})
 _IN_MODEL_CONFIG = ("rope_parameters", "rope_scaling")
 _CONTEXT_OF_MODEL = ("max_position_embeddings", "original_max_position_embeddings")
@@ -135,8 +137,9 @@ def scaling_from_config(config: object, *, layer_type: str | None = None, **cont
     ``RopeSpec((rotary_dim(head_dim, config["partial_rotary_factor"]),), theta=config["rope_theta"], ...)``.
 
     Args:
-        config: a ``rope_scaling`` or ``rope_parameters`` dictionary (``type`` is read before ``rope_type``), a
-            dataclass with such fields, a model's configuration that holds one of them, or None.
+        config: a ``rope_scaling`` or ``rope_parameters`` dictionary, a dataclass with such fields, a model's
+            configuration that holds one of them, or None. As in transformers, ``rope_type`` is read before ``type``,
+            and ``mrope`` is ``default``.
         layer_type: which entry of a dictionary with one per layer type, such as ``"full_attention"``.
         context: options that only the caller knows, used where the type takes them and ``config`` has none:
             ``seq_len`` (for dynamic and longrope), ``max_position_embeddings``.
@@ -162,17 +165,19 @@ def _from_config(config: object, layer_type: str | None, context: Mapping[str, f
         return _from_config(given[layer_type], None, context)
     kind = next((given[key] for key in _TYPE_KEYS if given.get(key) is not None), None)
     if kind is None:
-        raise ValueError(f"rope_scaling must contain 'type' or 'rope_type', got {dict(given)}")
+        raise ValueError(f"rope_scaling must contain 'rope_type' or 'type', got {dict(given)}")
     return _scaling(kind, given, context)
 
 
 def _scaling(kind: object, given: Mapping[str, Any], context: Mapping[str, float | None]) -> Scaling | None:
     if not isinstance(kind, str):
         raise TypeError(f"the type in rope_scaling must be a string, got {kind!r}")
+    kind = _OTHER_NAMES.get(kind, kind)
     function = _function(kind)
     named, _ = _options_of(function)
     options = {name: value for name, value in context.items() if name in named}
-    options |= {name: value for name, value in given.items() if name in named or name not in _OF_THE_SPEC}
+    ignored = _OF_THE_SPEC | _WITHOUT_EFFECT
+    options |= {name: value for name, value in given.items() if name in named or name not in ignored}
     options = {name: value for name, value in options.items() if value is not None}
     _check_options(kind, function, options)
     return None if function is default else Scaling.of(kind, **options)
@@ -202,10 +207,7 @@ def rotary_dim(head_dim: int, partial_rotary_factor: float = 1.0) -> int:
     Raises:
         TypeError, ValueError: for a head of fewer than 2 channels, or a factor that is not finite.
     """
-    if isinstance(head_dim, bool) or not isinstance(head_dim, int):
-        raise TypeError(f"head_dim must be an int, got {head_dim!r}")
-    if head_dim < 2:
-        raise ValueError(f"head_dim must be at least 2, got {head_dim}")
+    head_dim = integer("head_dim", head_dim, 2)
     if isinstance(partial_rotary_factor, bool) or not isinstance(partial_rotary_factor, int | float):
         raise TypeError(f"partial_rotary_factor must be a number, got {partial_rotary_factor!r}")
     if not abs(partial_rotary_factor) < math.inf:

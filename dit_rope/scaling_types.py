@@ -153,39 +153,38 @@ def yarn(
     factor: float | None = None,
     max_position_embeddings: float | None = None,
     attention_factor: float | None = None,
-    **settings: float,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    mscale: float = 0.0,
+    mscale_all_dim: float = 0.0,
+    truncate: bool = True,
 ) -> AxisFrequencies:
     """YaRN (arXiv:2309.00071): slow pairs interpolated, fast ones kept, a ramp between, cos and sin scaled up.
 
-    Without ``factor`` it is ``max_position_embeddings / original_max_position_embeddings``. ``settings``:
-    ``beta_fast`` (32) and ``beta_slow`` (1), in turns over the original length, bound the ramp, at whole pairs unless
-    ``truncate`` (True) is False; ``mscale`` and ``mscale_all_dim``, both or neither, replace the scale of cos and sin
-    by their ratio.
+    Without ``factor`` it is ``max_position_embeddings / original_max_position_embeddings``. ``beta_fast`` and
+    ``beta_slow``, in turns over the original length, bound the ramp, at whole pairs unless ``truncate`` is False;
+    ``mscale`` and ``mscale_all_dim``, both or neither, replace the scale of cos and sin by their ratio.
     """
-    known = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0, "truncate": True}
-    if unknown := settings.keys() - known.keys():
-        raise ValueError(f"yarn scaling must not have {', '.join(sorted(unknown))}; it also takes {sorted(known)}")
-    values = known | settings
     length = _positive("original_max_position_embeddings", original_max_position_embeddings)
     factor = _growth("yarn", factor, max_position_embeddings, length)
 
     def pair_that_turns(turns: float) -> float:
         return dim * math.log(length / (_positive("beta", turns) * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = pair_that_turns(values["beta_fast"]), pair_that_turns(values["beta_slow"])
-    if values["truncate"]:
+    low, high = pair_that_turns(beta_fast), pair_that_turns(beta_slow)
+    if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     width = (high - low) or 0.001
     ramp = ((torch.arange(dim // 2, dtype=torch.float64, device="cpu") - low) / width).clamp(0, 1).to(dtype)
     frequencies = base_frequencies(dim, theta, dtype)
 
-    def magnitude(mscale: float) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
     if attention_factor is None:
-        scales = values["mscale"], values["mscale_all_dim"]
-        attention_factor = magnitude(scales[0]) / magnitude(scales[1]) if all(scales) else magnitude(1.0)
+        both = mscale and mscale_all_dim
+        attention_factor = magnitude(mscale) / magnitude(mscale_all_dim) if both else magnitude(1.0)
     return AxisFrequencies(frequencies * (1 - ramp) + frequencies / factor * ramp, attention_factor)
 
 
@@ -200,27 +199,23 @@ def longrope(
     original_max_position_embeddings: float,
     seq_len: float,
     max_position_embeddings: float | None = None,
-    **settings: float,
+    attention_factor: float | None = None,
+    factor: float | None = None,
 ) -> AxisFrequencies:
     """LongRoPE (arXiv:2402.13753): a divisor per pair, from one list up to the original length, another past it.
 
-    ``settings``: cos and sin are multiplied by ``attention_factor``, or else by what follows from ``factor``, or else
-    from ``max_position_embeddings / original_max_position_embeddings``.
+    Cos and sin are multiplied by ``attention_factor``, or else by what follows from ``factor``, or else from
+    ``max_position_embeddings / original_max_position_embeddings``.
     """
-    if unknown := settings.keys() - {"attention_factor", "factor"}:
-        raise ValueError(
-            f"longrope scaling must not have {', '.join(sorted(unknown))}; it also takes attention_factor and factor"
-        )
     length = _positive("original_max_position_embeddings", original_max_position_embeddings)
     name, divisors = ("long_factor", long_factor) if seq_len > length else ("short_factor", short_factor)
     if not isinstance(divisors, Sequence) or len(divisors) != dim // 2:
         raise ValueError(f"{name} must have one value per channel pair of an axis ({dim // 2}), got {divisors!r}")
-    magnitude = settings.get("attention_factor")
-    if magnitude is None:
-        factor = _growth("longrope", settings.get("factor"), max_position_embeddings, length)
-        magnitude = math.sqrt(1.0 + math.log(factor) / math.log(length)) if factor > 1.0 else 1.0
+    if attention_factor is None:
+        growth = _growth("longrope", factor, max_position_embeddings, length)
+        attention_factor = math.sqrt(1.0 + math.log(growth) / math.log(length)) if growth > 1.0 else 1.0
     slowed = base_frequencies(dim, theta, dtype) / torch.tensor(divisors, dtype=dtype, device="cpu")
-    return AxisFrequencies(slowed, magnitude)
+    return AxisFrequencies(slowed, attention_factor)
 
 
 @_scaling_type()
@@ -271,17 +266,21 @@ def riflex(
 
     ``frames`` is the length to generate, in latent frames, as upstream's ``L_test``. The pair is number ``k``, counted
     from 1, or the one whose period is nearest to ``repetition``, the latent frame at which videos of this model begin
-    to repeat. It turns at ``margin * 2 pi / frames`` per frame, and is never sped up: a video that fits its period is
-    rotated as trained. Source: ``riflex_utils.py`` of thu-ml/DiT-Extrapolation (d54e1e2).
+    to repeat. It turns at ``margin * 2 pi / frames`` per frame, and is never sped up. A video of no more frames than
+    the pair's period, rounded to whole frames, is rotated as trained: ``L_test > N_k`` is upstream's condition too.
+    Source: ``riflex_utils.py`` and ``hunyuanvideo.py`` of thu-ml/DiT-Extrapolation (d54e1e2).
     """
     if (k is None) == (repetition is None):
         raise ValueError(f"riflex scaling must have k or repetition, and not both, got {k} and {repetition}")
     if k is None:
         k, _ = intrinsic_pair(dim, theta, _positive("repetition", repetition))
-    if not isinstance(k, int) or not 1 <= k <= dim // 2:
+    if k not in range(1, dim // 2 + 1):  # which 4.0 is, and has to be: as a key of caches it is equal to 4
         raise ValueError(f"k must be an int from 1 to the number of pairs of the axis ({dim // 2}), got {k}")
     frequencies = base_frequencies(dim, theta, dtype)
-    frequencies[k - 1 : k].clamp_(max=_positive("margin", margin) * 2 * math.pi / _positive("frames", frames))
+    slowed = _positive("margin", margin) * 2 * math.pi / _positive("frames", frames)
+    pair = int(k) - 1
+    if frames > _period(dim, theta, pair):
+        frequencies[pair : pair + 1].clamp_(max=slowed)
     return AxisFrequencies(frequencies)
 
 
@@ -290,9 +289,14 @@ def intrinsic_pair(dim: int, theta: float, repetition: float) -> tuple[int, int]
 
     ``identify_k`` of RIFLEx: periods are rounded to whole positions, and the first of equals is taken.
     """
-    periods = [round(2 * math.pi / (1.0 / theta ** (2 * pair / dim))) for pair in range(dim // 2)]
+    periods = [_period(dim, theta, pair) for pair in range(dim // 2)]
     nearest = min(range(len(periods)), key=lambda pair: abs(periods[pair] - repetition))
     return nearest + 1, periods[nearest]
+
+
+def _period(dim: int, theta: float, pair: int) -> int:
+    """Positions, rounded to whole ones, in which pair number ``pair``, from 0, comes round."""
+    return round(2 * math.pi / (1.0 / theta ** (2 * pair / dim)))
 
 
 @_scaling_type(frame_axis_only=True)

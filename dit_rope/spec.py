@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import enum
 import math
+import numbers
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -105,13 +107,22 @@ class Scaling:
     def of(cls, kind: str, **parameters: ScalingValue | Sequence[float]) -> Scaling:
         """Makes a scaling from keyword parameters: ``Scaling.of("linear", factor=4.0)``."""
         frozen = {
-            name: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+            name: tuple(map(_plain, value))
+            if isinstance(value, Sequence) and not isinstance(value, str)
+            else _plain(value)
             for name, value in parameters.items()
         }
         return cls(kind, tuple(sorted(frozen.items())))
 
     def __str__(self) -> str:
         return f"{self.kind}({', '.join(f'{name}={value}' for name, value in self.parameters)})"
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy as Python's own; everything else as it is."""
+    if isinstance(value, int | float) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 Scalings = Scaling | Sequence[Scaling | None] | None
@@ -130,8 +141,8 @@ def _scalings(given: Scalings, axes: int) -> Scaling | tuple[Scaling | None, ...
 
 def _per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple[float, ...]:
     """One positive finite float per axis; a number, or a sequence of one, serves every axis."""
-    values = list(value) if isinstance(value, Sequence) else [value]
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+    values = [_plain(v) for v in (value if isinstance(value, Sequence) else (value,))]
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         raise TypeError(f"{name} must be a number or numbers, got {value!r}")
     if len(values) == 1:
         values = values * axes
@@ -142,13 +153,27 @@ def _per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple[flo
     return tuple(float(v) for v in values)
 
 
+def as_int(value: object) -> int | None:
+    """``value`` as an int where it is one, those of numpy included; None for anything else, a bool too."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else None
+
+
 def integer(name: str, value: object, minimum: int) -> int:
-    """``value``, which must be an int of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """``value`` as an int, which must be at least ``minimum``; ints of numpy are taken too.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value.
+    """
+    number = as_int(value)
+    if number is None:
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < minimum:
+    if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value
+    return number
 
 
 @dataclass(frozen=True)
@@ -203,6 +228,8 @@ class RopeSpec:
                 "the exponent dim / (dim - 2) does not exist there"
             )
         object.__setattr__(self, "dims", dims)
+        if isinstance(self.theta, Sequence) and len(self.theta) != 1:
+            raise TypeError(f"theta must be one number for all axes, got {self.theta!r}; scale axes by theta_rescale")
         object.__setattr__(self, "theta", _per_axis("theta", self.theta, 1)[0])
         object.__setattr__(self, "theta_rescale", rescale)
         object.__setattr__(self, "interpolation", _per_axis("interpolation", self.interpolation, len(dims)))
@@ -273,20 +300,19 @@ class Shard:
     tokens: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        integer("world", self.world, 1)
-        integer("rank", self.rank, 0)
+        object.__setattr__(self, "world", integer("world", self.world, 1))
+        object.__setattr__(self, "rank", integer("rank", self.rank, 0))
         if self.rank >= self.world:
             raise ValueError(f"rank must be below world ({self.world}), got {self.rank}")
         if self.axis is not None:
-            integer("axis", self.axis, 0)
+            object.__setattr__(self, "axis", integer("axis", self.axis, 0))
         if self.tokens is not None:
             if self.axis is not None or self.world != 1:
                 raise ValueError("tokens must not be combined with axis or world; use Shard.of_tokens(start, stop)")
             if not isinstance(self.tokens, tuple) or len(self.tokens) != 2:
                 raise TypeError(f"tokens must be a tuple (start, stop), got {self.tokens!r}")
-            start, stop = self.tokens
-            integer("tokens start", start, 0)
-            integer("tokens stop", stop, start + 1)
+            start = integer("tokens start", self.tokens[0], 0)
+            object.__setattr__(self, "tokens", (start, integer("tokens stop", self.tokens[1], start + 1)))
 
     @classmethod
     def of_tokens(cls, start: int, stop: int) -> Shard:

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
@@ -225,6 +226,25 @@ def test_riflex_leaves_a_video_that_fits_its_period_as_trained():
     assert torch.equal(ours, base_frequencies(16, 256.0, torch.float32))
 
 
+@pytest.mark.parametrize("which", [{"k": 4}, {"k": 4.0}, {"repetition": 50}], ids=str)
+@pytest.mark.parametrize("frames", [1, 45, 46, 48, 50, 51, 66])
+def test_riflex_slows_only_videos_longer_than_the_pair_s_period(frames, which):
+    """HunyuanVideo's pair 4 comes round in 50 frames; upstream asks ``L_test > N_k``."""
+    cache_clear()  # 4.0 is equal to 4
+    ours = scaled_frequencies(Scaling.of("riflex", frames=frames, **which), 16, 256.0, torch.float64).inverse
+    trained = scaled_frequencies(None, 16, 256.0, torch.float64).inverse
+    expected = trained.clone()
+    if frames > 50:
+        expected[3] = 0.9 * 2 * math.pi / frames
+    assert torch.equal(ours, expected)
+
+
+def test_numbers_of_numpy_are_options_like_others():
+    ours = Scaling.of("longrope", factor=np.float32(2), seq_len=np.int64(9), short_factor=[np.float64(1)])
+    assert ours == Scaling.of("longrope", factor=2.0, seq_len=9, short_factor=[1.0])
+    assert {type(value) for name, value in ours.parameters if name != "short_factor"} == {float, int}
+
+
 @pytest.mark.parametrize("kind", ["riflex", "fps"])
 def test_scaling_of_frames_is_refused_on_another_axis(kind):
     options = {"frames": 66, "k": 1} if kind == "riflex" else {"fps": 16}
@@ -314,8 +334,11 @@ def test_import_alone_registers_every_type(repository):
         (Scaling.of("linear", factor=0.0), "factor must be positive and finite, got 0.0"),
         (Scaling.of("ntk", factor=-1.0, exponent=1.0), "factor must be positive and finite, got -1.0"),
         (Scaling.of("yarn", original_max_position_embeddings=64), "yarn scaling must have factor, or max_position_emb"),
-        (Scaling.of("yarn", **YARN, beta=2.0), "yarn scaling must not have beta; it also takes .*'beta_fast'"),
-        (Scaling.of("longrope", **LONGROPE, seq_len=1, scale=1), "longrope scaling must not have scale; it also takes"),
+        (Scaling.of("yarn", **YARN, beta=2.0), "yarn scaling must not have beta, got .*; it takes .*beta_fast"),
+        (
+            Scaling.of("longrope", **LONGROPE, seq_len=1, scale=1),
+            "longrope scaling must not have scale, got .*; it takes .*attention_factor",
+        ),
         (Scaling.of("longrope", **LONGROPE | {"short_factor": [1.0]}, seq_len=1), r"per .* \(8\), got \(1.0,\)"),
         (Scaling.of("longrope", **LONGROPE | {"long_factor": 2.0}, seq_len=9000), r"long_factor must have .* got 2.0"),
         (Scaling.of("llama3", **LLAMA3 | {"high_freq_factor": 1.0}), r"must be above low_freq_factor \(1.0\), got 1.0"),

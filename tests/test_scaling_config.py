@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
-from transformers import Gemma3TextConfig, LlamaConfig
+from transformers import Gemma3TextConfig, LlamaConfig, Qwen2VLConfig
 
 from dit_rope import Scaling, rotary_dim, scaling_from_config
 
 LINEAR = Scaling.of("linear", factor=4.0)
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LONG = {"short_factor": [1.0, 2.0], "long_factor": [2.0, 3.0], "original_max_position_embeddings": 64}
 
 
@@ -40,7 +41,8 @@ class _ModelConfig:
     [
         {"type": "linear", "factor": 4.0},
         {"rope_type": "linear", "factor": 4},
-        {"type": "linear", "rope_type": "yarn", "factor": 4.0},
+        {"type": "yarn", "rope_type": "linear", "factor": 4.0},
+        {"type": "linear", "factor": 4.0, "finetuned": True},
         {
             "rope_type": "linear",
             "factor": 4.0,
@@ -68,6 +70,9 @@ def test_config_may_be_a_dictionary_a_dataclass_or_a_model(config):
         {"rope_scaling": None},
         {"rope_type": "default", "rope_theta": 1e6},
         {"type": "none"},
+        {"type": "mrope", "mrope_section": [16, 24, 24]},
+        {"type": "mrope", "mrope_section": [16, 24, 24], "rope_type": "default"},
+        Qwen2VLConfig(rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]}).text_config,
         SimpleNamespace(rope_scaling=None),
         LlamaConfig(),
     ],
@@ -86,16 +91,25 @@ def test_config_that_asks_for_nothing_gives_none(config):
         ({"rope_scaling": "linear"}, TypeError, "got str"),
         ({"type": 3}, TypeError, "the type in rope_scaling must be a string, got 3"),
         ({"type": "linear", "factor": "4"}, TypeError, "factor of linear scaling must be a number or numbers, got '4'"),
-        ({"factor": 4.0}, ValueError, r"must contain 'type' or 'rope_type', got \{'factor': 4.0\}"),
-        ({}, ValueError, r"must contain 'type' or 'rope_type', got \{\}"),
-        ({"rope_type": None, "factor": 2.0}, ValueError, "must contain 'type' or 'rope_type'"),
+        ({"factor": 4.0}, ValueError, r"must contain 'rope_type' or 'type', got \{'factor': 4.0\}"),
+        ({}, ValueError, r"must contain 'rope_type' or 'type', got \{\}"),
+        ({"rope_type": None, "factor": 2.0}, ValueError, "must contain 'rope_type' or 'type'"),
         ({"type": "su", "factor": 2.0}, ValueError, "scaling must be one of default, .*, got 'su'"),
         ({"type": "linear", "factor": 2.0, "alpha": 1.0}, ValueError, "linear scaling must not have alpha"),
+        ({"type": "yarn", "rope_type": "default", "factor": 2.0}, ValueError, "default scaling must not have factor"),
+        # of Ministral 3 and Phi-3.5-MoE; both change results
+        (YARN | {"llama_4_scaling_beta": 0.1}, ValueError, "yarn scaling must not have llama_4_scaling_beta"),
+        ({"type": "longrope", **LONG, "seq_len": 1, "short_mscale": 1.2}, ValueError, "must not have short_mscale"),
     ],
 )
 def test_config_is_refused(config, error, message):
     with pytest.raises(error, match=message):
         scaling_from_config(config)
+
+
+@pytest.mark.parametrize("extra", [{"mrope_section": [16, 24, 24]}, {"type": "mrope"}, {"type": "linear"}], ids=str)
+def test_rope_type_is_read_before_type(extra):
+    assert scaling_from_config(YARN | extra) == scaling_from_config(YARN)
 
 
 def test_context_fills_in_what_the_type_takes_and_the_configuration_lacks():

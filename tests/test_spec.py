@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +84,7 @@ def test_scaling_refuses(kind, options, message):
         ({"dims": (True,)}, TypeError, "dims must be an int, got True"),
         ({"theta": 0.0}, ValueError, "theta must be positive and finite, got 0.0"),
         ({"theta": float("inf")}, ValueError, "theta must be positive and finite, got inf"),
+        ({"theta": (1e4, 1e4, 1e3)}, TypeError, r"theta must be one number for all axes, got \(10000.0, "),
         ({"pairing": "half"}, TypeError, "pairing must be a Pairing, got 'half'"),
         ({"theta_rescale": (1.0, 2.0)}, ValueError, r"one value per axis \(3\), got \(1.0, 2.0\)"),
         ({"theta_rescale": 2.0, "dims": (8, 2)}, ValueError, "theta_rescale must be 1 on an axis of 2 channels"),
@@ -108,6 +110,18 @@ def test_grid_counts_its_tokens_and_shows_itself():
     assert grid.tokens == 75_600
     assert grid == Grid(21, 45, 80, start_frame=3) != Grid(21, 45, 80)
     assert repr(grid) == "Grid(21, 45, 80, start_frame=3)"
+
+
+def test_numbers_of_numpy_are_numbers():
+    two = np.int64(2)
+    spec = RopeSpec((two, 4), theta=np.float32(16), theta_rescale=(1, two), interpolation=np.float64(0.5))
+    assert repr(spec) == repr(RopeSpec((2, 4), theta=16.0, theta_rescale=(1, 2), interpolation=0.5))
+    assert repr(Grid(two, np.uint8(3), start_frame=two)) == repr(Grid(2, 3, start_frame=2))
+    assert repr(Shard(np.int32(1), two, axis=np.int16(0))) == repr(Shard(1, 2, axis=0))
+    assert repr(Shard.of_tokens(np.int64(1), two)) == repr(Shard.of_tokens(1, 2))
+    for wrong in (np.bool_(True), np.float64(2), torch.tensor(2)):
+        with pytest.raises(TypeError, match="Grid size must be an int"):
+            Grid(wrong)
 
 
 @pytest.mark.parametrize(
