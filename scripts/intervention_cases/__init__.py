@@ -1,0 +1,16 @@
+"""What people do around patched models, by theme: each module registers small declared interventions."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from .core import INTERVENTIONS, Intervention, NotApplicable, Subject
+
+_NO_THEME = {"core", "judge", "parts", "runner", "zoo_examples"}
+
+for _found in pkgutil.iter_modules(__path__):
+    if _found.name not in _NO_THEME:
+        importlib.import_module(f"{__name__}.{_found.name}")
+
+__all__ = ["INTERVENTIONS", "Intervention", "NotApplicable", "Subject"]

@@ -1,0 +1,168 @@
+"""What became of a model beside its unpatched twin: results of steps compared, and objects before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+EQUAL, ROUNDED, SAME_ERROR = "equal", "within rounding", "same error"
+REFUSED, REFUSED_LATE = "refused", "refused in the call"
+DIFFERENT, NO_ERROR, OTHER_ERROR, CRASHED, LEFT = "different", "no error", "other error", "crashed", "left behind"
+NOT_JUDGED, NOT_APPLICABLE = "not judged", "not applicable"
+OUTCOMES = (
+    EQUAL, ROUNDED, SAME_ERROR, REFUSED, REFUSED_LATE, NOT_JUDGED, NOT_APPLICABLE,
+    OTHER_ERROR, LEFT, CRASHED, NO_ERROR, DIFFERENT,
+)  # fmt: skip
+"""From the best to the worst; of several rounds of one case the worst counts."""
+SILENT = (DIFFERENT, NO_ERROR)
+BAD = (*SILENT, OTHER_ERROR, CRASHED, LEFT)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step came to: tensors, or an error, and whether dit_rope raised it itself."""
+
+    tensors: tuple[torch.Tensor, ...] = ()
+    error: str = ""
+    message: str = ""
+    own: bool = False
+
+
+def leaves(output: Any) -> tuple[torch.Tensor, ...]:
+    """Every tensor of an output, copied; of a distributed one, this rank's part."""
+    found = [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor)]
+    local = [x.to_local() if hasattr(x, "to_local") else x for x in found]
+    with torch.no_grad():
+        return tuple(x.detach() if x.is_meta else x.detach().clone() for x in local)
+
+
+def step(run: Callable[[], Any], interrupts: type[BaseException]) -> Step:
+    """Runs one step."""
+    try:
+        return Step(leaves(run()))
+    except (Exception, interrupts) as error:
+        return Step((), type(error).__name__, str(error).partition("\n")[0][:300], raised_by_us(error))
+
+
+def raised_by_us(error: BaseException) -> bool:
+    """Whether a ``raise`` of dit_rope's own made it, with a text of its own."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or not isinstance(error, ValueError | TypeError | RuntimeError):
+        return False
+    return "dit_rope" in Path(trace.tb_frame.f_code.co_filename).parts and " must " in str(error)
+
+
+def compared(ours: list[Step], theirs: list[Step], exact: bool, rounded: torch.dtype) -> tuple[str, str]:
+    """The worst outcome of these steps, and what it was."""
+    if len(ours) != len(theirs):
+        return DIFFERENT, f"{len(ours)} steps of {len(theirs)}"
+    found = [_one(a, b, exact, rounded) for a, b in zip(ours, theirs, strict=True)]
+    worst = max(found, key=lambda one: OUTCOMES.index(one[0]))
+    return worst[0], f"step {found.index(worst)}: {worst[1]}" if worst[1] else ""
+
+
+def _one(ours: Step, theirs: Step, exact: bool, rounded: torch.dtype) -> tuple[str, str]:
+    if ours.error or theirs.error:
+        what = f"{ours.error or 'runs'}: {ours.message}; unpatched {theirs.error or 'runs'}: {theirs.message}"
+        if ours.error == theirs.error:
+            return SAME_ERROR, ""
+        if not ours.error:
+            return NO_ERROR, what
+        if ours.own:
+            return REFUSED_LATE, f"{ours.error}: {ours.message}"
+        return (OTHER_ERROR if theirs.error else CRASHED), what
+    if [(x.shape, x.dtype) for x in ours.tensors] != [(x.shape, x.dtype) for x in theirs.tensors]:
+        return DIFFERENT, f"{_described(ours)}; unpatched {_described(theirs)}"
+    if all(map(same, ours.tensors, theirs.tensors)):
+        return EQUAL, ""
+    return _differing(ours, theirs, exact, rounded)
+
+
+def _differing(ours: Step, theirs: Step, exact: bool, rounded: torch.dtype) -> tuple[str, str]:
+    worst = ""
+    bound = 64 * torch.finfo(rounded).eps
+    for number, (a, b) in enumerate(zip(ours.tensors, theirs.tensors, strict=True)):
+        if same(a, b):
+            continue
+        if not a.is_floating_point() or a.isnan().ne(b.isnan()).any():
+            return DIFFERENT, f"tensor {number}: {'nan' if a.is_floating_point() else a.dtype}"
+        off, scale = (a.double() - b.double()).nan_to_num().abs().max().item(), b.double().nan_to_num().abs().max().item()
+        if exact or not off <= bound * scale:
+            worst = f"tensor {number} off by {off:.3g} of {scale:.3g}"
+    return (DIFFERENT, worst) if worst else (ROUNDED, "")
+
+
+def _described(one: Step) -> str:
+    return ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in one.tensors)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """The same bits, where any not-a-number is as good as another."""
+    if a.is_meta or b.is_meta:
+        return a.is_meta and b.is_meta and a.shape == b.shape
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+Objects = dict[tuple[str, str, Any], Any]
+"""Everything a patch may touch: by the module's path, the kind and the name."""
+
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+)  # fmt: skip
+
+
+def objects(model: torch.nn.Module) -> Objects:
+    """The objects of every module themselves, which keeps them alive, so that another does not get their address."""
+    found: Objects = {}
+    for path, module in model.named_modules():
+        found[path, "class", ""] = type(module)
+        for kind, values in (
+            ("attribute", vars(module)),
+            ("parameter", module._parameters),
+            ("buffer", module._buffers),
+            ("child", module._modules),
+        ):
+            found |= {(path, kind, name): value for name, value in values.items() if name not in _HOOKS}
+        for kind in _HOOKS:
+            found |= {(path, kind, number): hook for number, hook in enumerate(getattr(module, kind).values())}
+        for name, value in vars(module).items():
+            if hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module | torch.Tensor):
+                found[path, "class of", name] = type(value)
+    return found
+
+
+def changes(before: Objects, after: Objects) -> set[tuple[str, str, Any]]:
+    """What is another object now, or there only once."""
+    return {
+        key
+        for key in before.keys() | after.keys()
+        if key not in before or key not in after or before[key] is not after[key]
+    }
+
+
+def shapes(found: Objects) -> dict[tuple[str, str, Any], str]:
+    """The classes of these objects by name, to compare those of two models."""
+    return {
+        key: f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else type(value).__qualname__
+        for key, value in found.items()
+    }
+
+
+def left_behind(
+    ours: tuple[Objects, Objects], theirs: tuple[Objects, Objects], expected: Mapping[str, Any] | None = None
+) -> str:
+    """What differs after undo, beyond what differs in the twin too; ours and theirs are before and after."""
+    extra = changes(*ours) - changes(*theirs)
+    mine, its = shapes(ours[1]), shapes(theirs[1])
+    other = {key for key in mine.keys() | its.keys() if mine.get(key) != its.get(key)}
+    named = sorted({f"{path} {kind} {name}" for path, kind, name in extra | other})
+    return "; ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")

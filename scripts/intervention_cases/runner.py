@@ -1,0 +1,262 @@
+"""Runs one example under one intervention, patched in every order and mode, beside an unpatched twin."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import dit_rope
+from dit_rope import rotation
+from dit_rope.models import ADAPTERS
+
+from . import judge
+from .core import Intervention, NotApplicable, Stopped, Subject
+from .judge import Step
+from .parts import Parts, find_parts
+from .zoo_examples import AnyExample, named
+
+MODES = {"exact": True, "fast": False}
+ROUNDS = ((0, 1, 2), (0, 2), (0, 2))
+"""Steps while patched, then after ``undo()`` with the intervention still on, then with it off."""
+Patching = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case, as the detailed table has it. ``turned`` counts tensors that were rotated here."""
+
+    example: str
+    group: str
+    intervention: str
+    when: str
+    mode: str
+    outcome: str
+    detail: str = ""
+    turned: int = 0
+    changed: bool | None = None
+
+
+@dataclass
+class _Run:
+    """What the rounds of one model came to, and its objects before and after everything."""
+
+    rounds: list[list[Step]] = field(default_factory=list)
+    objects: tuple[Any, Any] = ({}, {})
+    refused: str = ""
+    failed: str = ""
+    turned: int = 0
+
+
+@functools.cache
+def _parts_named(name: str) -> Parts:
+    example = named(name)
+    model = example.build(torch.float32)
+    with torch.no_grad():
+        return find_parts(model, lambda: example.run(model, example.inputs(model, example.noise(torch.float32, 1))))
+
+
+def parts_of(example: AnyExample) -> Parts:
+    """Found on a model of its own."""
+    return _parts_named(example.name)
+
+
+def subject_of(example: AnyExample, intervention: Intervention) -> Subject:
+    """A newly built model."""
+    return Subject(example, example.build(intervention.dtype), parts_of(example), intervention.dtype)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[int]]:
+    """A list that gets a number for each tensor that dit_rope rotates."""
+    found: list[int] = []
+    before = {name: getattr(rotation, name) for name in ("apply", "apply_norm")}
+    for name, real in before.items():
+        setattr(rotation, name, lambda xs, *a, real=real, **k: found.extend([1] * len(xs)) or real(xs, *a, **k))
+    try:
+        yield found
+    finally:
+        for name, real in before.items():
+            setattr(rotation, name, real)
+
+
+def steps(subject: Subject, numbers: tuple[int, ...]) -> list[Step]:
+    """Runs these steps, each from a seed of its own."""
+    found = []
+    for number in numbers:
+        torch.manual_seed(number)
+        subject.judged.clear()
+
+        def one(number: int = number) -> Any:
+            subject.before_step(number)
+            output = subject.run(subject.inputs(number))
+            return output, list(subject.judged)
+
+        found.append(judge.step(one, Stopped))
+    return found
+
+
+def twin_of(example: AnyExample, intervention: Intervention) -> _Run:
+    """The unpatched model under the intervention: the same rounds, in which nothing is patched."""
+    subject, run = subject_of(example, intervention), _Run()
+    before = judge.objects(subject.model)
+    try:
+        intervention.put(subject)
+        run.rounds = [steps(subject, ROUNDS[0]), steps(subject, ROUNDS[1])]
+    finally:
+        subject.take_off()
+    if intervention.reversible:
+        run.rounds.append(steps(subject, ROUNDS[2]))
+    run.objects = before, judge.objects(subject.model)
+    return run
+
+
+def patched(
+    example: AnyExample, intervention: Intervention, when: str, exact: bool, patch: Patching = dit_rope.patch
+) -> _Run:
+    """The same rounds of a model that is patched, in one of the orders."""
+    subject, run = subject_of(example, intervention), _Run()
+    before = judge.objects(subject.model)
+    with counted() as turned:
+        try:
+            _in_order(subject, intervention, when, functools.partial(patch, exact=exact), run, turned)
+        finally:
+            subject.take_off()
+    run.objects = before, judge.objects(subject.model)
+    return run
+
+
+def _in_order(
+    subject: Subject, intervention: Intervention, when: str, patch: Patching, run: _Run, turned: list[int]
+) -> None:
+    handle: Any = None
+    if when == "again":
+        with contextlib.suppress(NotApplicable):
+            first = patch(subject.model)
+            steps(subject, (0,))
+            first.undo()
+    if when in ("after", "taken off first"):
+        handle = patch(subject.model)
+    intervention.put(subject)
+    if handle is None:
+        handle = _patched_or_refused(subject, patch, run)
+    turned.clear()
+    run.rounds.append(steps(subject, ROUNDS[0]))
+    run.turned = len(turned)
+    if when == "taken off first":
+        subject.take_off()
+        run.rounds.append([])
+        run.rounds.append(steps(subject, ROUNDS[2]))
+        handle.undo()
+        return
+    if handle is not None:
+        handle.undo()
+    run.rounds.append(steps(subject, ROUNDS[1]))
+    subject.take_off()
+    if intervention.reversible:
+        run.rounds.append(steps(subject, ROUNDS[2]))
+
+
+def _patched_or_refused(subject: Subject, patch: Patching, run: _Run) -> Any:
+    try:
+        return patch(subject.model)
+    except Exception as error:
+        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
+        run.refused, run.failed = (what, "") if isinstance(error, ValueError) else ("", what)
+    return None
+
+
+def rounded_to(example: AnyExample, intervention: Intervention) -> torch.dtype:
+    """The coarsest dtype that queries and keys are rounded to."""
+    found = [intervention.rounded or intervention.dtype, torch.float32]
+    if intervention.dtype == torch.float64:
+        return torch.float32  # the tables of most
+    cls = parts_of(example).classes[""]
+    model = f"{cls.__module__}.{cls.__qualname__}"
+    for adapter in ADAPTERS:
+        if adapter.model == model:
+            found += [result for each in adapter.rotations if (result := getattr(each, "result", None))]
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def judged(
+    run: _Run, twin: _Run, when: str, exact: bool, rounded: torch.dtype, reversible: bool
+) -> tuple[str, str]:
+    """The worst of the rounds, and of what was left behind."""
+    found = []
+    names = ("patched", "after undo", "taken off")
+    for number, (ours, theirs) in enumerate(zip(run.rounds, twin.rounds, strict=False)):
+        if not ours:
+            continue
+        bitwise = exact or run.refused or run.failed or (number > 0 and when != "taken off first")
+        outcome, what = judge.compared(ours, theirs, bool(bitwise), rounded)
+        found.append((outcome, f"{names[number]}, {what}" if what else ""))
+    left = judge.left_behind(run.objects, twin.objects)
+    if left:
+        found.append((judge.LEFT, left))
+    if run.failed:
+        found.append((judge.CRASHED, f"patch raises {run.failed}"))
+    worst = max(found, key=lambda one: judge.OUTCOMES.index(one[0]))
+    if run.refused and worst[0] in (judge.EQUAL, judge.SAME_ERROR):
+        return judge.REFUSED, run.refused
+    return worst
+
+
+def rows_of(
+    example: AnyExample, intervention: Intervention, patch: Patching = dit_rope.patch, orders: Any = None
+) -> Iterator[Row]:
+    """All orders and modes of one example under one intervention."""
+    orders = [each for each in intervention.orders if orders is None or each in orders]
+    row = functools.partial(Row, example.name, intervention.group, intervention.name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            twin = twin_of(example, intervention)
+        except NotApplicable as why:
+            yield row("", "", judge.NOT_APPLICABLE, str(why))
+            return
+        except Exception as error:
+            yield row("", "", judge.NOT_JUDGED, f"unpatched: {type(error).__name__}: {str(error)[:200]}")
+            return
+        changed = _changed(example, intervention, twin) if intervention.changes else None
+        rounded = rounded_to(example, intervention)
+        for when in orders:
+            if when == "taken off first" and not intervention.reversible:
+                continue
+            for mode, exact in MODES.items():
+                yield _row(example, intervention, (when, mode, exact), twin, rounded, patch, changed)
+
+
+def _row(
+    example: AnyExample, intervention: Intervention, how: tuple[str, str, bool], twin: _Run, rounded: torch.dtype,
+    patch: Patching, changed: bool | None,
+) -> Row:  # fmt: skip
+    when, mode, exact = how
+    row = functools.partial(Row, example.name, intervention.group, intervention.name, when, mode, changed=changed)
+    try:
+        run = patched(example, intervention, when, exact, patch)
+    except (Exception, Stopped) as error:
+        return row(judge.CRASHED, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}")
+    outcome, detail = judged(run, twin, when, exact, rounded, intervention.reversible)
+    if outcome in judge.SILENT and _nondeterministic(example, intervention, twin):
+        outcome, detail = judge.NOT_JUDGED, "two unpatched twins differ"
+    return row(outcome, detail, run.turned)
+
+
+def _nondeterministic(example: AnyExample, intervention: Intervention, twin: _Run) -> bool:
+    other = twin_of(example, intervention)
+    found = [judge.compared(a, b, True, torch.float32)[0] for a, b in zip(other.rounds, twin.rounds, strict=True)]
+    return any(outcome not in (judge.EQUAL, judge.SAME_ERROR) for outcome in found)
+
+
+def _changed(example: AnyExample, intervention: Intervention, twin: _Run) -> bool:
+    """Whether the intervention changes what the unpatched model gives, or makes it raise."""
+    subject = subject_of(example, intervention)
+    alone = steps(subject, ROUNDS[0])
+    outcomes = (judge.compared([a], [b], True, torch.float32)[0] for a, b in zip(twin.rounds[0], alone, strict=True))
+    return any(outcome != judge.EQUAL for outcome in outcomes)
