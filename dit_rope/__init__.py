@@ -8,7 +8,8 @@ from .scaling_types import AxisFrequencies
 from .shifting import ShiftTable, plan_eviction, shift_keys
 from .spec import Fusion, Grid, NormKind, Pairing, RopeSpec, Scaling, Shard
 from .streaming import PositionPolicy, RopeStream
-from .tables import RopeTable, cache_clear, cache_configure, cache_info, rope_table
+from .table_caches import cache_clear, cache_configure, cache_info
+from .tables import RopeTable, rope_table
 
 __version__ = "0.1.0"
 

@@ -53,13 +53,16 @@ def build_axis(frequencies: AxisFrequencies, first: int, stop: int, dtype: torch
 AXES: FifoCache[AxisKey, torch.Tensor] = FifoCache("axis", 256, 64 * 2**20, lambda array: (array,))
 
 
+def axis_block(start: int, size: int) -> tuple[int, int]:
+    """The first position of the array that holds ``size`` of them from ``start`` on, and the one after its last."""
+    return start // ROW_BLOCK * ROW_BLOCK, -(-(start + size) // ROW_BLOCK) * ROW_BLOCK
+
+
 def axis_arrays(spec: RopeSpec, grid: Grid, dtype: torch.dtype) -> list[tuple[int, torch.Tensor]]:
     """Per axis, the position of the array's first row and the array; whole blocks of rows, so that streams share."""
     arrays = []
     for axis, size in enumerate(grid.sizes):
-        start = grid.start_frame if axis == 0 else 0
-        first = start // ROW_BLOCK * ROW_BLOCK
-        stop = -(-(start + size) // ROW_BLOCK) * ROW_BLOCK
+        first, stop = axis_block(grid.start_frame if axis == 0 else 0, size)
         arrays.append((first, _axis_array(axis_frequencies(spec, axis), first, stop, dtype)))
     return arrays
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -25,9 +25,8 @@ _OF_THE_SPEC = frozenset({*_TYPE_KEYS, "rope_theta", "partial_rotary_factor", "m
 _IN_MODEL_CONFIG = ("rope_parameters", "rope_scaling")
 _CONTEXT_OF_MODEL = ("max_position_embeddings", "original_max_position_embeddings")
 
-_Key = tuple[Scaling | None, int, float, torch.dtype]
 # Asked for once per axis of each new table: a stream, or steps of a changing scaling, ask for the same ones again.
-_FREQUENCIES: FifoCache[_Key, AxisFrequencies] = FifoCache("frequency", 256, 2**20, lambda found: (found.inverse,))
+FREQUENCIES: FifoCache[Hashable, AxisFrequencies] = FifoCache("frequency", 256, 2**20, lambda found: (found.inverse,))
 
 
 def register_scaling(name: str, function: ScalingFunction) -> None:
@@ -81,7 +80,7 @@ def scaled_frequencies(scaling: Scaling | None, dim: int, theta: float, dtype: t
         ValueError: for an unknown type, naming the known ones, or options that it does not take.
     """
     build = functools.partial(_resolve, scaling, dim, theta, dtype)
-    return _FREQUENCIES.get((scaling, dim, theta, dtype), torch.device("cpu"), build)
+    return FREQUENCIES.get((scaling, dim, theta, dtype), torch.device("cpu"), build)
 
 
 def _resolve(scaling: Scaling | None, dim: int, theta: float, dtype: torch.dtype) -> AxisFrequencies:

@@ -296,7 +296,8 @@ def intrinsic_pair(dim: int, theta: float, repetition: float) -> tuple[int, int]
 
 def _period(dim: int, theta: float, pair: int) -> int:
     """Positions, rounded to whole ones, in which pair number ``pair``, from 0, comes round."""
-    return round(2 * math.pi / (1.0 / theta ** (2 * pair / dim)))
+    frequency: float = 1.0 / theta ** (2 * pair / dim)
+    return round(2 * math.pi / frequency)
 
 
 @_scaling_type(frame_axis_only=True)

@@ -286,7 +286,7 @@ class RopeStream:
             rows = first.rows.clone()
             moved = build_axis(axis_frequencies(self.spec, 0), base, base + frames, rows.dtype)
             rows[:, first.first_rows[0] : first.first_rows[0] + frames, : self.spec.pairs[0]] = moved
-        return replace(first, grid=Grid(*first.grid.sizes, start_frame=base), rows=rows, validated={})
+        return replace(first, grid=Grid(*first.grid.sizes, start_frame=base), rows=rows)
 
     def _check_queries(self, queries: torch.Tensor, frames: int, device: torch.device) -> None:
         if not isinstance(queries, torch.Tensor):

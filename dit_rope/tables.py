@@ -2,147 +2,34 @@
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol, cast
+import functools
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
-from .axis_tables import AXES, axis_arrays
-from .cache import CacheInfo, FifoCache
-from .dense_memory import check_dense_bytes, empty_rows
+from .axis_tables import axis_arrays, axis_block
+from .dense_memory import check_dense_bytes
+from .dense_tables import DenseTable, Form, TableKey, build_complex, build_dense, layout_of
 from .layout import Layout
 from .rotation_args import RotationArgs
-from .spec import Grid, Pairing, RopeSpec, Shard, integer
-from .validation import checked_device
-
-TABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from .spec import Grid, RopeSpec, Shard, as_int, integer
+from .table_caches import ANGLES as ANGLES
+from .table_caches import MODEL_TABLES as MODEL_TABLES
+from .table_caches import TABLES
+from .validation import checked_device, coordinate_rows
 
 _CPU = torch.device("cpu")
 _WHOLE = Shard()
 WITHOUT_FLOAT64_OR_COMPLEX = frozenset({"mps", "npu"})
 
 
-class _Form(enum.Enum):
-    """What an entry of the table cache holds."""
-
-    AXES = enum.auto()
-    REPEATED = enum.auto()
-    PAIRS = enum.auto()
-    COMPLEX = enum.auto()
-    POSITIONS = enum.auto()
-
-    # Enum's own hash is a Python function that runs at every cache hit; members are singletons.
-    __hash__ = object.__hash__
-
-
-@dataclass(frozen=True, slots=True)
-class _TableKey:
-    """Everything a table or one of its forms depends on, but for the device, which the cache adds."""
-
-    spec: RopeSpec
-    grid: Grid
-    shard: Shard
-    dtype: torch.dtype
-    form: _Form
-
-
-@dataclass(frozen=True)
-class TableCacheInfo:
-    """Counters of every cache, as :func:`cache_info` gives them.
-
-    Attributes:
-        tables: entries as a user counts them: tables, dense forms and position tensors.
-        axes: the arrays of single axes, in host memory, which tables of many grids and shards share.
-        angles: what the eager backend expands of tables on CPU, for the next call with the same table.
-        models: tables that patched models build themselves.
-    """
-
-    tables: CacheInfo
-    axes: CacheInfo
-    angles: CacheInfo
-    models: CacheInfo
-
-
-@dataclass(frozen=True)
-class DenseTable:
-    """A pair ``[S, width]`` and the same memory as ``[1, S, 1, width]``."""
-
-    flat: tuple[torch.Tensor, torch.Tensor]
-    broadcast: tuple[torch.Tensor, torch.Tensor]
-
-
-def _tensors_of(value: object) -> tuple[torch.Tensor, ...]:
-    if isinstance(value, RopeTable):
-        return (value.rows,)
-    if isinstance(value, DenseTable):
-        return value.flat
-    assert isinstance(value, torch.Tensor)
-    return (value,)
-
-
-class ModelTensors(Protocol):
-    """A value of the cache of model tables."""
-
-    @property
-    def tensors(self) -> Iterable[torch.Tensor]:
-        """Everything it keeps in memory."""
-
-
-_TABLES: FifoCache[_TableKey, object] = FifoCache("table", 16, 256 * 2**20, _tensors_of)
-# What the eager backend expands of tables on CPU; here, so that the counters and cache_clear cover it.
-ANGLES: FifoCache[Hashable, Sequence[torch.Tensor]] = FifoCache("angle", 8, 64 * 2**20, lambda tensors: tensors)
-# What rope modules of patched models build themselves, and what their keys hold.
-MODEL_TABLES: FifoCache[Hashable, ModelTensors] = FifoCache(
-    "model table", 64, 2**30, lambda built: built.tensors, across_streams=False
-)
-
-
-def cache_info() -> TableCacheInfo:
-    """Hits, misses, evictions, rebuilds, entries and bytes of each cache."""
-    return TableCacheInfo(_TABLES.info(), AXES.info(), ANGLES.info(), MODEL_TABLES.info())
-
-
-def cache_clear() -> None:
-    """Forgets every table and axis array and zeroes the counters; tables already handed out stay valid.
-
-    Those that only a CUDA graph still reads are freed: replay no graph after this that was captured before.
-    """
-    _TABLES.clear()
-    AXES.clear()
-    ANGLES.clear()
-    MODEL_TABLES.clear()
-
-
-def cache_configure(
-    *,
-    max_entries: int | None = None,
-    max_bytes: int | None = None,
-    max_model_entries: int | None = None,
-    max_model_bytes: int | None = None,
-) -> None:
-    """Sets the caps of the table cache (16 entries, 256 MiB at first) and of the model tables (64 entries, 1 GiB).
-
-    The oldest entries leave where a new cap is passed.
-
-    Raises:
-        TypeError, ValueError: for caps that are no positive ints.
-    """
-    values = (max_entries, max_bytes, max_model_entries, max_model_bytes)
-    names = ("max_entries", "max_bytes", "max_model_entries", "max_model_bytes")
-    for name, value in zip(names, values, strict=True):
-        if value is not None:
-            integer(name, value, 1)
-    _TABLES.configure(max_entries=max_entries, max_bytes=max_bytes)
-    MODEL_TABLES.configure(max_entries=max_model_entries, max_bytes=max_model_bytes)
-
-
 @dataclass(frozen=True, eq=False)
 class RopeTable:
     """The cos and sin of one shard of a grid: a few kB that stand for ``count`` tokens. Made by :func:`rope_table`.
 
-    Tensors of a table, and those its methods return, are shared by everybody who asks: clone before writing.
+    Tensors of a table, and those its methods return, are shared by everybody who asks: clone before writing. With
+    other rows, by ``dataclasses.replace(table, rows=...)``, it is a table of its own, which shares nothing.
 
     Attributes:
         spec, grid, shard: what the table is of.
@@ -153,8 +40,10 @@ class RopeTable:
         first_rows: row of ``rows`` that holds coordinate 0 of each axis of this shard.
         token_offset: flat index, in a row-major grid of ``sizes``, of the shard's first token.
         count: tokens of the shard, padding included.
+        blocks: first row of each axis in ``rows``, and the row after its last.
         validated: layouts of calls that were found to fit the table, and their arguments and backend; kept here by
             :mod:`dit_rope.rotation` so that they live as long as the table.
+        cached: whether the rows are those of spec and grid, so that dense forms come from the cache.
     """
 
     spec: RopeSpec
@@ -167,10 +56,43 @@ class RopeTable:
     first_rows: tuple[int, ...]
     token_offset: int
     count: int
-    validated: dict[object, tuple[RotationArgs, str]] = field(default_factory=dict, repr=False)
+    validated: dict[object, tuple[RotationArgs, str]] = field(default_factory=dict, init=False)
+    cached: bool = field(default=False, init=False)
+
+    def __repr__(self) -> str:
+        dtype, rows = str(self.dtype).removeprefix("torch."), tuple(self.rows.shape)
+        shard = "" if self.shard == _WHOLE else f", {self.shard}"
+        return f"RopeTable({self.spec}, {self.grid}{shard}, {self.count} tokens, rows {rows} {dtype} on {self.device})"
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor]:
+        """What it keeps in memory."""
+        return (self.rows,)
+
+    @functools.cached_property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """First row of each axis in ``rows``, and the row after its last: a token's row on an axis is one of these."""
+        blocks, end = [], 0
+        for start, size in zip(self._starts, self.grid.sizes, strict=True):
+            first, stop = axis_block(start, size)
+            blocks.append((end, end + stop - first))
+            end += stop - first
+        return tuple(blocks)
+
+    @property
+    def _starts(self) -> tuple[int, ...]:
+        """Position of the grid's first token on each axis."""
+        return (self.grid.start_frame, *(0 for _ in self.grid.sizes[1:]))
 
     def axis(self, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cos and sin ``[sizes[axis], spec.pairs[axis]]`` of one axis: views of ``rows``."""
+        """Cos and sin ``[sizes[axis], spec.pairs[axis]]`` of one axis: views of ``rows``.
+
+        Raises:
+            TypeError, ValueError: no int, or not the number of an axis.
+        """
+        axis = integer("axis", axis, 0)
+        if axis >= len(self.sizes):
+            raise ValueError(f"axis must be below the table's number of axes ({len(self.sizes)}), got {axis}")
         first, pairs = self.first_rows[axis], self.spec.pairs[axis]
         cos, sin = self.rows[:, first : first + self.sizes[axis], :pairs].unbind()
         return cos, sin
@@ -188,19 +110,67 @@ class RopeTable:
         Raises:
             ValueError: it would take more than 16 GiB (``dense_memory.MAX_DENSE_BYTES``).
         """
-        key = _TableKey(self.spec, self.grid, self.shard, self.dtype, _Form.REPEATED if repeat else _Form.PAIRS)
-        dense = cast(DenseTable, _TABLES.get(key, self.device, lambda: _build_dense(key, self.device)))
+        key = TableKey(self.spec, self.grid, self.shard, self.dtype, Form.REPEATED if repeat else Form.PAIRS)
+        if not self.cached:
+            dense = build_dense(key, self.device, self._arrays())
+        else:
+            dense = cast(DenseTable, TABLES.get(key, self.device, lambda: build_dense(key, self.device)))
         return dense.broadcast if broadcast else dense.flat
 
     def complex(self) -> torch.Tensor:
         """Cos + i sin of every token: ``[S, rotary_dim / 2]``, complex128 for float64 tables, else complex64."""
-        key = _TableKey(self.spec, self.grid, self.shard, self.dtype, _Form.COMPLEX)
-        return cast(torch.Tensor, _TABLES.get(key, self.device, lambda: _build_complex(key, self.device)))
+        key = TableKey(self.spec, self.grid, self.shard, self.dtype, Form.COMPLEX)
+        if not self.cached:
+            return build_complex(key, self.device, self._arrays())
+        return cast(torch.Tensor, TABLES.get(key, self.device, lambda: build_complex(key, self.device)))
+
+    def _arrays(self) -> list[tuple[int, torch.Tensor]]:
+        """What :func:`axis_arrays` gives, of these rows."""
+        arrays = []
+        for (begin, end), start, size, pairs in zip(
+            self.blocks, self._starts, self.grid.sizes, self.spec.pairs, strict=True
+        ):
+            arrays.append((axis_block(start, size)[0], self.rows[:, begin:end, :pairs]))
+        return arrays
 
     def positions(self) -> torch.Tensor:
         """The row of ``rows`` of every token on every axis: ``[1, S, axes]`` int32, -1 for padding tokens."""
-        key = _TableKey(self.spec, self.grid, self.shard, self.dtype, _Form.POSITIONS)
-        return cast(torch.Tensor, _TABLES.get(key, self.device, lambda: build_positions(self)))
+        key = TableKey(self.spec, self.grid, self.shard, self.dtype, Form.POSITIONS)
+        return cast(torch.Tensor, TABLES.get(key, self.device, lambda: build_positions(self)))
+
+    def positions_at(self, *coordinates: torch.Tensor | int) -> torch.Tensor:
+        """What ``positions=`` takes, for tokens at any coordinates of the grid, in any order and number.
+
+        ``positions=`` counts rows of :attr:`rows`, where the axes follow one another; neither the frame, height and
+        width of a token nor its position in a text are such rows. This makes them.
+
+        Args:
+            coordinates: one for each axis, ints or int32 or int64 tensors ``[S]`` or ``[B, S]`` on the table's device,
+                broadcast against each other. On axis 0 the position as the grid counts it, from ``grid.start_frame``
+                on; on the others from 0 on, whatever the shard. A negative one leaves that axis' channels as they are.
+
+        Returns:
+            int32 ``[1 or B, S, axes]``, a new tensor on the table's device. A coordinate outside the grid is refused on
+            CPU; on a GPU, where looking would wait for the device, it counts as negative.
+
+        Raises:
+            TypeError, ValueError: another number of coordinates than axes, another dtype, shape or device, or on CPU a
+                coordinate outside the grid.
+
+        Example:
+            >>> import torch, dit_rope
+            >>> table = dit_rope.rope_table(dit_rope.RopeSpec((8, 4, 4)), dit_rope.Grid(2, 3, 4))
+            >>> rows = table.positions_at(torch.tensor([0, 1]), torch.tensor([2, 2]), 3)
+            >>> dit_rope.rotate(torch.randn(1, 2, 1, 16), table, positions=rows).shape
+            torch.Size([1, 2, 1, 16])
+        """
+        if len(coordinates) != len(self.grid.sizes):
+            raise ValueError(f"coordinates must be one for each of {len(self.grid.sizes)} axes, got {len(coordinates)}")
+        rows = []
+        for axis, (coordinate, start, size) in enumerate(zip(coordinates, self._starts, self.grid.sizes, strict=True)):
+            base = self.blocks[axis][0] - axis_block(start, size)[0]
+            rows.append(coordinate_rows(axis, coordinate, start, start + size, base, self.device))
+        return _side_by_side(rows)
 
     def args(
         self,
@@ -217,7 +187,9 @@ class RopeTable:
         Raises:
             ValueError: for a negative prefix, or positions of another shape or dtype.
         """
-        if isinstance(prefix, int) and prefix < 0:
+        number = as_int(prefix)  # None of a length that is traced
+        prefix = prefix if number is None else number
+        if number is not None and number < 0:
             raise ValueError(f"prefix must not be negative, got {prefix}")
         count = self.count
         if positions is not None:
@@ -265,13 +237,13 @@ def rope_table(
         RuntimeError: when a CUDA graph is being captured and the table is not cached yet.
     """
     shard, device, dtype = _canonical(spec, grid, shard, device, dtype)
-    key = _TableKey(spec, grid, shard, dtype, _Form.AXES)
-    return cast(RopeTable, _TABLES.get(key, device, lambda: _build_table(key, device)))
+    key = TableKey(spec, grid, shard, dtype, Form.AXES)
+    return cast(RopeTable, TABLES.get(key, device, lambda: _build_table(key, device)))
 
 
 def build_table(spec: RopeSpec, grid: Grid, *, device: torch.device, dtype: torch.dtype) -> RopeTable:
     """The table that :func:`rope_table` gives, built anew, for a look that should leave no entry."""
-    return _build_table(_TableKey(spec, grid, _WHOLE, dtype, _Form.AXES), device)
+    return _build_table(TableKey(spec, grid, _WHOLE, dtype, Form.AXES), device)
 
 
 def dense_table(
@@ -284,8 +256,8 @@ def dense_table(
 ) -> DenseTable:
     """The dense form alone, as :meth:`RopeTable.cos_sin` gives it, without an entry for the table it expands."""
     shard, device, dtype = _canonical(spec, grid, shard, device, dtype)
-    key = _TableKey(spec, grid, shard, dtype, _Form.REPEATED if repeat else _Form.PAIRS)
-    return cast(DenseTable, _TABLES.get(key, device, lambda: _build_dense(key, device)))
+    key = TableKey(spec, grid, shard, dtype, Form.REPEATED if repeat else Form.PAIRS)
+    return cast(DenseTable, TABLES.get(key, device, lambda: build_dense(key, device)))
 
 
 def _canonical(
@@ -317,8 +289,8 @@ def _canonical(
     return shard, device, dtype
 
 
-def _build_table(key: _TableKey, device: torch.device) -> RopeTable:
-    layout = _layout(key)
+def _build_table(key: TableKey, device: torch.device) -> RopeTable:
+    layout = layout_of(key)
     check_dense_bytes("rows of its axes", 2 * sum(layout.sizes) * max(key.spec.pairs) * key.dtype.itemsize)
     arrays = axis_arrays(key.spec, key.grid, key.dtype)
     height, width = sum(array.shape[1] for _, array in arrays), max(key.spec.pairs)
@@ -328,7 +300,7 @@ def _build_table(key: _TableKey, device: torch.device) -> RopeTable:
         rows[:, packed : packed + array.shape[1], :pairs] = array
         first_rows.append(packed + start - first)
         packed += array.shape[1]
-    return RopeTable(
+    table = RopeTable(
         spec=key.spec,
         grid=key.grid,
         shard=key.shard,
@@ -340,12 +312,24 @@ def _build_table(key: _TableKey, device: torch.device) -> RopeTable:
         token_offset=layout.token_offset,
         count=layout.count,
     )
+    object.__setattr__(table, "cached", True)
+    return table
 
 
-def _layout(key: _TableKey) -> Layout:
-    if key.dtype not in TABLE_DTYPES:
-        raise TypeError(f"dtype must be one of {', '.join(map(str, TABLE_DTYPES))}, got {key.dtype!r}")
-    return Layout.of(key.spec, key.grid, key.shard)
+def _side_by_side(rows: list[torch.Tensor]) -> torch.Tensor:
+    """``[S]`` or ``[B, S]`` of each axis as ``[1 or B, S, axes]``.
+
+    Raises:
+        ValueError: they are of sizes that do not fit one another.
+    """
+    try:
+        together = torch.stack(torch.broadcast_tensors(*rows), dim=-1)
+    except RuntimeError as error:
+        shapes = [tuple(row.shape) for row in rows]
+        raise ValueError(f"coordinates must have shapes that broadcast to [S] or [B, S], got {shapes}") from error
+    if together.ndim == 1:
+        together = together[None]
+    return together if together.ndim == 3 else together[None]
 
 
 def build_positions(table: RopeTable) -> torch.Tensor:
@@ -356,43 +340,3 @@ def build_positions(table: RopeTable) -> torch.Tensor:
     for axis, coordinate in enumerate(layout.coordinates(table.device)):
         positions[0, : layout.inside, axis] = coordinate + table.first_rows[axis]
     return positions
-
-
-def _build_dense(key: _TableKey, device: torch.device) -> DenseTable:
-    """Expands axis arrays by copying each to its columns; no trigonometry, and no gather for a whole grid."""
-    layout, spec = _layout(key), key.spec
-    repeated, half = key.form is _Form.REPEATED, spec.rotary_dim // 2
-    width = 2 * half if repeated else half
-    check_dense_bytes("the dense form", 2 * layout.count * width * key.dtype.itemsize)
-    flat = empty_rows(layout.count, width, key.dtype, device), empty_rows(layout.count, width, key.dtype, device)
-    coordinates = None if layout.whole else layout.coordinates(device)
-    column = 0
-    for axis, (first, array) in enumerate(axis_arrays(spec, key.grid, key.dtype)):
-        start, pairs = layout.starts[axis] - first, spec.pairs[axis]
-        values = array[:, start : start + layout.sizes[axis]].to(device)
-        columns = [slice(column, column + pairs)]
-        if repeated and spec.pairing is Pairing.INTERLEAVED:
-            values, columns = values.repeat_interleave(2, dim=-1), [slice(2 * column, 2 * (column + pairs))]
-        elif repeated:
-            columns.append(slice(column + half, column + half + pairs))
-        column += pairs
-        for target, value in zip(flat, values, strict=True):
-            if coordinates is None:
-                shape = [1] * len(layout.sizes)
-                shape[axis] = layout.sizes[axis]
-                target, value = target.view(*layout.sizes, width), value.view(*shape, -1)
-            else:
-                target, value = target[: layout.inside], value[coordinates[axis]]
-            for part in columns:
-                target[..., part] = value
-    flat[0][layout.inside :] = 1.0
-    flat[1][layout.inside :] = 0.0
-    return DenseTable(flat, (flat[0][None, :, None], flat[1][None, :, None]))
-
-
-def _build_complex(key: _TableKey, device: torch.device) -> torch.Tensor:
-    check_dense_bytes("complex numbers", _layout(key).count * sum(key.spec.pairs) * 2 * max(key.dtype.itemsize, 4))
-    cos, sin = _build_dense(replace(key, form=_Form.PAIRS), device).flat
-    if key.dtype.itemsize == 2:
-        cos, sin = cos.float(), sin.float()
-    return torch.complex(cos, sin)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .cache import in_mode
-from .spec import NormKind
+from .spec import NormKind, as_int, integer
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LARGEST_EPS = torch.finfo(torch.float32).max  # kernels have it in float32
@@ -43,6 +43,32 @@ def check_flags(**flags: object) -> None:
             raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
+def check_values(name: str, x: object) -> None:
+    """Checks that a kernel reads from memory what is meant: a strided tensor of a known dtype, not lazily negated.
+
+    Raises:
+        TypeError: no tensor, or one of another dtype or layout.
+        ValueError: a lazily negated view, whose memory has the other signs.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    check_memory(name, x)
+
+
+def check_memory(name: str, x: torch.Tensor) -> None:
+    """Checks that a tensor of any dtype is strided and no lazily negated view.
+
+    Raises:
+        TypeError, ValueError: naming the argument, and the method that makes it so.
+    """
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got {x.layout}; call {name}.to_dense()")
+    if not torch.compiler.is_compiling() and x.is_neg():  # dynamo has no such views, nor the question
+        raise ValueError(f"{name} must hold its own values, got a lazily negated view; call {name}.resolve_neg()")
+
+
 def check_tensors(names: Sequence[str], xs: Sequence[torch.Tensor], rotary_dim: int, device: torch.device) -> None:
     """Checks queries and keys ``[B, S, H, D]`` against one another and the table they are turned by.
 
@@ -51,14 +77,7 @@ def check_tensors(names: Sequence[str], xs: Sequence[torch.Tensor], rotary_dim: 
         ValueError: a wrong number of dims, a D below ``rotary_dim``, a strided last dim, or another B, S, D or device.
     """
     for name, x in zip(names, xs, strict=True):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
-        if x.layout is not torch.strided:
-            raise TypeError(f"{name} must be a strided tensor, got {x.layout}; call {name}.to_dense()")
-        if not torch.compiler.is_compiling() and x.is_neg():  # dynamo has no such views, nor the question
-            raise ValueError(f"{name} must hold its own values, got a lazily negated view; call {name}.resolve_neg()")
+        check_values(name, x)
         if x.ndim != 4:
             raise ValueError(f"{name} must have shape [B, S, H, D], got {tuple(x.shape)}")
         if x.shape[-1] < rotary_dim:
@@ -86,7 +105,7 @@ def check_around(length: int, prefix: int, suffix: int) -> None:
         TypeError, ValueError: naming the number that is off.
     """
     for label, value in (("prefix", prefix), ("suffix", suffix)):
-        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        if as_int(value) is None and not isinstance(value, torch.SymInt):
             raise TypeError(f"{label} must be an int, got {value!r}")
         if value < 0:
             raise ValueError(f"{label} must be at least 0, got {value}")
@@ -120,18 +139,75 @@ def check_positions(positions: torch.Tensor, batch: int, count: int, axes: int, 
         raise ValueError(f"positions must have shape [1 or {batch}, {count}, {axes}], got {tuple(positions.shape)}")
     if positions.device != device:
         raise ValueError(f"positions must be on the table's device {device}, got {positions.device}")
+    check_memory("positions", positions)
 
 
-def check_rows(positions: torch.Tensor, rows: int) -> None:
-    """Checks on CPU, where looking costs no wait, that positions are rows of a table, or negative.
+def check_rows(positions: torch.Tensor, blocks: Sequence[tuple[int, int]]) -> None:
+    """Checks on CPU, where looking costs no wait, that positions are rows of their own axis, or negative.
+
+    Args:
+        positions: ``[1 or B, count, axes]``.
+        blocks: first row of each axis, and the row after its last.
 
     Raises:
-        ValueError: one is past the table.
+        ValueError: one is past the table, or a row of another axis.
     """
-    if positions.device.type == "cpu" and positions.numel() and not in_mode():
+    if positions.device.type != "cpu" or not positions.numel() or in_mode():
+        return
+    if len(blocks) == 1:
         highest = int(positions.max())
-        if highest >= rows:
-            raise ValueError(f"positions must be rows of the table, below {rows}, or negative, got {highest}")
+        if highest >= blocks[0][1]:
+            raise ValueError(
+                f"positions must be rows of the table, below {blocks[0][1]}, or negative, got {highest}; "
+                "table.positions_at(position) makes them"
+            )
+        return
+    lowest, highest_rows = (ends.tolist() for ends in positions.flatten(0, 1).aminmax(dim=0))
+    for axis, (first, end) in enumerate(blocks):
+        low, high = lowest[axis], highest_rows[axis]
+        if high < end and low >= first:
+            continue
+        rows = positions[..., axis]
+        wrong = rows[(rows >= end) | ((rows >= 0) & (rows < first))]
+        if wrong.numel():
+            raise ValueError(
+                f"positions must be rows of their own axis, {first} to {end - 1} on axis {axis}, or negative, got "
+                f"{int(wrong[0])}; table.positions_at(*coordinates) makes them"
+            )
+
+
+def coordinate_rows(
+    axis: int, coordinate: object, first: int, end: int, base: int, device: torch.device
+) -> torch.Tensor:
+    """The int32 rows ``base + coordinate`` of one axis; where a coordinate is negative, -1.
+
+    Args:
+        axis: for messages.
+        coordinate: an int, or an int32 or int64 tensor ``[S]`` or ``[B, S]`` on ``device``.
+        first, end: coordinates are ``first <= c < end``. On CPU others are refused, elsewhere they count as negative.
+        base: added to a coordinate, its row.
+        device: of the table.
+
+    Raises:
+        TypeError, ValueError: naming the axis, the rule and the value.
+    """
+    name = f"coordinates of axis {axis}"
+    if not isinstance(coordinate, torch.Tensor):
+        number = integer(name, coordinate, -(2**31))
+        coordinate = torch.full((1,), min(number, 2**62), dtype=torch.int64, device=device)
+    if coordinate.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be ints, or an int32 or int64 tensor, got {coordinate.dtype}")
+    if coordinate.ndim not in (0, 1, 2):
+        raise ValueError(f"{name} must have shape [S] or [B, S], got {tuple(coordinate.shape)}")
+    if coordinate.device != device:
+        raise ValueError(f"{name} must be on the table's device {device}, got {coordinate.device}")
+    check_memory(name, coordinate)
+    inside = (coordinate >= first) & (coordinate < end)
+    if device.type == "cpu" and not in_mode():
+        wrong = coordinate[~inside & (coordinate >= 0)]
+        if wrong.numel():
+            raise ValueError(f"{name} must be {first} to {end - 1}, or negative, got {int(wrong[0])}")
+    return torch.where(inside, coordinate + base, -1).to(torch.int32).reshape(coordinate.shape or (1,))
 
 
 def check_norm(
@@ -174,16 +250,31 @@ def _check_parameter(label: str, parameter: torch.Tensor, name: str, x: torch.Te
         raise ValueError(f"{label} must have shape [{size}] for {norm}, got {tuple(parameter.shape)}")
     if parameter.device != x.device:
         raise ValueError(f"{label} must be on the device of {name}, {x.device}, got {parameter.device}")
+    check_memory(label, parameter)
 
 
-def check_inplace(names: Sequence[str], xs: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor] = ()) -> None:
+def check_inplace(
+    names: Sequence[str], xs: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor] = (), *, chosen: bool = True
+) -> None:
     """Checks that tensors may be overwritten: nothing needs their old values, and no two elements share memory.
+
+    Args:
+        names: of the tensors, as the caller has them.
+        xs: what is overwritten.
+        parameters: weights and biases of the norm, which are read.
+        chosen: by ``inplace=True``; else the function overwrites in any case, and the messages name no argument.
 
     Raises:
         ValueError: grad is enabled and a tensor or parameter of the norm requires it; a tensor overlaps itself,
             another tensor or a parameter.
     """
+    when, instead = ("when inplace=True", "use inplace=False or") if chosen else ("as it is overwritten", "pass")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*xs, *parameters)):
+        if not chosen:
+            raise ValueError(
+                f"{' and '.join(names)} must not require grad, as they are overwritten, got one that does; call under "
+                "torch.no_grad() where no gradient is wanted"
+            )
         raise ValueError(
             f"inplace must be False when {' or '.join(names)} or a weight requires grad, got True; "
             "use inplace=False, or torch.no_grad() where no gradient is wanted"
@@ -193,20 +284,20 @@ def check_inplace(names: Sequence[str], xs: Sequence[torch.Tensor], parameters: 
     for name, x in zip(names, xs, strict=True):
         if _overlaps_itself(x):
             raise ValueError(
-                f"{name} must not share memory between its own elements when inplace=True, got strides "
-                f"{x.stride()} for shape {tuple(x.shape)}; use inplace=False or {name}.clone()"
+                f"{name} must not share memory between its own elements {when}, got strides "
+                f"{x.stride()} for shape {tuple(x.shape)}; {instead} {name}.clone()"
             )
     if len(xs) == 2 and not _disjoint(*xs):
         raise ValueError(
-            f"{names[0]} and {names[1]} must not share memory when inplace=True, got overlapping views of one "
-            f"storage; use inplace=False or clone one of them"
+            f"{names[0]} and {names[1]} must not share memory {when.replace('it is', 'they are')}, got overlapping "
+            f"views of one storage; {instead} {'clone one of them' if chosen else 'a clone of one of them'}"
         )
     for parameter in parameters:
         for name, x in zip(names, xs, strict=True):
             if not _disjoint(x, parameter):
                 raise ValueError(
-                    f"{name} must not share memory with a weight or bias when inplace=True, got views of one storage; "
-                    "use inplace=False or clone one of them"
+                    f"{name} must not share memory with a weight or bias {when}, got views of one storage; "
+                    f"{instead} {'clone one of them' if chosen else 'a clone of one of them'}"
                 )
 
 

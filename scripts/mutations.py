@@ -60,23 +60,36 @@ def _memo(name: str, old: str, new: str) -> Mutation:
     return Mutation(name, "dit_rope/models/model_tables.py", old, new, _MEMO)
 
 
-_FORM_KEY = "    spec: RopeSpec\n    grid: Grid\n    shard: Shard\n    dtype: torch.dtype\n    form: _Form\n"
+_FORM_KEY = "    spec: RopeSpec\n    grid: Grid\n    shard: Shard\n    dtype: torch.dtype\n    form: Form\n"
+
+_UNCOMPARED = " = dataclasses.field(compare=False)\n"
 
 MUTATIONS = (
     # Tables, shards and axes.
-    _tables("key-without-shard", _FORM_KEY, _FORM_KEY.replace("Shard\n", "Shard = field(compare=False)\n")),
-    _tables("key-without-dtype", _FORM_KEY, _FORM_KEY.replace("torch.dtype\n", "torch.dtype = field(compare=False)\n")),
-    _tables("key-without-form", _FORM_KEY, _FORM_KEY.replace("_Form\n", "_Form = field(compare=False)\n")),
-    _tables("key-without-grid", _FORM_KEY, _FORM_KEY.replace("Grid\n", "Grid = field(compare=False)\n")),
+    _tables("key-without-shard", _FORM_KEY, _FORM_KEY.replace("Shard\n", f"Shard{_UNCOMPARED}"), "dense_tables"),
+    _tables(
+        "key-without-dtype", _FORM_KEY, _FORM_KEY.replace("torch.dtype\n", f"torch.dtype{_UNCOMPARED}"), "dense_tables"
+    ),
+    _tables("key-without-form", _FORM_KEY, _FORM_KEY.replace("Form\n", f"Form{_UNCOMPARED}"), "dense_tables"),
+    _tables("key-without-grid", _FORM_KEY, _FORM_KEY.replace("Grid\n", f"Grid{_UNCOMPARED}"), "dense_tables"),
     _tables("first-row-off-by-one", "packed + start - first)", "packed + start - first + 1)"),
     _tables("axis-in-the-last-columns", "packed + array.shape[1], :pairs]", "packed + array.shape[1], -pairs:]"),
-    _tables("padding-turns", "flat[1][layout.inside :] = 0.0", "flat[1][layout.inside :] = 1.0"),
+    _tables("padding-turns", "flat[1][layout.inside :] = 0.0", "flat[1][layout.inside :] = 1.0", "dense_tables"),
     _tables("padding-of-positions", "len(layout.sizes)), -1, dtype", "len(layout.sizes)), 0, dtype"),
-    _tables("axes-swapped-in-dense-shards", "value[coordinates[axis]]", "value[coordinates[-1 - axis]]"),
-    _tables("interleaved-as-half", "values.repeat_interleave(2, dim=-1), [", "values.repeat(1, 1, 2), ["),
-    _tables("half-beside-itself", "slice(column + half, column + half + pairs)", "slice(column, column + pairs)"),
+    _tables(
+        "axes-swapped-in-dense-shards", "value[coordinates[axis]]", "value[coordinates[-1 - axis]]", "dense_tables"
+    ),
+    _tables(
+        "interleaved-as-half", "values.repeat_interleave(2, dim=-1), [", "values.repeat(1, 1, 2), [", "dense_tables"
+    ),
+    _tables(
+        "half-beside-itself",
+        "slice(column + half, column + half + pairs)",
+        "slice(column, column + pairs)",
+        "dense_tables",
+    ),
     _tables("positions-of-the-first-axis", "+ table.first_rows[axis]", "+ table.first_rows[0]"),
-    _tables("complex-sign", "return torch.complex(cos, sin)", "return torch.complex(cos, -sin)"),
+    _tables("complex-sign", "return torch.complex(cos, sin)", "return torch.complex(cos, -sin)", "dense_tables"),
     _tables("token-offset-dropped", "token_offset=self.token_offset,", "token_offset=0,"),
     _tables("ceil-to-floor", "count = -(-grid.tokens // shard.world)", "count = grid.tokens // shard.world", "layout"),
     _tables(

@@ -105,7 +105,7 @@ def test_a_shard_along_an_axis_that_is_not_there_is_refused_in_a_world_of_one_to
 @pytest.mark.parametrize("exact", [False, True])
 def test_nothing_at_all_is_rotated_to_nothing(shape: tuple[int, ...], norm: NormKind | None, exact: bool) -> None:
     x, table = normal(*shape), rope_table(SPEC, GRID)
-    positions = torch.zeros(1, shape[1], 3, dtype=torch.int32)
+    positions = torch.full((1, shape[1], 3), -1, dtype=torch.int32)
     how: dict[str, Any] = {"positions": positions, "exact": exact}
     if norm is None:
         q, k = dit_rope.rotate_qk(x, x, table, **how)

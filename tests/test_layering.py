@@ -26,6 +26,7 @@ LAYERS = (
     ("dit_rope.scaling_types",),
     ("dit_rope.scaling", "dit_rope.rotation_args"),
     ("dit_rope.axis_tables", "dit_rope.dense_memory", "dit_rope.layout", "dit_rope.validation"),
+    ("dit_rope.table_caches", "dit_rope.dense_tables"),
     ("dit_rope.tables",),
     ("dit_rope.backends",),
     ("dit_rope.backend_choice",),

@@ -20,7 +20,7 @@ from ..models.adapter import ModelTables
 from ..models.formats import AxisRows, Format
 from ..models.plan import Plan, make_plan
 from ..patching import adapter_of, patch
-from ..tables import cache_clear
+from ..table_caches import cache_clear
 from .architectures import ARCHITECTURES, Architecture, Noise
 from .operator_counter import Count, OperatorCounter
 from .results import Row

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from ..models.adapter import GridTables
 from ..models.formats import AxisRows
 from ..patching import adapter_of, patch
-from ..tables import cache_clear
+from ..table_caches import cache_clear
 from .results import Row
 from .sections import Case, Settings, Wrong
 from .table_building import cold, held_bytes, repeated

@@ -15,7 +15,8 @@ import torch
 
 from ..compat.fastvideo import get_rotary_pos_embed
 from ..spec import Grid, RopeSpec
-from ..tables import RopeTable, cache_clear, cache_info, rope_table
+from ..table_caches import cache_clear, cache_info
+from ..tables import RopeTable, rope_table
 from .results import Row
 from .sections import Case, Settings, Wrong
 from .timing import Timing, interleave

@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 
 from ..axis_tables import ROW_BLOCK
-from ..cache import FifoCache, in_mode
-from ..scaling import axis_frequencies
+from ..cache import in_mode
+from ..scaling import FREQUENCIES, axis_frequencies
 from ..scaling_types import AxisFrequencies
 from ..spec import Grid, RopeSpec, integer
 from ..tables import WITHOUT_FLOAT64_OR_COMPLEX, rope_table
@@ -23,10 +23,6 @@ from .dense import check_position_tensor
 Ints = torch.Tensor | Sequence[int]
 
 _TABLE_POSITIONS = 2**24  # up to here float32, in which tables have their positions, holds every integer
-# Copied to their device once, and there for every layer.
-_FREQUENCIES: FifoCache[tuple[RopeSpec, torch.dtype], AxisFrequencies] = FifoCache(
-    "device frequency", 64, 2**20, lambda found: (found.inverse,)
-)
 
 
 def ragged_positions(indptr: Ints, offsets: Ints, nnz: int) -> torch.Tensor:
@@ -100,6 +96,6 @@ def _rows_of_tokens(positions: torch.Tensor, spec: RopeSpec, dtype: torch.dtype)
         found = axis_frequencies(spec, 0)
         return replace(found, inverse=found.inverse.to(device, wide))
 
-    frequencies = _FREQUENCIES.get((spec, wide), device, on_device)
+    frequencies = FREQUENCIES.get((spec, wide), device, on_device)  # copied once, and there for every layer
     angles = frequencies.angles(positions.to(wide))
     return (torch.stack((angles.cos(), angles.sin())) * frequencies.magnitude).to(dtype)

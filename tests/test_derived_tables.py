@@ -1,0 +1,66 @@
+"""What a table says of itself, and tables that are made of others by ``dataclasses.replace``."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dit_rope import Grid, Pairing, RopeSpec, Shard, cache_clear, rope_table, rotate
+
+SPEC = RopeSpec((8, 4, 4))
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("derived_first", [True, False])
+def test_table_with_other_rows_and_the_cached_one_rotate_by_their_own(derived_first, backend):
+    cache_clear()
+    table, x = rope_table(SPEC, Grid(3, 4, 5)), torch.randn(1, 60, 2, 16)
+    fresh = rotate(x, copy.deepcopy(table))
+    derived = replace(table, rows=2 * table.rows)
+    for one, factor in sorted([(table, 1), (derived, 2)], key=lambda pair: pair[1] == 1 + derived_first):
+        for _ in range(2):
+            torch.testing.assert_close(rotate(x, one, backend=backend), factor * fresh)
+    assert torch.equal(rotate(x, rope_table(SPEC, Grid(3, 4, 5))), fresh)
+
+
+@pytest.mark.parametrize("pairing", Pairing)
+@pytest.mark.parametrize("shard", [None, Shard(1, 2, axis=1), Shard(2, 7)], ids=str)
+def test_dense_forms_of_other_rows_are_of_those_rows(shard, pairing):
+    spec = RopeSpec((8, 4, 4), pairing=pairing)
+    table = rope_table(spec, Grid(3, 40, 5, start_frame=45), shard=shard)
+    inside = (table.positions()[0, :, 0] >= 0)[:, None]
+    derived = replace(table, rows=2 * table.rows)
+    for repeat in (True, False):
+        for ours, plain in zip(derived.cos_sin(repeat), table.cos_sin(repeat), strict=True):
+            assert torch.equal(ours, torch.where(inside, 2 * plain, plain))
+    assert torch.equal(derived.complex(), torch.where(inside, 2 * table.complex(), table.complex()))
+    same = replace(table)
+    assert torch.equal(same.cos_sin()[1], table.cos_sin()[1])
+
+
+def test_copies_and_pickles_have_the_forms_of_their_table():
+    table = rope_table(SPEC, Grid(3, 4, 5))
+    for other in (copy.copy(table), copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
+        assert torch.equal(other.cos_sin()[0], table.cos_sin()[0])
+        assert other.blocks == table.blocks == ((0, 32), (32, 64), (64, 96))
+
+
+@pytest.mark.parametrize("shard", [None, Shard(1, 4)], ids=str)
+def test_a_table_shows_itself_in_one_line(shard):
+    text = repr(rope_table(SPEC, Grid(3, 4, 5), shard=shard, dtype=torch.bfloat16))
+    assert "\n" not in text
+    assert len(text) < 400
+    assert text.endswith(f"{60 if shard is None else 15} tokens, rows (2, 96, 4) bfloat16 on cpu)")
+    assert ("Shard" in text) == (shard is not None)
+
+
+def test_an_axis_that_is_not_there_is_refused_by_name():
+    table = rope_table(SPEC, Grid(3, 4, 5))
+    with pytest.raises(ValueError, match=r"axis must be below the table's number of axes \(3\), got 5"):
+        table.axis(5)
+    with pytest.raises(ValueError, match="axis must be at least 0, got -1"):
+        table.axis(-1)
