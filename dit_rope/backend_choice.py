@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .backends import cuda_kernels, eager, triton_kernels
+from .derivatives import in_level
 from .rotation_args import RotationArgs
 from .spec import NormKind, Pairing
 
@@ -39,6 +40,8 @@ def choose_backend(
     """
     check_backend(backend)
     if backend == "eager" or (backend == "auto" and xs[0].device.type in ("cpu", "meta", "mps")):
+        return "eager"
+    if in_level():  # no kernel is run, and what is asked of tensors before one they do not answer there
         return "eager"
     for name in BACKENDS[:-1] if backend == "auto" else (backend,):
         reason = MODULES[name].declined(xs, args, norm)

@@ -1,4 +1,4 @@
-"""The rotation as PyTorch operators: schemas, implementations, fake implementations and autograd.
+"""The rotation as PyTorch operators: schemas, implementations and fake implementations.
 
 Each operator takes a list of one or two tensors, so that queries and keys are one launch, and the fields of
 :class:`~dit_rope.rotation_args.RotationArgs` one by one, because a schema knows no structs. Operators trust their
@@ -9,13 +9,13 @@ the operator runs, on the tensors that come.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
+from . import derivatives
 from .backend_choice import MODULES, choose_backend
-from .backends import eager
 from .cache import in_mode
 from .rotation_args import RotationArgs
 from .spec import NormKind, Pairing
@@ -25,20 +25,19 @@ _ARGS = (
     "SymInt token_offset, SymInt prefix, SymInt count, bool half, bool inverse, bool exact, SymInt head_rows, "
     "str backend"
 )
-_ARGS_COUNT = 14
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 _NORM = "Tensor[] weights, Tensor[] biases, float eps, str norm"
 
-_library = torch.library.Library("dit_rope", "DEF")
-_library.define(f"rotate(Tensor[] xs, {_ARGS}) -> Tensor[]")
-_library.define(f"rotate_(Tensor(a!)[] xs, {_ARGS}) -> ()")
-_library.define(f"norm_rotate(Tensor[] xs, {_NORM}, {_ARGS}) -> Tensor[]")
-_library.define(f"norm_rotate_(Tensor(a!)[] xs, {_NORM}, {_ARGS}) -> ()")
+library = torch.library.Library("dit_rope", "DEF")
+library.define(f"rotate(Tensor[] xs, {_ARGS}) -> Tensor[]")
+library.define(f"rotate_(Tensor(a!)[] xs, {_ARGS}) -> ()")
+library.define(f"norm_rotate(Tensor[] xs, {_NORM}, {_ARGS}) -> Tensor[]")
+library.define(f"norm_rotate_(Tensor(a!)[] xs, {_NORM}, {_ARGS}) -> ()")
 
 
 def rotate(xs: Sequence[torch.Tensor], args: RotationArgs, backend: str) -> list[torch.Tensor]:
     """Rotates ``xs`` ``[B, S, H, D]`` into new tensors."""
-    if _needs_dispatcher(xs):
+    if _needs_dispatcher(xs, args.rows):
         result: list[torch.Tensor] = torch.ops.dit_rope.rotate(list(xs), *_flatten(args), backend)
         return result
     outs = [torch.empty_like(x) for x in xs]
@@ -48,17 +47,23 @@ def rotate(xs: Sequence[torch.Tensor], args: RotationArgs, backend: str) -> list
 
 def rotate_(xs: Sequence[torch.Tensor], args: RotationArgs, backend: str) -> None:
     """Rotates ``xs`` ``[B, S, H, D]`` in place."""
-    if _needs_dispatcher(xs):
+    if _needs_dispatcher(xs, args.rows):
+        if _recorded(args):
+            write_all(xs, rotate(xs, args, backend))
+            return
         torch.ops.dit_rope.rotate_(list(xs), *_flatten(args), backend)
         return
     MODULES[backend].rotate(xs, args, xs)
-    _count_write(xs)
+    _countwrite_all(xs)
 
 
 def rotate_into(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], backend: str) -> None:
-    """Rotates ``xs`` ``[B, S, H, D]`` into ``outs``, which autograd and tracers do not see."""
+    """Rotates ``xs`` ``[B, S, H, D]`` into ``outs``, which backward passes and tracers do not see."""
+    if derivatives.in_level():
+        write_all(outs, rotate(xs, args, backend))
+        return
     MODULES[backend].rotate(xs, args, outs)
-    _count_write(outs)
+    _countwrite_all(outs)
 
 
 def norm_rotate(
@@ -72,7 +77,7 @@ def norm_rotate(
 ) -> list[torch.Tensor]:
     """Norm, then rotation, of ``xs`` ``[B, S, H, D]`` into new tensors."""
     given, added = _for_all(xs, weights, norm, 1.0), _for_all(xs, biases, norm, 0.0) if biases else []
-    if _needs_dispatcher([*xs, *given, *added]):
+    if _needs_dispatcher([*xs, *given, *added], args.rows):
         norm_args = (given, added, eps, norm.value)
         result: list[torch.Tensor] = torch.ops.dit_rope.norm_rotate(list(xs), *norm_args, *_flatten(args), backend)
         return result
@@ -92,15 +97,15 @@ def norm_rotate_(
 ) -> None:
     """Norm, then rotation, of ``xs`` ``[B, S, H, D]`` in place."""
     given, added = _for_all(xs, weights, norm, 1.0), _for_all(xs, biases, norm, 0.0) if biases else []
-    if _needs_dispatcher([*xs, *given, *added]):
+    if _needs_dispatcher([*xs, *given, *added], args.rows):
         norm_args = (given, added, eps, norm.value)
         torch.ops.dit_rope.norm_rotate_(list(xs), *norm_args, *_flatten(args), backend)
         return
     MODULES[backend].norm_rotate(xs, given or weights, eps, norm, args, xs, added)
-    _count_write(xs)
+    _countwrite_all(xs)
 
 
-def _needs_dispatcher(tensors: Sequence[torch.Tensor]) -> bool:
+def _needs_dispatcher(tensors: Sequence[torch.Tensor], rows: torch.Tensor) -> bool:
     """Whether anybody but the backend has to see the call: autograd, a tracer, a mode or a tensor subclass.
 
     The dispatcher takes longer to hand a list of tensors to Python and back than a small rotation takes.
@@ -109,12 +114,17 @@ def _needs_dispatcher(tensors: Sequence[torch.Tensor]) -> bool:
         return True  # the second also for modes that only watch
     if torch._C._len_torch_function_stack() > 0 or torch._C._get_tracing_state() is not None:
         return True
-    if not {type(x) for x in tensors} <= _PLAIN_TYPES:
+    if forward_ad._current_level >= 0 or not {type(x) for x in tensors} <= _PLAIN_TYPES:
         return True
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and (rows.requires_grad or any(x.requires_grad for x in tensors))
 
 
-def _count_write(xs: Sequence[torch.Tensor]) -> None:
+def _recorded(args: RotationArgs) -> bool:
+    """Whether torch.jit records the call, which leaves out an operator without a result."""
+    return torch._C._get_tracing_state() is not None and args.entries is None
+
+
+def _countwrite_all(xs: Sequence[torch.Tensor]) -> None:
     """Tells autograd, which cannot see what a kernel writes, that ``xs`` have changed."""
     torch.autograd.graph.increment_version([x for x in xs if not x.is_inference()])
 
@@ -137,7 +147,8 @@ def _flatten(args: RotationArgs) -> tuple[Any, ...]:
     )
 
 
-def _unflatten(flat: Sequence[Any]) -> tuple[RotationArgs, str]:
+def unflatten(flat: Sequence[Any]) -> tuple[RotationArgs, str]:
+    """The arguments of a rotation and its backend, from those of an operator after the tensors and the norm."""
     rows, positions, entries, pairs, sizes, first_rows, token_offset, prefix, count, half, *rest = flat
     inverse, exact, head_rows, backend = rest
     pairing = Pairing.HALF if half else Pairing.INTERLEAVED
@@ -163,146 +174,57 @@ def _for_all(
 
 
 def _rotate_into(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], flat: Sequence[Any]) -> None:
-    args, backend = _unflatten(flat)
+    args, backend = unflatten(flat)
     MODULES[choose_backend(xs, args, backend)].rotate(xs, args, outs)
 
 
 def _norm_rotate_into(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], flat: Sequence[Any]) -> None:
     weights, biases, eps, name, *rest = flat
-    args, backend = _unflatten(rest)
+    args, backend = unflatten(rest)
     norm = NormKind(name)
     given: Sequence[torch.Tensor | None] = weights or [None] * len(xs)
     MODULES[choose_backend(xs, args, backend, norm)].norm_rotate(xs, given, eps, norm, args, outs, biases)
 
 
-@torch.library.impl(_library, "rotate", "CompositeExplicitAutograd")
+@torch.library.impl(library, "rotate", "CompositeExplicitAutograd")
 def _rotate(xs: list[torch.Tensor], *flat: Any) -> list[torch.Tensor]:
     outs = [torch.empty_like(x) for x in xs]
     _rotate_into(xs, outs, flat)
     return outs
 
 
-@torch.library.impl(_library, "rotate_", "CompositeExplicitAutograd")
+@torch.library.impl(library, "rotate_", "CompositeExplicitAutograd")
 def _rotate_inplace(xs: list[torch.Tensor], *flat: Any) -> None:
     _rotate_into(xs, xs, flat)
-    _count_write(xs)
+    _countwrite_all(xs)
 
 
-@torch.library.impl(_library, "norm_rotate", "CompositeExplicitAutograd")
+@torch.library.impl(library, "norm_rotate", "CompositeExplicitAutograd")
 def _norm_rotate(xs: list[torch.Tensor], *flat: Any) -> list[torch.Tensor]:
     outs = [torch.empty_like(x) for x in xs]
     _norm_rotate_into(xs, outs, flat)
     return outs
 
 
-@torch.library.impl(_library, "norm_rotate_", "CompositeExplicitAutograd")
+@torch.library.impl(library, "norm_rotate_", "CompositeExplicitAutograd")
 def _norm_rotate_inplace(xs: list[torch.Tensor], *flat: Any) -> None:
     _norm_rotate_into(xs, xs, flat)
-    _count_write(xs)
+    _countwrite_all(xs)
 
 
-@torch.library.register_fake("dit_rope::rotate", lib=_library)
-@torch.library.register_fake("dit_rope::norm_rotate", lib=_library)
+@torch.library.register_fake("dit_rope::rotate", lib=library)
+@torch.library.register_fake("dit_rope::norm_rotate", lib=library)
 def _fake(xs: list[torch.Tensor], *_: Any) -> list[torch.Tensor]:
     return [torch.empty_like(x) for x in xs]
 
 
-@torch.library.register_fake("dit_rope::rotate_", lib=_library)
-@torch.library.register_fake("dit_rope::norm_rotate_", lib=_library)
+@torch.library.register_fake("dit_rope::rotate_", lib=library)
+@torch.library.register_fake("dit_rope::norm_rotate_", lib=library)
 def _fake_inplace(xs: list[torch.Tensor], *_: Any) -> None:
     return None
 
 
-def _rotate_setup(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
-    _, *flat = inputs
-    ctx.args, ctx.backend = _unflatten(flat)
-
-
-def _rotate_backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
-    """Fast: the inverse rotation. Exact: the reference is run again under autograd, for its roundings.
-
-    The rotation is linear, so that its gradient needs no saved input.
-    """
-    args: RotationArgs = ctx.args
-    given = [grad for grad in grads if grad is not None]
-    if not args.exact:
-        turned = iter(_turn_back(given, args, ctx.backend))
-    else:
-        turned = iter([_reference_gradient(grad, args) for grad in given])
-    back = [None if grad is None else next(turned) for grad in grads]
-    return (back, *[None] * _ARGS_COUNT)
-
-
-def _turn_back(grads: Sequence[torch.Tensor], args: RotationArgs, backend: str) -> list[torch.Tensor]:
-    """Gradients turned by the inverse rotation; they may come expanded or strided in their last dim."""
-    rows = [grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads]
-    back = replace(args, inverse=not args.inverse)
-    return rotate(rows, back, choose_backend(rows, back, backend))
-
-
-def _reference_gradient(grad: torch.Tensor, args: RotationArgs) -> torch.Tensor:
-    cos, sin = eager.dense_angles(args, *grad.shape[1:3])
-    with torch.enable_grad():
-        x = torch.zeros_like(grad).requires_grad_()
-        out = eager.reference(x, cos, sin, args.pairing)
-    (result,) = torch.autograd.grad(out, x, grad)
-    return result
-
-
-def _norm_rotate_setup(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
-    xs, weights, biases, ctx.eps, name, *flat = inputs
-    ctx.args, ctx.backend = _unflatten(flat)
-    ctx.norm = NormKind(name)
-    ctx.tensors = len(xs)
-    ctx.bias_dtypes = [bias.dtype for bias in biases]
-    ctx.save_for_backward(*xs, *weights)
-
-
-def _norm_rotate_backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
-    """Gradient of norm and rotation, in float32 (float64 for float64 data), rounded once."""
-    saved, count = ctx.saved_tensors, ctx.tensors
-    weights = saved[count:] or [None] * count
-    dtypes = ctx.bias_dtypes or [None] * count
-    found = [
-        (None, None, None) if grad is None else _norm_gradient(ctx, x, weight, bias_dtype, grad)
-        for x, weight, bias_dtype, grad in zip(saved[:count], weights, dtypes, grads, strict=True)
-    ]
-    x_grads, weight_grads, bias_grads = ([each[part] for each in found] for part in range(3))
-    of_parameters = (weight_grads if saved[count:] else [], bias_grads if ctx.bias_dtypes else [])
-    return (x_grads, *of_parameters, None, None, *[None] * _ARGS_COUNT)
-
-
-def _norm_gradient(
-    ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias_dtype: torch.dtype | None, grad: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of x, weight and bias.
-
-    With n = x / rms(x): dx = (dn - n mean(dn n)) / rms(x), where dn is the gradient turned back, times weight. In a
-    LayerNorm x is first less its mean, and so is the result: dx = (dn - mean(dn) - n mean(dn n)) / rms(x - mean(x)).
-    """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    across = ctx.norm.across_heads
-    dims = (-2, -1) if across else (-1,)
-    (turned,) = _turn_back([grad.to(wide)], ctx.args, ctx.backend)
-    values = x.to(wide)
-    if ctx.norm.centred:
-        values = values - values.mean(dims, keepdim=True)
-    scale = torch.rsqrt(values.square().mean(dims, keepdim=True) + ctx.eps)
-    normed = values * scale
-    summed = (0, 1) if across else (0, 1, 2)
-    weight_grad = bias_grad = None
-    if bias_dtype is not None:
-        bias_grad = turned.sum(summed).flatten().to(bias_dtype)
-    if weight is not None:
-        weight_grad = (turned * normed).sum(summed).flatten().to(weight.dtype)
-        turned = turned * weight.to(wide).view(x.shape[2:] if across else weight.shape)
-    x_grad = turned - normed * (turned * normed).mean(dims, keepdim=True)
-    if ctx.norm.centred:
-        x_grad = x_grad - turned.mean(dims, keepdim=True)
-    return (scale * x_grad).to(x.dtype), weight_grad, bias_grad
-
-
-torch.library.register_autograd("dit_rope::rotate", _rotate_backward, setup_context=_rotate_setup, lib=_library)
-torch.library.register_autograd(
-    "dit_rope::norm_rotate", _norm_rotate_backward, setup_context=_norm_rotate_setup, lib=_library
-)
+def write_all(xs: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Copies each value over its tensor, as torch sees it."""
+    for x, value in zip(xs, values, strict=True):
+        x.copy_(value)

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from . import ops
+from . import autograd as autograd  # which tells torch the derivatives of the operators
+from . import derivatives, ops
 from .backend_choice import check_backend, choose_backend
 from .rotation_args import RotationArgs
 from .spec import NormKind
@@ -83,7 +84,8 @@ def rotate_qk(
         inplace: overwrite q and k. Refused when a gradient is wanted.
         exact: the same bits as the model's eager code gives, products rounded before they are added, in the dtype
             that the data and the table promote to. Else float32 arithmetic (float64 for float64 data), rounded once.
-        backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"eager"``; one that is named is used or refused.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"eager"``; one that is named is used or refused. Under
+            torch.func and dual numbers it is torch's own operations that rotate, whatever the backend.
 
     Returns:
         New tensors ``(q, k)``, or the same objects when ``inplace``.
@@ -232,13 +234,15 @@ def _check(
     if found is None:
         args = _validated(names, xs, table, around, positions, flags, backend, norm)
         name = choose_backend(xs, args, backend, None if norm is None or args.exact else norm[0])
+        if derivatives.in_level():  # whose choice is not that of other calls
+            return args, name
         if len(table.validated) >= _MAX_REMEMBERED:
             table.validated.clear()
         found = table.validated[key] = (replace(args, positions=None), name)
     args, name = found
     if positions is None:
         return args, name
-    check_rows(positions, table.blocks)
+    check_rows(positions, table.rows.shape[1])
     return args.at(positions), name
 
 
@@ -280,8 +284,9 @@ def _rotate(
     names: Sequence[str], xs: Sequence[torch.Tensor], args: RotationArgs, inplace: bool, backend: str
 ) -> list[torch.Tensor]:
     check_flags(inplace=inplace)
-    if inplace:
+    if inplace and not derivatives.in_level():  # there torch writes, which refuses as much and tells why
         check_inplace(names, xs)
+    if inplace:
         ops.rotate_(xs, args, backend)
         return list(xs)
     return ops.rotate(xs, args, backend)
@@ -297,7 +302,7 @@ def _norm_rotate(
 ) -> list[torch.Tensor]:
     kind, eps, weights, biases = norm[0], float(norm[1]), *norm[2:]
     check_flags(inplace=inplace)
-    if inplace:
+    if inplace and not derivatives.in_level():
         check_inplace(names, xs, [parameter for parameter in (*weights, *biases) if parameter is not None])
     if args.exact:
         affine = zip(xs, weights, biases or [None] * len(xs), strict=True)

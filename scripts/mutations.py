@@ -34,8 +34,8 @@ def _cache(name: str, old: str, new: str) -> Mutation:
     return Mutation(name, "dit_rope/cache.py", old, new, _CACHE, "not compile")
 
 
-def _eager(name: str, old: str, new: str) -> Mutation:
-    return Mutation(name, "dit_rope/backends/eager.py", old, new, _EAGER, f"{_NO_COMPILE} and not contract")
+def _eager(name: str, old: str, new: str, file: str = "eager") -> Mutation:
+    return Mutation(name, f"dit_rope/backends/{file}.py", old, new, _EAGER, f"{_NO_COMPILE} and not contract")
 
 
 def _angles(name: str, old: str, new: str) -> Mutation:
@@ -167,7 +167,7 @@ MUTATIONS = (
     _eager("across-heads-per-head", "(-2, -1) if kind.across_heads else (-1,)", "(-1,)"),
     _eager("mean-per-head", "x.mean(self.dims, keepdim=True), out=out)", "x.mean((-1,), keepdim=True), out=out)"),
     _eager("weight-of-the-first", "self.weights[index], self.biases", "self.weights[0], self.biases"),
-    _eager("negative-row-turns", "+ 1).clamp_(min=0)", "+ 1).clamp_(min=1)"),
+    _eager("negative-row-turns", "+ 1).clamp_(min=0)", "+ 1).clamp_(min=1)", file="token_angles"),
     _eager("prefix-forgotten", "slice(args.prefix, args.prefix + turn.count)", "slice(0, turn.count)"),
     _eager("angle-key-without-inverse", "args.pairing, args.inverse, self.exact", "args.pairing, self.exact"),
     _angles(
@@ -175,13 +175,13 @@ MUTATIONS = (
     ),
     _angles("angle-key-without-stride", "x.data_ptr(), x.shape, x.stride(), x.dtype", "x.data_ptr(), x.shape, x.dtype"),
     _eager("rest-lost-in-place", "and not (in_place and norm is None)", "and not in_place"),
-    _eager("wrong-coordinate", "coordinate + first for coordinate", "coordinate for coordinate"),
+    _eager("wrong-coordinate", "coordinate + first for coordinate", "coordinate for coordinate", file="token_angles"),
     # The operators and the calls.
-    _ops("backward-forward", "inverse=not args.inverse)", "inverse=args.inverse)"),
-    _ops("norm-gradient-sign", "x_grad = turned - normed *", "x_grad = turned + normed *"),
-    _ops("gradient-of-the-mean", "x_grad = x_grad - turned.mean(dims, keepdim=True)", "pass"),
-    _ops("gradient-without-weight", "turned = turned * weight.to(wide)", "_ = turned * weight.to(wide)"),
-    _ops("gradient-eps", "keepdim=True) + ctx.eps)", "keepdim=True))"),
+    _ops("backward-forward", "inverse=not args.inverse)", "inverse=args.inverse)", file="autograd"),
+    _ops("norm-gradient-sign", "x_grad = turned - normed *", "x_grad = turned + normed *", file="derivatives"),
+    _ops("gradient-of-the-mean", "x_grad = x_grad - turned.mean(dims, keepdim=True)", "pass", file="derivatives"),
+    _ops("gradient-without-weight", "turned = turned * _of_head(", "_ = turned * _of_head(", file="derivatives"),
+    _ops("gradient-eps", "keepdim=True) + eps)", "keepdim=True))", file="derivatives"),
     _ops("call-key-without-flags", "around, _layout(positions), flags,", "around, _layout(positions),", "rotation"),
     _ops("call-key-without-prefix", "around, _layout(positions), flags,", "_layout(positions), flags,", "rotation"),
     _ops("inplace-unchecked", "        check_inplace(names, xs)\n", "        pass\n", file="rotation"),

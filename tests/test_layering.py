@@ -29,8 +29,10 @@ LAYERS = (
     ("dit_rope.table_caches", "dit_rope.dense_tables"),
     ("dit_rope.tables",),
     ("dit_rope.backends",),
+    ("dit_rope.derivatives",),
     ("dit_rope.backend_choice",),
     ("dit_rope.ops",),
+    ("dit_rope.autograd",),
     ("dit_rope.rotation",),
     ("dit_rope.streaming", "dit_rope.shifting", "dit_rope.compat", "dit_rope.models"),
     ("dit_rope.rolling_cache",),
@@ -49,6 +51,7 @@ PLAN, ARGUMENTS, LAUNCH, CUDA = (
 )
 GPU_CALLS = "dit_rope.backends.gpu_calls"
 BESIDE = {TRITON, (ARGUMENTS, PLAN), (LAUNCH, PLAN), (LAUNCH, ARGUMENTS), (CUDA, PLAN), (CUDA, ARGUMENTS)}
+BESIDE |= {("dit_rope.backends.eager", "dit_rope.backends.token_angles")}
 BESIDE |= {(CUDA, LAUNCH)} | {(backend, GPU_CALLS) for backend in (TRITON[0], CUDA, ARGUMENTS, PLAN)}
 """The left imports the right. What needs Triton or the CUDA bindings is a file of its own, imported only where they
 are; what both GPU backends ask of a call is written once."""

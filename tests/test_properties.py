@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from properties import F32, RIGHT, RotationDraw, TableDraw
 
 from dit_rope import Grid, Pairing, RopeSpec, ShiftTable, rotation
-from dit_rope.backends import eager
+from dit_rope.backends import token_angles
 from dit_rope.benchmark.results import read_csv
 from dit_rope.tables import RopeTable
 
@@ -105,8 +105,8 @@ def test_the_check_of_a_backend_notices_angles_of_another_head(monkeypatch: pyte
         None, False, False, 7,
     )  # fmt: skip
     assert kernel_properties.check_kernel(draw) == RIGHT
-    real = eager._row_indices
-    monkeypatch.setattr(eager, "_row_indices", lambda args, heads: real(args, heads).flip(2))
+    real = token_angles.row_indices
+    monkeypatch.setattr(token_angles, "row_indices", lambda args, heads: real(args, heads).flip(2))
     from dit_rope import cache_clear
 
     cache_clear()

@@ -10,16 +10,19 @@ the model's code does. (A zero may come out with the other sign; infinities come
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from einops import rearrange
 
-from ..layout import grid_coordinates
+from ..cache import in_mode
 from ..rotation_args import RotationArgs
 from ..spec import NormKind, Pairing
 from ..tables import ANGLES, WITHOUT_FLOAT64_OR_COMPLEX
+from . import token_angles
+from .token_angles import dense_angles as dense_angles
 
 # Bytes of one chunk of tokens on CPU, in the arithmetic dtype: scratch of that size stays in the level 3 cache, and
 # what a chunk costs in Python is little beside its work. Without scratch a chunk only has to keep its angles there.
@@ -47,22 +50,6 @@ def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: Pa
     turned = torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos))
     out = rearrange(turned, f"two b s h p -> {pattern}").type_as(x)
     return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
-
-
-def dense_angles(args: RotationArgs, length: int, heads: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cos and sin ``[B or 1, length, 1, pairs]`` of every token of a sequence, (1, 0) where it does not turn.
-
-    B is the batch of ``args.positions``, which with ``args.entries`` counts those. With ``args.head_rows`` they are
-    ``[B or 1, length, heads, pairs]``.
-    """
-    table, rows = _needed_rows(args.rows, _row_indices(args, heads))
-    angles = torch.cat(_gather(_identity_row(table), rows, args.pairs), dim=-1)
-    around = (0, 0, 0, 0, args.prefix, length - args.prefix - rows.shape[1])
-    cos, sin = (
-        torch.nn.functional.pad(part, around, value=still)
-        for part, still in zip(angles.unbind(0), (1.0, 0.0), strict=True)
-    )
-    return cos, -sin if args.inverse else sin
 
 
 def rotate(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor]) -> None:
@@ -164,7 +151,9 @@ class _Turn:
             and args.rows.device.type not in WITHOUT_FLOAT64_OR_COMPLEX
         )
         self.exact_complex = self.complex and args.exact
-        self.tables = self._remembered()
+        found, number = self._remembered(), 1 if self.complex and not args.exact else 2
+        self.tables = found[:number]
+        self.still = found[number] if len(found) > number else None
         self.count = self.tables[0].shape[1]
 
     def _remembered(self) -> Sequence[torch.Tensor]:
@@ -173,20 +162,22 @@ class _Turn:
         Not those of positions on one axis: they take one gather, and who serves text brings new positions to each call.
         With angles for each head they do: that gather is as large as the data.
         """
-        args, inputs = self.args, [t for t in (self.args.rows, self.args.positions) if t is not None]
+        args = self.args
         once = len(args.pairs) == 1 and args.positions is not None and not args.head_rows
-        if once or args.rows.device.type != "cpu" or any(t.is_inference() for t in inputs):
+        if once or args.rows.device.type != "cpu" or args.rows.is_inference() or in_mode():
             return self._gathered()
         where = (args.pairs, args.sizes, args.first_rows, args.token_offset, args.count, args.head_rows, self.heads)
-        key = (tuple(map(_identity, inputs)), where, args.pairing, args.inverse, self.exact_complex, self.dtype)
-        # The inputs go in with the tables: their memory stays theirs, and a write to them is noticed.
-        kept = ANGLES.get(key, args.rows.device, lambda: [*self._gathered(), *inputs])
-        return kept[: len(kept) - len(inputs)]
+        told = (_identity(args.rows), _digest(args.positions))
+        key = (told, where, args.pairing, args.inverse, self.exact_complex, self.dtype)
+        # The rows go in with the tables: their memory stays theirs, and a write to them is noticed.
+        return ANGLES.get(key, args.rows.device, lambda: [*self._gathered(), args.rows.detach()])[:-1]
 
     def _gathered(self) -> list[torch.Tensor]:
+        """The tables, and after them, where some pairs of some tokens do not turn, which channels those are."""
         args = self.args
-        table, rows = _needed_rows(args.rows, _row_indices(args, self.heads))
-        cos, sin = _identity_row(table.to(self.dtype)).unbind(0)
+        indices = token_angles.row_indices(args, self.heads)
+        table, rows = token_angles.needed_rows(args.rows, indices)
+        cos, sin = token_angles.identity_row(table.to(self.dtype)).unbind(0)
         sin = -sin if args.inverse else sin
         if not self.complex:
             tables: tuple[torch.Tensor, ...] = (cos, sin)
@@ -195,10 +186,24 @@ class _Turn:
             tables = (torch.complex(cos, zero), torch.complex(zero, sin))
         else:
             tables = (torch.complex(cos, sin),)
-        return [torch.cat(_gather(table, rows, args.pairs), dim=-1) for table in tables]
+        gathered = [torch.cat(token_angles.gather(table, rows, args.pairs), dim=-1) for table in tables]
+        first = indices[:, :, :1]  # the negative rows of one head are those of all
+        # On other devices than a CPU a look at them would be a wait.
+        if not token_angles.may_keep_values(args) or (first.device.type == "cpu" and not bool((first < 0).any())):
+            return gathered
+        return [*gathered, token_angles.unturned_channels(first, args)]
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor, start: int, stop: int, scratch: torch.Tensor) -> None:
         """Turns the tokens ``start <= j < stop``, ``x`` ``[B, n, H, width]``, into ``out``, which may be x."""
+        if self.still is None:
+            self._turn(x, out, start, stop, scratch)
+            return
+        kept = x.clone() if x.data_ptr() == out.data_ptr() else x
+        self._turn(x, out, start, stop, scratch)
+        # By (1, 0) an infinity would make its partner NaN, and a negative zero would lose its sign.
+        out.copy_(torch.where(self.still[:, start:stop], kept, out))
+
+    def _turn(self, x: torch.Tensor, out: torch.Tensor, start: int, stop: int, scratch: torch.Tensor) -> None:
         tables = self.tables
         if stop - start != self.count:
             tables = [table[:, start:stop] for table in tables]
@@ -300,56 +305,20 @@ def _readable(x: torch.Tensor, turn: _Turn) -> bool:
     return x.dtype == turn.dtype and x.stride(-1) == 1 and even and x.storage_offset() % 2 == 0
 
 
-def _row_indices(args: RotationArgs, heads: int) -> torch.Tensor:
-    """Row of each turning token on each axis, ``[1 or B, n, 1, axes]`` int64; by head where ``args.head_rows``."""
-    if args.positions is not None:
-        rows = args.positions.long().expand(-1, args.count, -1)
-    else:
-        coordinates = grid_coordinates(args.sizes, args.token_offset, args.count, args.rows.device)
-        columns = [coordinate + first for coordinate, first in zip(coordinates, args.first_rows, strict=True)]
-        rows = torch.stack(columns, dim=-1)[None]
-    rows = rows.unsqueeze(2)
-    if not args.head_rows:
-        return rows
-    further = torch.arange(heads, device=rows.device)[:, None] * args.head_rows
-    return torch.where(rows < 0, rows, rows + further)
-
-
-def _needed_rows(table: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A table ``[2, R, P]`` no longer than ``rows`` ``[B or 1, n, heads, axes]``, and the rows in it.
-
-    A cache for a million positions is not converted for a few tokens: their rows come first, in its own dtype.
-    """
-    if table.shape[1] <= rows.numel():
-        return table, rows
-    flat = rows.flatten()
-    numbers = torch.arange(flat.shape[0], device=flat.device).masked_fill_(flat < 0, -1)
-    where = flat.clamp(min=0)
-    # One by one: of both at once, index_select copies the whole table where cosines and sines share a row of memory.
-    return torch.stack([part.index_select(0, where) for part in table.unbind(0)]), numbers.view(rows.shape)
-
-
-def _gather(table: torch.Tensor, rows: torch.Tensor, pairs: Sequence[int]) -> list[torch.Tensor]:
-    """``[..., *rows.shape[:3], pairs[a]]`` of each axis from ``table`` ``[..., 1 + R, P]``.
-
-    ``rows`` are ``[B or 1, n, heads, axes]``. The first row of the table is the identity, for negative rows; row 0
-    comes after it.
-    """
-    flat = (rows.flatten(0, 2) + 1).clamp_(min=0)
-    gathered = (table.index_select(-2, flat[:, axis]) for axis in range(len(pairs)))
-    return [part[..., :width].unflatten(-2, rows.shape[:3]) for part, width in zip(gathered, pairs, strict=True)]
-
-
 def _identity(x: torch.Tensor) -> tuple[object, ...]:
-    """What tells ``x`` from every other tensor whose memory is still held."""
-    return (x.data_ptr(), x.shape, x.stride(), x.dtype)
+    """What tells ``x`` from every other tensor while an alias of it is held.
+
+    The storage, not its address alone: another tensor may lie over the same memory of a numpy array, with other values
+    and a version of its own.
+    """
+    return (x.untyped_storage()._cdata, x.data_ptr(), x.shape, x.stride(), x.dtype)
 
 
-def _identity_row(rows: torch.Tensor) -> torch.Tensor:
-    """``rows`` ``[2, R, P]`` after a row (1, 0): ``[2, 1 + R, P]``."""
-    identity = rows.new_zeros(2, 1, rows.shape[2])
-    identity[0] = 1.0
-    return torch.cat((identity, rows), dim=1)
+def _digest(positions: torch.Tensor | None) -> object:
+    """What tells positions from others by their values: whoever makes them may do so anew in each call."""
+    if positions is None:
+        return None
+    return tuple(positions.shape), hashlib.sha256(positions.numpy().tobytes()).digest()
 
 
 def _chunk_tokens(x: torch.Tensor, dtype: torch.dtype, chunk_bytes: int) -> int:
