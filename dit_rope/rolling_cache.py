@@ -9,7 +9,7 @@ import torch
 from . import rotation
 from .spec import integer
 from .streaming import Chunk, PositionPolicy, RopeStream, runs, uncompiled
-from .validation import DTYPES
+from .validation import DTYPES, check_memory
 
 _MOST = 2**20
 """Of anything but tokens; sizes past it are mistakes, and their product might not be a number that torch has."""
@@ -55,10 +55,10 @@ class RollingCache:
     ) -> None:
         if not isinstance(stream, RopeStream):
             raise TypeError(f"stream must be a RopeStream, got {type(stream).__name__}")
-        value_dim = head_dim if value_dim is None else value_dim
-        sizes = (("batch", batch), ("heads", heads), ("head_dim", head_dim), ("value_dim", value_dim))
-        for name, value in sizes:
-            integer(name, value, 1)
+        named = {"batch": batch, "heads": heads, "head_dim": head_dim}
+        named["value_dim"] = head_dim if value_dim is None else value_dim
+        batch, heads, head_dim, value_dim = (integer(name, value, 1) for name, value in named.items())
+        for name, value in named.items():
             if value > _MOST:
                 raise ValueError(f"{name} must be at most {_MOST}, got {value}")
         if dtype not in DTYPES:
@@ -157,5 +157,6 @@ class RollingCache:
                     f"{name} must be {expected}, [B, {chunk.frames} frames * {self.stream.frame_tokens} tokens, H, D], "
                     f"got {tuple(x.shape)}"
                 )
+            check_memory(name, x)
             if torch.is_grad_enabled() and x.requires_grad:
                 raise ValueError(f"{name} must not require grad, got a tensor that does; stream under torch.no_grad()")

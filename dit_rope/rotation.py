@@ -242,7 +242,7 @@ def _check(
     args, name = found
     if positions is None:
         return args, name
-    check_rows(positions, table.rows.shape[1])
+    check_rows(positions, table.blocks)
     return args.at(positions), name
 
 

@@ -24,7 +24,7 @@ from .rotation_args import RotationArgs
 from .scaling import axis_frequencies
 from .spec import Grid, RopeSpec, integer
 from .tables import RopeTable, rope_table
-from .validation import checked_device
+from .validation import check_values, checked_device
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -128,22 +128,22 @@ class RopeStream:
             raise ValueError(
                 f"frame_size must have one size for each axis but the first of {spec.dims}, got {frame_size}"
             )
-        integer("window_frames", window_frames, 1)
-        integer("sink_frames", sink_frames, 0)
+        window_frames = integer("window_frames", window_frames, 1)
+        sink_frames = integer("sink_frames", sink_frames, 0)
         if sink_frames >= window_frames:
             raise ValueError(f"sink_frames must be below window_frames {window_frames}, got {sink_frames}")
         if (max_frames is None) == (policy is PositionPolicy.CLAMP):
             raise ValueError(f"max_frames must be given with CLAMP and only there, got {max_frames} with {policy.name}")
         if max_frames is not None:
-            integer("max_frames", max_frames, 1)
+            max_frames = integer("max_frames", max_frames, 1)
         if window_frames > MAX_POSITION - _TABLE_STEP:
             raise ValueError(f"window_frames must be at most {MAX_POSITION - _TABLE_STEP}, got {window_frames}")
-        for size in frame_size:
-            integer("frame_size", size, 1)
         check_backend(backend)
+        for axis in range(len(spec.dims)):
+            axis_frequencies(spec, axis)  # an unknown scaling is refused here, and not by the first chunk
         self.spec = spec
-        self.frame_size = tuple(frame_size)
-        self.frame_tokens = Grid(1, *frame_size).tokens
+        self.frame_size = tuple(integer("frame_size", size, 1) for size in frame_size)
+        self.frame_tokens = Grid(1, *self.frame_size).tokens
         self.window_frames = window_frames
         self.sink_frames = sink_frames
         self.policy = policy
@@ -172,16 +172,24 @@ class RopeStream:
     def begin_chunk(self, frames: int) -> Chunk:
         """Plans the next ``frames`` frames; every forward of the chunk then uses the same plan.
 
+        Where it raises, no chunk has begun, and it can be called again.
+
         Raises:
             RuntimeError: when a chunk has begun and is not committed.
             ValueError: when the chunk does not fit the window beside the sinks.
+
+        Example:
+            >>> from dit_rope import RopeSpec, RopeStream
+            >>> stream = RopeStream(RopeSpec((8, 4, 4)), (3, 4), window_frames=6)
+            >>> stream.begin_chunk(2).positions
+            (0, 1)
         """
         if self._chunk is not None:
             raise RuntimeError(
                 f"the chunk at frame {self._chunk.start_frame} must be committed before another begins, got "
                 f"begin_chunk({frames}); call commit()"
             )
-        integer("frames", frames, 1)
+        frames = integer("frames", frames, 1)
         start, end = self.start_frame, self.start_frame + frames
         room = self.window_frames - max(0, min(self.sink_frames, start))
         if frames > room:
@@ -197,9 +205,9 @@ class RopeStream:
                 f"frames must end at or before position {MAX_POSITION}, where float32 stops counting, got "
                 f"{chunk.positions[-1] + 1}; reset() the stream, or use WINDOW_RELATIVE"
             )
-        self._chunk, self._args = chunk, {}
-        for positions in filter(None, (chunk.positions, chunk.moved_sinks)):
-            self.args(positions)  # here, because nothing is built while a CUDA graph is captured
+        # Here, because nothing is built while a CUDA graph is captured; and first, because a build may fail.
+        args = {positions: self._args_at(positions) for positions in filter(None, (chunk.positions, chunk.moved_sinks))}
+        self._chunk, self._args = chunk, args
         return chunk
 
     def commit(self) -> None:
@@ -226,7 +234,8 @@ class RopeStream:
 
         Raises:
             RuntimeError: no chunk has begun.
-            TypeError, ValueError: naming the argument and the sizes.
+            TypeError: no tensor, or one of another dtype than :func:`~dit_rope.rotate` takes.
+            ValueError: naming the argument and the sizes; a lazily negated view.
         """
         chunk = self.chunk
         args = self.args(chunk.positions)
@@ -237,10 +246,12 @@ class RopeStream:
         """The rotation of whole frames at consecutive frame positions; all layers ask for those of a chunk again."""
         found = self._args.get(positions)
         if found is None:
-            table = self._table_of(positions[0])
-            found = table.args().of_frames(positions[0] - table.grid.start_frame, len(positions))
-            self._args[positions] = found
+            found = self._args[positions] = self._args_at(positions)
         return found
+
+    def _args_at(self, positions: tuple[int, ...]) -> RotationArgs:
+        table = self._table_of(positions[0])
+        return table.args().of_frames(positions[0] - table.grid.start_frame, len(positions))
 
     def scratch(self, like: torch.Tensor) -> torch.Tensor:
         """Memory of the shape and dtype of ``like``, the same for every layer that asks."""
@@ -289,8 +300,7 @@ class RopeStream:
         return replace(first, grid=Grid(*first.grid.sizes, start_frame=base), rows=rows)
 
     def _check_queries(self, queries: torch.Tensor, frames: int, device: torch.device) -> None:
-        if not isinstance(queries, torch.Tensor):
-            raise TypeError(f"queries must be a torch.Tensor, got {type(queries).__name__}")
+        check_values("queries", queries)
         tokens = frames * self.frame_tokens
         if queries.ndim != 4 or queries.shape[1] != tokens or queries.shape[3] < self.spec.rotary_dim:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -56,7 +56,7 @@ class TableCacheInfo:
     shifts: CacheInfo
 
 
-_ALL: tuple[FifoCache[Hashable, object], ...] = (TABLES, AXES, ANGLES, MODEL_TABLES, FREQUENCIES, SHIFTS)  # type: ignore[assignment]
+_ALL: tuple[FifoCache[Any, Any], ...] = (TABLES, AXES, ANGLES, MODEL_TABLES, FREQUENCIES, SHIFTS)
 
 
 def cache_info() -> TableCacheInfo:
