@@ -8,40 +8,42 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from .backend_choice import explain_backends
-from .models.adapter import GridTables, ModelAdapter, ModelTables, Rotations
-from .models.plan import Options, Plan
+from .models.adapter import ModelAdapter, ModelTables, Rotations
+from .models.class_override import unpatched_class
+from .models.fused_norms import makes_fresh_results
+from .models.plan import Options, Plan, RotationPlan, plain_path
 from .spec import Fusion, Scaling, Scalings
 
 
 def declared(adapter: ModelAdapter) -> str:
     """What a patch of this class would replace, without a model to look at."""
     lines = [adapter.model_class]
-    lines += [f"  {place_of(tables)}: {tables_of(tables, builder_of(tables))}" for tables in adapter.tables]
-    lines += [f"  {each.attention}: {turns_of(each, tuple(each.turned))}" for each in adapter.rotations]
+    lines += [f"  {place_of(tables)}: {builder_of(tables)}, {tables_of(tables)}" for tables in adapter.tables]
+    lines += [f"  {each.attention}: {rotates_in(each, tuple(each.rotated))}" for each in adapter.rotations]
     return "\n".join([*lines, *(f"  left alone: {sentence}" for sentence in adapter.left_alone)])
 
 
-def place_of(tables: GridTables | ModelTables) -> str:
+def place_of(tables: ModelTables) -> str:
     """Path of the object that builds tables, or the name of the model's own method."""
-    return tables.path or (tables.method if isinstance(tables, ModelTables) else "")
+    return tables.path or tables.method
 
 
-def builder_of(tables: GridTables | ModelTables) -> str:
+def builder_of(tables: ModelTables) -> str:
     """The class names that build tables."""
     return tables.builder if isinstance(tables.builder, str) else " or ".join(tables.builder)
 
 
-def tables_of(tables: GridTables | ModelTables, builder: str, dense: bool = False) -> str:
-    """What happens to the tables of one object, of class ``builder``; ``dense`` where the model reads them itself."""
-    ours = "dense, from axis tables" if dense else "axis tables in place of dense ones"
-    how = ours if isinstance(tables, GridTables) else "the model's own"
-    return f"{builder}, tables memoized, {how}"
+def tables_of(tables: ModelTables) -> str:
+    """What happens to the tables of one object."""
+    read = (
+        "" if tables.axes is None else "; kernels read a small array for each axis where that equals them bit for bit"
+    )
+    return f"tables memoized, the model's own{read}"
 
 
-def turns_of(rotations: Rotations, names: Sequence[str]) -> str:
-    """Where the queries and keys of one kind of attention module turn: in its modules ``names``, if any."""
-    form = rotations.format
-    alone = "" if form is None or form.exact else ", in fast mode only: in exact mode the rotation is left to the model"
+def rotates_in(rotations: Rotations, names: Sequence[str]) -> str:
+    """Where the queries and keys of one kind of attention module rotate: in its modules ``names``, if any."""
+    alone = "" if rotations.format.exact else ", in fast mode only: in exact mode the rotation is left to the model"
     if not names:
         assert rotations.rebound is not None
         return f"{rotations.rebound.function} rotates in one pass{alone}"
@@ -59,54 +61,74 @@ def _scaling_of(scaling: Scalings | Callable[[], Scalings]) -> str:
 
 
 def describe(plan: Plan, options: Options) -> str:
-    """Every replaced object of one model, the arithmetic and backend, and what is left alone and why."""
-    adapter = plan.adapter
-    lines = [f"{plan.name}: {type(plan.model).__name__}", *_replaced(plan)]
-    if plan.rotations:
+    """What is replaced in one model at this moment, the arithmetic and backend, and what is left alone and why."""
+    patched = plan.state.active and bool(plan.state.objects)
+    undone = "" if plan.state.active else " (undone)"
+    lines = [f"{plan.name}: {type(plan.model).__name__}{undone}", *_tables(plan, options), *_rotations(plan, patched)]
+    if any(each.why_left(patched) is None for each in plan.rotations):
         lines += [
             f"  arithmetic: {_arithmetic(options)}",
             f"  fused: {_fused(plan, options)}",
             f"  backend on {_device(plan)}: {_backend(_device(plan), options)}",
         ]
-    elif options.fuse is Fusion.NOTHING:
+    if options.fuse is Fusion.NOTHING:
         lines.append("  left alone: norm and rotation of queries and keys, as fuse asks")
     if options.scaling is not None:
         lines.append(f"  frequencies scaled: {_scaling_of(options.scaling)}")
     under_compile = "all of it" if options.scaling is None else "all but the scaled tables"
     lines.append(f"  left alone under torch.compile: {under_compile}, because the compiler fuses the model's own code")
-    classes = {found.rotations.attention_class for found in plan.rotations}
-    cross = sum(type(module).__name__ in classes for module in plan.model.modules()) - len(plan.rotations)
-    if cross:
-        lines.append(f"  left alone: {cross} attention modules, which do not rotate")
-    lines += _hooks_of_others(plan)
-    return "\n".join([*lines, *(f"  left alone: {sentence}" for sentence in adapter.left_alone)])
+    lines.append(
+        "  left alone under torch.func, dual numbers and jit tracing: all of it, because kernels have no tangents"
+    )
+    lines += _elsewhere(plan)
+    return "\n".join([*lines, *(f"  left alone: {sentence}" for sentence in plan.adapter.left_alone)])
 
 
-def _hooks_of_others(plan: Plan) -> Iterator[str]:
-    """A line for the hooks that somebody has put on what a patch replaces: they see something else once it is in."""
-    norms = [
-        (f"{each.path}.{name}", getattr(each.attention, name, None)) for each in plan.rotations for name in each.turned
+def _tables(plan: Plan, options: Options) -> Iterator[str]:
+    """A line for each object that builds tables."""
+    for each in plan.tables:
+        reason = each.why_left()
+        what = tables_of(each.tables)
+        if reason is not None:
+            what = f"left alone, its tables are built in every forward pass: {reason}"
+        elif options.scaling is not None and each.tables.axes is not None:
+            what = "tables memoized, scaled; kernels read a small array for each axis"
+        yield f"  {place_of(each.tables)}: {each.builder}, {what}"
+
+
+def _rotations(plan: Plan, patched: bool) -> Iterator[str]:
+    """A line or two for each kind of attention module: where it rotates, or why the model does."""
+    kinds: dict[tuple[str, tuple[str, ...], str | None], list[RotationPlan]] = {}
+    for each in plan.rotations:
+        stem = re.sub(r"\.\d+(?=\.|$)", ".*", plain_path(each.path))
+        kinds.setdefault((stem, tuple(each.names), each.why_left(patched)), []).append(each)
+    for (stem, names, reason), found in kinds.items():
+        which = f"{stem}, {len(found)} of them"
+        if reason is not None:
+            yield f"  left alone: {which}, where the model rotates: {reason}"
+            continue
+        yield f"  {which}: {rotates_in(found[0].rotations, names)}"
+        watched = sum(not makes_fresh_results(getattr(each.attention, name)) for each in found for name in names)
+        if watched:
+            yield f"  {which}: {watched} of their modules are hooked or unknown, run by themselves, and rotate after it"
+
+
+def _elsewhere(plan: Plan) -> Iterator[str]:
+    """A line for attention modules of the same classes that are not where a patch knows them to rotate."""
+    known = {id(each.attention) for each in plan.rotations}
+    classes = {each.attention_class for each in plan.adapter.rotations if each.rotated}
+    others = [
+        plain_path(path)
+        for path, module in plan.model.named_modules()
+        if id(module) not in known and unpatched_class(module).__name__ in classes
     ]
-    ropes = [(found.tables.path, found.target) for found in plan.tables if isinstance(found.tables, GridTables)]
-    for modules, sees in ((norms, "queries and keys that have turned"), (ropes, "positions in place of tables")):
-        paths = [path for path, module in modules if getattr(module, "_forward_hooks", None)]
-        if paths:
-            yield f"  hooks of others on {', '.join(paths)}: they are given {sees}"
-
-
-def _replaced(plan: Plan) -> Iterator[str]:
-    """A line or two for each kind of object that is replaced."""
-    for found in plan.tables:
-        yield f"  {place_of(found.tables)}: {tables_of(found.tables, found.builder, not plan.rotations)}"
-    kinds: dict[tuple[str, tuple[str, ...]], list[Rotations]] = {}
-    for rotation in plan.rotations:
-        stem = re.sub(r"\.\d+(?=\.|$)", ".*", rotation.path)
-        kinds.setdefault((stem, tuple(rotation.turned)), []).append(rotation.rotations)
-    for (stem, names), rotations in kinds.items():
-        yield f"  {stem}, {len(rotations)} of them: {turns_of(rotations[0], names)}"
-        if names:
-            ours = " and a processor of ours" if rotations[0].processor is not None else ""
-            yield f"  {stem}, {len(rotations)} of them: two hooks{ours}, so that the processor does not rotate"
+    if others and plan.rotations:
+        yield f"  left alone: {len(others)} attention modules, which do not rotate"
+    elif others:
+        yield (
+            f"  left alone: {len(others)} attention modules, such as {others[0]}, which are not where dit_rope knows "
+            "them to be: are their blocks wrapped?"
+        )
 
 
 def _arithmetic(options: Options) -> str:
@@ -121,7 +143,7 @@ def _fused(plan: Plan, options: Options) -> str:
     """What happens in one pass."""
     if options.fuse is Fusion.ROTATION:
         return "rotation, as fuse asks; norms are the model's own"
-    if not any("norm" in name for each in plan.rotations for name in each.turned):
+    if not any("norm" in name for each in plan.rotations for name in each.names):
         return "rotation; there is no norm before it"
     if options.exact:
         return "rotation; norms are the model's own in exact mode"

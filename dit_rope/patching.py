@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from .backend_choice import check_backend
 from .models import ADAPTERS, ModelAdapter
 from .models.plan import Options, Plan, make_plan, restore
-from .models.probe import probes
 from .patch_report import describe
 from .spec import Fusion, Scalings
 
@@ -30,19 +29,23 @@ class Patch:
 
     _plans: list[Plan]
     _options: Options
-    active: bool = field(default=True, init=False)
+
+    @property
+    def active(self) -> bool:
+        """Whether the patch is in force: not undone, by :meth:`undo` or by :func:`unpatch`."""
+        return any(plan.state.active for plan in self._plans)
 
     def report(self) -> str:
-        """Every replaced object, the arithmetic and backend, and what was left alone and why."""
-        state = "" if self.active else " (undone)"
-        return "\n".join(f"{describe(plan, self._options)}{state}" for plan in self._plans)
+        """What is replaced at this moment, the arithmetic and backend, and what is left alone and why."""
+        return "\n".join(describe(plan, self._options) for plan in self._plans)
 
     def undo(self) -> None:
-        """Gives every module its own class back and removes the hooks; a second call does nothing."""
-        if self.active:
-            for plan in self._plans:
-                plan.restore()
-            self.active = False
+        """Gives every object its own class back and removes the hooks, wherever it is by now.
+
+        A second call does nothing, and neither does one after another patch of the same model.
+        """
+        for plan in self._plans:
+            plan.restore()
 
     def __enter__(self) -> Patch:
         return self
@@ -83,8 +86,9 @@ def patch(
     Raises:
         UnsupportedModelError: nothing in ``target`` can be patched; names the supported models.
         TypeError: an argument of another type.
-        ValueError: an unknown backend, ``target`` is patched already, its modules are not what this version knows, or
-            the scaling is not one that its axes can have. Nothing is changed then.
+        ValueError: an unknown backend, ``target`` is patched already, or the scaling is not one that its axes can have.
+            Nothing is changed then. A module that is not what this version knows is no error: it is left to its own
+            code, and the report names it.
     """
     if exact is not None and not isinstance(exact, bool):
         raise TypeError(f"exact must be True, False or None, got {exact!r}")
@@ -93,13 +97,10 @@ def patch(
         raise TypeError(f"fuse must be a Fusion, got {fuse!r}")
     options = Options(exact, backend, scaling, fuse)
     plans = _plans(target, fuse)
-    settings = [plan.grid_settings(options) for plan in plans]
-    probed = [probe for plan, grid in zip(plans, settings, strict=True) for probe in probes(plan, grid)]
+    scaled = [plan.scaled_spec(options) for plan in plans]
     try:
-        for plan, grid in zip(plans, settings, strict=True):
-            plan.apply(grid, options)
-        for probe in probed:
-            probe.check()
+        for plan, spec in zip(plans, scaled, strict=True):
+            plan.apply(spec, options)
     except BaseException:
         for plan in plans:
             plan.restore()
@@ -186,18 +187,9 @@ def _supported_in(name: str, module: torch.nn.Module) -> list[tuple[str, torch.n
 
 
 def adapter_of(model: torch.nn.Module) -> ModelAdapter | None:
-    """The adapter of ``model``'s class, or of the class it derives from without changing what an adapter relies on.
-
-    Raises:
-        UnsupportedModelError: it derives from a supported class and has another forward.
-    """
+    """The adapter of ``model``'s class, or of the class that it derives from."""
     for cls in type(model).__mro__:
         adapter = _BY_CLASS.get(f"{cls.__module__}.{cls.__qualname__}")
         if adapter is not None:
-            if type(model).forward is not cls.__dict__.get("forward", type(model).forward):
-                raise UnsupportedModelError(
-                    f"target must run the forward of {cls.__name__}, from which it derives, got "
-                    f"{type(model).__qualname__}.forward"
-                )
             return adapter
     return None

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from dit_rope.models import ADAPTERS, ModelAdapter
-from dit_rope.models.adapter import GridTables
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import wan_models
@@ -25,7 +24,7 @@ NOT_HERE = ("CosmosControlNetModel",)
 
 
 def _tables(adapter: ModelAdapter) -> str:
-    if any(isinstance(tables, GridTables) for tables in adapter.tables):
+    if any(tables.axes is not None for tables in adapter.tables):
         return "axis tables"
     return "memoized" if adapter.tables else "not its own"
 
@@ -34,8 +33,8 @@ def _kinds(adapter: ModelAdapter) -> dict[tuple[str, bool], None]:
     """What one pass does, over all kinds of attention modules of a model, and whether exact mode does it too."""
     kinds: dict[tuple[str, bool], None] = {}
     for rotations in adapter.rotations:
-        norms = any("norm" in name for name in rotations.turned)
-        exact = rotations.format is None or rotations.format.exact
+        norms = any("norm" in name for name in rotations.rotated)
+        exact = rotations.format.exact
         kinds["norm and rotation" if norms else "rotation", exact] = None
     return kinds
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..models.plan import Plan, RotationFound, make_plan
+from ..models.plan import Plan, RotationPlan, make_plan
 from ..patching import adapter_of, patch
 from ..spec import Fusion
 from .architectures import ARCHITECTURES, Architecture, Noise
@@ -301,21 +301,23 @@ def _moved(step: Step) -> Step:
         return (y.to(wide) * (1 + _ROUNDINGS * unit * signs.to(wide))).to(y.dtype)
 
     for found in _rotations(twin.plans()):
-        for _, module in found.seams():
+        for _, module in found.modules():
             module.register_forward_hook(move)
     return twin
 
 
 def _has_bound(plans: list[Plan]) -> bool:
     """Whether the models' processors do not rotate what comes without tables."""
-    return all(found.rotations.rebound is None and found.rotations.processor is None for found in _rotations(plans))
+    return all(found.rotations.rebound is None and found.rotations.unrotated is None for found in _rotations(plans))
 
 
 def _without_rope(plan: Plan) -> None:
-    """Keeps a model's tables, and neither norms nor turns queries and keys: what is left is no patch's to gain."""
+    """Keeps a model's tables, and neither norms nor rotates queries and keys: what is left is no patch's to gain."""
     for found in plan.rotations:
-        found.attention.register_forward_pre_hook(_Without(found.rotary), with_kwargs=True)
-        for name, module in found.seams():
+        taken = list(inspect.signature(type(found.attention).forward).parameters)[1:]
+        places = tuple((name, taken.index(name) if name in taken else None) for name in found.rotations.rotary)
+        found.attention.register_forward_pre_hook(_Without(places), with_kwargs=True)
+        for name, module in found.modules():
             if "norm" in name:
                 vars(module)["forward"] = _same
     patch(plan.model, fuse=Fusion.NOTHING)
@@ -337,7 +339,7 @@ class _Without:
         return args, {**kwargs, **{name: None for name, _ in self.rotary if name in kwargs}}
 
 
-def _rotations(plans: list[Plan]) -> Iterator[RotationFound]:
+def _rotations(plans: list[Plan]) -> Iterator[RotationPlan]:
     return (found for plan in plans for found in plan.rotations)
 
 

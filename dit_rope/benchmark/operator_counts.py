@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..models.adapter import ModelTables
-from ..models.formats import AxisRows, Format
+from ..models.formats import Format
 from ..models.plan import Plan, make_plan
 from ..patching import adapter_of, patch
 from ..table_caches import cache_clear
@@ -113,7 +113,7 @@ def _watched(target: Any, method: str, region: Callable[[], contextlib.AbstractC
 @contextlib.contextmanager
 def _packing_watched(region: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
     """Conversions of a model's tables to ours run in ``region()``."""
-    own = {cls: cls.pack for cls in (Format, AxisRows)}
+    own = {Format: Format.pack}
 
     def watch(pack: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
@@ -168,7 +168,7 @@ def run_steps(plan: Plan, forward: Callable[[], object], steps: int = 2) -> list
         stack.enter_context(_packing_watched(lambda: counter.region(step.tables)))
         for found in plan.rotations:
             stack.enter_context(_watched(found.attention, "forward", functools.partial(call, found.path)))
-            for name, module in found.seams():
+            for name, module in found.modules():
                 stack.callback(module.register_forward_hook(functools.partial(seen, name)).remove)
         for step in results:  # noqa: B007 - the closures above read it
             with torch.no_grad(), counter:

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..models.adapter import GridTables
-from ..models.formats import AxisRows
-from ..patching import adapter_of, patch
+from ..patching import patch
 from ..table_caches import cache_clear
 from .results import Row
 from .sections import Case, Settings, Wrong
@@ -144,10 +142,6 @@ def _rows(family: Family, settings: Settings) -> list[Row]:
 
 
 def _check(family: Family, model: torch.nn.Module, own: Any, ours: Any) -> None:
-    adapter = adapter_of(model)
-    tables = None if adapter is None else adapter.tables[0]
-    if isinstance(tables, GridTables):
-        ours = AxisRows(tables.spec(getattr(model, family.rope))).traceable(ours)
     pairs = zip(pytree.tree_leaves(own), pytree.tree_leaves(ours), strict=True)
     if not all(torch.equal(mine, theirs) for mine, theirs in pairs):
         raise Wrong(f"the tables of {family.name} with the memo differ from its own")

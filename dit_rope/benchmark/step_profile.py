@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ..models.adapter import ModelTables
 from ..models.plan import Plan
 
 KINDS = ("attention", "matrix products", "tables", "rotation", "q and k norms", "other norms", "elementwise", "rest")
@@ -47,11 +46,11 @@ def _places(plans: Iterable[Plan]) -> Iterator[tuple[Any, str, str]]:
     """Objects, their methods and what these do."""
     for plan in plans:
         for found in plan.tables:
-            yield found.target, found.tables.method if isinstance(found.tables, ModelTables) else "forward", _TABLES
+            yield found.target, found.tables.method, _TABLES
         turned = set()
         for rotation in plan.rotations:
             yield rotation.attention, "forward", _MODULE
-            for name, module in rotation.seams():
+            for name, module in rotation.modules():
                 turned.add(id(module))
                 if "norm" in name:
                     yield module, "forward", _QK_NORM

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ..axis_tables import ROW_BLOCK
 from ..models import ModelAdapter
-from ..models.adapter import GridTables
+from ..models.adapter import ModelTables
 from ..models.formats import Format
 from ..scaling import axis_frequencies
 from ..scaling_types import AxisFrequencies
@@ -118,7 +118,7 @@ def frequencies_of(model: Any, adapter: ModelAdapter, sizes: Sizes, scaling: Sca
     Raises:
         ValueError: frequencies cannot be read from this model, or it takes no scaling; the message says why.
     """
-    grids = [tables for tables in adapter.tables if isinstance(tables, GridTables)]
+    grids = [tables for tables in adapter.tables if tables.axes is not None]
     if grids:
         return _of_spec(model, adapter.model_class, grids[0], scaling)
     if scaling is not None:
@@ -143,9 +143,10 @@ def frequencies_of(model: Any, adapter: ModelAdapter, sizes: Sizes, scaling: Sca
     )
 
 
-def _of_spec(model: Any, name: str, tables: GridTables, scaling: Scalings) -> ModelFrequencies:
+def _of_spec(model: Any, name: str, tables: ModelTables, scaling: Scalings) -> ModelFrequencies:
+    assert tables.axes is not None
     rope = model.get_submodule(tables.path)
-    spec = tables.spec(rope)
+    spec = tables.axes.spec(rope)
 
     def axes(scaling: Scalings) -> tuple[Axis, ...]:
         scaled = spec.with_scaling(scaling)

@@ -5,7 +5,7 @@ Attention to the text is of the same class, and does not turn. Source: ``ace_ste
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, Rotations, Turned
+from .adapter import Layout, ModelAdapter, Rotated, Rotations
 from .formats import HALF
 
 ACE_STEP = ModelAdapter(
@@ -17,7 +17,7 @@ ACE_STEP = ModelAdapter(
             attention_class="AceStepAttention",
             format=HALF,
             layout=Layout.BSHD,
-            turned={"norm_q": Turned(), "norm_k": Turned()},
+            rotated={"norm_q": Rotated(), "norm_k": Rotated()},
             processors=("AceStepAttnProcessor2_0",),
         ),
     ),

@@ -1,4 +1,4 @@
-"""What a patch needs to know of a model family: where its tables are built, and where queries and keys are turned."""
+"""What a patch needs to know of a model family: where its tables are built, and where queries and keys are rotated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..spec import RopeSpec
-from .formats import Align, Format
+from .formats import Format
+from .packed_tables import Align
 
 
 class Layout(enum.Enum):
@@ -46,22 +47,16 @@ class FrameRows:
 
 
 @dataclass(frozen=True)
-class GridTables:
-    """A rope module whose dense tables are replaced by axis tables of ours.
+class AxisForm:
+    """Tables of a grid, of which kernels read one small array per axis instead of a row per token.
 
     Attributes:
-        path: of the module in the model.
-        builder: its class name, matched exactly.
-        spec: from the module to the rotation it builds.
-        frames: from the module and the arguments of its forward to the grid.
-        probes: from the module and a device to inputs of its forward that show every row of its tables.
+        spec: from the module that builds the tables to the rotation it builds.
+        frames: from that module and the arguments of its forward to the grid.
     """
 
-    path: str
-    builder: str
     spec: Callable[[Any], RopeSpec]
     frames: Callable[..., FrameRows]
-    probes: Callable[[Any, torch.device], list[torch.Tensor]]
 
 
 EVERY = ("*",)
@@ -70,59 +65,87 @@ EVERY = ("*",)
 
 @dataclass(frozen=True)
 class ModelTables:
-    """A rope module, or an object or method that builds tables, whose own results are memoized.
+    """A rope module, or a method of a model, that builds tables, whose own results are memoized.
 
-    They are keyed on the arguments of the call, on the state of the module, and on what ``sources`` names. A tensor
-    counts by identity and version, unless it is named ``by_shape``.
+    They are keyed on the arguments of the call and on all that the code reads: its object's attributes, buffers and
+    configuration. Tensors count by value where that needs no wait for a device. Where it would, tables that depend on
+    the values of an argument are built in every call, as the model does without a patch.
 
     Attributes:
         path: of the object in the model; empty for a method of the model's own.
-        builder: its class name, or those it may have, matched exactly.
+        builder: its class name, or those it may have, as documents name it.
         method: what builds the tables.
         by_shape: names of arguments whose tensors count by shape, dtype and device, because the tables depend on
-            nothing else in them, or on nothing but ``sources``; :data:`EVERY` for all of them.
-        sources: arguments of the model's forward, by identity and version, from which it makes the arguments of
-            ``method`` anew in every forward pass.
-        source_shapes: arguments of the model's forward whose shapes decide those arguments.
+            nothing else in them; :data:`EVERY` for all of them.
+        reads: names of modules of the model that a method of the model reads.
         writes: names of attributes and buffers that ``method`` itself sets, which decide nothing, and are put back.
         to_device: the tables are built on the host and moved in every use; they are kept where the model computes.
         optional: configurations without this object exist.
-        live: from the object and the arguments to the first results, which are data and no tables: made anew in every
+        live: from the object and the arguments to the first results, which are data and no tables: made in every
             call, and not kept.
+        axes: the form that kernels read where it equals the tables bit for bit; without it, a row per token.
     """
 
     path: str
     builder: str | tuple[str, ...]
     method: str = "forward"
     by_shape: tuple[str, ...] = ()
-    sources: tuple[str, ...] = ()
-    source_shapes: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     to_device: bool = False
     optional: bool = False
     live: Callable[..., tuple[Any, ...]] | None = None
+    axes: AxisForm | None = None
 
 
 @dataclass(frozen=True)
-class Turned:
-    """What one norm, or projection, of an attention module turns.
+class Tokens:
+    """How many tokens one table has rows for, as arguments of the attention tell it.
+
+    Attributes:
+        names: of arguments ``[B, S, C]`` (``[S, C]`` in layout SHD); one that is None has no tokens.
+        first_of: the first of them that is given counts, instead of their sum.
+        at_least: the table may have more rows; the rotation takes the end of it.
+        optional: without any of these arguments the table is not used, and may have any number of rows.
+    """
+
+    names: tuple[str, ...] = ("hidden_states",)
+    first_of: bool = False
+    at_least: bool = False
+    optional: bool = False
+
+    def fit(self, arguments: Mapping[str, Any], dim: int, rows: int) -> bool:
+        """Whether a table of ``rows`` rows belongs to ``arguments``, whose tokens stand on ``dim``."""
+        given = [arguments[name] for name in self.names if arguments.get(name) is not None]
+        if not given:
+            return self.optional
+        if not all(isinstance(x, torch.Tensor) and x.ndim == 2 + dim for x in given):
+            return False
+        counts = [x.shape[dim] for x in given]
+        count = counts[0] if self.first_of else sum(counts)
+        return bool(0 < count <= rows if self.at_least else 0 < count == rows)
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """How the result of one norm, or projection, of an attention module rotates.
 
     Attributes:
         table: number of the table among those the attention module is given; the last one where there are fewer.
         align: which end its tokens and the table have in common.
-        projection: what turns where the attention module has no such norm; its result is ``[B, S, H * D]``.
-        repeats: the processor may call it any number of times, none included, and turns each result.
-        still: the rest of a longer table are rows that turn nothing, so that no other norm has to take them.
+        projection: what rotates where the attention module has no such norm; its result is ``[B, S, H * D]``.
+        repeats: the processor may call it any number of times, none included, and rotates each result.
+        rest_is_identity: the rest of a longer table must be rows that rotate nothing: no other norm takes them.
     """
 
     table: int = 0
     align: Align = Align.START
     projection: str | None = None
     repeats: bool = False
-    still: bool = False
+    rest_is_identity: bool = False
 
 
-QK: Mapping[str, Turned] = {"norm_q": Turned(projection="to_q"), "norm_k": Turned(projection="to_k")}
+QK: Mapping[str, Rotated] = {"norm_q": Rotated(projection="to_q"), "norm_k": Rotated(projection="to_k")}
 """Queries and keys that share one table and start with it."""
 
 
@@ -130,22 +153,18 @@ QK: Mapping[str, Turned] = {"norm_q": Turned(projection="to_q"), "norm_k": Turne
 class Rebound:
     """A function that rotates, which a processor finds among the globals of its module.
 
-    The processor gets a call of its own, of the same code, in which that name means ours: for processors that rotate
-    whatever they are given.
+    The processor's code runs with that one name bound to something else: for processors that rotate whatever they are
+    given.
 
     Attributes:
         function: its name.
         returns: how many of its first arguments are what it rotates and returns.
         tables: how many arguments follow, which the format takes: as one tuple, where they are several.
-        owner: attribute of the attention module that holds the code; empty for the attention module itself.
-        method: the method in which the function is called.
     """
 
     function: str
     returns: int = 1
     tables: int = 1
-    owner: str = "processor"
-    method: str = "__call__"
 
 
 @dataclass(frozen=True)
@@ -154,40 +173,50 @@ class Rotations:
 
     Attributes:
         attention: pattern of their paths.
-        attention_class: their class name, matched exactly.
-        format: of the rotary tensors they are given; None for those of the adapter's :class:`GridTables`.
-        layout: of what the modules in ``turned`` return.
-        turned: by attribute name of the attention module; those it lacks, or has as None, give way to a projection.
-        rotary: names of the rotary arguments of the attention's forward, None passed in their place.
-        processors: class names of the processors known to skip the rotation then; with another one the rotation is
-            left to it. Empty for attention modules without processors.
-        rebound: for processors that do not skip it: the function that rotates, which leaves its arguments as they are
-            where the norms have turned them.
-        seam: what turns, where it is not a plain :class:`~dit_rope.models.seams.TurnSeam`: a subclass.
-        processor: for processors that do not skip it, and rotate without calling a function: a seam in place of their
-            call, which does not rotate while :func:`~dit_rope.models.seams.in_flight`.
-        head_dim: from the attention module to the channels of a head, where not all of them turn and heads are not
+        attention_class: their class name, as documents name it.
+        format: of the rotary tensors they are given.
+        layout: of what the modules in ``rotated`` return.
+        rotated: by attribute name of the attention module; those it lacks, or has as None, give way to a projection.
+        rotary: names of the rotary arguments of the processor, or of the attention's forward where there is none.
+        covers: which tokens each of the tables has rows for; the last one where there are more tables.
+        later_default_to_first: a later rotary argument that is None means the first one.
+        processors: class names of the processors the declaration was written for; empty for attention modules that
+            attend in their own forward.
+        rebound: for code that does not skip a rotation of None: the function that rotates. It returns its arguments as
+            they are where the norms have rotated them.
+        unrotated: for code that does not skip it, and rotates without calling a function: the same attention without
+            the rotation, from the processor, its method, the attention module and the other arguments.
+        rotate: from what a projection returned, the table and a function that rotates heads, to its rotation, where
+            that is more than one rotation of all heads.
+        head_dim: from the attention module to the channels of a head, where not all of them rotate and heads are not
             split yet.
-        rounds: to which dtype the model rounds what the norms return, before it turns.
-        result: dtype to which exact mode rounds what has turned, whatever the model's dtype.
+        partial: the tables may be narrower than the heads, whose other channels do not rotate.
+        rounds: to which dtype the model rounds what the norms return, before it rotates.
+        result: dtype to which exact mode rounds what has been rotated, whatever the model's dtype.
         when: from the model and an attention module of such a path to whether it is meant, where classes or
-            configurations decide what turns.
+            configurations decide what rotates.
     """
 
     attention: str
     attention_class: str
-    format: Format | None
+    format: Format
     layout: Layout
-    turned: Mapping[str, Turned] = field(default_factory=lambda: QK)
+    rotated: Mapping[str, Rotated] = field(default_factory=lambda: QK)
     rotary: tuple[str, ...] = ("image_rotary_emb",)
+    covers: tuple[Tokens, ...] = (Tokens(),)
+    later_default_to_first: bool = False
     processors: tuple[str, ...] = ()
     rebound: Rebound | None = None
-    seam: type | None = None
-    processor: type | None = None
+    unrotated: Callable[..., Any] | None = None
+    rotate: Callable[..., torch.Tensor] | None = None
     head_dim: Callable[[Any], int] | None = None
+    partial: bool = False
     rounds: Rounds | None = None
     result: torch.dtype | None = None
     when: Callable[[Any, Any], bool] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rotations:
+        return self  # a copy of a patched model is told of the same declaration
 
 
 @dataclass(frozen=True)
@@ -197,12 +226,12 @@ class ModelAdapter:
     Attributes:
         model: dotted name of the transformer's class; matched exactly, subclasses are other models.
         tables: where tables are built.
-        rotations: where queries and keys are turned.
+        rotations: where queries and keys are rotated.
         left_alone: what the patch does not touch, each with the reason, as reports say it.
     """
 
     model: str
-    tables: tuple[GridTables | ModelTables, ...] = ()
+    tables: tuple[ModelTables, ...] = ()
     rotations: tuple[Rotations, ...] = ()
     left_alone: tuple[str, ...] = ()
 

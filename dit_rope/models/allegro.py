@@ -7,7 +7,7 @@ all steps. There is no text in the sequence. Sources: ``transformer_allegro.py``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +16,8 @@ import torch
 from ..rotation_args import RotationArgs
 from ..spec import Pairing
 from .adapter import Layout, ModelAdapter, Rotations
-from .formats import Align, Format, PackedTable, Pair, repeat
-from .seams import Flight, TurnSeam, TurnSettings, turn
-from .swapping import unpatched_method
+from .formats import Format, Pair, repeat
+from .packed_tables import Align, PackedTable, leave_unless
 
 _AXES = 3
 
@@ -38,6 +37,8 @@ class _AxisFormat(Format):
     def tables(self, rotary: Any, device: torch.device) -> list[PackedTable]:
         """One table of all axes."""
         pairs = self.split(rotary)
+        for (cos, _), taken in zip(pairs, rotary[1], strict=True):
+            leave_unless(taken.numel() > 0 and int(taken.min()) >= 0 and int(taken.max()) < cos.shape[1])
         rows = torch.cat([torch.stack(pair).flatten(1, 3) for pair in pairs], dim=1).to(device)
         first = [sum(cos.shape[1] for cos, _ in pairs[:axis]) for axis in range(_AXES)]
         positions = torch.stack([taken.flatten() + start for taken, start in zip(rotary[1], first, strict=True)])
@@ -51,6 +52,11 @@ def _split(rotary: Any) -> Sequence[Pair]:
     return [(cos[None, :, None, :half].float(), sin[None, :, None, :half].float()) for cos, sin in rotary[0]]
 
 
+def _halves(rotary: Any) -> Sequence[Pair]:
+    """Both halves of every table, of which the first is read."""
+    return [tuple(table.chunk(2, dim=-1)) for pair in rotary[0] for table in pair]
+
+
 def _join(cos: torch.Tensor, sin: torch.Tensor) -> Any:
     """A third of the pairs for each axis, of whose table each token takes its own row."""
     by_axis = zip(*(part[0, :, 0].chunk(_AXES, dim=-1) for part in (cos, sin)), strict=True)
@@ -59,16 +65,13 @@ def _join(cos: torch.Tensor, sin: torch.Tensor) -> Any:
     return tables, (rows,) * _AXES
 
 
-class AllegroSeam(TurnSeam):
-    """A projection, each third of whose heads turns by its own axis: in one call, as if axes were a batch."""
-
-    def turned(self, x: torch.Tensor, settings: TurnSettings, flight: Flight) -> torch.Tensor:
-        """``x`` projected to ``[B, S, H * D]`` and turned."""
-        y: torch.Tensor = unpatched_method(self)(x)
-        table = flight.tables[0]
-        by_axis = y.unflatten(-1, (-1, _AXES, table.head_dim)).flatten(0, 1).permute(2, 0, 1, 3)
-        (turned,) = turn([by_axis], flight, table, settings.align, inplace=y is not x)
-        return turned.permute(1, 2, 0, 3).reshape(y.shape)
+def _rotate_by_axis(
+    y: torch.Tensor, table: PackedTable, rotate: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """A projection ``[B, S, H * D]``, each third of whose heads rotates by its own axis: as if axes were a batch."""
+    leave_unless(y.shape[-1] % (_AXES * table.head_dim) == 0)
+    by_axis = y.unflatten(-1, (-1, _AXES, table.head_dim)).flatten(0, 1).permute(2, 0, 1, 3)
+    return rotate(by_axis).permute(1, 2, 0, 3).reshape(y.shape)
 
 
 ALLEGRO = ModelAdapter(
@@ -77,9 +80,11 @@ ALLEGRO = ModelAdapter(
         Rotations(
             attention=r"transformer_blocks\.\d+\.attn1",
             attention_class="Attention",
-            format=_AxisFormat("cos and sin of each axis, and rows of them", Pairing.HALF, _split, _join),
+            format=_AxisFormat(
+                "cos and sin of each axis, and rows of them", Pairing.HALF, _split, _join, doubled=_halves
+            ),
             layout=Layout.BSC,
-            seam=AllegroSeam,
+            rotate=_rotate_by_axis,
             processors=("AllegroAttnProcessor2_0",),
         ),
     ),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..spec import Pairing
-from .adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotations, Turned
+from .adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotated, Rotations
 from .formats import COMPLEX_BHSD, Format, Pair
 
 _TRANSFORMERS = "diffusers.models.transformers"
@@ -38,7 +38,7 @@ ANYFLOW = ModelAdapter(
             attention_class="AnyFlowAttention",
             format=_QUERY_AND_KEY,
             layout=Layout.BSC,
-            turned={"norm_q": Turned(0, projection="to_q"), "norm_k": Turned(1, projection="to_k")},
+            rotated={"norm_q": Rotated(0, projection="to_q"), "norm_k": Rotated(1, projection="to_k")},
             rotary=("rotary_emb",),
             processors=("AnyFlowAttnProcessor",),
         ),
@@ -61,7 +61,7 @@ ANYFLOW_FAR = ModelAdapter(
             attention_class="AnyFlowAttention",
             format=COMPLEX_BHSD,
             layout=Layout.BHSD,
-            turned={},
+            rotated={},
             rotary=(),
             processors=("AnyFlowCausalAttnProcessor",),
             rebound=Rebound("apply_rotary_emb"),

@@ -6,8 +6,9 @@ Queries and keys are transposed before the norm; neighbours turn. The pipeline b
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, Rotations, Turned
-from .formats import INTERLEAVED, Align
+from .adapter import Layout, ModelAdapter, Rotated, Rotations
+from .formats import INTERLEAVED
+from .packed_tables import Align
 
 
 def _adapter(model: str, *processors: str) -> ModelAdapter:
@@ -19,7 +20,7 @@ def _adapter(model: str, *processors: str) -> ModelAdapter:
                 attention_class="Attention",
                 format=INTERLEAVED,
                 layout=Layout.BHSD,
-                turned={"norm_q": Turned(align=Align.END), "norm_k": Turned(align=Align.END)},
+                rotated={"norm_q": Rotated(align=Align.END), "norm_k": Rotated(align=Align.END)},
                 processors=processors,
             ),
         ),

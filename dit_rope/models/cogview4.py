@@ -8,8 +8,9 @@ diffusers 0.42.1.
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotations, Rounds, Turned
-from .formats import HALF, Align
+from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Rounds
+from .formats import HALF
+from .packed_tables import Align
 
 
 def _adapter(model: str, rope: str, layout: Layout, processors: tuple[str, ...]) -> ModelAdapter:
@@ -22,7 +23,7 @@ def _adapter(model: str, rope: str, layout: Layout, processors: tuple[str, ...])
                 attention_class="Attention",
                 format=HALF,
                 layout=layout,
-                turned={"norm_q": Turned(align=Align.END), "norm_k": Turned(align=Align.END)},
+                rotated={"norm_q": Rotated(align=Align.END), "norm_k": Rotated(align=Align.END)},
                 processors=processors,
                 rounds=Rounds.INPUT,
             ),

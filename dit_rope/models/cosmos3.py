@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from ..spec import Pairing
-from .adapter import Layout, ModelAdapter, ModelTables, Rotations, Turned
-from .formats import Format, Pair, four_dims, repeat
-from .seams import in_flight
-from .swapping import Seam, unpatched_method
+from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
+from .formats import Format, Pair, four_dims, halves, repeat
+from .packed_tables import leave_unless
 
 
 def _split(rotary: Any) -> list[Pair]:
@@ -30,44 +29,50 @@ def _join(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return (repeat(cos[0, :, 0], Pairing.HALF), repeat(sin[0, :, 0], Pairing.HALF)) * 2
 
 
-class Cosmos3Processor(Seam):
-    """Attention of text to itself, and of the rest to all, whose queries and keys the norms have turned."""
+def _attend_unrotated(
+    processor: Any,
+    attn: Any,
+    own: Any,
+    und_seq: torch.Tensor,
+    gen_seq: torch.Tensor,
+    rotary_emb: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of text ``[S, C]`` to itself, and of the rest ``[S', C]`` to all, whose norms have rotated both."""
+    size = (-1, attn.head_dim)
+    text_q, text_k, text_v = (to(und_seq).unflatten(-1, size) for to in (attn.to_q, attn.to_k, attn.to_v))
+    added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    q, k, v = (to(gen_seq).unflatten(-1, size) for to in added)
+    # Where this norm exists the one of the text does nothing, so that both see the same projection.
+    seen_k = None if attn.k_norm_und_for_gen is None else attn.k_norm_und_for_gen(text_k)
+    text_q, text_k = attn.norm_q(text_q), attn.norm_k(text_k)
+    q, k = attn.norm_added_q(q), attn.norm_added_k(k)
+    seen = text_k if seen_k is None else seen_k
+    # The model's rotation promotes to the widest of data and tables; ours keeps the dtype that the norms return.
+    leave_unless(len({x.dtype for x in (text_q, text_k, text_v, q, k, v, seen, *rotary_emb)}) == 1)
 
-    def replacement(self, attn: Any, und_seq: torch.Tensor, gen_seq: torch.Tensor, *rotary: Any, **named: Any) -> Any:
-        """What the attention returns, for text ``[S, C]`` and for the rest ``[S', C]``."""
-        if not in_flight():
-            return unpatched_method(self)(attn, und_seq, gen_seq, *rotary, **named)
-        size = (-1, attn.head_dim)
-        text_q, text_k, text_v = (to(und_seq).unflatten(-1, size) for to in (attn.to_q, attn.to_k, attn.to_v))
-        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        q, k, v = (to(gen_seq).unflatten(-1, size) for to in added)
-        # Where this norm exists the one of the text does nothing, so that both see the same projection.
-        seen_k = None if attn.k_norm_und_for_gen is None else attn.k_norm_und_for_gen(text_k)
-        text_q, text_k = attn.norm_q(text_q), attn.norm_k(text_k)
-        q, k = attn.norm_added_q(q), attn.norm_added_k(k)
-        text = self._attend(text_q, text_k, text_v, True)
-        rest = self._attend(q, torch.cat([text_k if seen_k is None else seen_k, k]), torch.cat([text_v, v]), False)
-        return attn.to_out(text), attn.to_add_out(rest)
-
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-        """Attention of ``[S, H, D]`` to ``[S', H', D]``, ``[S, H * D]``, on the backend set for this processor."""
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        batched = (x.unsqueeze(0) for x in (q, k, v))
-        own: Any = self
-        out: torch.Tensor = dispatch_attention_fn(
-            *batched,
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        out: torch.Tensor = own.__globals__["dispatch_attention_fn"](
+            *(x.unsqueeze(0) for x in (q, k, v)),
             is_causal=causal,
             enable_gqa=True,
-            backend=own._attention_backend,
-            parallel_config=own._parallel_config,
+            backend=processor._attention_backend,
+            parallel_config=processor._parallel_config,
         )
         return out.squeeze(0).flatten(1)
+
+    text = attend(text_q, text_k, text_v, True)
+    rest = attend(q, torch.cat([seen, k]), torch.cat([text_v, v]), False)
+    return attn.to_out(text), attn.to_add_out(rest)
 
 
 # Keys of the text turn once here and twice in the model's own processor, which adds up their gradients in its order.
 _TEXT_AND_REST = Format(
-    "cos and sin of text and the rest, each at both halves", Pairing.HALF, _split, _join, exact_backward=False
+    "cos and sin of text and the rest, each at both halves",
+    Pairing.HALF,
+    _split,
+    _join,
+    exact_backward=False,
+    doubled=halves,
 )
 COSMOS3 = ModelAdapter(
     "diffusers.models.transformers.transformer_cosmos3.Cosmos3OmniTransformer",
@@ -78,16 +83,17 @@ COSMOS3 = ModelAdapter(
             attention_class="Cosmos3PackedMoTAttention",
             format=_TEXT_AND_REST,
             layout=Layout.SHD,
-            turned={
-                "norm_q": Turned(0),
-                "norm_k": Turned(0),
-                "k_norm_und_for_gen": Turned(0),
-                "norm_added_q": Turned(1),
-                "norm_added_k": Turned(1),
+            rotated={
+                "norm_q": Rotated(0),
+                "norm_k": Rotated(0),
+                "k_norm_und_for_gen": Rotated(0),
+                "norm_added_q": Rotated(1),
+                "norm_added_k": Rotated(1),
             },
             rotary=("rotary_emb",),
             processors=("Cosmos3AttnProcessor",),
-            processor=Cosmos3Processor,
+            covers=(Tokens(("und_seq",)), Tokens(("gen_seq",))),
+            unrotated=_attend_unrotated,
         ),
     ),
     ("rotation of forward passes in exact mode that want gradients, which the model adds up in another order",),

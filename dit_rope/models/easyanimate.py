@@ -7,8 +7,9 @@ device in every rotation. Source: ``transformer_easyanimate.py`` of diffusers 0.
 
 from __future__ import annotations
 
-from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotations, Turned
-from .formats import INTERLEAVED, Align
+from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotated, Rotations
+from .formats import INTERLEAVED
+from .packed_tables import Align
 
 EASYANIMATE = ModelAdapter(
     "diffusers.models.transformers.transformer_easyanimate.EasyAnimateTransformer3DModel",
@@ -19,7 +20,7 @@ EASYANIMATE = ModelAdapter(
             attention_class="Attention",
             format=INTERLEAVED,
             layout=Layout.BHSD,
-            turned={"norm_q": Turned(align=Align.END), "norm_k": Turned(align=Align.END)},
+            rotated={"norm_q": Rotated(align=Align.END), "norm_k": Rotated(align=Align.END)},
             processors=("EasyAnimateAttnProcessor2_0",),
         ),
     ),

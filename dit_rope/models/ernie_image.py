@@ -6,7 +6,7 @@ angles. Source: ``transformer_ernie_image.py`` of diffusers 0.42.1.
 
 from __future__ import annotations
 
-from .adapter import EVERY, ModelAdapter, ModelTables
+from .adapter import ModelAdapter, ModelTables
 
 ERNIE_IMAGE = ModelAdapter(
     "diffusers.models.transformers.transformer_ernie_image.ErnieImageTransformer2DModel",
@@ -14,9 +14,6 @@ ERNIE_IMAGE = ModelAdapter(
         ModelTables(
             "pos_embed",
             "ErnieImageEmbedND3",
-            by_shape=EVERY,
-            sources=("text_lens",),
-            source_shapes=("hidden_states", "text_bth"),
         ),
     ),
     left_alone=("rotation in ErnieImageAttention: the two channels of a pair turn by different angles",),

@@ -6,22 +6,26 @@ is the end of the table, what those of the text turn its start. Source: ``transf
 
 from __future__ import annotations
 
-from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotations, Turned
-from .formats import INTERLEAVED, Align
+from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
+from .formats import INTERLEAVED
+from .packed_tables import Align
 
 TEXT_THEN_IMAGE = {
-    "norm_q": Turned(align=Align.END),
-    "norm_k": Turned(align=Align.END),
-    "norm_added_q": Turned(align=Align.START),
-    "norm_added_k": Turned(align=Align.START),
+    "norm_q": Rotated(align=Align.END),
+    "norm_k": Rotated(align=Align.END),
+    "norm_added_q": Rotated(align=Align.START),
+    "norm_added_k": Rotated(align=Align.START),
 }
-_POS_EMBED = ModelTables("pos_embed", "FluxPosEmbed", by_shape=EVERY, sources=("img_ids", "txt_ids"))
+_POS_EMBED = ModelTables("pos_embed", "FluxPosEmbed")
+# Single blocks are given both in one sequence.
+TEXT_AND_IMAGE = (Tokens(("encoder_hidden_states", "hidden_states")),)
 _ROTATIONS = Rotations(
     attention=r"(single_)?transformer_blocks\.\d+\.attn",
     attention_class="FluxAttention",
     format=INTERLEAVED,
     layout=Layout.BSHD,
-    turned=TEXT_THEN_IMAGE,
+    rotated=TEXT_THEN_IMAGE,
+    covers=TEXT_AND_IMAGE,
     processors=("FluxAttnProcessor",),
 )
 

@@ -13,18 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .adapter import QK, Layout, ModelAdapter, ModelTables, Rotations, Turned
-from .flux import TEXT_THEN_IMAGE
+from .adapter import QK, Layout, ModelAdapter, ModelTables, Rotated, Rotations
+from .flux import TEXT_AND_IMAGE, TEXT_THEN_IMAGE
 from .formats import INTERLEAVED
 
 
-def _rotations(blocks: str, attention: str, turned: Mapping[str, Turned], *processors: str) -> Rotations:
+def _rotations(blocks: str, attention: str, rotated: Mapping[str, Rotated], *processors: str) -> Rotations:
     return Rotations(
         attention=rf"{blocks}\.\d+\.attn",
         attention_class=attention,
         format=INTERLEAVED,
         layout=Layout.BSHD,
-        turned=turned,
+        rotated=rotated,
+        covers=TEXT_AND_IMAGE,
         processors=processors,
     )
 

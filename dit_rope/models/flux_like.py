@@ -9,8 +9,8 @@ of Bria 3.2. Sources, all in diffusers 0.42.1: ``transformer_bria.py``, ``transf
 
 from __future__ import annotations
 
-from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotations
-from .flux import TEXT_THEN_IMAGE
+from .adapter import Layout, ModelAdapter, ModelTables, Rotations
+from .flux import TEXT_AND_IMAGE, TEXT_THEN_IMAGE
 from .formats import INTERLEAVED
 
 
@@ -20,15 +20,14 @@ def _rotations(blocks: str, attention: str, processor: str) -> Rotations:
         attention_class=attention,
         format=INTERLEAVED,
         layout=Layout.BSHD,
-        turned=TEXT_THEN_IMAGE,
+        rotated=TEXT_THEN_IMAGE,
+        covers=TEXT_AND_IMAGE,
         processors=(processor,),
     )
 
 
 def _adapter(model: str, pos_embed: str, *rotations: Rotations) -> ModelAdapter:
-    # The ids of text and image are joined anew in every forward pass.
-    tables = ModelTables("pos_embed", pos_embed, by_shape=EVERY, sources=("img_ids", "txt_ids"))
-    return ModelAdapter(f"diffusers.models.transformers.{model}", (tables,), rotations)
+    return ModelAdapter(f"diffusers.models.transformers.{model}", (ModelTables("pos_embed", pos_embed),), rotations)
 
 
 _ALL = "(single_)?transformer_blocks"

@@ -1,112 +1,23 @@
 """The forms in which models hand rotary tables to their attention, and the one form that our rotation reads.
 
 Upstream holds the same cos and sin in a dozen shapes: each value twice, complex numbers, two-by-two matrices, angles,
-one table per head. A :class:`Format` packs any of them into a :class:`PackedTable` of rows ``[2, R, P]``, and makes the
-upstream form from cos and sin, which the probe of a patch and the tests use.
+one table per head. A :class:`Format` packs any of them into a :class:`~dit_rope.models.packed_tables.PackedTable`, and
+makes the upstream form from cos and sin, which the tests use.
 """
 
 from __future__ import annotations
 
-import enum
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..backends import eager
-from ..cache import capturing, in_mode, stream_of
-from ..rotation_args import RotationArgs
-from ..spec import Pairing, RopeSpec
-from .context_parallel import Split, part_of
+from ..spec import Pairing
+from .packed_tables import PackedTable, UnfitTable, axis_form_of, is_known, pack, packed_once
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-class Align(enum.Enum):
-    """Which end a sequence and its table have in common, where one is longer than the other."""
-
-    START = "start"
-    END = "end"
-
-    __hash__ = object.__hash__
-
-
-@dataclass(frozen=True, eq=False)
-class PackedTable:
-    """The rotation of ``tokens`` tokens, as every backend reads it.
-
-    Attributes:
-        rows: ``[2, R, P]`` cos and sin.
-        positions: ``[1 or B, tokens, axes]`` int32 rows of ``rows``; None where token i has row i.
-        tokens: length of the table.
-        pairs, pairing, head_rows: as in :class:`~dit_rope.rotation_args.RotationArgs`.
-    """
-
-    rows: torch.Tensor
-    positions: torch.Tensor | None
-    tokens: int
-    pairs: tuple[int, ...]
-    pairing: Pairing
-    head_rows: int = 0
-    _made: dict[tuple[int, Align, bool], RotationArgs] = field(default_factory=dict, repr=False)
-    _narrowed: dict[torch.dtype, PackedTable] = field(default_factory=dict, repr=False)
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of a head, where all of them turn."""
-        return 2 * sum(self.pairs)
-
-    def narrowed(self, dtype: torch.dtype) -> PackedTable:
-        """The same table with its rows rounded to ``dtype``."""
-        if self.rows.dtype == dtype:
-            return self
-        found = self._narrowed.get(dtype)
-        if found is None:
-            found = self._narrowed[dtype] = replace(self, rows=self.rows.to(dtype), _made={}, _narrowed={})
-        return found
-
-    def args(self, length: int, align: Align, exact: bool) -> RotationArgs:
-        """The rotation of a sequence of ``length`` tokens that shares its start or its end with the table.
-
-        A longer sequence holds tokens that do not turn; a shorter one takes its part of the table.
-        """
-        found = self._made.get((length, align, exact))
-        if found is None:
-            found = self._made[length, align, exact] = self._make_args(length, align, exact)
-        return found
-
-    def _make_args(self, length: int, align: Align, exact: bool) -> RotationArgs:
-        count = min(length, self.tokens)
-        first = self.tokens - count if align is Align.END else 0
-        return RotationArgs(
-            rows=self.rows,
-            positions=None if self.positions is None else self.positions[:, first : first + count],
-            pairs=self.pairs,
-            sizes=(self.tokens,) if self.positions is None else (0,) * len(self.pairs),
-            first_rows=(0,) * len(self.pairs),
-            token_offset=first if self.positions is None else 0,
-            prefix=length - count if align is Align.END else 0,
-            count=count,
-            pairing=self.pairing,
-            inverse=False,
-            exact=exact,
-            head_rows=self.head_rows,
-        )
-
-
-def pack(cos: torch.Tensor, sin: torch.Tensor, pairing: Pairing, device: torch.device) -> PackedTable:
-    """Packs cos and sin ``[1 or B, S, 1 or H, P]`` of every token, one value per pair, onto ``device``."""
-    batch, tokens, heads, pairs = cos.shape
-    # Tokens of one head follow one another, so that the row of a token is its number.
-    rows = torch.stack((cos, sin)).transpose(2, 3).reshape(2, -1, pairs).to(device)
-    positions = None
-    if batch > 1:
-        starts = torch.arange(batch, device=device, dtype=torch.int32).mul_(heads * tokens)
-        positions = (starts[:, None] + torch.arange(tokens, device=device, dtype=torch.int32))[..., None]
-    return PackedTable(rows, positions, tokens, (pairs,), pairing, tokens if heads > 1 else 0)
+_WIDE = frozenset({torch.float64, torch.complex128})
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +26,7 @@ class Format:
 
     Attributes:
         name: how reports call it.
-        pairing: which channels turn together.
+        pairing: which channels rotate together.
         split: from what the attention is given to cos and sin ``[1 or B, S, 1 or H, P]``, one pair per table in it.
         join: from cos and sin ``[B, S, H, P]`` to what the attention is given.
         exact: whether the model rounds both products and their sum, as exact mode does. What multiplies complex
@@ -125,6 +36,9 @@ class Format:
         exact_backward: whether exact mode gives the model's gradients too; where not, because the model adds them up in
             another order, forward passes that want some are left to the model in exact mode.
         narrows: whether the model rounds cos and sin to the dtype of its data before it multiplies, as exact mode does.
+        doubled: from what the attention is given to the tensors that hold each value twice, as two tensors that must
+            be equal, because one of the two is read; None where each value is held once.
+        axes: a dense pair ``[1, S, 1, D]``, which may be the dense form of an axis table.
     """
 
     name: str
@@ -135,114 +49,63 @@ class Format:
     upcasts: bool = False
     exact_backward: bool = True
     narrows: bool = False
+    doubled: Callable[[Any], Sequence[Pair]] | None = None
+    axes: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Format:
+        return self  # what was packed for it serves the copy of a model too
 
     def accepts(self, rotary: Any) -> bool:
         """Whether ``rotary`` is tensors, or tuples or dictionaries of them, that no gradient is wanted of."""
         if isinstance(rotary, torch.Tensor):
             return not (rotary.requires_grad and torch.is_grad_enabled())
         parts = rotary.values() if isinstance(rotary, dict) else rotary
-        return isinstance(rotary, (tuple, dict)) and all(map(self.accepts, parts))
+        return isinstance(rotary, (tuple, dict)) and len(parts) > 0 and all(map(self.accepts, parts))
 
-    def pack(self, rotary: Any, device: torch.device, split: Split | None = None) -> list[PackedTable]:
-        """The tables in ``rotary``, packed once for as long as its tensors live and are not written to.
+    def is_exact(self, rotary: Any) -> bool:
+        """Whether exact mode has the bits of the model: not with tables in float64, in which the model multiplies."""
+        return self.exact and not any(getattr(part, "dtype", None) in _WIDE for part in _parts(rotary))
 
-        ``split`` says which part of them is meant; all of them without.
+    def pack(self, rotary: Any, device: torch.device) -> list[PackedTable]:
+        """The tables in ``rotary``, packed once as long as they are certain not to have changed.
+
+        Raises:
+            UnfitTable: they are not of this form.
         """
         parts = list(_parts(rotary))
         tensors = [part for part in parts if isinstance(part, torch.Tensor)]
         numbers = tuple(part for part in parts if not isinstance(part, torch.Tensor))
         with torch.inference_mode(False), torch.no_grad():
-            if capturing(device):
-                # A replay packs what the tensors hold then: a graph's inputs are written anew for every replay.
-                return self.tables(part_of(rotary, split), device)
-            return _remembered(
-                (self, device, numbers, split, stream_of(device)),
-                tensors,
-                lambda: self.tables(part_of(rotary, split), device),
-            )
+            return packed_once((self, numbers), tensors, device, lambda: self._packed(rotary, tensors, device))
+
+    def _packed(self, rotary: Any, tensors: list[torch.Tensor], device: torch.device) -> list[PackedTable]:
+        if self.axes and len(tensors) == 2 and tensors[0].device == device:
+            table = axis_form_of(tensors)
+            if table is not None:
+                return [table]
+        try:
+            if self.doubled is not None and not is_known(tensors):
+                self._check_doubled(rotary, device)
+            return self.tables(rotary, device)
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+            raise UnfitTable from error
+
+    def _check_doubled(self, rotary: Any, device: torch.device) -> None:
+        assert self.doubled is not None
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return  # a look would wait for the device
+        for one, other in self.doubled(rotary):
+            if not torch.equal(one, other):
+                raise UnfitTable
 
     def tables(self, rotary: Any, device: torch.device) -> list[PackedTable]:
-        """The tables in ``rotary``, packed anew."""
+        """The tables in ``rotary``, packed."""
         return [pack(cos, sin, self.pairing, device) for cos, sin in self.split(rotary)]
-
-
-@dataclass(frozen=True)
-class AxisRows:
-    """Our own form, which travels through a model whose rope module is replaced: positions and packed axis tables."""
-
-    spec: RopeSpec
-    exact: bool = True
-    upcasts: bool = False
-    exact_backward: bool = True
-    narrows: bool = False
-
-    @property
-    def pairing(self) -> Pairing:
-        """Which channels turn together."""
-        return self.spec.pairing
-
-    def accepts(self, rotary: Any) -> bool:
-        """Whether ``rotary`` is of this form, rather than cos and sin of the model's own."""
-        return bool(rotary[0].dtype == torch.int32)
-
-    def pack(self, rotary: Any, device: torch.device, split: Split | None = None) -> list[PackedTable]:
-        """The one table in ``rotary``, int32 positions ``[1 or B, S, 1, axes]`` and rows ``[2, R, P]``.
-
-        Rows may be ``[1, S, 1, 2 * R * P]`` instead, the same for every token. ``split`` says which part of the tokens
-        is meant.
-        """
-        return _remembered((self, device, split), tuple(rotary), lambda: [self._table(*part_of(rotary, split))])
-
-    def _table(self, positions: torch.Tensor, rows: torch.Tensor) -> PackedTable:
-        if rows.ndim == 4:
-            rows = rows[0, 0, 0].view(2, -1, max(self.spec.pairs))
-        elif rows.stride(0) != rows.shape[1] * rows.shape[2]:
-            raise ValueError(
-                "rows must be whole, [2, R, P], because positions count in all of them, got a part: "
-                f"{list(rows.shape)} of strides {list(rows.stride())}; split the positions alone"
-            )
-        return PackedTable(rows, positions.squeeze(2), positions.shape[1], self.spec.pairs, self.spec.pairing)
-
-    def traceable(self, rotary: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cos and sin ``[1 or B, S, 1, rotary_dim]``, as the model's own rope module gives them."""
-        positions, rows = rotary
-        table = self._table(positions, rows)
-        # Made anew: a length that is a compiler's symbol would become a number in the dictionary of those made.
-        args = table._make_args(table.tokens, Align.START, True)
-        cos, sin = eager.dense_angles(args, table.tokens)
-        return repeat(cos, self.pairing), repeat(sin, self.pairing)
 
 
 def repeat(x: torch.Tensor, pairing: Pairing) -> torch.Tensor:
     """``[..., P]`` to ``[..., 2 P]``, each value at both channels of its pair."""
     return x.repeat_interleave(2, dim=-1) if pairing is Pairing.INTERLEAVED else torch.cat((x, x), dim=-1)
-
-
-# By the first tensor of a table: what is packed from it lives no longer than it does.
-_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# A table of images that stays, beside one of text that is new in every step, would gather what was packed of each.
-_MOST_PACKED = 16
-
-
-def _remembered(
-    key: tuple[object, ...], tensors: Sequence[torch.Tensor], build: Callable[[], list[PackedTable]]
-) -> list[PackedTable]:
-    """What ``build`` gives, remembered by ``key`` and the identity of ``tensors``, unless torch cannot tell writes."""
-    if any(tensor.is_inference() for tensor in tensors) or in_mode():
-        return build()
-    versions = tuple(tensor._version for tensor in tensors)
-    rest = tuple(map(id, tensors[1:]))
-    known = _packed.setdefault(tensors[0], {})
-    found = known.get((key, rest))
-    # An id may be of another tensor by now, but not while a weak reference to the first one still answers.
-    if found is not None and found[0] == versions and all(r() is t for r, t in zip(found[1], tensors[1:], strict=True)):
-        packed: list[PackedTable] = found[2]
-        return packed
-    built = build()
-    known[key, rest] = (versions, [weakref.ref(tensor) for tensor in tensors[1:]], built)
-    for oldest in list(known)[:-_MOST_PACKED]:
-        known.pop(oldest, None)
-    return built
 
 
 def _parts(rotary: Any) -> Iterator[Any]:
@@ -260,9 +123,28 @@ def four_dims(x: torch.Tensor) -> torch.Tensor:
     return x.unsqueeze(2) if x.ndim == 3 else x
 
 
+def neighbours(rotary: Any) -> list[Pair]:
+    """The first and the second channel of every pair of each tensor."""
+    return [(x[..., 0::2], x[..., 1::2]) for x in rotary]
+
+
+def halves(rotary: Any) -> list[Pair]:
+    """The first and the second half of each tensor."""
+    return [(one, other) for one, other in (x.chunk(2, dim=-1) for x in rotary)]
+
+
 def _split_interleaved(rotary: Any) -> list[Pair]:
     cos, sin = map(four_dims, rotary)
     return [(cos[..., 0::2].float(), sin[..., 1::2].float())]
+
+
+def _split_axes(rotary: Any) -> list[Pair]:
+    cos, sin = rotary
+    return [(cos[..., 0::2], sin[..., 1::2])]
+
+
+def _join_axes(cos: torch.Tensor, sin: torch.Tensor) -> Pair:
+    return repeat(cos[:1, :, :1], Pairing.INTERLEAVED), repeat(sin[:1, :, :1], Pairing.INTERLEAVED)
 
 
 def _join_interleaved(cos: torch.Tensor, sin: torch.Tensor) -> Pair:
@@ -314,6 +196,11 @@ def _split_matrices(rotary: Any) -> list[Pair]:
     return [(cos.reshape(shape), sin.reshape(shape))]
 
 
+def _columns(rotary: Any) -> list[Pair]:
+    """Cos of both columns, and sin of both: the second column says again what the first does."""
+    return [(rotary[..., 0, 0], rotary[..., 1, 1]), (rotary[..., 1, 0], -rotary[..., 0, 1])]
+
+
 def _join_matrices(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return torch.stack((cos, -sin, sin, cos), dim=-1).view(*cos.shape, 2, 2)[:1, :, :1]
 
@@ -341,24 +228,31 @@ def _join_head_pairs(cos: torch.Tensor, sin: torch.Tensor) -> Pair:
     return cos[0], sin[0]
 
 
-def _split_head_halves(rotary: Any) -> list[Pair]:
+def _split_headhalves(rotary: Any) -> list[Pair]:
     cos, sin = rotary
     return [(cos.transpose(1, 2).float(), sin.transpose(1, 2).float())]
 
 
-def _join_head_halves(cos: torch.Tensor, sin: torch.Tensor) -> Pair:
+def _join_headhalves(cos: torch.Tensor, sin: torch.Tensor) -> Pair:
     return cos.transpose(1, 2), sin.transpose(1, 2)
 
 
-INTERLEAVED = Format("cos and sin, each at two neighbours", Pairing.INTERLEAVED, _split_interleaved, _join_interleaved)
+INTERLEAVED = Format(
+    "cos and sin, each at two neighbours",
+    Pairing.INTERLEAVED,
+    _split_interleaved,
+    _join_interleaved,
+    doubled=neighbours,
+)
 """``[S, D]`` or ``[B, S, D]``, multiplied in float32: ``embeddings.apply_rotary_emb`` of diffusers 0.42.1."""
 
-HALF = Format("cos and sin, each at both halves", Pairing.HALF, _split_half, _join_half)
-"""The same with ``use_real_unbind_dim=-2``."""
+AXES = Format("cos and sin, each at two neighbours, of a grid", Pairing.INTERLEAVED, _split_axes, _join_axes, axes=True)
+"""``[1, S, 1, D]``, of which the even cosines and the odd sines are read: ``transformer_wan.py``."""
 
-HALF_NARROWED = Format(
-    "cos and sin, each at both halves, in the dtype of the data", Pairing.HALF, _split_half, _join_half, narrows=True
-)
+HALF = Format("cos and sin, each at both halves", Pairing.HALF, _split_half, _join_half, doubled=halves)
+"""The same as :data:`INTERLEAVED` with ``use_real_unbind_dim=-2``."""
+
+HALF_NARROWED = replace(HALF, name=f"{HALF.name}, in the dtype of the data", narrows=True)
 """The same, rounded to the dtype of the data and multiplied in it: ``transformer_minimax_h3.py``."""
 
 STACKED = Format("cos and then sin, each at two neighbours", Pairing.INTERLEAVED, _split_stacked, _join_stacked)
@@ -372,16 +266,20 @@ COMPLEX_BHSD = Format(
 )
 """``[1 or B, 1, S, D / 2]``: ``transformer_anyflow.py``, ``transformer_sana_wm.py``."""
 
-MATRICES = Format("rotation matrices", Pairing.INTERLEAVED, _split_matrices, _join_matrices, upcasts=True)
+MATRICES = Format(
+    "rotation matrices", Pairing.INTERLEAVED, _split_matrices, _join_matrices, upcasts=True, doubled=_columns
+)
 """``[B, S, 1, D / 2, 2, 2]``, ``[B, 1, S, D / 2, 2, 2]`` or ``[S, 1, D / 2, 2, 2]``: Kandinsky, HiDream, PRX."""
 
-CHANNELS = Format("cos and sin of every channel", Pairing.INTERLEAVED, _split_channels, _join_channels)
-"""``[B, S, H * D]``, neighbours turn, each head by other angles: ``transformer_ltx.py``."""
+CHANNELS = Format(
+    "cos and sin of every channel", Pairing.INTERLEAVED, _split_channels, _join_channels, doubled=neighbours
+)
+"""``[B, S, H * D]``, neighbours rotate, each head by other angles: ``transformer_ltx.py``."""
 
 HEAD_PAIRS = Format("cos and sin of every pair", Pairing.INTERLEAVED, _split_head_pairs, _join_head_pairs, upcasts=True)
-"""``[S, H, D / 2]``, neighbours turn, each head by other angles: ``MochiAttnProcessor2_0``."""
+"""``[S, H, D / 2]``, neighbours rotate, each head by other angles: ``MochiAttnProcessor2_0``."""
 
 HEAD_HALVES = Format(
-    "cos and sin of every pair and head", Pairing.HALF, _split_head_halves, _join_head_halves, exact=False
+    "cos and sin of every pair and head", Pairing.HALF, _split_headhalves, _join_headhalves, exact=False
 )
-"""``[B, H, S, D / 2]``, halves turn, each head by other angles, by fused multiply-adds: ``transformer_ltx2.py``."""
+"""``[B, H, S, D / 2]``, halves rotate, each head by other angles, by fused multiply-adds: ``transformer_ltx2.py``."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.modules import module as torch_modules
 
 from ..spec import NormKind
+from .known_code import guard_of
 
 
 class FusedNorm(NamedTuple):
@@ -34,16 +38,80 @@ def fused_norm(module: Any, dtype: torch.dtype) -> FusedNorm | None:
 
     A weight of another dtype decides the dtype of most results upstream, which the kernels do not do.
     """
-    cls = getattr(type(module), "unpatched", type(module))
-    read = _KNOWN.get(f"{cls.__module__}.{cls.__qualname__}")
+    cls = type(module)
+    read = KNOWN_NORMS.get(f"{cls.__module__}.{cls.__qualname__}")
     if read is None:
         return None
     norm = read(module, dtype)
     given = [tensor for tensor in (norm.weight, norm.bias) if tensor is not None]
     decides = not norm.keeps_dtype and any(tensor.dtype != dtype for tensor in given)
-    if (norm.bias is not None and not norm.centred) or decides:
+    if (norm.bias is not None and not norm.centred) or decides or not all(type(x) in _PLAIN_TENSORS for x in given):
         return None
     return norm
+
+
+def makes_fresh_results(module: Any) -> bool:
+    """Whether a call of ``module`` is known code alone, whose result nobody else holds: not hooked, not compiled.
+
+    That is, whether its result may be overwritten, and a norm may be left out for a kernel that computes it.
+    """
+    state = vars(module)
+    if "forward" in state or any(state.get(name) for name in _INSTANCE_HOOKS):
+        return False
+    if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+        return False
+    if torch_modules._global_backward_hooks or torch_modules._global_backward_pre_hooks:
+        return False
+    return _runs_known_code(type(module))
+
+
+_INSTANCE_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_compiled_call_impl",
+)
+
+
+def _runs_known_code(cls: type) -> bool:
+    if cls.__module__.startswith("torch.nn.modules."):
+        functions = _of_torch(cls)
+        return functions is not None and all(namespace.get(name) is found for namespace, name, found in functions)
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    return name in KNOWN_NORMS and guard_of(cls, "forward").unknown is None
+
+
+def _of_torch(cls: type) -> tuple[tuple[Any, str, Any], ...] | None:
+    """The forward of a module class of torch's, and the function it calls; None where either was replaced."""
+    found = _torch_functions.get(cls)
+    if found is None:
+        functional = vars(torch.nn.functional)
+        found = tuple(
+            (namespace, name, namespace[name])
+            for namespace, name in ((vars(cls), "forward"), (functional, _CALLED.get(cls.__name__, "")))
+            if name in namespace
+        )
+        if not all(_is_of(function, name) for _, name, function in found):
+            return None
+        _torch_functions[cls] = found
+    return found
+
+
+_torch_functions: dict[type, tuple[tuple[Any, str, Any], ...]] = {}
+_CALLED = {"RMSNorm": "rms_norm", "LayerNorm": "layer_norm", "Linear": "linear"}
+
+
+def _is_of(function: Any, name: str) -> bool:
+    """Whether ``function`` is torch's own of this ``name``: written in torch's files, or built in."""
+    if not isinstance(function, FunctionType):
+        return inspect.isbuiltin(function)
+    code = function.__code__
+    return code.co_name == name and code.co_filename.startswith(_TORCH_FOLDER)
+
+
+_TORCH_FOLDER = torch.__file__.rpartition("__init__")[0]
+_PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def _rms_norm(module: Any, dtype: torch.dtype) -> FusedNorm:
@@ -67,7 +135,7 @@ def _krea2_norm(module: Any, dtype: torch.dtype) -> FusedNorm:
     return FusedNorm(False, module.weight + 1.0, None, module.eps, keeps_dtype=True)
 
 
-_KNOWN: dict[str, Callable[[Any, torch.dtype], FusedNorm]] = {
+KNOWN_NORMS: dict[str, Callable[[Any, torch.dtype], FusedNorm]] = {
     "torch.nn.modules.normalization.RMSNorm": _rms_norm,
     "torch.nn.modules.normalization.LayerNorm": _layer_norm,
     "diffusers.models.normalization.RMSNorm": _rms_norm,

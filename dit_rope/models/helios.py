@@ -10,18 +10,12 @@ from __future__ import annotations
 from .adapter import Layout, ModelAdapter, ModelTables, Rotations
 from .formats import STACKED
 
-_HISTORIES = ("latents_history_short", "latents_history_mid", "latents_history_long")
-
 HELIOS = ModelAdapter(
     "diffusers.models.transformers.transformer_helios.HeliosTransformer3DModel",
     (
         ModelTables(
             "rope",
             "HeliosRotaryPosEmbed",
-            by_shape=("frame_indices",),
-            # Which histories there are decides which one is the second that the rope module is called for.
-            sources=("indices_hidden_states", *(f"indices_{history}" for history in _HISTORIES)),
-            source_shapes=("hidden_states", *_HISTORIES),
         ),
     ),
     (

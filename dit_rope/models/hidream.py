@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rebound, Rotations, Rounds, Turned
+from .adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotated, Rotations, Rounds, Tokens
 from .formats import MATRICES
 
 
@@ -24,9 +24,6 @@ HIDREAM = ModelAdapter(
         ModelTables(
             "pe_embedder",
             "HiDreamImageEmbedND",
-            by_shape=EVERY,
-            sources=("img_ids",),
-            source_shapes=("hidden_states",),
         ),
     ),
     (
@@ -35,10 +32,12 @@ HIDREAM = ModelAdapter(
             attention_class="HiDreamAttention",
             format=MATRICES,
             layout=Layout.BSC,
-            turned={"q_rms_norm": Turned(still=True), "k_rms_norm": Turned(still=True)},
+            rotated={"q_rms_norm": Rotated(rest_is_identity=True), "k_rms_norm": Rotated(rest_is_identity=True)},
             processors=("HiDreamAttnProcessor",),
             rebound=Rebound("apply_rope", returns=2),
             head_dim=_head_dim,
+            partial=True,
+            covers=(Tokens(("encoder_hidden_states", "hidden_states")),),
             rounds=Rounds.INPUT,
         ),
     ),

@@ -6,7 +6,7 @@ The sequence holds the image alone. Queries turn in the attention to the text as
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, Rotations, Turned
+from .adapter import Layout, ModelAdapter, Rotated, Rotations
 from .formats import INTERLEAVED
 
 # Guidance by perturbed attention computes part of the batch without queries and keys; tables have no batch dimension.
@@ -24,7 +24,7 @@ def _rotations(attention: str, *norms: str) -> Rotations:
         attention_class="Attention",
         format=INTERLEAVED,
         layout=Layout.BHSD,
-        turned={norm: Turned() for norm in norms},
+        rotated={norm: Rotated() for norm in norms},
         processors=_PROCESSORS,
     )
 

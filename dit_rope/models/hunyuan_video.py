@@ -11,10 +11,6 @@ Sources, all in diffusers 0.42.1: ``transformer_hunyuan_video.py``, ``transforme
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-
 from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotations
 from .formats import INTERLEAVED
 
@@ -35,18 +31,6 @@ def _adapter(model: str, tables: tuple[ModelTables, ...], processor: str) -> Mod
     )
 
 
-def _sequence(
-    model: Any,
-    video: torch.Tensor,
-    clean: torch.Tensor | None = None,
-    history_2x: torch.Tensor | None = None,
-    history_4x: torch.Tensor | None = None,
-    *tables: Any,
-) -> tuple[torch.Tensor]:
-    """Tokens ``[B, S, C]`` of the history, the coarsest first, and of the video behind it."""
-    return (torch.cat([part for part in (history_4x, history_2x, clean, video) if part is not None], dim=1),)
-
-
 HUNYUAN_VIDEO = _adapter(
     "transformer_hunyuan_video.HunyuanVideoTransformer3DModel",
     (ModelTables("rope", "HunyuanVideoRotaryPosEmbed", by_shape=EVERY),),
@@ -54,22 +38,7 @@ HUNYUAN_VIDEO = _adapter(
 )
 HUNYUAN_VIDEO_FRAMEPACK = _adapter(
     "transformer_hunyuan_video_framepack.HunyuanVideoFramepackTransformer3DModel",
-    (
-        ModelTables("rope", "HunyuanVideoFramepackRotaryPosEmbed"),
-        ModelTables(
-            "",
-            "HunyuanVideoFramepackTransformer3DModel",
-            "_pack_history_states",
-            by_shape=EVERY,
-            sources=(
-                "indices_latents",
-                "indices_latents_clean",
-                "indices_latents_history_2x",
-                "indices_latents_history_4x",
-            ),
-            live=_sequence,
-        ),
-    ),
+    (ModelTables("rope", "HunyuanVideoFramepackRotaryPosEmbed"),),
     "HunyuanVideoAttnProcessor2_0",
 )
 HUNYUAN_VIDEO_15 = _adapter(

@@ -7,40 +7,42 @@ diffusers 0.42.1.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..spec import Pairing
-from .adapter import Layout, ModelAdapter, ModelTables, Rotations, Turned
-from .formats import HALF, Format, Pair, four_dims
-from .seams import in_flight
-from .swapping import Seam, unpatched_method
+from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations
+from .formats import HALF, Pair, four_dims
+from .packed_tables import leave_unless
 
 
-class TurnedAttention(Seam):
-    """A processor that attends to queries and keys which the norms have turned."""
-
-    def replacement(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        """``hidden_states`` ``[B, S, C]`` after attention; the processor's own code where the norms do not turn."""
-        own: Any = unpatched_method(self)
-        if torch.compiler.is_compiling() or not in_flight():
-            unpatched: torch.Tensor = own(attn, hidden_states, attention_mask, image_rotary_emb)
-            return unpatched
-        query, key, value = (
-            project(hidden_states).unflatten(-1, (attn.num_heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        attend = own.func.__globals__["dispatch_attention_fn"]
-        how = {"backend": self._attention_backend, "parallel_config": self._parallel_config}  # type: ignore[attr-defined]
-        attended = attend(attn.norm_q(query), attn.norm_k(key), value, attn_mask=attention_mask, **how)
-        projected: torch.Tensor = attn.to_out[0](attended.flatten(2))
-        return projected
+def _attend_unrotated(
+    processor: Any,
+    attn: Any,
+    own: Any,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """``hidden_states`` ``[B, S, C]`` after attention, whose norms have rotated queries and keys."""
+    query, key, value = (
+        project(hidden_states).unflatten(-1, (attn.num_heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
+    )
+    query, key = attn.norm_q(query), attn.norm_k(key)
+    # The model's rotation promotes to the widest of data and tables; ours keeps the dtype that the norms return.
+    promoted = torch.promote_types(query.dtype, image_rotary_emb[0].dtype)
+    leave_unless(query.dtype == key.dtype == value.dtype == promoted)
+    attended = own.__globals__["dispatch_attention_fn"](
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        backend=processor._attention_backend,
+        parallel_config=processor._parallel_config,
+    )
+    projected: torch.Tensor = attn.to_out[0](attended.flatten(2))
+    return projected
 
 
 def _split(rotary: Any) -> list[Pair]:
@@ -48,7 +50,7 @@ def _split(rotary: Any) -> list[Pair]:
     return [(cos, sin)]
 
 
-_AS_IS = Format("cos and sin, each at both halves, in the model's dtype", Pairing.HALF, _split, HALF.join)
+_AS_IS = replace(HALF, name=f"{HALF.name}, in the model's dtype", split=_split)
 IDEOGRAM4 = ModelAdapter(
     "diffusers.models.transformers.transformer_ideogram4.Ideogram4Transformer2DModel",
     (ModelTables("rotary_emb", "Ideogram4MRoPE"),),
@@ -58,9 +60,9 @@ IDEOGRAM4 = ModelAdapter(
             attention_class="Ideogram4Attention",
             format=_AS_IS,
             layout=Layout.BSHD,
-            turned={"norm_q": Turned(), "norm_k": Turned()},
+            rotated={"norm_q": Rotated(), "norm_k": Rotated()},
             processors=("Ideogram4AttnProcessor",),
-            processor=TurnedAttention,
+            unrotated=_attend_unrotated,
         ),
     ),
 )

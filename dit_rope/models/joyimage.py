@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..spec import Pairing
-from .adapter import Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
 from .formats import INTERLEAVED, Format, Pair
 
 
@@ -43,8 +43,8 @@ def _join_both(cos: torch.Tensor, sin: torch.Tensor) -> tuple[Any, Any]:
 
 _IMAGE_ALONE = _ImageAlone("a table of the image", Pairing.INTERLEAVED, _split_image, _join_image)
 _IMAGE_AND_TEXT = Format("a table of the image and one of the text", Pairing.INTERLEAVED, _split_both, _join_both)
-_IMAGE = {"img_attn_q_norm": Turned(), "img_attn_k_norm": Turned()}
-_TEXT = {"txt_attn_q_norm": Turned(table=1), "txt_attn_k_norm": Turned(table=1)}
+_IMAGE = {"img_attn_q_norm": Rotated(), "img_attn_k_norm": Rotated()}
+_TEXT = {"txt_attn_q_norm": Rotated(table=1), "txt_attn_k_norm": Rotated(table=1)}
 
 
 def _turns_text(model: Any, attention: Any) -> bool:
@@ -68,11 +68,12 @@ JOYIMAGE_EDIT = ModelAdapter(
             attention_class="JoyImageAttention",
             format=form,
             layout=Layout.BSHD,
-            turned=turned,
+            rotated=rotated,
+            covers=(Tokens(), Tokens(("encoder_hidden_states",))),
             processors=("JoyImageAttnProcessor",),
             when=when,
         )
-        for form, turned, when in (
+        for form, rotated, when in (
             (_IMAGE_ALONE, _IMAGE, _turns_image_alone),
             (_IMAGE_AND_TEXT, {**_IMAGE, **_TEXT}, _turns_text),
         )
@@ -87,7 +88,7 @@ JOYIMAGE_EDIT_PLUS = ModelAdapter(
             attention_class="JoyImageEditPlusAttention",
             format=INTERLEAVED,
             layout=Layout.BSHD,
-            turned=_IMAGE,
+            rotated=_IMAGE,
             processors=("JoyImageEditPlusAttnProcessor",),
         ),
     ),

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotations, Rounds, Turned
+from .adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotated, Rotations, Rounds, Tokens
 from .formats import MATRICES
 
 _TRANSFORMERS = "diffusers.models.transformers"
-_QK = {"query_norm": Turned(table=0), "key_norm": Turned(table=1)}
+_QK = {"query_norm": Rotated(table=0), "key_norm": Rotated(table=1)}
 
 KANDINSKY5 = ModelAdapter(
     f"{_TRANSFORMERS}.transformer_kandinsky.Kandinsky5Transformer3DModel",
@@ -27,7 +27,7 @@ KANDINSKY5 = ModelAdapter(
             attention_class="Kandinsky5Attention",
             format=MATRICES,
             layout=Layout.BSHD,
-            turned=_QK,
+            rotated=_QK,
             rotary=("rotary_emb",),
             processors=("Kandinsky5AttnProcessor",),
             rounds=Rounds.PROJECTION,
@@ -39,11 +39,10 @@ KANDINSKY5 = ModelAdapter(
 KANDINSKY6 = ModelAdapter(
     f"{_TRANSFORMERS}.transformer_kandinsky6.Kandinsky6Transformer3DModel",
     (
-        # Positions of text and audio are counted from their lengths in every forward.
-        ModelTables("video_text_rope_embeddings", "Kandinsky6RoPE1D", by_shape=("pos",)),
-        ModelTables("audio_text_rope_embeddings", "Kandinsky6RoPE1D", by_shape=("pos",)),
-        ModelTables("audio_rope_embeddings", "Kandinsky6RoPE1D", by_shape=("pos",)),
-        ModelTables("visual_rope_embeddings", "Kandinsky6RoPE3D", by_shape=("pos",), sources=("visual_rope_pos",)),
+        ModelTables("video_text_rope_embeddings", "Kandinsky6RoPE1D"),
+        ModelTables("audio_text_rope_embeddings", "Kandinsky6RoPE1D"),
+        ModelTables("audio_rope_embeddings", "Kandinsky6RoPE1D"),
+        ModelTables("visual_rope_embeddings", "Kandinsky6RoPE3D"),
     ),
     (
         Rotations(
@@ -55,8 +54,9 @@ KANDINSKY6 = ModelAdapter(
             attention_class="Kandinsky6Attention",
             format=MATRICES,
             layout=Layout.BSHD,
-            turned=_QK,
-            rotary=("rotary_emb", "rope_q", "rope_kv"),
+            rotated=_QK,
+            rotary=("rotary_emb", "rotary_emb_kv"),
+            covers=(Tokens(), Tokens(("encoder_hidden_states", "hidden_states"), first_of=True)),
             processors=("Kandinsky6AttnProcessor",),
         ),
     ),
@@ -64,14 +64,14 @@ KANDINSKY6 = ModelAdapter(
 
 KANDINSKY6_SR = ModelAdapter(
     f"{_TRANSFORMERS}.transformer_kandinsky6_sr.Kandinsky6SRTransformer3DModel",
-    (ModelTables("visual_rope_embeddings", "Kandinsky6SRRoPE3D", by_shape=("pos",)),),
+    (ModelTables("visual_rope_embeddings", "Kandinsky6SRRoPE3D"),),
     (
         Rotations(
             attention=r"visual_transformer_blocks\.\d+\.self_attention",
             attention_class="Kandinsky6SRAttention",
             format=MATRICES,
             layout=Layout.BSHD,
-            turned=_QK,
+            rotated=_QK,
             rotary=("rotary_emb",),
             processors=("Kandinsky6SRAttnProcessor",),
             rebound=Rebound("apply_rotary"),

@@ -6,7 +6,7 @@ In the attention to the prompt, queries turn by the positions of the sound and k
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
 from .formats import HALF
 
 
@@ -17,8 +17,9 @@ def _rotations(attention: str, processor: str, *rotary: str) -> Rotations:
         attention_class="AudioDiTAttention",
         format=HALF,
         layout=Layout.BSC,
-        turned={"q_norm": Turned(projection="to_q"), "k_norm": Turned(table=len(rotary) - 1, projection="to_k")},
+        rotated={"q_norm": Rotated(projection="to_q"), "k_norm": Rotated(table=len(rotary) - 1, projection="to_k")},
         rotary=rotary,
+        covers=(Tokens(), Tokens(("encoder_hidden_states",))),
         processors=(processor,),
     )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
 from .formats import CHANNELS, HEAD_HALVES
 
 LTX = ModelAdapter(
@@ -39,34 +39,14 @@ def turns_halves(model: Any, attention: Any) -> bool:
     return bool(attention.rope_type == "split")
 
 
-def _video_tables(path: str) -> ModelTables:
-    """Tables of coordinates that the forward is given, or makes of the size and the frame rate of the video."""
-    return ModelTables(
-        path,
-        "LTX2AudioVideoRotaryPosEmbed",
-        by_shape=("coords",),
-        sources=("video_coords", "num_frames", "height", "width", "fps"),
-        source_shapes=("hidden_states",),
-    )
-
-
-def _audio_tables(path: str) -> ModelTables:
-    return ModelTables(
-        path,
-        "LTX2AudioVideoRotaryPosEmbed",
-        by_shape=("coords",),
-        sources=("audio_coords", "audio_num_frames"),
-        source_shapes=("hidden_states",),
-    )
-
-
+_ROPE_CLASS = "LTX2AudioVideoRotaryPosEmbed"
 LTX2 = ModelAdapter(
     "diffusers.models.transformers.transformer_ltx2.LTX2VideoTransformer3DModel",
     (
-        _video_tables("rope"),
-        _video_tables("cross_attn_rope"),
-        _audio_tables("audio_rope"),
-        _audio_tables("cross_attn_audio_rope"),
+        ModelTables("rope", _ROPE_CLASS),
+        ModelTables("cross_attn_rope", _ROPE_CLASS),
+        ModelTables("audio_rope", _ROPE_CLASS),
+        ModelTables("cross_attn_audio_rope", _ROPE_CLASS),
     ),
     tuple(
         Rotations(
@@ -74,8 +54,10 @@ LTX2 = ModelAdapter(
             attention_class="LTX2Attention",
             format=form,
             layout=Layout.BSC,
-            turned={"norm_q": Turned(table=0), "norm_k": Turned(table=1)},
+            rotated={"norm_q": Rotated(table=0), "norm_k": Rotated(table=1)},
             rotary=("query_rotary_emb", "key_rotary_emb"),
+            covers=(Tokens(), Tokens(("encoder_hidden_states", "hidden_states"), first_of=True)),
+            later_default_to_first=True,
             processors=("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
             when=when,
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from einops import rearrange
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations
 from .formats import COMPLEX
 
 
@@ -45,7 +45,7 @@ LUMINA_NEXT = ModelAdapter(
             attention_class="Attention",
             format=COMPLEX,
             layout=Layout.BSC,
-            turned={"norm_q": Turned(projection="to_q")},
+            rotated={"norm_q": Rotated(projection="to_q")},
             rotary=("query_rotary_emb",),
             processors=("LuminaAttnProcessor2_0",),
         ),

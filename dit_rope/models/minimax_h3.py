@@ -20,6 +20,7 @@ MINIMAX_H3 = ModelAdapter(
             layout=Layout.BSHD,
             rotary=("rotary_emb",),
             processors=("MiniMaxH3AttnProcessor",),
+            partial=True,
         ),
     ),
 )

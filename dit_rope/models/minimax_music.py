@@ -30,6 +30,7 @@ MINIMAX_MUSIC_3 = ModelAdapter(
             processors=("MiniMaxMusic3AttnProcessor",),
             rebound=Rebound("_apply_partial_rotary_emb"),
             head_dim=_head_dim,
+            partial=True,
         ),
     ),
     left_alone=("tables, which the rope module keeps itself",),

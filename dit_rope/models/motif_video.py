@@ -6,7 +6,7 @@ head. Source: ``transformer_motif_video.py`` of diffusers 0.42.1.
 
 from __future__ import annotations
 
-from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotated, Rotations
 from .formats import INTERLEAVED
 
 MOTIF_VIDEO = ModelAdapter(
@@ -25,7 +25,7 @@ MOTIF_VIDEO = ModelAdapter(
             attention_class="MotifVideoCrossAttention",
             format=INTERLEAVED,
             layout=Layout.BSHD,
-            turned={"norm_q": Turned(projection="to_q")},
+            rotated={"norm_q": Rotated(projection="to_q")},
             processors=("MotifVideoCrossAttnProcessor2_0",),
         ),
     ),

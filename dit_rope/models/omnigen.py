@@ -7,7 +7,7 @@ diffusers 0.42.1.
 
 from __future__ import annotations
 
-from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotations
+from .adapter import Layout, ModelAdapter, ModelTables, Rotations
 from .formats import HALF
 
 OMNIGEN = ModelAdapter(
@@ -16,8 +16,7 @@ OMNIGEN = ModelAdapter(
         ModelTables(
             "rope",
             "OmniGenSuScaledRotaryEmbedding",
-            by_shape=EVERY,
-            sources=("position_ids",),
+            by_shape=("hidden_states",),
             writes=("inv_freq",),
         ),
     ),

@@ -1,4 +1,4 @@
-"""What a patch will replace in one model: found and checked before anything is replaced, then put in and taken out."""
+"""What a patch replaces in one model, and what it leaves to it: looked up before, and again whenever somebody asks."""
 
 from __future__ import annotations
 
@@ -6,21 +6,37 @@ import inspect
 import itertools
 import operator
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..scaling import axis_frequencies
-from ..spec import Fusion
-from .adapter import GridTables, Layout, ModelAdapter, ModelTables, Rotations
-from .formats import AxisRows, Format
-from .grid_tables import GridSeam, GridSettings, table_mismatch
-from .model_tables import ForgetArguments, MemoSeam, MemoSettings, MethodMemo, RememberArguments, forget
-from .rebinding import ReboundSeam, ReboundSettings
-from .seams import CheckRotation, TakeRotation, TurnSeam, TurnSettings
-from .swapping import SETTINGS, Seam, add_hooks, is_bypassed, is_hooked, remove_hooks, restore_class, swap_class
+from ..spec import Fusion, RopeSpec
+from .adapter import ModelAdapter, ModelTables, Rotations
+from .attention import AttentionOverride, AttentionSettings, ProcessorOverride, rotating_modules, why_unknown
+from .class_override import (
+    INSTALLED,
+    Installed,
+    Override,
+    PatchState,
+    add_hooks,
+    install,
+    installed,
+    is_bypassed,
+    override_method,
+    refresh_signature,
+    release,
+    release_all,
+    unpatched_class,
+)
+from .forward_pass import BeginPass, EndPass
+from .known_code import guard_of
+from .rope_modules import MemoizedMethod, RopeOverride, TableSettings, forget, why_not_memoized
+
+# Names under which wrappers hold the module that they wrap: torch.compile, activation checkpointing, FSDP and DDP.
+_WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 
 @dataclass(frozen=True)
@@ -34,173 +50,220 @@ class Options:
 
 
 @dataclass(frozen=True)
-class TablesFound:
+class TablesPlan:
     """A declaration of tables, and the object it is about."""
 
-    tables: GridTables | ModelTables
+    tables: ModelTables
     target: Any
 
     @property
     def builder(self) -> str:
         """The class name that the object has without a patch."""
-        name: str = getattr(type(self.target), "unpatched", type(self.target)).__name__
-        return name
+        return unpatched_class(self.target).__name__
+
+    def why_left(self) -> str | None:
+        """Why the object's own code builds its tables in every forward pass; None where they are memoized."""
+        if self.tables.path and self.tables.method == "forward" and is_bypassed(self.target):
+            return f"another library has replaced the forward of {self.tables.path}"
+        return why_not_memoized(self.target, self.tables)
 
 
 @dataclass(frozen=True)
-class RotationFound:
-    """One attention module: its path, the seams it gets, and where its rotary arguments stand."""
+class RotationPlan:
+    """One attention module, and its declaration."""
 
     rotations: Rotations
     path: str
     attention: torch.nn.Module
-    turned: Mapping[str, TurnSettings]
-    rotary: tuple[tuple[str, int | None], ...]
 
     @property
-    def owner(self) -> Any:
-        """What holds the code that rotates, where a name in it is bound to something else."""
-        rebound = self.rotations.rebound
-        assert rebound is not None
-        return getattr(self.attention, rebound.owner) if rebound.owner else self.attention
+    def holder(self) -> Any:
+        """What holds the code that attends: the processor, or the module itself."""
+        return getattr(self.attention, "processor", None) if self.rotations.processors else self.attention
 
-    def seams(self) -> Iterator[tuple[str, torch.nn.Module]]:
-        """Attribute names and modules of the norms or projections that turn."""
-        return ((name, getattr(self.attention, name)) for name in self.turned)
+    @property
+    def method(self) -> str:
+        """The method of :attr:`holder` that attends."""
+        return "__call__" if self.rotations.processors else "forward"
+
+    @property
+    def names(self) -> list[str]:
+        """The norms and projections of the module that rotate."""
+        return [name for name, _ in rotating_modules(self.attention, self.rotations)]
+
+    def modules(self) -> list[tuple[str, torch.nn.Module]]:
+        """Names and modules of the norms and projections that rotate."""
+        return [(name, getattr(self.attention, name)) for name in self.names]
+
+    def why_left(self, patched: bool) -> str | None:
+        """Why the model's own code rotates here; ``patched`` tells whether an override should be in place."""
+        declared, holder = self.rotations, self.holder
+        if holder is None:
+            return "it has no processor"
+        reason = why_unknown(holder, guard_of(unpatched_class(holder), self.method), declared)
+        if reason is not None:
+            return reason
+        if declared.rotated and not self.names:
+            return f"it has none of {', '.join(declared.rotated)}"
+        if not declared.processors and is_bypassed(holder):
+            return "another library has replaced its forward"
+        if patched and not (isinstance(holder, Override) and installed(self.attention)):
+            return "its processor was replaced"
+        return None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything one model's patch will replace, checked before anything is."""
+    """Everything one model's patch is about."""
 
     name: str
     model: torch.nn.Module
     adapter: ModelAdapter
-    tables: tuple[TablesFound, ...]
-    rotations: tuple[RotationFound, ...]
+    tables: tuple[TablesPlan, ...]
+    rotations: tuple[RotationPlan, ...]
+    state: PatchState = field(default_factory=PatchState, compare=False)
 
-    @property
-    def grid(self) -> TablesFound | None:
-        """The rope module that gets axis tables of ours."""
-        return next((found for found in self.tables if isinstance(found.tables, GridTables)), None)
-
-    def grid_settings(self, options: Options) -> GridSettings | None:
-        """What the rope module is to build; None where the model keeps its own tables.
+    def scaled_spec(self, options: Options) -> RopeSpec | None:
+        """The rotation that a scaling asks for; None without one, or where a function chooses it.
 
         Raises:
             TypeError, ValueError: for a scaling that the model's axes cannot have.
         """
-        found = self.grid
-        if found is None:
-            if options.scaling is not None:
-                raise ValueError(
-                    f"scaling must be None for {self.adapter.model_class}, which builds its own tables, "
-                    f"got {options.scaling!r}"
-                )
+        if options.scaling is None:
             return None
-        assert isinstance(found.tables, GridTables)
-        spec = found.tables.spec(found.target)
-        dense = not self.rotations  # and nobody else reads rows of axis tables
+        grid = next((each for each in self.tables if each.tables.axes is not None), None)
+        if grid is None:
+            raise ValueError(
+                f"scaling must be None for {self.adapter.model_class}, which builds its own tables, "
+                f"got {options.scaling!r}"
+            )
+        reason = grid.why_left()
+        if reason is not None:
+            raise ValueError(
+                f"scaling must be None where dit_rope does not know the code that builds tables, got "
+                f"{options.scaling!r} for {grid.tables.path} of {self.name}: {reason}"
+            )
+        assert grid.tables.axes is not None
+        spec = grid.tables.axes.spec(grid.target)
         if callable(options.scaling):
-            return GridSettings(spec, found.tables.frames, options.scaling, dense)
+            return None
         spec = spec.with_scaling(options.scaling)
         for axis in range(len(spec.dims)):
             axis_frequencies(spec, axis)
-        return GridSettings(spec, found.tables.frames, dense=dense)
+        return spec
 
-    def apply(self, settings: GridSettings | None, options: Options) -> None:
-        """Replaces what the plan names; ``settings`` are :meth:`grid_settings` of ``options``."""
-        remembers = False
-        for found in self.tables:
-            tables = found.tables
-            if isinstance(found.target, Seam):
-                continue  # two models of a pipeline may share a rope module
-            if isinstance(tables, GridTables):
-                swap_class(found.target, GridSeam, settings)
-                continue
-            parameters = tuple(inspect.signature(getattr(found.target, tables.method)).parameters)
-            memo = MemoSettings(tables, parameters)
-            if tables.path:
-                swap_class(found.target, MemoSeam, memo, tables.method)
-            else:
-                vars(self.model)[tables.method] = MethodMemo(self.model, tables.method, memo)
-            # A model's own method is told sizes, and not where the model computes.
-            remembers = remembers or bool(tables.sources or tables.source_shapes or not tables.path)
-        if remembers:
-            names = tuple(inspect.signature(type(self.model).forward).parameters)[1:]
-            add_hooks(self.model, RememberArguments(names), ForgetArguments())
+    def apply(self, scaled: RopeSpec | None, options: Options) -> None:
+        """Replaces what the plan names; ``scaled`` is :meth:`scaled_spec` of ``options``."""
+        for each in self.tables:
+            self._apply_tables(each, scaled, options)
+        fuses_norm = options.fuse is Fusion.NORM_AND_ROTATION
         for rotation in self.rotations:
-            _apply_rotation(rotation, form_of(rotation, settings), options)
+            settings = AttentionSettings(rotation.rotations, options.exact, options.backend, fuses_norm)
+            install_rotation(rotation.attention, settings, self.state)
+        install(self.model, None, self.state)
+        add_hooks(self.model, BeginPass(prepare_attention), EndPass())
+
+    def _apply_tables(self, each: TablesPlan, scaled: RopeSpec | None, options: Options) -> None:
+        tables, target = each.tables, each.target
+        if each.why_left() is not None:
+            return
+        parameters = tuple(inspect.signature(getattr(target, tables.method)).parameters)
+        axes = tables.axes
+        spec = None if axes is None else axes.spec(target)
+        choose = options.scaling if axes is not None and callable(options.scaling) else None
+        settings = TableSettings(tables, parameters, spec, scaled if axes is not None else None, choose)
+        if tables.path:
+            _override(target, RopeOverride, settings, self.state, tables.method)
+        elif tables.method not in vars(target):
+            vars(target)[tables.method] = MemoizedMethod(target, tables.method, Installed(settings, self.state))
 
     def restore(self) -> None:
-        """Takes out whatever a patch put in, and nothing else."""
-        restore(self.model)
+        """Takes out what this plan put in, and nothing else, wherever it is by now."""
+        self.state.active = False
+        for ref in self.state.objects:
+            target = ref()
+            if target is not None:
+                _forget_tables(target)
+                release(target, self.state)
+        for name, value in list(vars(self.model).items()):
+            if isinstance(value, MemoizedMethod) and self.state in value.record.states:
+                forget(value.record.settings)
+                del vars(self.model)[name]
 
 
-def form_of(found: RotationFound, settings: GridSettings | None) -> Format | AxisRows:
-    """The form of the rotary tensors that an attention module is given once it is patched."""
-    if found.rotations.format is not None:
-        return found.rotations.format
-    assert settings is not None, "an adapter without formats has GridTables"
-    return AxisRows(settings.spec)
+def install_rotation(attention: Any, settings: AttentionSettings, state: PatchState) -> None:
+    """Patches one attention module: its processor where it is one that its declaration knows, or its own forward."""
+    if settings.rotations.processors:
+        install(attention, settings, state)
+        adopt_processor(attention)
+    elif not is_bypassed(attention):
+        _override(attention, AttentionOverride, settings, state, "forward")
 
 
-def _apply_rotation(found: RotationFound, form: Format | AxisRows, options: Options) -> None:
-    declared, attention = found.rotations, found.attention
-    if declared.rebound is not None:
-        assert isinstance(form, Format)
-        settings = ReboundSettings(
-            declared.rebound, form, declared.layout, bool(found.turned), options.exact, options.backend
-        )
-        known = not declared.processors or type(found.owner).__name__ in declared.processors
-        if known and not isinstance(found.owner, Seam):  # attention modules may share a processor
-            swap_class(found.owner, ReboundSeam, settings, declared.rebound.method)
-    if declared.processor is not None and not isinstance(attention.processor, Seam):
-        swap_class(attention.processor, declared.processor, declared, "__call__")
-    if not found.turned or is_hooked(attention):
-        return  # two models of a pipeline may share attention modules
-    for name, module in found.seams():
-        swap_class(module, declared.seam or TurnSeam, found.turned[name])
-    once = frozenset(name for name, turned in found.turned.items() if not turned.repeats)
-    take = TakeRotation(
-        form,
-        found.rotary,
-        frozenset(found.turned),
-        once,
-        frozenset(declared.processors),
-        declared.rebound is not None or declared.processor is not None,
-        options.exact,
-        options.backend,
-        options.fuse is Fusion.NORM_AND_ROTATION,
-    )
-    add_hooks(attention, take, CheckRotation(len(once)))
+def adopt_processor(attention: Any) -> None:
+    """Overrides the call of the processor that a patched attention module has now, if it is a known one."""
+    record = installed(attention)
+    processor = getattr(attention, "processor", None)
+    if record is None or processor is None or not isinstance(record.settings, AttentionSettings):
+        return
+    cls = unpatched_class(processor)
+    if why_unknown(processor, guard_of(cls, "__call__"), record.settings.rotations) is None:
+        for state in record.states:
+            _override(processor, ProcessorOverride, None, state, "__call__")
+
+
+def _override(target: Any, override: type[Override], settings: object, state: PatchState, method: str) -> None:
+    """As :func:`override_method`; an object that cannot change its class keeps it."""
+    try:
+        override_method(target, override, settings, state, method)
+    except TypeError:
+        release(target, state)
+
+
+def prepare_attention(model: torch.nn.Module) -> None:
+    """Before each forward pass: processors that were set since the patch are patched too, if they are known."""
+    record = installed(model)
+    for state in record.states if record is not None else ():
+        for ref in list(state.objects):
+            target = ref()
+            if isinstance(target, torch.nn.Module) and "processor" in vars(target):
+                processor = vars(target)["processor"]
+                if isinstance(processor, Override):
+                    refresh_signature(processor)
+                if installed(processor) is None:
+                    adopt_processor(target)
 
 
 def restore(model: torch.nn.Module) -> None:
-    """Takes out of ``model`` whatever a patch put in, and nothing else."""
+    """Takes out of ``model`` whatever any patch put in, and nothing else."""
     for module in model.modules():
-        for target in _swappable(module):
-            if isinstance(target, Seam):
-                settings = vars(target)[SETTINGS]
-                if isinstance(settings, MemoSettings):
-                    forget(settings.token)
-                restore_class(target)
-        for memo in [value for value in vars(module).values() if isinstance(value, MethodMemo)]:
-            forget(memo.settings.token)
-            del vars(module)[memo.method]
-        remove_hooks(module)
+        for target in list(_changeable(module)):
+            record: Installed | None = getattr(target, "__dict__", {}).get(INSTALLED)
+            if record is not None or isinstance(target, Override):
+                if record is not None and module is model and target is model:
+                    for state in record.states:
+                        state.active = False
+                _forget_tables(target)
+                release_all(target)
+        for name, value in list(vars(module).items()):
+            if isinstance(value, MemoizedMethod):
+                forget(value.record.settings)
+                del vars(module)[name]
+
+
+def _forget_tables(target: Any) -> None:
+    record: Installed | None = vars(target).get(INSTALLED)
+    if record is not None and isinstance(record.settings, TableSettings):
+        forget(record.settings)
 
 
 def is_patched(model: torch.nn.Module) -> bool:
-    """Whether something of a patch is in ``model``."""
-    return any(
-        is_hooked(module) or any(isinstance(target, (Seam, MethodMemo)) for target in _swappable(module))
-        for module in model.modules()
-    )
+    """Whether a patch of ``model``, or of the model that it is a copy of, is in force."""
+    return installed(model) is not None
 
 
-def _swappable(module: torch.nn.Module) -> Iterator[object]:
-    """What of ``module`` may have a class of ours: itself, and what hangs on it without being a module."""
+def _changeable(module: torch.nn.Module) -> Iterator[object]:
+    """What of ``module`` a patch may have changed: itself, and what hangs on it without being a module."""
     return itertools.chain((module,), vars(module).values())
 
 
@@ -208,104 +271,43 @@ def make_plan(name: str, model: torch.nn.Module, adapter: ModelAdapter) -> Plan:
     """Finds in ``model`` everything that ``adapter`` declares.
 
     Raises:
-        ValueError: it is patched already, or its modules are not what this version knows.
+        ValueError: it is patched already.
     """
     if is_patched(model):
         raise ValueError(
             f"{name} must not be patched already; undo its patch, or call dit_rope.unpatch on a copy of one"
         )
-    tables = tuple(found for declared in adapter.tables if (found := _find_tables(name, model, declared)) is not None)
-    rotations = tuple(found for declared in adapter.rotations for found in _find_rotations(name, model, declared))
-    plan = Plan(name, model, adapter, tables, rotations)
-    _check_forwards(plan)
-    grid = plan.grid
-    if grid is not None:
-        assert isinstance(grid.tables, GridTables)
-        mismatch = table_mismatch(grid.target, grid.tables)
-        if mismatch:
-            raise ValueError(f"{name} must build the tables that dit_rope knows for {adapter.model_class}, {mismatch}")
-    return plan
+    tables = tuple(each for declared in adapter.tables if (each := _find_tables(model, declared)) is not None)
+    rotations = tuple(each for declared in adapter.rotations for each in _find_rotations(model, declared))
+    return Plan(name, model, adapter, tables, rotations)
 
 
-def _find_tables(name: str, model: torch.nn.Module, declared: GridTables | ModelTables) -> TablesFound | None:
+def _find_tables(model: torch.nn.Module, declared: ModelTables) -> TablesPlan | None:
     try:
         target = operator.attrgetter(declared.path)(model) if declared.path else model
     except AttributeError:
-        target = None
-    if isinstance(declared, GridTables):
-        _check_class(declared.path, target, declared.builder)
-        return TablesFound(declared, target)
-    if target is None and declared.optional:
         return None
-    if declared.path:  # a model's own class has been matched, and may be derived from it
-        _check_class(declared.path, target, declared.builder)
-    if not callable(getattr(target, declared.method, None)):
-        raise ValueError(f"{declared.path or name} must have a method {declared.method}, got {type(target).__name__}")
-    parameters = inspect.signature(type(model).forward).parameters
-    missing = [source for source in (*declared.sources, *declared.source_shapes) if source not in parameters]
-    if missing:
-        raise ValueError(
-            f"{name} must take {', '.join(missing)}, from which {declared.path or declared.method} builds its tables, "
-            f"got {type(model).__name__}.forward({', '.join(parameters)})"
-        )
-    return TablesFound(declared, target)
+    return None if target is None else TablesPlan(declared, target)
 
 
-def _find_rotations(name: str, model: torch.nn.Module, declared: Rotations) -> Iterator[RotationFound]:
+def _find_rotations(model: torch.nn.Module, declared: Rotations) -> Iterator[RotationPlan]:
     pattern = re.compile(declared.attention)
     for path, module in model.named_modules():
-        if not pattern.fullmatch(path):
-            continue
-        if declared.when is not None and not declared.when(model, module):
-            continue
-        _check_class(path, module, declared.attention_class)
-        turned = {settings.name: settings for settings in _turned(module, declared)}
-        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-        names = [parameter.name for parameter in parameters]
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        unknown = [argument for argument in declared.rotary if argument not in names and not takes_any]
-        if unknown or (declared.turned and not turned):
-            what = f"take {', '.join(unknown)}" if unknown else f"have {' or '.join(declared.turned)}"
-            raise ValueError(
-                f"{path} of {name} must {what}, got {type(module).__name__}({', '.join(names)}); "
-                "this version of the model is not known"
-            )
-        places = ((argument, names.index(argument) if argument in names else None) for argument in declared.rotary)
-        yield RotationFound(declared, path, module, turned, tuple(places))
+        inner = path.rpartition(".")[2]
+        if inner not in _WRAPPED and getattr(module, "_orig_mod", None) is not None:
+            continue  # a compiled module, whose own one comes next
+        if pattern.fullmatch(plain_path(path)) and (declared.when is None or _is_meant(declared, model, module)):
+            yield RotationPlan(declared, path, module)
 
 
-def _turned(attention: torch.nn.Module, declared: Rotations) -> Iterator[TurnSettings]:
-    """What turns in ``attention``: the norms that it has, and projections for those it lacks."""
-    for name, turned in declared.turned.items():
-        if isinstance(getattr(attention, name, None), torch.nn.Module):
-            layout, part = declared.layout, name
-        elif turned.projection is not None and isinstance(getattr(attention, turned.projection, None), torch.nn.Module):
-            layout, part = Layout.BSC, turned.projection
-        else:
-            continue
-        head_dim = None if declared.head_dim is None else declared.head_dim(attention)
-        how = (layout, head_dim, turned.repeats, turned.still, declared.rounds, declared.result)
-        yield TurnSettings(part, turned.table, turned.align, *how)
+def _is_meant(declared: Rotations, model: torch.nn.Module, attention: torch.nn.Module) -> bool:
+    assert declared.when is not None
+    try:
+        return declared.when(model, attention)
+    except AttributeError:  # a module of another kind stands there
+        return False
 
 
-def _check_class(path: str, target: object, expected: str | tuple[str, ...]) -> None:
-    names = (expected,) if isinstance(expected, str) else expected
-    if type(target).__name__ not in names:
-        raise ValueError(
-            f"{path} must be a {' or '.join(names)}, got {type(target).__name__}; "
-            "this version of the model is not known"
-        )
-
-
-def _check_forwards(plan: Plan) -> None:
-    """Another library's forward, put into a module itself, would run in place of ours, unless we know how it wraps."""
-    ours = {
-        **{found.tables.path: found.target for found in plan.tables if found.tables.path},
-        **{f"{found.path}.{name}": module for found in plan.rotations for name, module in found.seams()},
-    }
-    replaced = [path for path, target in ours.items() if is_bypassed(target)]
-    if replaced:
-        raise ValueError(
-            f"{plan.name} must be patched before another library replaces the forward of its modules, got a replaced "
-            f"forward in {', '.join(replaced[:3])}; patch first, then enable offloading or parallelism"
-        )
+def plain_path(path: str) -> str:
+    """``path`` without the names under which wrappers hold the module that they wrap."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPED)

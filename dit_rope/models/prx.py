@@ -7,21 +7,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations
 from .formats import MATRICES
 
 # It adds gradients of a norm's weight up head by head, ours token by token.
 _MATRICES = replace(MATRICES, exact_backward=False)
 PRX = ModelAdapter(
     "diffusers.models.transformers.transformer_prx.PRXTransformer2DModel",
-    (ModelTables("pe_embedder", "PRXEmbedND", by_shape=EVERY, source_shapes=("hidden_states",)),),
+    (ModelTables("pe_embedder", "PRXEmbedND"),),
     (
         Rotations(
             attention=r"blocks\.\d+\.attention",
             attention_class="PRXAttention",
             format=_MATRICES,
             layout=Layout.BHSD,
-            turned={"norm_q": Turned(), "norm_k": Turned()},
+            rotated={"norm_q": Rotated(), "norm_k": Rotated()},
             processors=("PRXAttnProcessor2_0",),
         ),
     ),

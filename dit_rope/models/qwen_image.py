@@ -13,32 +13,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .adapter import QK, Layout, ModelAdapter, ModelTables, Rotations, Turned
+from .adapter import QK, Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
 from .formats import COMPLEX
 
 _TEXT_APART = {
-    "norm_q": Turned(table=0),
-    "norm_k": Turned(table=0),
-    "norm_added_q": Turned(table=1),
-    "norm_added_k": Turned(table=1),
+    "norm_q": Rotated(table=0),
+    "norm_k": Rotated(table=0),
+    "norm_added_q": Rotated(table=1),
+    "norm_added_k": Rotated(table=1),
 }
 _TEXT_KEYS_APART = {
-    "norm_q": Turned(table=0),
-    "norm_k": Turned(table=0),
-    "norm_added_k": Turned(table=1, repeats=True),
+    "norm_q": Rotated(table=0),
+    "norm_k": Rotated(table=0),
+    "norm_added_k": Rotated(table=1, repeats=True),
 }
+
+_IMAGE_AND_TEXT = (Tokens(), Tokens(("encoder_hidden_states",)))
 
 
 def _rotations(
-    attention: str, turned: Mapping[str, Turned], *processors: str, rotary: str = "image_rotary_emb"
+    attention: str,
+    rotated: Mapping[str, Rotated],
+    *processors: str,
+    rotary: str = "image_rotary_emb",
+    covers: tuple[Tokens, ...] = _IMAGE_AND_TEXT,
 ) -> Rotations:
     return Rotations(
         attention=r"transformer_blocks\.\d+\.attn",
         attention_class=attention,
         format=COMPLEX,
         layout=Layout.BSHD,
-        turned=turned,
+        rotated=rotated,
         rotary=(rotary,),
+        covers=covers,
         processors=processors,
     )
 
@@ -56,12 +63,7 @@ QWEN_IMAGE_CONTROLNET = ModelAdapter(
 )
 QWEN_IMAGE_21 = ModelAdapter(
     "diffusers.models.transformers.transformer_qwenimage21.QwenImage21Transformer2DModel",
-    # The mask of image tokens is made anew in every forward pass, out of the mask of slots for them.
-    (
-        ModelTables(
-            "pos_embed", "QwenImage21Rope", by_shape=("image_pad_mask",), sources=("img_mask",), writes=("freqs",)
-        ),
-    ),
+    (ModelTables("pos_embed", "QwenImage21Rope", writes=("freqs",)),),
     (
         _rotations(
             "QwenImage21Attention",
@@ -69,11 +71,19 @@ QWEN_IMAGE_21 = ModelAdapter(
             "QwenImage21AttnProcessor",
             "QwenImage21FlexAttnProcessor",
             rotary="rotary_emb",
+            covers=(Tokens(),),
         ),
     ),
 )
 NUCLEUS = ModelAdapter(
     "diffusers.models.transformers.transformer_nucleusmoe_image.NucleusMoEImageTransformer2DModel",
     (ModelTables("pos_embed", "NucleusMoEEmbedRope"),),
-    (_rotations("Attention", _TEXT_KEYS_APART, "NucleusMoEAttnProcessor2_0"),),
+    (
+        _rotations(
+            "Attention",
+            _TEXT_KEYS_APART,
+            "NucleusMoEAttnProcessor2_0",
+            covers=(Tokens(), Tokens(("encoder_hidden_states",), optional=True)),
+        ),
+    ),
 )

@@ -6,9 +6,11 @@ Sana-WM's refiner is an LTX-2 without audio. Text stands in attention modules th
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rebound, Rotations, Turned
+from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rebound, Rotations
+from .class_override import unpatched_class
 from .formats import CHANNELS, COMPLEX_BHSD, HEAD_HALVES
 from .ltx import turns_halves, turns_neighbours
 
@@ -24,41 +26,31 @@ SANA_VIDEO = ModelAdapter(
 )
 
 
-def _is_linear(model: Any, attention: Any) -> bool:
-    """Whether the inner attention module of a block of Sana-WM goes through the video in chunks."""
-    return hasattr(attention, "chunk_size")
+def _is_a(attention_class: str, model: Any, attention: Any) -> bool:
+    return unpatched_class(attention).__name__ == attention_class
 
 
-def _attends_by_softmax(model: Any, attention: Any) -> bool:
-    return not _is_linear(model, attention.attn)
+def _rotates_inside(attention_class: str) -> Rotations:
+    """The inner attention module of a block, which holds no parameters and is given normed queries and keys."""
+    return Rotations(
+        attention=r"blocks\.\d+\.attn\.attn",
+        attention_class=attention_class,
+        format=COMPLEX_BHSD,
+        layout=Layout.BHDS,
+        rotated={},
+        rotary=(),
+        rebound=Rebound("_apply_rotary_emb"),
+        when=functools.partial(_is_a, attention_class),
+    )
 
 
 SANA_WM = ModelAdapter(
     f"{_TRANSFORMERS}.transformer_sana_wm.SanaWMTransformer3DModel",
     (ModelTables("rope", "SanaWMRotaryPosEmbed", optional=True),),
-    (
-        Rotations(
-            attention=r"blocks\.\d+\.attn",
-            attention_class="_SoftmaxUCPESinglePathLiteLA",
-            format=COMPLEX_BHSD,
-            layout=Layout.BSC,
-            turned={"q_norm": Turned(), "k_norm": Turned()},
-            rotary=("rotary_emb",),
-            when=_attends_by_softmax,
-        ),
-        Rotations(
-            attention=r"blocks\.\d+\.attn\.attn",
-            attention_class="SanaWMBidirectionalGDNAttention",
-            format=COMPLEX_BHSD,
-            layout=Layout.BHDS,
-            turned={},
-            rotary=(),
-            rebound=Rebound("_apply_rotary_emb", owner="", method="forward"),
-            when=_is_linear,
-        ),
-    ),
+    (_rotates_inside("SanaWMSoftmaxAttention"), _rotates_inside("SanaWMBidirectionalGDNAttention")),
     left_alone=(
-        "q_norm and k_norm of linear attention, because queries and keys are also needed unturned",
+        "q_norm and k_norm, because of linear attention queries and keys are also needed unrotated, and the softmax "
+        "attention of the camera branch may need the table",
         "rotation of the camera branch: it is one half of a transform whose other half is a matrix of each token",
     ),
 )
@@ -66,14 +58,18 @@ SANA_WM = ModelAdapter(
 SANA_WM_REFINER = ModelAdapter(
     f"{_TRANSFORMERS}.transformer_sana_wm_refiner.SanaWMLTX2RefinerTransformer3DModel",
     # The pipeline asks for them in every step, before the forward that it gives them to.
-    (ModelTables("", "SanaWMLTX2RefinerTransformer3DModel", "build_rotary_emb_for_absolute_positions"),),
+    (
+        ModelTables(
+            "", "SanaWMLTX2RefinerTransformer3DModel", "build_rotary_emb_for_absolute_positions", reads=("rope",)
+        ),
+    ),
     tuple(
         Rotations(
             attention=r"transformer_blocks\.\d+\.attn1",
             attention_class="SanaWMLTX2Attention",
             format=form,
             layout=Layout.BSC,
-            turned={},
+            rotated={},
             rotary=(),
             processors=("SanaWMLTX2RefinerAttnProcessor",),
             rebound=Rebound(function),

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from ..spec import Pairing
-from .adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotations, Turned
-from .formats import HALF, Align, Format, Pair, four_dims
+from .adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotated, Rotations, Tokens
+from .formats import HALF, Format, Pair, four_dims
+from .packed_tables import Align
 
 
 def _head_dim(attention: Any) -> int:
@@ -35,7 +36,14 @@ def _join_angles(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return torch.cat((angles, angles), dim=-1)
 
 
-_ANGLES = Format("angles, each at both halves", Pairing.HALF, _split_angles, _join_angles, upcasts=True)
+def _halves(rotary: Any) -> list[Pair]:
+    one, other = rotary.chunk(2, dim=-1)
+    return [(one, other)]
+
+
+_ANGLES = Format(
+    "angles, each at both halves", Pairing.HALF, _split_angles, _join_angles, upcasts=True, doubled=_halves
+)
 _HALF = replace(HALF, upcasts=True)
 STABLE_AUDIO = ModelAdapter(
     "diffusers.models.transformers.stable_audio_transformer.StableAudioDiTModel",
@@ -49,6 +57,7 @@ STABLE_AUDIO = ModelAdapter(
             rotary=("rotary_emb",),
             processors=("StableAudioAttnProcessor2_0",),
             head_dim=_head_dim,
+            partial=True,
         ),
     ),
     left_alone=("tables, which the pipeline makes once and hands over",),
@@ -62,10 +71,12 @@ STABLE_AUDIO_3 = ModelAdapter(
             attention_class="StableAudio3SelfAttention",
             format=_ANGLES,
             layout=Layout.BSHD,
-            turned={name: Turned(align=Align.END, repeats=True) for name in ("q_norm", "k_norm")},
+            rotated={name: Rotated(align=Align.END, repeats=True) for name in ("q_norm", "k_norm")},
             rotary=("rope",),
             processors=("StableAudio3SelfAttnProcessor",),
             rebound=Rebound("_apply_rotary_partial"),
+            covers=(Tokens(at_least=True),),
+            partial=True,
         ),
     ),
 )

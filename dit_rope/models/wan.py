@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..spec import RopeSpec
-from .adapter import FrameRows, GridTables, Layout, ModelAdapter, Rotations
+from .adapter import EVERY, AxisForm, FrameRows, Layout, ModelAdapter, ModelTables, Rotations
+from .formats import AXES
 
 
 def _spec(rope: Any) -> RopeSpec:
@@ -35,23 +36,16 @@ def _chronoedit_frames(rope: Any, latent: torch.Tensor) -> FrameRows:
     return FrameRows((skip, *rows.grid[1:]), frames=(0, skip - 1))
 
 
-def _latents(rope: Any, device: torch.device) -> list[torch.Tensor]:
-    """Latents without channels that between them use every row of every axis, and a grid of two frames."""
-    grids = ((rope.max_seq_len, 1, 1), (1, rope.max_seq_len, 1), (1, 1, rope.max_seq_len), (2, 3, 4))
-    shapes = [[size * patch for size, patch in zip(grid, rope.patch_size, strict=True)] for grid in grids]
-    return [torch.empty(1, 0, *shape, device=device) for shape in shapes]
-
-
 def _adapter(model: str, module: str, rope: str, attention: str, processor: str = "WanAttnProcessor") -> ModelAdapter:
     frames = _chronoedit_frames if rope.startswith("ChronoEdit") else _frames
     return ModelAdapter(
         model=f"diffusers.models.transformers.{module}.{model}",
-        tables=(GridTables("rope", rope, _spec, frames, _latents),),
+        tables=(ModelTables("rope", rope, by_shape=EVERY, axes=AxisForm(_spec, frames)),),
         rotations=(
             Rotations(
                 attention=r"(blocks|vace_blocks)\.\d+\.attn1",
                 attention_class=attention,
-                format=None,
+                format=AXES,
                 layout=Layout.BSC,
                 rotary=("rotary_emb",),
                 processors=(processor,),

@@ -71,7 +71,7 @@ WAN_ANIMATE_2 = ModelAdapter(
             attention_class="WanAnimate2Attention",
             format=_GridFormat("complex numbers of a grid's axes", Pairing.INTERLEAVED, _split, _join, exact=False),
             layout=Layout.BSHD,
-            turned={},
+            rotated={},
             rotary=(),
             processors=("WanAnimate2AttnProcessor",),
             rebound=Rebound("rope_apply", tables=3),

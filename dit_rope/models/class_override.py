@@ -1,0 +1,233 @@
+"""How one method of one object is overridden and given back: by a subclass of its own class.
+
+An object gets a subclass of its class, made on demand, with one method of ours. Its attributes, parameters, buffers,
+hooks and path stay what they are; giving the class back leaves nothing behind.
+
+Offloading puts a forward of its own into a module, which holds the one that it wraps. Where that is the class's own,
+ours takes its place there, innermost, as if the patch had come first.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+
+INSTALLED = "_dit_rope"
+# The same on every model, and none that torch gives out: torch.compile guards on the ids of hooks.
+_HOOK_ID = -1
+_override_classes: dict[tuple[type, type, str], type] = {}
+
+
+class PatchState:
+    """One patch of one model: whether it is in force, and what it has changed, which it does not keep alive.
+
+    A copy or a pickle of a patched model has a state of its own, which another patch's undoing does not touch.
+    """
+
+    def __init__(self) -> None:
+        self.active = True
+        self.objects: list[weakref.ref[Any]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PatchState:
+        return PatchState()
+
+    def __reduce__(self) -> tuple[type[PatchState], tuple[()]]:
+        return PatchState, ()
+
+
+class Installed:
+    """What patches have left on one object: its settings, and the states of the patches that want them.
+
+    Two models may share an object; it keeps its settings until both are given back.
+    """
+
+    def __init__(self, settings: Any, state: PatchState) -> None:
+        self.settings = settings
+        self.states = [state]
+
+    @property
+    def active(self) -> bool:
+        """Whether a patch that wants this object is still in force."""
+        return any(state.active for state in self.states)
+
+
+class Override:
+    """A subclass, made on demand, of an object's class, in which ``replacement`` stands for one method."""
+
+    unpatched: type
+    method: str
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickles and copies as the object's class and the override, because the subclass cannot be imported."""
+        made = made_class(type(self))
+        return _new_override, (made.unpatched, made.__mro__[1], made.method), self.__dict__.copy()
+
+    def replacement(self, *args: Any, **kwargs: Any) -> Any:
+        """What runs in place of the method."""
+        raise NotImplementedError
+
+
+def installed(target: Any) -> Installed | None:
+    """What active patches have left on ``target``; None without any."""
+    record: Installed | None = getattr(target, "__dict__", {}).get(INSTALLED)
+    return record if record is not None and record.active else None
+
+
+def install(target: Any, settings: object, state: PatchState) -> bool:
+    """Leaves ``settings`` on ``target`` for ``state``; False where another patch's are there, which serve both."""
+    record = installed(target)
+    if record is None or state not in record.states:
+        state.objects.append(weakref.ref(target))
+    if record is None:
+        release_all(target)
+        vars(target)[INSTALLED] = Installed(settings, state)
+        return True
+    if state not in record.states:
+        record.states.append(state)
+    return False
+
+
+def override_method(target: Any, override: type[Override], settings: object, state: PatchState, method: str) -> None:
+    """Gives ``target`` the subclass of its class in which ``override`` replaces ``method``.
+
+    Raises:
+        TypeError: the class of ``target`` has a layout that a subclass cannot take over, or no weak references.
+    """
+    if not install(target, settings, state):
+        return
+    wrapped = list(_wrapped_forwards(target)) if method == "forward" else []
+    target.__class__ = _override_class(type(target), override, method)
+    _rebind(target, wrapped)
+
+
+def release(target: Any, state: PatchState) -> None:
+    """Takes off ``target`` what ``state`` left on it, unless another active patch wants it."""
+    record: Installed | None = getattr(target, "__dict__", {}).get(INSTALLED)
+    if record is not None and state in record.states:
+        record.states.remove(state)
+        if not record.active:
+            release_all(target)
+
+
+def release_all(target: Any) -> None:
+    """Takes off ``target`` whatever patches left on it: its own class is given back, hooks and settings go."""
+    if isinstance(target, Override):
+        cls: Any = type(target)
+        made = made_class(cls)
+        wrapped = list(_wrapped_forwards(target)) if made.method == "forward" else []
+        if cls is made:
+            target.__class__ = made.unpatched
+        else:  # another library has derived from our subclass since, for this object
+            cls.__bases__ = tuple(made.unpatched if base is made else base for base in cls.__bases__)
+        _rebind(target, wrapped)
+    if isinstance(target, torch.nn.Module):
+        remove_hooks(target)
+    vars(target).pop(INSTALLED, None)
+
+
+def made_class(cls: Any) -> Any:
+    """The subclass that :func:`override_method` made, of which ``cls`` is one."""
+    return next(base for base in cls.__mro__ if "unpatched" in vars(base))
+
+
+def unpatched_class(target: Any) -> type:
+    """The class that ``target`` has without a patch."""
+    cls: Any = type(target)
+    unpatched: type = cls.unpatched if isinstance(target, Override) else cls
+    return unpatched
+
+
+def is_bypassed(target: Any) -> bool:
+    """Whether another library's forward, put into ``target`` itself, would run in place of an override's."""
+    return "forward" in vars(target) and next(_wrapped_forwards(target), None) is None
+
+
+def _wrapped_forwards(target: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where the forward of ``target``'s class, or an override's, is held bound: dictionaries and names in them.
+
+    accelerate keeps it as an attribute of the module, diffusers in a record that its wrapper closes over, and either
+    leaves it in the module itself when it is taken out. Wrappers may be wrapped again.
+    """
+    base: Any = unpatched_class(target)
+    made = [cls for (of, _, method), cls in _override_classes.items() if of is base and method == "forward"]
+    own = {cls.forward for cls in (base, *made)}
+    holders = [vars(target)]
+    for holder in holders:  # which grows
+        for name in ("forward", "_old_forward", "original_forward"):
+            call = holder.get(name)
+            if isinstance(call, MethodType) and call.__self__ is target and call.__func__ in own:
+                yield holder, name
+            for cell in getattr(getattr(call, "func", None), "__closure__", None) or ():
+                if type(cell.cell_contents).__name__ == "HookFunctionReference":
+                    holders.append(vars(cell.cell_contents))
+
+
+def _rebind(target: Any, places: list[tuple[dict[str, Any], str]]) -> None:
+    for holder, name in places:
+        cls: Any = type(target)
+        holder[name] = MethodType(cls.forward, target)
+
+
+def add_hooks(module: torch.nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+    """Puts a forward pre-hook with keywords, and a forward hook that also runs after errors, on one module."""
+    module._forward_pre_hooks[_HOOK_ID], module._forward_hooks[_HOOK_ID] = before, after
+    module._forward_pre_hooks_with_kwargs[_HOOK_ID] = module._forward_hooks_always_called[_HOOK_ID] = True
+
+
+def remove_hooks(module: torch.nn.Module) -> None:
+    """Removes what :func:`add_hooks` put on one module."""
+    for registered in (
+        module._forward_pre_hooks,
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks,
+        module._forward_hooks_always_called,
+    ):
+        registered.pop(_HOOK_ID, None)
+
+
+def _override_class(base: type, override: type[Override], method: str) -> type:
+    made = _override_classes.get((base, override, method))
+    if made is None:
+        replacement: Any = copy_of(override.replacement, override.replacement.__globals__)
+        # Attention modules pass on only those arguments that the signature of their processor shows.
+        replacement.__wrapped__ = getattr(base, method)
+        body = {"unpatched": base, "method": method, method: replacement, "__module__": base.__module__}
+        made = _override_classes.setdefault(
+            (base, override, method), type(f"{override.__name__}{base.__name__}", (override, base), body)
+        )
+    return made
+
+
+def copy_of(function: Any, scope: dict[str, Any]) -> FunctionType:
+    """A function of the same code, with ``scope`` as its global names."""
+    copied = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+def _new_override(base: type, override: type[Override], method: str) -> Any:
+    return object.__new__(_override_class(base, override, method))
+
+
+def unpatched_method(target: Any, method: str = "forward") -> functools.partial[Any]:
+    """``method`` as the class has it without a patch; an override's may outlive its undo in somebody's wrapper.
+
+    Where torch.compile breaks its graph in it, it is called again by what it is: a bound method by its name, which is
+    the override's own.
+    """
+    cls = type(target)
+    base = cls.unpatched if isinstance(target, Override) else cls
+    return functools.partial(getattr(base, method), target)
+
+
+def refresh_signature(target: Override) -> None:
+    """Lets the signature of an overridden method be that of the method which its class has now."""
+    made = made_class(type(target))
+    own, ours = getattr(made.unpatched, made.method), vars(made)[made.method]
+    if ours.__wrapped__ is not own:
+        ours.__wrapped__ = own

@@ -1,0 +1,237 @@
+"""Which code a declaration was written against, and whether it is still what runs.
+
+A patch takes over a rotation or a table only from code that it knows: the method of an attention processor or of a
+rope module, the functions and methods which that calls, and the norms. ``known_code.json`` holds a digest of the source
+of each of them, under the name by which the code that calls it finds it; ``scripts/write_known_code.py`` writes it.
+Names and classes prove nothing: people write processors of the same name, wrap and compile functions, and assign to
+modules and classes at any time. So the objects found under these names are compared again in every call, which costs
+a dictionary lookup each.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import hashlib
+import importlib
+import importlib.resources
+import importlib.util
+import inspect
+import json
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+
+_LIBRARY = "diffusers"
+# Called with queries and keys that have been rotated, or before there are any: nothing is taken over from them.
+_NOT_FOLLOWED = frozenset({"dispatch_attention_fn", "deprecate", "is_torch_npu_available", "is_torch_xla_available"})
+
+
+class Walk:
+    """Everything that one method of a class runs, as far as a declaration depends on it.
+
+    Attributes:
+        function: the method, unwrapped; None where the class has none.
+        slot: the name under which it stands: module, class and method.
+        methods: names of the methods of its object that it calls, itself included.
+        checks: what was looked at: namespace, name, what stood there, its function and its code.
+    """
+
+    def __init__(self, cls: type, method: str) -> None:
+        self.function: Any = None
+        self.slot = ""
+        self.methods: set[str] = set()
+        self.checks: list[tuple[Mapping[str, Any], str, Any, Any, CodeType | None]] = []
+        self._follow_method(cls, method)
+
+    def wants(self, slot: str, found: Any) -> bool:
+        """Whether the function under ``slot``, which code names, has to be known."""
+        raise NotImplementedError
+
+    def accepts(self, slot: str, found: Any, function: Any) -> bool:
+        """Whether ``function`` is known under ``slot``, so that what it calls is looked at too."""
+        raise NotImplementedError
+
+    def _follow_method(self, cls: type, name: str) -> None:
+        if name in self.methods:
+            return
+        self.methods.add(name)
+        owner = next((base for base in cls.__mro__ if name in vars(base)), cls)
+        # A class between that one and the object's own may be given such a method later.
+        self.checks += [(vars(base), name, None, None, None) for base in cls.__mro__[: cls.__mro__.index(owner)]]
+        slot = f"{owner.__module__}.{owner.__qualname__}.{name}"
+        function = self._check(vars(owner), name, slot)
+        if not self.slot:
+            self.slot, self.function = slot, function
+        if function is not None:
+            for called in _names(function.__code__):
+                if isinstance(_static(cls, called), (FunctionType, functools._lru_cache_wrapper, staticmethod)):
+                    self._follow_method(cls, called)
+            self._follow_globals(function)
+
+    def _follow_globals(self, function: FunctionType) -> None:
+        for namespace, name in references(function):
+            slot = f"{namespace.get('__name__')}.{name}"
+            looked_at = any(of is namespace and called == name for of, called, *_ in self.checks)
+            if not looked_at and self.wants(slot, namespace.get(name)):
+                called = self._check(namespace, name, slot)
+                if called is not None:
+                    self._follow_globals(called)
+
+    def _check(self, namespace: Mapping[str, Any], name: str, slot: str) -> FunctionType | None:
+        """Notes what stands under ``name``; returns its function where it is known."""
+        found = namespace.get(name)
+        function = underlying(found)
+        code = function.__code__ if isinstance(function, FunctionType) else None
+        self.checks.append((namespace, name, found, None if code is None else function, code))
+        known: bool = self.accepts(slot, found, function)
+        return function if known else None
+
+
+class Guard(Walk):
+    """Whether all that a method runs is known, and whether it is still the same.
+
+    Attributes:
+        unknown: what is not known, in words; None where everything is.
+        parameters: names of the method's parameters, the object itself first.
+    """
+
+    def __init__(self, cls: type, method: str) -> None:
+        self.unknown: str | None = None
+        super().__init__(cls, method)
+        known = self.function is not None
+        self.parameters = tuple(inspect.signature(self.function).parameters) if known else ()
+
+    def wants(self, slot: str, found: Any) -> bool:
+        """Whether the known code of a caller finds a function under ``slot``."""
+        return slot in known_digests()
+
+    def accepts(self, slot: str, found: Any, function: Any) -> bool:
+        """Whether the source of ``function`` is a known one of ``slot``."""
+        if isinstance(function, FunctionType) and source_digest(function.__code__) in known_digests().get(slot, ()):
+            return True
+        self.unknown = self.unknown or f"{slot} is {_described(found)}"
+        return False
+
+    def holds(self) -> bool:
+        """Whether everything looked at is what it was."""
+        for namespace, name, found, function, code in self.checks:
+            if namespace.get(name) is not found or (function is not None and function.__code__ is not code):
+                return False
+        return True
+
+    def overridden_in(self, target: Any) -> str | None:
+        """Name of a method that ``target`` itself holds in place of its class's; None without one."""
+        attributes = vars(target)
+        return next((name for name in self.methods if name in attributes), None)
+
+
+def guard_of(cls: type, method: str) -> Guard:
+    """The guard of a class's method, made once and made again where something it looked at has changed."""
+    guard = _guards.get((cls, method))
+    if guard is None or not guard.holds():
+        if len(_guards) >= _MAX_GUARDS:
+            _guards.clear()
+        guard = _guards[cls, method] = Guard(cls, method)
+    return guard
+
+
+_guards: dict[tuple[type, str], Guard] = {}
+_MAX_GUARDS = 4096
+
+
+@functools.cache
+def known_digests() -> dict[str, frozenset[str]]:
+    """Digests of the known sources, by the name under which their caller finds them."""
+    text = importlib.resources.files(__package__).joinpath("known_code.json").read_text(encoding="utf-8")
+    return {slot: frozenset(digests) for slot, digests in json.loads(text).items()}
+
+
+def source_digest(code: CodeType) -> str | None:
+    """A digest of the source of ``code``; None where there is none to read."""
+    found = _digests.get(id(code))
+    if found is None or found[0] is not code:
+        found = _digests[id(code)] = (code, _digest(code))
+    return found[1]
+
+
+_digests: dict[int, tuple[CodeType, str | None]] = {}
+
+
+def _digest(code: CodeType) -> str | None:
+    try:
+        lines = textwrap.dedent(inspect.getsource(code)).splitlines()
+    except (OSError, TypeError, SyntaxError, IndentationError):
+        return None
+    text = "\n".join(line.rstrip() for line in lines if line.strip())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def underlying(found: Any) -> Any:
+    """The function that ``found`` runs, out of a descriptor, a cache or one of torch's context decorators."""
+    if isinstance(found, (staticmethod, classmethod)):
+        return underlying(found.__func__)
+    if type(found) is functools._lru_cache_wrapper:
+        return underlying(found.__wrapped__)
+    if isinstance(found, FunctionType) and hasattr(found, "__wrapped__") and _is_context_decorator(found):
+        return underlying(found.__wrapped__)
+    return found
+
+
+def _is_context_decorator(function: FunctionType) -> bool:
+    """Whether ``function`` is what ``torch.no_grad()``, ``torch.autocast()`` and their kin make of one."""
+    return function.__code__.co_filename in (torch.utils._contextlib.__file__, torch.amp.autocast_mode.__file__)
+
+
+def references(function: FunctionType) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Where the names stand that ``function`` looks up in modules: its globals, and what it imports when it runs."""
+    for code in _codes(function.__code__):
+        for name in code.co_names:
+            if name in function.__globals__ and name not in _NOT_FOLLOWED:
+                yield function.__globals__, name
+        yield from _imports(code, function.__globals__.get("__package__") or "")
+
+
+def _imports(code: CodeType, package: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    instructions = list(dis.get_instructions(code))
+    for index, instruction in enumerate(instructions):
+        if instruction.opname != "IMPORT_NAME":
+            continue
+        level, names = instructions[index - 2].argval, instructions[index - 1].argval
+        name = importlib.util.resolve_name("." * level + instruction.argval, package) if level else instruction.argval
+        if not name.startswith(_LIBRARY):
+            continue
+        module = sys.modules.get(name) or importlib.import_module(name)
+        yield from ((vars(module), each) for each in names or () if each not in _NOT_FOLLOWED)
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _names(code: CodeType) -> set[str]:
+    return {name for each in _codes(code) for name in each.co_names}
+
+
+def _static(cls: type, name: str) -> Any:
+    """The attribute of a class as it is held, without calling descriptors; None for those of torch and Python."""
+    for base in cls.__mro__:
+        if name in vars(base):
+            return None if base.__module__.partition(".")[0] in ("torch", "builtins") else vars(base)[name]
+    return None
+
+
+def _described(found: Any) -> str:
+    """An object that stands where known code should, in words."""
+    if isinstance(found, FunctionType) and found.__module__.partition(".")[0] == _LIBRARY:
+        return f"{found.__module__}.{found.__qualname__} of a version that dit_rope does not know"
+    if isinstance(found, FunctionType):
+        return f"{found.__module__}.{found.__qualname__}"
+    return f"a {type(found).__name__}" if found is not None else "not there"

@@ -1,0 +1,281 @@
+"""The one form of rotary tables that kernels read, and when what was packed may be used again.
+
+Tables that a patched model's own code builds through us are known objects: packed once, for as long as they live, or
+recognised, whole or in part, as the dense form of an axis table. What somebody else made is packed in every forward
+pass.
+"""
+
+from __future__ import annotations
+
+import enum
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..cache import capturing, in_mode, stream_of
+from ..rotation_args import RotationArgs
+from ..spec import Pairing
+from .forward_pass import current_pass
+
+# Lengths of sequences, and dtypes, that are remembered for one table.
+_MOST_REMEMBERED = 64
+
+
+class UnfitTable(Exception):
+    """Rotary tensors that mean something else than a rotation of these queries and keys: the model's code decides."""
+
+
+def leave_unless(fits: bool) -> None:
+    """Leaves a call to the model's own code unless tables and data fit each other.
+
+    Raises:
+        UnfitTable: they do not.
+    """
+    if not fits:
+        raise UnfitTable
+
+
+class Align(enum.Enum):
+    """Which end a sequence and its table have in common, where one is longer than the other."""
+
+    START = "start"
+    END = "end"
+
+    __hash__ = object.__hash__
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTable:
+    """The rotation of ``tokens`` tokens, as every backend reads it.
+
+    Attributes:
+        rows: ``[2, R, P]`` cos and sin.
+        positions: ``[1 or B, tokens, axes]`` int32 rows of ``rows``; None where tokens follow the grid of ``sizes``.
+        tokens: length of the table.
+        pairs, pairing, head_rows: as in :class:`~dit_rope.rotation_args.RotationArgs`.
+        sizes, first_rows, token_offset: the same; None where token i has row i.
+        heads: how many heads have rows of their own; 1 where all share them.
+    """
+
+    rows: torch.Tensor
+    positions: torch.Tensor | None
+    tokens: int
+    pairs: tuple[int, ...]
+    pairing: Pairing
+    head_rows: int = 0
+    sizes: tuple[int, ...] | None = None
+    first_rows: tuple[int, ...] | None = None
+    token_offset: int = 0
+    heads: int = 1
+    _made: dict[tuple[int, Align, bool], RotationArgs] = field(default_factory=dict, repr=False)
+    _narrowed: dict[torch.dtype, PackedTable] = field(default_factory=dict, repr=False)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head, where all of them rotate."""
+        return 2 * sum(self.pairs)
+
+    @property
+    def batch(self) -> int:
+        """Samples that have positions of their own; 1 where all share them."""
+        return 1 if self.positions is None else self.positions.shape[0]
+
+    def narrowed(self, dtype: torch.dtype) -> PackedTable:
+        """The same table with its rows rounded to ``dtype``."""
+        if self.rows.dtype == dtype:
+            return self
+        found = self._narrowed.get(dtype)
+        if found is None:
+            found = self._narrowed[dtype] = replace(self, rows=self.rows.to(dtype), _made={}, _narrowed={})
+        return found
+
+    def args(self, length: int, align: Align, exact: bool) -> RotationArgs:
+        """The rotation of a sequence of ``length`` tokens that shares its start or its end with the table.
+
+        A longer sequence holds tokens that do not rotate; a shorter one takes its part of the table.
+        """
+        found = self._made.get((length, align, exact))
+        if found is None:
+            if len(self._made) >= _MOST_REMEMBERED:
+                self._made.clear()
+            found = self._made[length, align, exact] = self._make_args(length, align, exact)
+        return found
+
+    def _make_args(self, length: int, align: Align, exact: bool) -> RotationArgs:
+        count = min(length, self.tokens)
+        first = self.tokens - count if align is Align.END else 0
+        free = (0,) * len(self.pairs)
+        return RotationArgs(
+            rows=self.rows,
+            positions=None if self.positions is None else self.positions[:, first : first + count],
+            pairs=self.pairs,
+            sizes=free if self.positions is not None else self.sizes or (self.tokens,),
+            first_rows=free if self.positions is not None else self.first_rows or (0,),
+            token_offset=0 if self.positions is not None else self.token_offset + first,
+            prefix=length - count if align is Align.END else 0,
+            count=count,
+            pairing=self.pairing,
+            inverse=False,
+            exact=exact,
+            head_rows=self.head_rows,
+        )
+
+    def rest_is_identity(self, count: int) -> bool:
+        """Whether the rows after the first ``count`` rotate nothing; None of them is looked at on a GPU.
+
+        There a look would wait for the device; the tables of a known rope module are taken at their word.
+        """
+        if count >= self.tokens or self.rows.device.type != "cpu":
+            return True
+        if self.positions is not None or self.heads > 1:
+            return False
+        cos, sin = self.rows[:, count:].unbind()
+        return bool((cos == 1).all()) and not bool(sin.any())
+
+
+def pack(cos: torch.Tensor, sin: torch.Tensor, pairing: Pairing, device: torch.device) -> PackedTable:
+    """Packs cos and sin ``[1 or B, S, 1 or H, P]`` of every token, one value per pair, onto ``device``."""
+    if cos.shape != sin.shape:
+        raise UnfitTable
+    batch, tokens, heads, pairs = cos.shape
+    # Tokens of one head follow one another, so that the row of a token is its number.
+    rows = torch.stack((cos, sin)).transpose(2, 3).reshape(2, -1, pairs).to(device)
+    positions = None
+    if batch > 1:
+        starts = torch.arange(batch, device=device, dtype=torch.int32).mul_(heads * tokens)
+        positions = (starts[:, None] + torch.arange(tokens, device=device, dtype=torch.int32))[..., None]
+    return PackedTable(rows, positions, tokens, (pairs,), pairing, tokens if heads > 1 else 0, heads=heads)
+
+
+class _Packed:
+    """What was packed from some tensors: their versions then, the forward pass, and who they were."""
+
+    __slots__ = ("number", "rest", "tables", "versions")
+
+    def __init__(self, tensors: Sequence[torch.Tensor], tables: list[PackedTable]) -> None:
+        self.versions = tuple(tensor._version for tensor in tensors)
+        self.rest = [weakref.ref(tensor) for tensor in tensors[1:]]
+        self.number = current_pass()
+        self.tables = tables
+
+    def is_of(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the same tensors, and nobody has written to them that torch knows of."""
+        same = all(of() is tensor for of, tensor in zip(self.rest, tensors[1:], strict=True))
+        return same and self.versions == tuple(tensor._version for tensor in tensors)
+
+
+# By the first tensor of a table: what is packed from it lives no longer than it does.
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Tensors that a known rope module returned through us: nobody else has them to write to.
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# A table of images that stays, beside one of text that is new in every step, would gather what was packed of each.
+_MOST_PACKED = 16
+
+
+def know(tensors: Sequence[torch.Tensor]) -> None:
+    """Notes that ``tensors`` are tables which known code of a model built."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            _known[tensor] = tensor._version
+
+
+def is_known(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether all of ``tensors`` were noted, and none has been written to since."""
+    return all(not tensor.is_inference() and _known.get(tensor) == tensor._version for tensor in tensors)
+
+
+def packed_once(
+    key: tuple[object, ...],
+    tensors: Sequence[torch.Tensor],
+    device: torch.device,
+    build: Callable[[], list[PackedTable]],
+) -> list[PackedTable]:
+    """What ``build`` packs of ``tensors``, as long as it is certain that they have not changed.
+
+    Those that a known rope module built: until they are written to. Others: for the rest of a forward pass, and on CPU
+    for the next ones too, if packing them again gives the same.
+    """
+    if any(tensor.is_inference() for tensor in tensors) or in_mode() or capturing(device):
+        # A replay of a captured graph packs what the tensors hold then: its inputs are written for every replay.
+        return build()
+    number = current_pass()
+    known = _packed.setdefault(tensors[0], {})
+    key = (*key, device, stream_of(device), *map(id, tensors[1:]))
+    found: _Packed | None = known.get(key)
+    if found is not None and found.is_of(tensors):
+        if (number is not None and found.number == number) or is_known(tensors):
+            return found.tables
+        built = build()
+        if device.type == "cpu" and len(built) == len(found.tables) and all(map(_equal, built, found.tables)):
+            found.number = number  # what was made of the same rows since, such as expanded angles, serves again
+            return found.tables
+    else:
+        built = build()
+    known[key] = _Packed(tensors, built)
+    for oldest in list(known)[:-_MOST_PACKED]:
+        known.pop(oldest, None)
+    return built
+
+
+def _equal(one: PackedTable, other: PackedTable) -> bool:
+    numbers = [(t.tokens, t.pairs, t.head_rows, t.sizes, t.first_rows, t.token_offset, t.heads) for t in (one, other)]
+    if (
+        numbers[0] != numbers[1]
+        or one.rows.dtype != other.rows.dtype
+        or (one.positions is None) != (other.positions is None)
+    ):
+        return False
+    same = torch.equal(one.rows, other.rows)
+    return same and (one.positions is None or other.positions is None or torch.equal(one.positions, other.positions))
+
+
+class _AxisForm(NamedTuple):
+    """The axis form of a dense pair ``[1, S, 1, D]``: from the first token and the number of tokens to its table."""
+
+    tensors: tuple[weakref.ref[torch.Tensor], ...]
+    part: Callable[[int, int], PackedTable]
+
+
+# By the storage of the first tensor, which its views share: sequence parallelism hands out views of tables.
+_axis_forms: dict[int, _AxisForm] = {}
+
+
+def know_axis_form(tensors: Sequence[torch.Tensor], part: Callable[[int, int], PackedTable]) -> None:
+    """Notes that the dense ``tensors`` ``[1, S, 1, D]`` say what ``part`` gives for a range of their tokens."""
+    know(tensors)
+    storage = tensors[0].untyped_storage()._cdata
+    _axis_forms[storage] = _AxisForm(tuple(map(weakref.ref, tensors)), part)
+    for gone in [key for key, form in list(_axis_forms.items()) if any(ref() is None for ref in form.tensors)]:
+        _axis_forms.pop(gone, None)
+
+
+def axis_form_of(tensors: Sequence[Any]) -> PackedTable | None:
+    """The axis form of ``tensors``, which are a known dense table or a range of its tokens; None for any other."""
+    form = _axis_forms.get(tensors[0].untyped_storage()._cdata)
+    if form is None:
+        return None
+    places = [_place(view, of()) for view, of in zip(tensors, form.tensors, strict=True)]
+    if places[0] is None or any(place != places[0] for place in places):
+        return None
+    return form.part(*places[0])
+
+
+def _place(view: torch.Tensor, whole: torch.Tensor | None) -> tuple[int, int] | None:
+    """First token and number of tokens of a ``view`` ``[1, n, 1, D]`` of ``whole``; None where it is none of these."""
+    if whole is None or view.untyped_storage()._cdata != whole.untyped_storage()._cdata:
+        return None
+    if view.is_inference() or not is_known((whole,)) or view.dtype != whole.dtype or view.ndim != 4:
+        return None
+    if (
+        view.is_neg()
+        or view.shape[0] != 1
+        or view.shape[2:] != whole.shape[2:]
+        or view.stride()[1:] != whole.stride()[1:]
+    ):
+        return None
+    offset, rest = divmod(int(view.storage_offset() - whole.storage_offset()), whole.stride(1))
+    return None if rest or view.shape[1] == 0 else (offset, view.shape[1])
