@@ -14,6 +14,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.autograd import forward_ad
 
+WITHOUT_FLOAT64_OR_COMPLEX = frozenset({"mps", "npu"})
+"""Kinds of devices."""
+
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 

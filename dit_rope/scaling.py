@@ -9,11 +9,12 @@ import functools
 import inspect
 import math
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from .cache import FifoCache, in_mode
+from .cache import WITHOUT_FLOAT64_OR_COMPLEX, FifoCache, in_mode
 from .scaling_types import TYPES, AxisFrequencies, ScalingFunction, ScalingType, default, ntk_theta
 from .spec import RopeSpec, Scaling, integer
 
@@ -71,6 +72,20 @@ def axis_frequencies(spec: RopeSpec, axis: int) -> AxisFrequencies:
         return found
     scale = found.position_scale * spec.interpolation[axis]
     return AxisFrequencies(found.inverse, found.magnitude, found.position_divisor, scale, found.angle_divisor)
+
+
+def device_frequencies(spec: RopeSpec, axis: int, device: torch.device) -> AxisFrequencies:
+    """:func:`axis_frequencies` on ``device``, for angles that are formed there: float64 where it has that, else float32.
+
+    Copied once, and there for every layer.
+    """
+    wide = torch.float32 if device.type in WITHOUT_FLOAT64_OR_COMPLEX else torch.float64
+
+    def on_device() -> AxisFrequencies:
+        found = axis_frequencies(spec, axis)
+        return replace(found, inverse=found.inverse.to(device, wide))
+
+    return FREQUENCIES.get((spec, axis, wide), device, on_device)
 
 
 def scaled_frequencies(scaling: Scaling | None, dim: int, theta: float, dtype: torch.dtype) -> AxisFrequencies:

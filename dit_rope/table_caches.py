@@ -31,8 +31,8 @@ TABLES: FifoCache[Hashable, HoldsTensors | torch.Tensor] = FifoCache("table", 16
 ANGLES: FifoCache[Hashable, Sequence[torch.Tensor]] = FifoCache("angle", 8, 64 * 2**20, lambda tensors: tensors)
 # What rope modules of patched models build themselves, and what their keys hold.
 MODEL_TABLES: FifoCache[Hashable, HoldsTensors] = FifoCache("model table", 64, 2**30, _tensors_of, across_streams=False)
-# Rows of the angles by which keys are shifted, where the caller has no table of his own.
-SHIFTS: FifoCache[Hashable, HoldsTensors] = FifoCache("shift", 32, 16 * 2**20, _tensors_of)
+# Rows of the angles by which whole keys are shifted, one for each shift that is in no table.
+SHIFTS: FifoCache[Hashable, torch.Tensor] = FifoCache("shift", 256, 2**20, _tensors_of)
 
 
 @dataclass(frozen=True)

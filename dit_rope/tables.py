@@ -9,6 +9,7 @@ from typing import cast
 import torch
 
 from .axis_tables import axis_arrays, axis_block
+from .cache import WITHOUT_FLOAT64_OR_COMPLEX as WITHOUT_FLOAT64_OR_COMPLEX
 from .dense_memory import check_dense_bytes
 from .dense_tables import DenseTable, Form, TableKey, build_complex, build_dense, layout_of
 from .layout import Layout
@@ -21,7 +22,6 @@ from .validation import checked_device, coordinate_rows
 
 _CPU = torch.device("cpu")
 _WHOLE = Shard()
-WITHOUT_FLOAT64_OR_COMPLEX = frozenset({"mps", "npu"})
 
 
 @dataclass(frozen=True, eq=False)

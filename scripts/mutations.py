@@ -221,7 +221,7 @@ MUTATIONS = (
     Mutation(
         "shift-of-axis-0",
         "dit_rope/shifting.py",
-        "positions[..., table.axis] = steps",
+        "positions[..., angles.axis] = steps",
         "positions[..., 0] = steps",
         _SHIFT,
         "video",

@@ -11,6 +11,7 @@ import torch
 from serving import angles_at, assert_rotated, cos_sin_cache, frequencies, one_thread  # noqa: F401
 
 import dit_rope
+from dit_rope import scaling
 from dit_rope.compat import angles, flashinfer
 from dit_rope.compat.flashinfer import (
     apply_llama31_rope,
@@ -268,7 +269,7 @@ def test_far_apart_positions_make_no_table() -> None:
 
 
 def test_devices_without_float64_form_angles_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(angles, "WITHOUT_FLOAT64_OR_COMPLEX", frozenset({"cpu"}))
+    monkeypatch.setattr(scaling, "WITHOUT_FLOAT64_OR_COMPLEX", frozenset({"cpu"}))
     q, k = packed(3, 2, 1, 64, F32)
     positions = torch.tensor([0, 10_000, 3])
     turned, _ = apply_rope_pos_ids(q, k, positions)

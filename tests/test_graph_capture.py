@@ -14,7 +14,7 @@ import wan_models
 from zoo import EXAMPLES, Noise
 
 import dit_rope
-from dit_rope import Grid, RopeSpec, rope_table
+from dit_rope import Grid, RopeSpec, rope_table, shifting
 from dit_rope.cache import FifoCache
 from dit_rope.models import formats
 from dit_rope.shifting import ShiftTable
@@ -205,7 +205,10 @@ def test_packed_rows_serve_the_stream_that_packs_them(
     assert rows_packed(rotary) is first
 
 
-def test_shift_table_keeps_the_rows_it_has_outgrown(capture: Capture) -> None:
+def test_shift_table_keeps_the_rows_it_has_outgrown_where_graphs_read_them(
+    capture: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shifting, "_graphs_read", lambda device: True)
     table = ShiftTable(RopeSpec((4, 2, 2)))
     first = weakref.ref(table.rows)
     expected = table.rows.clone()

@@ -34,7 +34,7 @@ LAYERS = (
     ("dit_rope.ops",),
     ("dit_rope.autograd",),
     ("dit_rope.rotation",),
-    ("dit_rope.streaming", "dit_rope.shifting", "dit_rope.compat", "dit_rope.models"),
+    ("dit_rope.streaming", "dit_rope.shifting", "dit_rope.eviction", "dit_rope.compat", "dit_rope.models"),
     ("dit_rope.rolling_cache",),
     ("dit_rope.patch_report",),
     ("dit_rope.patching",),

@@ -8,16 +8,14 @@ those in host memory: on CPU, or lists and CPU tensors for queries on a GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from ..axis_tables import ROW_BLOCK
 from ..cache import in_mode
-from ..scaling import FREQUENCIES, axis_frequencies
-from ..scaling_types import AxisFrequencies
-from ..spec import Grid, RopeSpec, integer
-from ..tables import WITHOUT_FLOAT64_OR_COMPLEX, rope_table
+from ..scaling import device_frequencies
+from ..spec import Grid, RopeSpec, as_int, integer
+from ..tables import rope_table
 from .dense import check_position_tensor
 
 Ints = torch.Tensor | Sequence[int]
@@ -41,7 +39,7 @@ def ragged_positions(indptr: Ints, offsets: Ints, nnz: int) -> torch.Tensor:
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
     """
-    integer("nnz", nnz, 0)
+    nnz = integer("nnz", nnz, 0)
     starts, firsts = _as_tensor("indptr", indptr), _as_tensor("offsets", offsets)
     check_position_tensor("indptr", starts, (1,), None)
     check_position_tensor("offsets", firsts, (1,), starts.device)
@@ -65,10 +63,10 @@ def _as_tensor(name: str, values: Ints) -> torch.Tensor:
     if (
         not isinstance(values, Sequence)
         or isinstance(values, str | bytes)
-        or not all(isinstance(v, int) and not isinstance(v, bool) and -(2**63) <= v < 2**63 for v in values)
+        or not all((number := as_int(value)) is not None and -(2**63) <= number < 2**63 for value in values)
     ):
         raise TypeError(f"{name} must be an int32 or int64 tensor, or a sequence of ints, got {values!r}")
-    return torch.tensor(values, dtype=torch.int64)
+    return torch.tensor([int(value) for value in values], dtype=torch.int64, device="cpu")
 
 
 def token_rows(
@@ -89,13 +87,6 @@ def token_rows(
 
 def _rows_of_tokens(positions: torch.Tensor, spec: RopeSpec, dtype: torch.dtype) -> torch.Tensor:
     """Cos and sin ``[2, nnz, n]`` of every token, from angles in float64 where the device has it."""
-    device = positions.device
-    wide = torch.float32 if device.type in WITHOUT_FLOAT64_OR_COMPLEX else torch.float64
-
-    def on_device() -> AxisFrequencies:
-        found = axis_frequencies(spec, 0)
-        return replace(found, inverse=found.inverse.to(device, wide))
-
-    frequencies = FREQUENCIES.get((spec, wide), device, on_device)  # copied once, and there for every layer
-    angles = frequencies.angles(positions.to(wide))
+    frequencies = device_frequencies(spec, 0, positions.device)
+    angles = frequencies.angles(positions.to(frequencies.inverse.dtype))
     return (torch.stack((angles.cos(), angles.sin())) * frequencies.magnitude).to(dtype)
