@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .core import NotApplicable, Subject, intervention
+from .core import TWO_ORDERS, NotApplicable, Subject, intervention
 from .parts import parent_of
 
 
@@ -46,7 +46,7 @@ intervention("deep copy, unpatched")(_copied(copy.deepcopy, True))
 intervention("averaged copy")(_copied(lambda model: torch.optim.swa_utils.AveragedModel(model).module))
 
 
-@intervention("copy outlives what is done to the original", reversible=False)
+@intervention("copy outlives what is done to the original", reversible=False, undo_reaches=False)
 def outlives(subject: Subject) -> None:
     """The original's weights are zeroed after the copy was made."""
     subject.callee = copy.deepcopy(subject.model)
@@ -123,7 +123,7 @@ class _Traced(torch.nn.Module):
         return tuple(x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor))
 
 
-@intervention("jit.trace")
+@intervention("jit.trace", orders=TWO_ORDERS, quick=False)
 def traced(subject: Subject) -> None:
     """The trace is called with the step's inputs, and with others."""
 

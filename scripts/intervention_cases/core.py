@@ -37,6 +37,7 @@ class Subject:
         inputs: those of a step, by its number; by default the same objects in steps 0 and 1, and others in step 2.
         before_step: called with the number of a step before its inputs are made.
         callee: what is called in place of the model.
+        patching: makes a context for the patch alone.
         judged: what is told of a difference, such as what hooks saw: added to the results of each step.
     """
 
@@ -48,6 +49,7 @@ class Subject:
     inputs: Callable[[int], dict[str, Any]] = field(init=False)
     before_step: Callable[[int], None] = field(init=False)
     callee: Any = field(init=False)
+    patching: Callable[[], Any] = field(init=False)
     judged: list[Any] = field(default_factory=list)
     _kept: dict[str, Any] | None = None
     _off: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -58,7 +60,7 @@ class Subject:
     def plain(self) -> None:
         """Calls as nobody intervenes in them."""
         self.run, self.inputs, self.callee = self.forward, self.default_inputs, self.model
-        self.before_step = lambda number: None
+        self.before_step, self.patching = (lambda number: None), contextlib.nullcontext
 
     def forward(self, inputs: Mapping[str, Any]) -> Any:
         """One forward pass without gradients."""
@@ -149,6 +151,8 @@ class Intervention:
         dtype: of the weights and inputs.
         rounded: the coarsest dtype that results are rounded to, where it is not ``dtype``.
         reversible: it can be taken off again, and leaves every object as it was.
+        undo_reaches: what is called after ``undo()`` is what was patched, and no copy of it.
+        both_modes: also in the orders that otherwise run in one.
         quick: part of the quick run.
         ranks: processes that run it together.
     """
@@ -161,6 +165,8 @@ class Intervention:
     dtype: torch.dtype = torch.float32
     rounded: torch.dtype | None = None
     reversible: bool = True
+    undo_reaches: bool = True
+    both_modes: bool = False
     quick: bool = True
     ranks: int = 1
 

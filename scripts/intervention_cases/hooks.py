@@ -42,7 +42,7 @@ for _kind in ("model", *KINDS):
 def _changing(kind: str) -> Any:
     def put(subject: Subject) -> None:
         for module in [subject.model] if kind == "model" else subject.each(kind):
-            subject.off(module.register_forward_hook(lambda m, a, o: scaled(o)).remove)
+            subject.off(module.register_forward_hook(lambda m, a, o: scaled(o, even=kind == "ropes")).remove)
 
     return put
 

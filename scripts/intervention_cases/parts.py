@@ -124,11 +124,20 @@ def tables_turned_back(tables: Any) -> Any:
     return tables.conj() if tables.is_complex() else tables * 1.5
 
 
-def scaled(output: Any, factor: float = 1.5) -> Any:
-    """Every floating point tensor of ``output`` times ``factor``."""
-    return torch.utils._pytree.tree_map(
-        lambda x: x * factor if isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex()) else x, output
-    )
+def scaled(output: Any, factor: float = 1.5, even: bool = False) -> Any:
+    """Every floating point tensor of ``output`` times factors from 1 to ``factor`` along the last dim.
+
+    Uneven factors show whether they came before or after a rotation; ``even`` ones keep tables what they are.
+    """
+
+    def change(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or not (x.is_floating_point() or x.is_complex()) or factor == 1:
+            return x
+        if even or not x.ndim:
+            return x * factor
+        return x * torch.linspace(1, factor, x.shape[-1], device=x.device).to(x.real.dtype)
+
+    return torch.utils._pytree.tree_map(change, output)
 
 
 def turned_twice(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,7 +22,9 @@ from .parts import Parts, find_parts
 from .zoo_examples import AnyExample, named
 
 MODES = {"exact": True, "fast": False}
-ROUNDS = ((0, 1, 2), (0, 2), (0, 2))
+ONE_MODE = {"taken off first": "exact", "again": "fast"}
+"""Orders that run in one mode, where an intervention does not ask for both."""
+ROUNDS = ((0, 1, 2), (0,), (0, 2))
 """Steps while patched, then after ``undo()`` with the intervention still on, then with it off."""
 Patching = Callable[..., Any]
 
@@ -136,15 +138,17 @@ def _in_order(
 ) -> None:
     handle: Any = None
     if when == "again":
-        with contextlib.suppress(NotApplicable):
-            first = patch(subject.model)
-            steps(subject, (0,))
+        first = _patched_or_refused(subject, patch, run)
+        steps(subject, (0,))
+        if first is not None:
             first.undo()
-    if when in ("after", "taken off first"):
-        handle = patch(subject.model)
-    intervention.put(subject)
-    if handle is None:
+    early = when in ("after", "taken off first")
+    if early:
         handle = _patched_or_refused(subject, patch, run)
+    intervention.put(subject)
+    if not early:
+        with subject.patching():
+            handle = _patched_or_refused(subject, patch, run)
     turned.clear()
     run.rounds.append(steps(subject, ROUNDS[0]))
     run.turned = len(turned)
@@ -152,7 +156,8 @@ def _in_order(
         subject.take_off()
         run.rounds.append([])
         run.rounds.append(steps(subject, ROUNDS[2]))
-        handle.undo()
+        if handle is not None:
+            handle.undo()
         return
     if handle is not None:
         handle.undo()
@@ -185,7 +190,7 @@ def rounded_to(example: AnyExample, intervention: Intervention) -> torch.dtype:
 
 
 def judged(
-    run: _Run, twin: _Run, when: str, exact: bool, rounded: torch.dtype, reversible: bool
+    run: _Run, twin: _Run, when: str, exact: bool, rounded: torch.dtype, undo_reaches: bool = True
 ) -> tuple[str, str]:
     """The worst of the rounds, and of what was left behind."""
     found = []
@@ -193,7 +198,8 @@ def judged(
     for number, (ours, theirs) in enumerate(zip(run.rounds, twin.rounds, strict=False)):
         if not ours:
             continue
-        bitwise = exact or run.refused or run.failed or (number > 0 and when != "taken off first")
+        undone = number > 0 and when != "taken off first" and undo_reaches
+        bitwise = exact or run.refused or run.failed or undone
         outcome, what = judge.compared(ours, theirs, bool(bitwise), rounded)
         found.append((outcome, f"{names[number]}, {what}" if what else ""))
     left = judge.left_behind(run.objects, twin.objects)
@@ -202,7 +208,7 @@ def judged(
     if run.failed:
         found.append((judge.CRASHED, f"patch raises {run.failed}"))
     worst = max(found, key=lambda one: judge.OUTCOMES.index(one[0]))
-    if run.refused and worst[0] in (judge.EQUAL, judge.SAME_ERROR):
+    if run.refused and worst[0] in (judge.EQUAL, judge.ROUNDED, judge.SAME_ERROR):
         return judge.REFUSED, run.refused
     return worst
 
@@ -229,6 +235,8 @@ def rows_of(
             if when == "taken off first" and not intervention.reversible:
                 continue
             for mode, exact in MODES.items():
+                if ONE_MODE.get(when, mode) != mode and not intervention.both_modes:
+                    continue
                 yield _row(example, intervention, (when, mode, exact), twin, rounded, patch, changed)
 
 
@@ -242,7 +250,7 @@ def _row(
         run = patched(example, intervention, when, exact, patch)
     except (Exception, Stopped) as error:
         return row(judge.CRASHED, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}")
-    outcome, detail = judged(run, twin, when, exact, rounded, intervention.reversible)
+    outcome, detail = judged(run, twin, when, exact, rounded, intervention.undo_reaches)
     if outcome in judge.SILENT and _nondeterministic(example, intervention, twin):
         outcome, detail = judge.NOT_JUDGED, "two unpatched twins differ"
     return row(outcome, detail, run.turned)

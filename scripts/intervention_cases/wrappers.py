@@ -16,14 +16,13 @@ from .parts import changed_arguments, parent_of, scaled, tables_turned_back
 class Wrapper(torch.nn.Module):
     """Holds a module and calls it, as checkpoint and sharding wrappers do; what it lacks is the module's."""
 
-    def __init__(self, module: torch.nn.Module, factor: float | None = None) -> None:
+    def __init__(self, module: torch.nn.Module, factor: float = 1, even: bool = False) -> None:
         super().__init__()
-        self.wrapped, self.factor = module, factor
+        self.wrapped, self.factor, self.even = module, factor, even
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's, scaled by the factor where there is one."""
-        output = self.wrapped(*args, **kwargs)
-        return output if self.factor is None else scaled(output, self.factor)
+        """The module's, scaled."""
+        return scaled(self.wrapped(*args, **kwargs), self.factor, self.even)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -32,12 +31,12 @@ class Wrapper(torch.nn.Module):
             return getattr(super().__getattr__("wrapped"), name)
 
 
-def _wrapped(kind: str, only: int | None = None, factor: float | None = None) -> Any:
+def _wrapped(kind: str, only: int | None = None, factor: float = 1) -> Any:
     def put(subject: Subject) -> None:
         modules = subject.each(kind)
         for path, module in list(zip(getattr(subject.parts, kind), modules, strict=True))[:only]:
             parent, name = parent_of(subject.model, path)
-            subject.assign(parent, name, Wrapper(module, factor))
+            subject.assign(parent, name, Wrapper(module, factor, kind == "ropes"))
 
     return put
 
@@ -48,14 +47,13 @@ for _kind in ("blocks", "attentions", "norms", "projections", "ropes"):
     intervention(f"{_kind} wrapped in modules that scale", changes=True)(_wrapped(_kind, factor=1.5))
 
 
-def _forward_wrapped(kind: str, factor: float | None = None) -> Any:
+def _forward_wrapped(kind: str, factor: float = 1) -> Any:
     def put(subject: Subject) -> None:
         for module in subject.each(kind):
             real = module.forward
 
             def forward(*args: Any, real: Any = real, **kwargs: Any) -> Any:
-                output = real(*args, **kwargs)
-                return output if factor is None else scaled(output, factor)
+                return scaled(real(*args, **kwargs), factor, kind == "ropes")
 
             subject.assign(module, "forward", functools.wraps(real)(forward))
 
@@ -67,7 +65,7 @@ for _kind in ("blocks", "attentions", "norms", "projections", "ropes"):
     intervention(f"forward of {_kind} wrapped and scaled", changes=True)(_forward_wrapped(_kind, 1.5))
 
 
-def _rebound_to_class(kind: str, factor: float | None = None) -> Any:
+def _rebound_to_class(kind: str, factor: float = 1) -> Any:
     """How kernel libraries patch instances: a method made of a function, which is called in place of the class's."""
 
     def put(subject: Subject) -> None:
@@ -75,8 +73,7 @@ def _rebound_to_class(kind: str, factor: float | None = None) -> Any:
             cls = subject.parts.classes[path]
 
             def forward(self: Any, *args: Any, cls: Any = cls, **kwargs: Any) -> Any:
-                output = cls.forward(self, *args, **kwargs)
-                return output if factor is None else scaled(output, factor)
+                return scaled(cls.forward(self, *args, **kwargs), factor)
 
             subject.assign(module, "forward", MethodType(forward, module))
 
@@ -95,7 +92,9 @@ def _class_forward(kind: str, factor: float) -> Any:
         for cls in subject.classes(kind):
             real = cls.forward
             subject.assign(
-                cls, "forward", functools.wraps(real)(lambda *a, real=real, **k: scaled(real(*a, **k), factor))
+                cls,
+                "forward",
+                functools.wraps(real)(lambda *a, real=real, **k: scaled(real(*a, **k), factor, kind == "ropes")),
             )
 
     return put
