@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+ROUNDED_POSITIONS = 4096
+"""Below it scaled positions are rounded to float32, as the code of models rounds them, whose tables end before it."""
+
 
 @dataclass(frozen=True, eq=False)
 class AxisFrequencies:
@@ -50,11 +53,29 @@ class AxisFrequencies:
         return self.inverse.dtype, tuple(self.inverse.tolist()), self.magnitude, *divisors
 
     def angles(self, positions: torch.Tensor) -> torch.Tensor:
-        """Radians ``[n, dim / 2]`` of ``positions`` ``[n]``, in the wider dtype of positions and frequencies."""
-        if self.position_divisor != 1.0:
-            positions = positions / self.position_divisor
-        angles = torch.outer(positions * self.position_scale, self.inverse)
+        """Radians ``[n, dim / 2]`` of ``positions`` ``[n]``, in the wider dtype of positions and frequencies.
+
+        float32 positions that are scaled are rounded to float32 again, as FastVideo's and Cosmos' code does, which is
+        off by up to 2^-23 of what they come to. From :data:`ROUNDED_POSITIONS` on, where that is 5e-4, they are scaled
+        in float64, unless frequencies are narrower themselves.
+
+        Example:
+            >>> import torch
+            >>> AxisFrequencies(torch.tensor([1.0, 0.5])).angles(torch.tensor([0.0, 2.0])).tolist()
+            [[0.0, 0.0], [2.0, 1.0]]
+        """
+        angles = torch.outer(self._scaled(positions), self.inverse)
         return angles if self.angle_divisor == 1.0 else angles / self.angle_divisor
+
+    def _scaled(self, positions: torch.Tensor) -> torch.Tensor:
+        if self.position_divisor == self.position_scale == 1.0:
+            return positions
+        scaled = positions / self.position_divisor if self.position_divisor != 1.0 else positions
+        scaled = scaled * self.position_scale
+        if positions.dtype != torch.float32 or self.inverse.dtype != torch.float64:
+            return scaled
+        exact = positions.double() / self.position_divisor * self.position_scale
+        return torch.where(positions < ROUNDED_POSITIONS, scaled.double(), exact)
 
 
 ScalingFunction = Callable[..., AxisFrequencies]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 MAX_AXES = 4
-_FREQUENCY_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FREQUENCY_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Pairing(enum.Enum):
@@ -107,9 +107,9 @@ class Scaling:
     def of(cls, kind: str, **parameters: ScalingValue | Sequence[float]) -> Scaling:
         """Makes a scaling from keyword parameters: ``Scaling.of("linear", factor=4.0)``."""
         frozen = {
-            name: tuple(map(_plain, value))
+            name: tuple(map(plain, value))
             if isinstance(value, Sequence) and not isinstance(value, str)
-            else _plain(value)
+            else plain(value)
             for name, value in parameters.items()
         }
         return cls(kind, tuple(sorted(frozen.items())))
@@ -118,7 +118,7 @@ class Scaling:
         return f"{self.kind}({', '.join(f'{name}={value}' for name, value in self.parameters)})"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A number of numpy as Python's own; everything else as it is."""
     if isinstance(value, int | float) or not isinstance(value, numbers.Real):
         return value
@@ -141,7 +141,7 @@ def _scalings(given: Scalings, axes: int) -> Scaling | tuple[Scaling | None, ...
 
 def _per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple[float, ...]:
     """One positive finite float per axis; a number, or a sequence of one, serves every axis."""
-    values = [_plain(v) for v in (value if isinstance(value, Sequence) else (value,))]
+    values = [plain(v) for v in (value if isinstance(value, Sequence) else (value,))]
     if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         raise TypeError(f"{name} must be a number or numbers, got {value!r}")
     if len(values) == 1:
@@ -216,7 +216,7 @@ class RopeSpec:
             raise ValueError(f"dims must be even, got {dims}; two channels turn together")
         if not isinstance(self.pairing, Pairing):
             raise TypeError(f"pairing must be a Pairing, got {self.pairing!r}")
-        if not (isinstance(self.frequency_dtype, torch.dtype) and self.frequency_dtype in _FREQUENCY_DTYPES):
+        if not (isinstance(self.frequency_dtype, torch.dtype) and self.frequency_dtype in FREQUENCY_DTYPES):
             raise TypeError(
                 "frequency_dtype must be a floating point torch.dtype of 16, 32 or 64 bits, "
                 f"got {self.frequency_dtype!r}"

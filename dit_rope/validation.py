@@ -271,8 +271,9 @@ def check_inplace(
     when, instead = ("when inplace=True", "use inplace=False or") if chosen else ("as it is overwritten", "pass")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*xs, *parameters)):
         if not chosen:
+            wanted = " and ".join(name for name, x in zip(names, xs, strict=True) if x.requires_grad)
             raise ValueError(
-                f"{' and '.join(names)} must not require grad, as they are overwritten, got one that does; call under "
+                f"{wanted} must not require grad where it is overwritten, got a tensor that does; call under "
                 "torch.no_grad() where no gradient is wanted"
             )
         raise ValueError(

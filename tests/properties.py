@@ -22,6 +22,7 @@ from oracle import rotate as rotate_oracle
 
 import dit_rope
 from dit_rope import Grid, NormKind, Pairing, RopeSpec, RopeTable, Scaling, Shard
+from dit_rope.scaling_types import ROUNDED_POSITIONS
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 RIGHT, REFUSED = "right", "refused"
@@ -205,8 +206,9 @@ def cos_sin_oracle(
         still = torch.tensor([place is None or place[axis] < 0 for place in places], dtype=torch.bool)
         where = torch.tensor([0 if place is None else max(place[axis], 0) for place in places], dtype=F64)
         radians = angles(spec, axis, where, F64).masked_fill(still[:, None], 0.0)
-        of_position = 2 * torch.finfo(F32).eps / 2 if spec.interpolation[axis] != 1.0 else 0.0
-        error[:, column : column + pairs] = radians.abs() * ((8 + 3 * math.log(4e6)) * u + of_position)
+        rounded = (where < ROUNDED_POSITIONS) | (spec.frequency_dtype != F64)
+        of_position = (rounded & (spec.interpolation[axis] != 1.0)) * 2 * torch.finfo(F32).eps / 2
+        error[:, column : column + pairs] = radians.abs() * ((8 + 3 * math.log(4e6)) * u + of_position[:, None])
         parts.append(radians)
         column += pairs
     radians = torch.cat(parts, dim=1)

@@ -260,13 +260,44 @@ def test_compiled_caller_uses_two_graphs_for_many_start_frames():
         ({"start_frame": -1}, ValueError, "start_frame must be at least 0, got -1"),
         ({"shard_dim": 3}, ValueError, r"below the number of axes \(3\), got 3"),
         ({"shard_dim": -1}, ValueError, r"shard_dim must be at least 0"),
-        ({"do_sp_sharding": True, "sp_rank": 0, "sp_world_size": 2}, ValueError, r"divide .* axis 0 \(3\), got 2"),
+        (
+            {"do_sp_sharding": True, "sp_rank": 0, "sp_world_size": 2},
+            ValueError,
+            r"sp_world_size must divide rope_sizes\[0\] \(3\), got 2; this is rank 0 of 2",
+        ),
+        (
+            {"do_sp_sharding": True, "sp_rank": 3, "sp_world_size": 3},
+            ValueError,
+            r"sp_rank must be below sp_world_size \(3\)",
+        ),
         ({"do_sp_sharding": True, "sp_rank": 0}, ValueError, "must be given together, got 0 and None"),
-        ({"theta_rescale_factor": [1.0, 2.0]}, ValueError, r"one value per axis \(3\)"),
-        ({"sizes": (3, 4)}, ValueError, "one size per axis"),
+        ({"theta_rescale_factor": [1.0, 2.0]}, ValueError, r"theta_rescale_factor must be .* one value per axis \(3\)"),
+        ({"interpolation_factor": [1.0, 2.0]}, ValueError, r"interpolation_factor must be .* one value per axis \(3\)"),
+        (
+            {"dims": [2, 64, 62], "theta_rescale_factor": 2.0},
+            ValueError,
+            "theta_rescale_factor must be 1 on an axis of 2",
+        ),
+        (
+            {"sizes": (3, 4)},
+            ValueError,
+            r"rope_sizes must have one size per axis of rope_dim_list \(44, 42, 42\), got \(3, 4\)",
+        ),
+        (
+            {"sizes": (3, 4, 2**24 + 1)},
+            ValueError,
+            "rope_sizes and start_frame must end at or before position 16777216",
+        ),
+        ({"start_frame": 2**24 - 2}, ValueError, "rope_sizes and start_frame must end at or before position 16777216"),
+        ({"dims": [43, 43, 42]}, ValueError, "rope_dim_list must have 1 to 4 even numbers, got"),
+        (
+            {"dims": [64, 16, 16, 16, 16], "sizes": (1,) * 5},
+            ValueError,
+            "rope_dim_list must have 1 to 4 even numbers, got",
+        ),
         ({"theta": [10_000, 256]}, TypeError, r"rope_theta must be a number, got \[10000, 256\]"),
         ({"sizes": (3, 4, 0)}, ValueError, "rope_sizes must be at least 1, got 0"),
-        ({"dtype": torch.int64}, TypeError, "dtype must be"),
+        ({"dtype": torch.int64}, TypeError, "^dtype must be float64, float32, bfloat16 or float16, got torch.int64"),
     ],
 )
 def test_builder_refuses(settings, error, message):

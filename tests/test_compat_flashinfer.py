@@ -380,5 +380,5 @@ def test_in_place_refuses_what_shares_memory_or_wants_gradients() -> None:
     x = torch.randn(4, 2, 16)
     with pytest.raises(ValueError, match="q and k must not share memory"):
         flashinfer.apply_rope_inplace(x, x, [0, 4], [0])
-    with pytest.raises(ValueError, match="requires grad"):
+    with pytest.raises(ValueError, match="q must not require grad where it is overwritten"):
         flashinfer.apply_rope_inplace(x.clone().requires_grad_(), x, [0, 4], [0])

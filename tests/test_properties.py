@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from properties import F32, RIGHT, RotationDraw, TableDraw
 
-from dit_rope import Grid, Pairing, RopeSpec, ShiftTable, rotation
+from dit_rope import Grid, Pairing, RopeSpec, rotation, shifting
 from dit_rope.backends import token_angles
 from dit_rope.benchmark.results import read_csv
 from dit_rope.tables import RopeTable
@@ -94,7 +94,8 @@ def test_the_check_of_a_shift_notices_one_in_the_wrong_direction(monkeypatch: py
         RopeSpec((4, 6)), 60, -3, None, False, 2, 3, 2, 1, "contiguous", False, False, F32, 1
     )  # fmt: skip
     assert properties.check_shift(draw) == RIGHT
-    monkeypatch.setattr(ShiftTable, "rows", property(lambda self: self._rows.flip(0)))
+    get = shifting.SHIFTS.get
+    monkeypatch.setattr(shifting.SHIFTS, "get", lambda *asked: get(*asked).flip(0))
     with pytest.raises(AssertionError, match="are off; worst is"):
         properties.check_shift(draw)
 

@@ -8,8 +8,8 @@ import torch
 
 from ..cache import in_mode
 from ..rotation_args import RotationArgs
-from ..spec import Pairing
-from ..validation import check_flags, check_tensors
+from ..spec import Pairing, as_int
+from ..validation import check_flags, check_memory, check_tensors
 
 
 def one_axis_args(
@@ -56,6 +56,7 @@ def cache_rows(cache: torch.Tensor, queries: torch.dtype) -> torch.Tensor:
             f"cos_sin_cache must be float32 or of the query's dtype {queries}, got {cache.dtype}; convert it once, "
             "when it is made"
         )
+    check_memory("cos_sin_cache", cache)
     if cache.stride(1) != 1:
         raise ValueError(
             f"cos_sin_cache must be contiguous in its last dim, got strides {cache.stride()}; make it contiguous once"
@@ -118,13 +119,15 @@ def check_position_tensor(name: str, positions: object, dims: Sequence[int], dev
         raise ValueError(f"{name} must have shape {allowed}, got {tuple(positions.shape)}")
     if device is not None and positions.device != device:
         raise ValueError(f"{name} must be on the device of the queries {device}, got {positions.device}")
+    check_memory(name, positions)
 
 
-def position_rows(positions: torch.Tensor, rows: int) -> torch.Tensor:
+def position_rows(positions: torch.Tensor, rows: int, queries: torch.dtype) -> torch.Tensor:
     """Positions ``[N]`` or ``[B, S]`` as the int32 ``[1 or B, tokens, 1]`` that kernels read.
 
     int64 positions are converted, 4 bytes a token. On CPU, where looking costs no wait, each must be a row of the
-    cache; on a GPU the kernels leave the tokens of other positions as they are and read nothing for them.
+    cache. Elsewhere, and in compiled code, tokens of other positions keep their values, and nothing is read for them:
+    int32 ones are left to the kernels, which look, and others become -1, before int32 could count them as rows.
 
     Raises:
         ValueError: on CPU, a position that is not a row.
@@ -134,6 +137,8 @@ def position_rows(positions: torch.Tensor, rows: int) -> torch.Tensor:
         if lowest < 0 or highest >= rows:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(f"positions must be rows of cos_sin_cache, 0 to {rows - 1}, got {wrong}")
+    elif positions.dtype == torch.int64 or positions.device.type != "cuda" or queries == torch.float64:
+        positions = torch.where((positions >= 0) & (positions < rows), positions, -1)
     where = positions.to(torch.int32).unsqueeze(-1)
     return where if where.ndim == 3 else where.unsqueeze(0)
 
@@ -166,18 +171,19 @@ def prepare_cached(
     check_flags(is_neox=is_neox, inverse=inverse)
     width = cache_width(cache)
     check_position_tensor("positions", positions, position_dims, cache.device)
-    if isinstance(head_size, bool) or not isinstance(head_size, int) or head_size < 1:
+    channels, offset = as_int(head_size), as_int(rope_dim_offset)
+    if channels is None or channels < 1:
         raise ValueError(f"head_size must be a positive int, got {head_size!r}")
-    if isinstance(rope_dim_offset, bool) or not isinstance(rope_dim_offset, int):
+    if offset is None:
         raise TypeError(f"rope_dim_offset must be an int, got {rope_dim_offset!r}")
-    if rope_dim_offset < 0 or rope_dim_offset + width > head_size:
+    if offset < 0 or offset + width > channels:
         raise ValueError(
-            f"rope_dim_offset must be at least 0 and leave {width} of head_size {head_size} channels to turn, got "
-            f"{rope_dim_offset}"
+            f"rope_dim_offset must be at least 0 and leave {width} of head_size {channels} channels to turn, got "
+            f"{offset}"
         )
-    views = [split_heads(name, x, positions.shape, head_size) for name, x in named.items()]
-    xs = [view[..., rope_dim_offset:] for view in views] if rope_dim_offset else views
+    views = [split_heads(name, x, positions.shape, channels) for name, x in named.items()]
+    xs = [view[..., offset:] for view in views] if offset else views
     check_tensors(tuple(named), xs, width, cache.device)
     rows = cache_rows(cache, xs[0].dtype)
-    where = position_rows(positions, rows.shape[1])
+    where = position_rows(positions, rows.shape[1], xs[0].dtype)
     return xs, one_axis_args(rows, where, where.shape[1], interleaved=not is_neox, inverse=inverse)

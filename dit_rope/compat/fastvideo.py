@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 
-from ..spec import Grid, Pairing, RopeSpec, Shard, integer
+from ..layout import MAX_POSITION
+from ..spec import FREQUENCY_DTYPES, MAX_AXES, Grid, Pairing, RopeSpec, Shard, integer
 from ..tables import dense_table
 from ..validation import check_flags
 
@@ -34,8 +36,9 @@ def get_rotary_pos_embed(
 
     Source: ``fastvideo/layers/rotary_embedding.py`` at 2f3d4074. Differences: the cache evicts first in, first out; a
     number and the list that repeats it share one entry; a negative start_frame is refused, not ignored; errors are
-    ValueError and TypeError. Rank and world, read only with ``do_sp_sharding``, come from the keyword arguments, else
-    from torch.distributed's default group if it is initialized, else are 0 and 1.
+    ValueError and TypeError; with interpolation and float64, positions from 4,096 on are not rounded to float32. Rank
+    and world, read only with ``do_sp_sharding``, come from the keyword arguments, else from torch.distributed's default
+    group if it is initialized, else are 0 and 1.
 
     Args:
         rope_sizes: tokens per axis, frame first.
@@ -58,15 +61,13 @@ def get_rotary_pos_embed(
     """
     check_flags(do_sp_sharding=do_sp_sharding, use_real=use_real)
     head_dim = integer("hidden_size", hidden_size, 1) // integer("heads_num", heads_num, 1)
+    sizes = _integers("rope_sizes", rope_sizes)
     dims = (head_dim // 3,) * 3 if rope_dim_list is None else _integers("rope_dim_list", rope_dim_list)
     if sum(dims) != head_dim:
         raise ValueError(f"rope_dim_list must sum to hidden_size // heads_num ({head_dim}), got {dims}")
-    if integer("shard_dim", shard_dim, 0) >= len(dims):
+    shard_dim = integer("shard_dim", shard_dim, 0)
+    if shard_dim >= len(dims):
         raise ValueError(f"shard_dim must be at least 0 and below the number of axes ({len(dims)}), got {shard_dim}")
-    shard = None
-    if do_sp_sharding:
-        rank, world = _rank_and_world(sp_rank, sp_world_size)
-        shard = Shard(rank, world, axis=shard_dim)
     # Dynamo traces through lru_cache, with a warning.
     request_of = _request.__wrapped__ if torch.compiler.is_compiling() else _request
     theta = _numbers("rope_theta", rope_theta)
@@ -78,8 +79,17 @@ def get_rotary_pos_embed(
     )
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
-    numbers = theta[0], *factors, dtype, _integers("rope_sizes", rope_sizes)
+    numbers = theta[0], *factors, dtype, sizes
     spec, grid, table_dtype = request_of(dims, *numbers, integer("start_frame", start_frame, 0))
+    shard = None
+    if do_sp_sharding:
+        rank, world = _rank_and_world(sp_rank, sp_world_size)
+        if sizes[shard_dim] % world:
+            raise ValueError(
+                f"sp_world_size must divide rope_sizes[{shard_dim}] ({sizes[shard_dim]}), got {world}; this is rank "
+                f"{rank} of {world}"
+            )
+        shard = Shard(rank, world, axis=shard_dim)
     return dense_table(spec, grid, shard, None, table_dtype, use_real).flat
 
 
@@ -94,19 +104,39 @@ def _request(
     start_frame: int,
 ) -> tuple[RopeSpec, Grid, torch.dtype]:
     """The checked spec and grid, and the result's dtype; remembered because checks take longer than a cache hit."""
+    if len(dims) > MAX_AXES or any(dim % 2 for dim in dims):
+        raise ValueError(
+            f"rope_dim_list must have 1 to {MAX_AXES} even numbers, got {dims}; two channels turn together"
+        )
+    if len(sizes) != len(dims):
+        raise ValueError(f"rope_sizes must have one size per axis of rope_dim_list {dims}, got {sizes}")
+    if max(start_frame + sizes[0], *sizes) > MAX_POSITION:
+        raise ValueError(
+            f"rope_sizes and start_frame must end at or before position {MAX_POSITION}, got {sizes} and {start_frame}; "
+            "float32 counts no further"
+        )
+    for name, values in (("theta_rescale_factor", theta_rescale), ("interpolation_factor", interpolation)):
+        if len(values) not in (1, len(dims)):
+            raise ValueError(f"{name} must be a number or have one value per axis ({len(dims)}), got {values}")
+    if any(dim == 2 and theta_rescale[axis % len(theta_rescale)] != 1 for axis, dim in enumerate(dims)):
+        raise ValueError(
+            f"theta_rescale_factor must be 1 on an axis of 2 channels, got {theta_rescale} for rope_dim_list {dims}"
+        )
+    if dtype not in FREQUENCY_DTYPES:
+        raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
     spec = RopeSpec(dims, theta, Pairing.INTERLEAVED, theta_rescale, interpolation, frequency_dtype=dtype)
     return spec, Grid(*sizes, start_frame=start_frame), torch.promote_types(dtype, torch.float32)
 
 
 def _numbers(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
     """One number, or one per axis, whose values the spec checks."""
-    values = (value,) if isinstance(value, (int, float)) else value
-    numbers = isinstance(values, Sequence) and not isinstance(values, bytes) and len(values) > 0
-    if not numbers or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
+    given: object = (value,) if isinstance(value, Real) else value
+    values = tuple(given) if isinstance(given, Sequence) and not isinstance(given, bytes) else ()
+    if not values or any(isinstance(v, bool) or not isinstance(v, Real) for v in values):
         raise TypeError(f"{name} must be a number or numbers, got {value!r}")
     if not all(0 < v < math.inf for v in values):
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
-    return tuple(values)
+    return values
 
 
 def _integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
@@ -119,7 +149,10 @@ def _rank_and_world(rank: int | None, world: int | None) -> tuple[int, int]:
     if (rank is None) != (world is None):
         raise ValueError(f"sp_rank and sp_world_size must be given together, got {rank} and {world}")
     if rank is not None and world is not None:
-        return integer("sp_rank", rank, 0), integer("sp_world_size", world, 1)
+        rank, world = integer("sp_rank", rank, 0), integer("sp_world_size", world, 1)
+        if rank >= world:
+            raise ValueError(f"sp_rank must be below sp_world_size ({world}), got {rank}")
+        return rank, world
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1

@@ -13,13 +13,14 @@ Signatures and meaning are those of ``flashinfer/rope.py`` at fb28d724. Every fu
 
 from __future__ import annotations
 
+import numbers
 import sys
 
 import torch
 
 from .. import rotation
 from ..backend_choice import check_backend
-from ..spec import Pairing, RopeSpec, Scaling
+from ..spec import Pairing, RopeSpec, Scaling, as_int, plain
 from ..validation import check_flags, check_inplace, check_tensors
 from .angles import Ints, ragged_positions, token_rows
 from .dense import check_position_tensor, one_axis_args, prepare_cached, split_heads
@@ -69,7 +70,7 @@ def apply_rope_with_cos_sin_cache_inplace(
     """:func:`apply_rope_with_cos_sin_cache`, over query and key themselves."""
     named = {"query": query, "key": key}
     xs, args = prepare_cached(positions, named, head_size, cos_sin_cache, is_neox=is_neox, position_dims=(1,))
-    check_inplace(tuple(named), xs)
+    check_inplace(tuple(named), xs, chosen=False)
     rotation.apply(xs, args, inplace=True, backend=backend)
 
 
@@ -244,9 +245,9 @@ def apply_llama31_rope_pos_ids_inplace(
 
 
 def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 < value <= sys.float_info.max:
+    if not 0 < plain(value) <= sys.float_info.max:
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 
@@ -281,9 +282,10 @@ def _llama31(rope_scale: float, low: float, high: float, length: int) -> Scaling
 
 def _spec(q: torch.Tensor, rotary_dim: int | None, theta: float, scaling: Scaling | None) -> RopeSpec:
     _check_tokens(q)
-    width = q.shape[2] if rotary_dim is None else rotary_dim
-    if isinstance(width, bool) or not isinstance(width, int) or not 2 <= width <= q.shape[2] or width % 2:
-        raise ValueError(f"rotary_dim must be even, at least 2 and at most head_dim {q.shape[2]}, got {width!r}")
+    width = as_int(q.shape[2] if rotary_dim is None else rotary_dim)
+    if width is None or not 2 <= width <= q.shape[2] or width % 2:
+        got = q.shape[2] if rotary_dim is None else rotary_dim
+        raise ValueError(f"rotary_dim must be even, at least 2 and at most head_dim {q.shape[2]}, got {got!r}")
     _check_number("rope_theta", theta)
     return RopeSpec((width,), theta, Pairing.HALF, scaling=scaling)  # both pairings have the same table
 
@@ -302,7 +304,7 @@ def _turn(
     check_backend(backend)
     xs = _tokens(q, k, positions, spec)
     if inplace:
-        check_inplace(("q", "k"), xs)
+        check_inplace(("q", "k"), xs, chosen=False)
     rows, where = token_rows(positions, spec, q.device, q.dtype)
     args = one_axis_args(rows, where, q.shape[0], interleaved=interleave)
     turned = rotation.apply(xs, args, inplace=inplace, backend=backend)

@@ -13,6 +13,7 @@ import torch
 
 from .. import rotation
 from ..rotation_args import RotationArgs
+from ..spec import as_int
 from ..validation import DTYPES, check_flags, check_tensors
 from .dense import one_axis_args
 
@@ -52,9 +53,9 @@ def apply_rotary_emb(
         TypeError, ValueError: naming the argument, the rule and the value.
     """
     check_flags(use_real=use_real, exact=exact)
-    if not isinstance(use_real_unbind_dim, int) or use_real_unbind_dim not in (-1, -2):
+    if as_int(use_real_unbind_dim) not in (-1, -2):
         raise ValueError(f"use_real_unbind_dim must be -1 or -2, got {use_real_unbind_dim}")
-    if not isinstance(sequence_dim, int) or sequence_dim not in (1, 2):
+    if as_int(sequence_dim) not in (1, 2):
         raise ValueError(f"sequence_dim must be 1 or 2, got {sequence_dim}")
     interleaved = not use_real or use_real_unbind_dim == -1
     cos, sin = _real_tables(freqs_cis, interleaved) if use_real else _complex_tables(freqs_cis)
@@ -99,7 +100,7 @@ def apply_rotary_pos_emb(
         TypeError, ValueError: naming the argument, the rule and the value.
     """
     check_flags(exact=exact)
-    if not isinstance(unsqueeze_dim, int) or unsqueeze_dim not in (1, 2):
+    if as_int(unsqueeze_dim) not in (1, 2):
         raise ValueError(f"unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
     for name, x in (("q", q), ("k", k)):
         _check_four_dims(name, x)
@@ -129,6 +130,8 @@ def _complex_tables(freqs: object) -> tuple[torch.Tensor, torch.Tensor]:
     if not isinstance(freqs, torch.Tensor) or not freqs.is_complex():
         got = freqs.dtype if isinstance(freqs, torch.Tensor) else type(freqs).__name__
         raise TypeError(f"freqs_cis must be a complex tensor with use_real=False, got {got}")
+    if freqs.layout is not torch.strided:
+        raise TypeError(f"freqs_cis must be a strided tensor, got {freqs.layout}; call freqs_cis.to_dense()")
     if freqs.ndim not in (2, 3):
         raise ValueError(f"freqs_cis must have shape [S, D / 2] or [1 or B, S, D / 2], got {tuple(freqs.shape)}")
     _check_no_grad(("freqs_cis",), (freqs,))
@@ -159,6 +162,8 @@ def _args(
             f"got {count} tokens and {batches} entries"
         )
     positions = None
+    if not batches:  # of a batch of 0: rows for whoever reads some, of which nobody does
+        rows = rows.new_zeros(2, 1, count, pairs)
     if batches > 1:  # a table per batch entry: their rows, one entry after another
         numbers = torch.arange(batches * count, dtype=torch.int32, device=rows.device)
         positions = numbers.view(batches, count, 1)
@@ -179,6 +184,8 @@ def _check_tables(names: Sequence[str], parts: Sequence[object], dims: Sequence[
         if not isinstance(part, torch.Tensor) or not part.is_floating_point():
             got = part.dtype if isinstance(part, torch.Tensor) else type(part).__name__
             raise TypeError(f"{name} must be a floating point tensor, got {got}")
+        if part.layout is not torch.strided:
+            raise TypeError(f"{name} must be a strided tensor, got {part.layout}; call {name}.to_dense()")
         if part.ndim not in dims or part.shape[-1] < 2 or part.shape[-1] % 2:
             shape = {2: "[S, even D]", 3: "[1 or B, S, even D]"}[dims[0]]
             raise ValueError(f"{name} must have shape {shape}, got {tuple(part.shape)}")

@@ -29,7 +29,8 @@ def rotary_embedding(
 
     Differences: a cache in a third dtype is refused; query and key may have any strides and any head counts, one a
     multiple of the other or not; positions may be int32, which are not converted; float64 is taken too. A position
-    that is not a row of the cache is a ValueError on CPU; on a GPU its token keeps its values, and nothing is read.
+    that is not a row of the cache is a ValueError on CPU; on a GPU, and in compiled code, its token keeps its values,
+    and nothing is read.
 
     Args:
         positions: ``[N]`` or ``[B, S]`` int64 or int32 rows of the cache.
@@ -46,6 +47,11 @@ def rotary_embedding(
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
+
+    Example:
+        >>> import torch
+        >>> query, cache = torch.randn(3, 2 * 64), torch.randn(100, 64)
+        >>> rotary_embedding(torch.tensor([7, 8, 9]), query, None, 64, cache, is_neox=True)
     """
     named = {"query": query} if key is None else {"query": query, "key": key}
     xs, args = prepare_cached(
@@ -57,5 +63,5 @@ def rotary_embedding(
         rope_dim_offset=rope_dim_offset,
         inverse=inverse,
     )
-    check_inplace(tuple(named), xs)
+    check_inplace(tuple(named), xs, chosen=False)
     rotation.apply(xs, args, inplace=True, backend=backend)
