@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 nice python scripts/interventions.py --jobs 2
 
-Every example model of ``tests/zoo`` and the Wan ones, under every intervention of ``scripts/intervention_cases``: put on
-before the patch, after it, taken off before ``undo()``, and after a patch that was undone; in exact and in fast mode.
-A case must give what the unpatched twin gives under the same intervention: the same bits in exact mode, the same but for
-rounding in fast mode, the same type of error where the twin raises; after ``undo()`` the same bits, and the same objects.
+Every example model of ``tests/zoo`` and the Wan ones, under every intervention of ``scripts/intervention_cases``: put
+on before the patch, after it, taken off before ``undo()``, and after a patch that was undone; in exact and fast mode.
+A case must give what the unpatched twin gives under the same intervention: the same bits in exact mode, the same but
+for rounding in fast mode, the same type of error where the twin raises; after ``undo()`` the same bits and objects.
 
 Writes ``interventions.csv`` (cases by intervention and outcome), ``interventions-reasons.csv`` (why cases were refused,
 not judged or not applicable) and, in the work folder, every case that is none of equal, within rounding or the same
@@ -88,7 +88,9 @@ def done(folder: Path, example: str) -> dict[str, list[Row]]:
 def write(folder: Path, chosen: list[Intervention], results: Path) -> list[Row]:
     """Writes the tables of all that is in the work folder so far, and returns its rows."""
     wanted = {one.name for one in chosen}
-    rows = [row for one in examples() for name, found in done(folder, one.name).items() if name in wanted for row in found]
+    rows = [
+        row for one in examples() for name, found in done(folder, one.name).items() if name in wanted for row in found
+    ]
     if rows:
         write_csv(results / "interventions.csv", tables.counts(rows), "cpu")
         write_csv(results / "interventions-reasons.csv", tables.reasons(rows), "cpu")
@@ -146,7 +148,9 @@ def main() -> None:
     rows = write(folder, chosen, options.results)
     bad = [row for row in rows if row.outcome in judge.BAD]
     blind = tables.blind(rows)
-    print(f"{len(rows)} cases, {len(bad)} bad, see {folder / 'not-equal.txt'}; wrote {options.results / 'interventions.csv'}")
+    print(
+        f"{len(rows)} cases, {len(bad)} bad: {folder / 'not-equal.txt'}; wrote {options.results / 'interventions.csv'}"
+    )
     print(f"change nothing: {', '.join(blind) or 'none'}")
     raise SystemExit(1 if bad else 0)
 

@@ -234,7 +234,9 @@ def _torchao(config: str) -> Any:
     def put(subject: Subject) -> None:
         quantization = _imported("torchao.quantization")
         targets = set(_targets(subject))
-        quantization.quantize_(subject.model, getattr(quantization, config)(), filter_fn=lambda m, path: path in targets)
+        quantization.quantize_(
+            subject.model, getattr(quantization, config)(), filter_fn=lambda m, path: path in targets
+        )
 
     return put
 
@@ -245,7 +247,7 @@ lasting("torchao float8", changes=True)(_torchao("Float8WeightOnlyConfig"))
 
 @lasting("GGUF linear layers", changes=True)
 def gguf(subject: Subject) -> None:
-    """diffusers' own GGUFLinear with Q8_0 weights."""
+    """Diffusers' own GGUFLinear with Q8_0 weights."""
     library = _imported("gguf")
     utils = _imported("diffusers.quantizers.gguf.utils")
     for path in _targets(subject):

@@ -57,7 +57,7 @@ def force_eager(subject: Subject) -> None:
 
 @slow("repeated blocks compiled", reversible=False)
 def repeated(subject: Subject) -> None:
-    """diffusers' regional compilation."""
+    """Diffusers' regional compilation."""
     if not getattr(subject.model, "_repeated_blocks", None):
         raise NotApplicable("no _repeated_blocks")
     _started(subject)
@@ -100,10 +100,9 @@ def _methods(kind: str) -> Any:
     return put
 
 
-for _kind, _what in (
-    ("blocks", "block"), ("attentions", "attention"), ("norms", "norm"), ("projections", "projection"), ("ropes", "rope")
-):  # fmt: skip
-    slow(f"{_what}.forward compiled", changes=False)(_forwards(_kind))
+for _what in ("block", "attention", "norm", "projection", "rope"):
+    _kind = f"{_what}s"
+    slow(f"{_what}.forward compiled")(_forwards(_kind))
     slow(f"{_what}.compile()")(_methods(_kind))
 slow("attention.forward compiled, fullgraph")(_forwards("attentions", backend="eager", fullgraph=True))
 slow("attention.forward compiled by aot_eager")(_forwards("attentions", backend="aot_eager"))
@@ -145,7 +144,9 @@ def exported(subject: Subject) -> None:
     if not blocks:
         raise NotApplicable("no blocks")
     handles = [
-        block.register_forward_pre_hook(lambda m, a, k, path=path: found.setdefault(path, (a, k)) and None, with_kwargs=True)
+        block.register_forward_pre_hook(
+            lambda m, a, k, path=path: found.setdefault(path, (a, k)) and None, with_kwargs=True
+        )
         for path, block in blocks.items()
     ]
     with torch.no_grad():

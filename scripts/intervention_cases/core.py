@@ -151,7 +151,8 @@ class Intervention:
         dtype: of the weights and inputs.
         rounded: the coarsest dtype that results are rounded to, where it is not ``dtype``.
         reversible: it can be taken off again, and leaves every object as it was.
-        undo_reaches: what is called after ``undo()`` is what was patched, and no copy of it.
+        undo_reaches: what is called after ``undo()`` is what was patched, no copy of it, and holds nothing that was
+            computed while it was.
         both_modes: also in the orders that otherwise run in one.
         quick: part of the quick run.
         ranks: processes that run it together.

@@ -75,9 +75,13 @@ def _faster(subject: Subject, told: dict[str, int]) -> Any:
     import diffusers
 
     return diffusers.FasterCacheConfig(
-        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 901), is_guidance_distilled=True,
-        current_timestep_callback=lambda: told["timestep"], attention_weight_callback=lambda _: 0.3, tensor_format="BFCHW",
-    )  # fmt: skip
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 901),
+        is_guidance_distilled=True,
+        current_timestep_callback=lambda: told["timestep"],
+        attention_weight_callback=lambda _: 0.3,
+        tensor_format="BFCHW",
+    )
 
 
 for _name, _config in (("pyramid attention broadcast", _broadcast), ("first block cache", _first_block),
@@ -216,5 +220,3 @@ def come_and_go(subject: Subject) -> None:
                     remove_hook_from_module(module)
 
     subject.before_step = before_step
-
-

@@ -18,7 +18,9 @@ def _reading(kind: str, when: str) -> Any:
         for module in modules:
             calls: list[int] = []
             if when == "before":
-                handle = module.register_forward_pre_hook(lambda m, a, k, calls=calls: calls.append(1), with_kwargs=True)
+                handle = module.register_forward_pre_hook(
+                    lambda m, a, k, calls=calls: calls.append(1), with_kwargs=True
+                )
             else:
                 handle = module.register_forward_hook(lambda m, a, o, calls=calls: calls.append(1))
             subject.off(handle.remove)
@@ -133,11 +135,9 @@ def other_tables_once(subject: Subject) -> None:
 
 @intervention("hook on every module of the process scales norms", changes=True)
 def everywhere(subject: Subject) -> None:
-    """torch's global hook."""
+    """Torch's global hook."""
     norms = {id(module) for module in subject.each("norms")}
-    handle = torch.nn.modules.module.register_module_forward_hook(
-        lambda m, a, o: scaled(o) if id(m) in norms else None
-    )
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, a, o: scaled(o) if id(m) in norms else None)
     subject.off(handle.remove)
 
 

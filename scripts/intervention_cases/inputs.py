@@ -75,10 +75,10 @@ for _which in ("ids", "tables"):
         intervention(f"{_which} {_cut} in step 1 alone", changes=True)(
             _each_step(_which, lambda x, number, cut=_slice: cut(x, _token_dim(x)) if number == 1 else x)
         )
-intervention("ids and tables not contiguous")(
-    _each_step("either", lambda x, number: torch.stack([x, x], -1)[..., 0])
+intervention("ids and tables not contiguous")(_each_step("either", lambda x, number: torch.stack([x, x], -1)[..., 0]))
+intervention("tables in float64", changes=False)(
+    _each_step("tables", lambda x, number: x.double() if not x.is_complex() else x)
 )
-intervention("tables in float64", changes=False)(_each_step("tables", lambda x, number: x.double() if not x.is_complex() else x))
 intervention("tables whose halves differ", changes=True)(
     _each_step("tables", lambda x, number: x * torch.linspace(1, 2, x.shape[-1]))
 )
@@ -159,6 +159,11 @@ def _told(subject: Subject) -> dict[str, int]:
     return told
 
 
+def _same_inputs(subject: Subject) -> None:
+    given = subject.made(1)
+    subject.inputs = lambda number: given
+
+
 @intervention("model.forward shifts ids by the step", changes=True)
 def forward_wrapper(subject: Subject) -> None:
     """The same tensors are passed to the model in every step."""
@@ -168,7 +173,7 @@ def forward_wrapper(subject: Subject) -> None:
         args, kwargs = shift(args, kwargs)
         return real(*args, **kwargs)
 
-    subject.inputs = lambda number, given=subject.made(1): given
+    _same_inputs(subject)
     subject.assign(subject.model, "forward", functools.wraps(real)(forward))
 
 
@@ -182,7 +187,7 @@ def class_wrapper(subject: Subject) -> None:
         args, kwargs = shift(args, kwargs)
         return real(self, *args, **kwargs)
 
-    subject.inputs = lambda number, given=subject.made(1): given
+    _same_inputs(subject)
     subject.assign(cls, "forward", functools.wraps(real)(forward))
 
 
@@ -198,15 +203,15 @@ def partial(subject: Subject) -> None:
 
 @intervention("pre-hook on the model shifts ids by the step", changes=True)
 def model_hook(subject: Subject) -> None:
-    """torch's hook."""
+    """A hook of torch's."""
     shift = _shift_call(subject, _told(subject))
-    subject.inputs = lambda number, given=subject.made(1): given
+    _same_inputs(subject)
     subject.off(subject.model.register_forward_pre_hook(lambda m, a, k: shift(a, k), with_kwargs=True).remove)
 
 
 @intervention("ModelHook shifts ids by the step", changes=True, reversible=False)
 def diffusers_hook(subject: Subject) -> None:
-    """diffusers' hook, which replaces the forward."""
+    """Diffusers' hook, which replaces the forward."""
     from diffusers.hooks import HookRegistry, ModelHook
 
     shift = _shift_call(subject, _told(subject))
@@ -215,7 +220,7 @@ def diffusers_hook(subject: Subject) -> None:
         def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
             return shift(args, kwargs)
 
-    subject.inputs = lambda number, given=subject.made(1): given
+    _same_inputs(subject)
     registry = HookRegistry.check_if_exists_or_initialize(subject.model)
     registry.register_hook(Shift(), "shift")
     subject.off(registry.remove_hook, "shift")

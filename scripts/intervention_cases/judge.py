@@ -92,7 +92,10 @@ def _differing(ours: Step, theirs: Step, exact: bool, rounded: torch.dtype) -> t
             continue
         if not a.is_floating_point() or a.isnan().ne(b.isnan()).any():
             return DIFFERENT, f"tensor {number}: {'nan' if a.is_floating_point() else a.dtype}"
-        off, scale = (a.double() - b.double()).nan_to_num().abs().max().item(), b.double().nan_to_num().abs().max().item()
+        off, scale = (
+            (a.double() - b.double()).nan_to_num().abs().max().item(),
+            b.double().nan_to_num().abs().max().item(),
+        )
         if exact or not off <= bound * scale:
             worst = f"tensor {number} off by {off:.3g} of {scale:.3g}"
     return (DIFFERENT, worst) if worst else (ROUNDED, "")

@@ -76,7 +76,9 @@ for _dtype in (torch.float16, torch.bfloat16):
     intervention(f"autocast {_name} of the calls alone", rounded=_dtype)(_in_context(_cast, False))
     intervention(f"weights in {_name}", dtype=_dtype)(lambda subject: None)
     intervention(f"weights in {_name} under autocast of the other", dtype=_dtype, rounded=torch.bfloat16)(
-        _in_context(lambda dtype=_dtype: torch.autocast("cpu", {torch.float16: torch.bfloat16}.get(dtype, torch.float16)))
+        _in_context(
+            lambda dtype=_dtype: torch.autocast("cpu", {torch.float16: torch.bfloat16}.get(dtype, torch.float16))
+        )
     )
 intervention("weights in float64", dtype=torch.float64)(lambda subject: None)
 
@@ -132,7 +134,9 @@ def _counted_flops() -> Any:
 intervention("torch function mode")(_in_context(_Functions, False))
 intervention("torch dispatch mode")(_in_context(_Dispatch, False))
 intervention("flops counted")(_in_context(_counted_flops, False))
-intervention("profiler", quick=False)(_in_context(lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), False))
+intervention("profiler", quick=False)(
+    _in_context(lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), False)
+)
 
 
 def _trains(subject: Subject) -> None:
@@ -176,7 +180,7 @@ def training_bfloat16(subject: Subject) -> None:
 
 @intervention("training with gradient checkpointing", reversible=False)
 def checkpointing(subject: Subject) -> None:
-    """diffusers' own switch."""
+    """Diffusers' own switch."""
     if not getattr(subject.model, "_supports_gradient_checkpointing", False):
         raise NotApplicable("no gradient checkpointing")
     _training(subject)
@@ -184,7 +188,7 @@ def checkpointing(subject: Subject) -> None:
     subject.model.enable_gradient_checkpointing()
 
 
-@intervention("training steps of a fused optimizer", changes=True, reversible=False)
+@intervention("training steps of a fused optimizer", changes=True, reversible=False, undo_reaches=False)
 def fused_optimizer(subject: Subject) -> None:
     """SGD(fused=True) between steps, which does not make small gradients large; the results are those of validation."""
     _trains(subject)

@@ -69,7 +69,11 @@ def find_parts(model: torch.nn.Module, forward: Callable[[], Any]) -> Parts:
         tuple(f"{p}.{n}" for p, n in children if not _NORM.search(n) and _PROJECTION.search(n)),
         tuple(sorted(ropes)),
         {path: type(module) for path, module in model.named_modules()},
-        {p: type(found) for p in attentions if (found := getattr(model.get_submodule(p), "processor", None)) is not None},
+        {
+            p: type(found)
+            for p in attentions
+            if (found := getattr(model.get_submodule(p), "processor", None)) is not None
+        },
     )
 
 

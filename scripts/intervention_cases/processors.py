@@ -206,7 +206,7 @@ def half_normed(subject: Subject) -> None:
 
 @intervention("projections fused")
 def fused(subject: Subject) -> None:
-    """diffusers' own fuse_qkv_projections."""
+    """Diffusers' own fuse_qkv_projections."""
     if not hasattr(subject.model, "fuse_qkv_projections"):
         raise NotApplicable("no fuse_qkv_projections")
     subject.model.fuse_qkv_projections()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from typing import Any
 
 import torch
@@ -141,8 +142,7 @@ intervention("rope class follows the timestep", changes=True)(_by_timestep("clas
 intervention("rope instance follows the timestep", changes=True)(_by_timestep("instance"))
 
 
-_NUMBERS = ("theta", "base", "fps", "base_fps", "scale_factors", "rope_theta", "max_position_embeddings", "base_height",
-            "base_width", "base_num_frames", "causal_offset", "rope_scale", "scale_rope", "original_max_position_embeddings")  # fmt: skip
+_NUMBERS = re.compile(r"theta|base|fps|scale|max_position_embeddings|offset")
 
 
 @intervention("attributes of ropes change from step to step", changes=True)
@@ -151,8 +151,8 @@ def attributes(subject: Subject) -> None:
     found = [
         (module, name, value)
         for module in subject.each("ropes")
-        for name in _NUMBERS
-        if isinstance(value := vars(module).get(name), int | float) and not isinstance(value, bool)
+        for name, value in vars(module).items()
+        if _NUMBERS.search(name) and isinstance(value, int | float) and not isinstance(value, bool)
     ]
     if not found:
         raise NotApplicable("no numbers in ropes")

@@ -45,7 +45,9 @@ def reasons(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Why cases were refused, not judged, or not applicable, and how many."""
     kinds = (judge.REFUSED, judge.REFUSED_LATE, judge.NOT_JUDGED, judge.NOT_APPLICABLE)
     found = Counter(
-        (row.outcome, row.intervention, row.when, _VARIES.sub("*", row.detail)[:160]) for row in rows if row.outcome in kinds
+        (row.outcome, row.intervention, row.when, _VARIES.sub("*", row.detail)[:160])
+        for row in rows
+        if row.outcome in kinds
     )
     return [
         {"outcome": outcome, "intervention": name, "when": when, "reason": reason, "cases": count}

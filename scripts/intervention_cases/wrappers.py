@@ -167,7 +167,9 @@ def shared_norm(subject: Subject) -> None:
     for module in subject.each("attentions"):
         pairs = [("norm_q", "norm_k"), ("q_norm", "k_norm"), ("q_rms_norm", "k_rms_norm"), ("query_norm", "key_norm")]
         for q, k in pairs:
-            if isinstance(getattr(module, q, None), torch.nn.Module) and isinstance(getattr(module, k, None), torch.nn.Module):
+            if isinstance(getattr(module, q, None), torch.nn.Module) and isinstance(
+                getattr(module, k, None), torch.nn.Module
+            ):
                 subject.assign(module, k, getattr(module, q))
                 done = True
     if not done:
@@ -234,7 +236,9 @@ def _parametrized(kind: str) -> Any:
     def put(subject: Subject) -> None:
         from torch.nn.utils import parametrize
 
-        found = [module for module in subject.each(kind) if isinstance(getattr(module, "weight", None), torch.nn.Parameter)]
+        found = [
+            module for module in subject.each(kind) if isinstance(getattr(module, "weight", None), torch.nn.Parameter)
+        ]
         if not found:
             raise NotApplicable(f"no weights in {kind}")
         for module in found:
