@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from wrong_arguments import GRID, HUGE, SPEC, WRONG, calls, every_argument, normal, wrong_argument_outcome
@@ -319,6 +320,24 @@ def test_sparse_and_negated_tensors_are_refused() -> None:
         dit_rope.rotate(normal(1, 24, 2, 8).to_sparse(), table)
     with pytest.raises(ValueError, match="x must hold its own values, got a lazily negated view"):
         dit_rope.rotate(torch._neg_view(normal(1, 24, 2, 8)), table)
+    x, ones = normal(1, 24, 2, 8), torch.ones(8)
+    for name, make, error in (
+        ("weight", torch._neg_view, ValueError),
+        ("bias", torch._neg_view, ValueError),
+        ("weight", torch.Tensor.to_sparse, TypeError),
+    ):
+        parameters = {"weight": ones, "bias": ones} | {name: make(ones)}
+        with pytest.raises(error, match=f"{name} must "):
+            dit_rope.norm_rotate(x, table, norm=NormKind.LAYER_PER_HEAD, **parameters)
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    x, table, two = normal(1, 27, 2, 8), rope_table(SPEC, GRID), np.int64(2)
+    expected = dit_rope.rotate(x, table, prefix=2, suffix=1)
+    for _ in range(2):
+        assert torch.equal(dit_rope.rotate(x, table, prefix=two, suffix=np.int8(1)), expected)
+    compiled = torch.compile(lambda y: dit_rope.rotate(y, table, prefix=2, suffix=1), backend="aot_eager")
+    assert torch.equal(compiled(x), expected)
 
 
 # Arguments of the wrong type, one at a time.

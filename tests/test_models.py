@@ -1,4 +1,4 @@
-"""Every model that a patch knows: the same bits as unpatched, nothing left behind, and something gained."""
+"""Every model of the zoo: the same bits as unpatched, nothing left behind, and something gained. Wan: test_patching.py."""
 
 from __future__ import annotations
 

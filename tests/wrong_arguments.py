@@ -78,7 +78,10 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             {"keys": keys, "table": SPEC, "delta_frames": None, "deltas": torch.ones(2, 1, dtype=torch.int32),
              "blocks": torch.tensor([1, 0], dtype=torch.int32)},
         ),
-        "plan_eviction": (dit_rope.plan_eviction, {"evicted": [1], "blocks": 4, "block_size": 2}),
+        "plan_eviction": (dit_rope.plan_eviction, {"evicted": [1], "blocks": 4, "block_size": 2, "tokens": 7}),
+        "positions_at": (
+            lambda frame, row, column: table.positions_at(frame, row, column), {"frame": 1, "row": 2, "column": 3}
+        ),
         "ShiftTable": (
             ShiftTable, {"spec": SPEC, "axis": 0, "step": 1, "device": "cpu", "dtype": torch.float32}
         ),
@@ -167,11 +170,9 @@ def wrong_argument_outcome(name: str, argument: str, kind: str) -> str:
 _ALSO = {
     "sizes": "size",
     "config": "rope_scaling",
-    "rope_theta": "theta",
-    "theta_rescale_factor": "theta_rescale",
-    "start_frame": "grid",
-    "sp_rank": "rank",
-    "sp_world_size": "shard",
+    "frame": "coordinates",
+    "row": "coordinates",
+    "column": "coordinates",
 }
 """What messages call an argument that is the field of an object."""
 
