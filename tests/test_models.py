@@ -1,4 +1,4 @@
-"""Every model of the zoo: the same bits as unpatched, nothing left behind, and something gained. Wan: test_patching.py."""
+"""Every model of the zoo, which Wan is not in: the same bits as unpatched, nothing left behind, and something gained."""
 
 from __future__ import annotations
 
