@@ -15,7 +15,6 @@ _CACHE = ("tests/test_cache.py", "tests/test_cache_attack.py")
 _EAGER = ("tests/test_eager.py", "tests/test_rotation.py")
 _OPS = ("tests/test_ops.py", "tests/test_rotation.py")
 _STREAM = ("tests/test_streaming.py", "tests/test_rolling_cache.py")
-_SHIFT = ("tests/test_shifting.py",)
 _MODELS = ("tests/test_models.py",)
 _PATCHING = ("tests/test_patching.py",)
 _MEMO = ("tests/test_model_tables.py",)
@@ -24,6 +23,15 @@ _NO_COMPILE = "not compile and not opcheck"
 
 def _tables(name: str, old: str, new: str, file: str = "tables") -> Mutation:
     return Mutation(name, f"dit_rope/{file}.py", old, new, _CORE, _QUICK)
+
+
+def _dense(name: str, old: str, new: str) -> Mutation:
+    return _tables(name, old, new, "dense_tables")
+
+
+def _key_without(field: str, kind: str) -> Mutation:
+    new = f"    {field}: {kind} = dataclasses.field(compare=False)\n"
+    return _dense(f"key-without-{field}", f"    {field}: {kind}\n", new)
 
 
 def _scaling(name: str, old: str, new: str, file: str = "scaling") -> Mutation:
@@ -46,6 +54,10 @@ def _ops(name: str, old: str, new: str, file: str = "ops") -> Mutation:
     return Mutation(name, f"dit_rope/{file}.py", old, new, _OPS, _NO_COMPILE)
 
 
+def _shift(name: str, old: str, new: str, k: str) -> Mutation:
+    return Mutation(name, "dit_rope/shifting.py", old, new, ("tests/test_shifting.py",), k)
+
+
 def _models(name: str, file: str, old: str, new: str, examples: str, equivalent: str = "") -> Mutation:
     """A fault that one or two examples of models show."""
     chosen = f"({examples}) and (bitwise or fast_mode)"
@@ -60,36 +72,21 @@ def _memo(name: str, old: str, new: str) -> Mutation:
     return Mutation(name, "dit_rope/models/model_tables.py", old, new, _MEMO)
 
 
-_FORM_KEY = "    spec: RopeSpec\n    grid: Grid\n    shard: Shard\n    dtype: torch.dtype\n    form: Form\n"
-
-_UNCOMPARED = " = dataclasses.field(compare=False)\n"
-
 MUTATIONS = (
     # Tables, shards and axes.
-    _tables("key-without-shard", _FORM_KEY, _FORM_KEY.replace("Shard\n", f"Shard{_UNCOMPARED}"), "dense_tables"),
-    _tables(
-        "key-without-dtype", _FORM_KEY, _FORM_KEY.replace("torch.dtype\n", f"torch.dtype{_UNCOMPARED}"), "dense_tables"
+    *(
+        _key_without(*each)
+        for each in (("shard", "Shard"), ("dtype", "torch.dtype"), ("form", "Form"), ("grid", "Grid"))
     ),
-    _tables("key-without-form", _FORM_KEY, _FORM_KEY.replace("Form\n", f"Form{_UNCOMPARED}"), "dense_tables"),
-    _tables("key-without-grid", _FORM_KEY, _FORM_KEY.replace("Grid\n", f"Grid{_UNCOMPARED}"), "dense_tables"),
     _tables("first-row-off-by-one", "packed + start - first)", "packed + start - first + 1)"),
     _tables("axis-in-the-last-columns", "packed + array.shape[1], :pairs]", "packed + array.shape[1], -pairs:]"),
-    _tables("padding-turns", "flat[1][layout.inside :] = 0.0", "flat[1][layout.inside :] = 1.0", "dense_tables"),
+    _dense("padding-turns", "flat[1][layout.inside :] = 0.0", "flat[1][layout.inside :] = 1.0"),
     _tables("padding-of-positions", "len(layout.sizes)), -1, dtype", "len(layout.sizes)), 0, dtype"),
-    _tables(
-        "axes-swapped-in-dense-shards", "value[coordinates[axis]]", "value[coordinates[-1 - axis]]", "dense_tables"
-    ),
-    _tables(
-        "interleaved-as-half", "values.repeat_interleave(2, dim=-1), [", "values.repeat(1, 1, 2), [", "dense_tables"
-    ),
-    _tables(
-        "half-beside-itself",
-        "slice(column + half, column + half + pairs)",
-        "slice(column, column + pairs)",
-        "dense_tables",
-    ),
+    _dense("axes-swapped-in-dense-shards", "value[coordinates[axis]]", "value[coordinates[-1 - axis]]"),
+    _dense("interleaved-as-half", "values.repeat_interleave(2, dim=-1), [", "values.repeat(1, 1, 2), ["),
+    _dense("half-beside-itself", "slice(column + half, column + half + pairs)", "slice(column, column + pairs)"),
     _tables("positions-of-the-first-axis", "+ table.first_rows[axis]", "+ table.first_rows[0]"),
-    _tables("complex-sign", "return torch.complex(cos, sin)", "return torch.complex(cos, -sin)", "dense_tables"),
+    _dense("complex-sign", "return torch.complex(cos, sin)", "return torch.complex(cos, -sin)"),
     _tables("token-offset-dropped", "token_offset=self.token_offset,", "token_offset=0,"),
     _tables("ceil-to-floor", "count = -(-grid.tokens // shard.world)", "count = grid.tokens // shard.world", "layout"),
     _tables(
@@ -210,22 +207,8 @@ MUTATIONS = (
         _STREAM,
         "not compile and not cuda",
     ),
-    Mutation(
-        "shift-backwards",
-        "dit_rope/shifting.py",
-        "inverse=towards_start",
-        "inverse=not towards_start",
-        _SHIFT,
-        "gives_keys or video",
-    ),
-    Mutation(
-        "shift-of-axis-0",
-        "dit_rope/shifting.py",
-        "positions[..., angles.axis] = steps",
-        "positions[..., 0] = steps",
-        _SHIFT,
-        "video",
-    ),
+    _shift("shift-backwards", "inverse=towards_start", "inverse=not towards_start", "gives_keys or video"),
+    _shift("shift-of-axis-0", "positions[..., angles.axis] = steps", "positions[..., 0] = steps", "video"),
     Mutation(
         "shard-of-fastvideo",
         "dit_rope/compat/fastvideo.py",

@@ -1,4 +1,4 @@
-"""Every model of the zoo, which Wan is not in: the same bits as unpatched, nothing left behind, and something gained."""
+"""Every model of the zoo, where Wan is not: the same bits as unpatched, nothing left behind, something gained."""
 
 from __future__ import annotations
 
