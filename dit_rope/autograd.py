@@ -14,6 +14,7 @@ import torch
 
 from . import derivatives
 from .backend_choice import choose_backend
+from .cache import in_level
 from .ops import library, rotate, unflatten, write_all
 from .rotation_args import RotationArgs
 from .spec import NormKind
@@ -39,6 +40,11 @@ def _norm_rotated(xs: Sequence[torch.Tensor], flat: Sequence[Any]) -> list[torch
     ]
 
 
+def _copies(xs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Of what will be overwritten: a gradient of the table or of a weight needs the values of before."""
+    return [x.clone() for x in xs]
+
+
 def _wants_grad(tensors: Sequence[torch.Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
@@ -55,17 +61,17 @@ def _norm_rotate_batched(xs: list[torch.Tensor], *flat: Any) -> list[torch.Tenso
 
 @torch.library.impl(library, "rotate_", "FuncTorchBatched")
 def _rotate_inplace_batched(xs: list[torch.Tensor], *flat: Any) -> None:
-    write_all(xs, _rotated(xs, flat))
+    write_all(xs, _rotated(_copies(xs), flat))
 
 
 @torch.library.impl(library, "norm_rotate_", "FuncTorchBatched")
 def _norm_rotate_inplace_batched(xs: list[torch.Tensor], *flat: Any) -> None:
-    write_all(xs, _norm_rotated(xs, flat))
+    write_all(xs, _norm_rotated(_copies(xs), flat))
 
 
 @torch.library.impl(library, "rotate", "Autograd")
 def _rotate_autograd(xs: list[torch.Tensor], *flat: Any) -> list[torch.Tensor]:
-    if derivatives.in_level() or _wants_grad(flat[:1]):
+    if in_level() or _wants_grad(flat[:1]):
         return _rotated(xs, flat)
     if _wants_grad(xs):
         return list(_Rotate.apply(flat, *xs))
@@ -74,8 +80,8 @@ def _rotate_autograd(xs: list[torch.Tensor], *flat: Any) -> list[torch.Tensor]:
 
 @torch.library.impl(library, "rotate_", "Autograd")
 def _rotate_inplace_autograd(xs: list[torch.Tensor], *flat: Any) -> None:
-    if derivatives.in_level() or _wants_grad([*xs, flat[0]]):
-        write_all(xs, _rotated(xs, flat))
+    if in_level() or _wants_grad([*xs, flat[0]]):
+        write_all(xs, _rotated(_copies(xs), flat))
         return
     with torch._C._AutoDispatchBelowAutograd():
         _ROTATE_INPLACE(xs, *flat)
@@ -84,7 +90,7 @@ def _rotate_inplace_autograd(xs: list[torch.Tensor], *flat: Any) -> None:
 @torch.library.impl(library, "norm_rotate", "Autograd")
 def _norm_rotate_autograd(xs: list[torch.Tensor], *flat: Any) -> list[torch.Tensor]:
     weights, biases, eps, name, *rest = flat
-    if derivatives.in_level() or _wants_grad(rest[:1]):
+    if in_level() or _wants_grad(rest[:1]):
         return _norm_rotated(xs, flat)
     if _wants_grad([*xs, *weights, *biases]):
         numbers = (len(xs), len(weights), eps, name)
@@ -95,8 +101,8 @@ def _norm_rotate_autograd(xs: list[torch.Tensor], *flat: Any) -> list[torch.Tens
 @torch.library.impl(library, "norm_rotate_", "Autograd")
 def _norm_rotate_inplace_autograd(xs: list[torch.Tensor], *flat: Any) -> None:
     weights, biases, _, _, rows, *_ = flat
-    if derivatives.in_level() or _wants_grad([*xs, *weights, *biases, rows]):
-        write_all(xs, _norm_rotated(xs, flat))
+    if in_level() or _wants_grad([*xs, *weights, *biases, rows]):
+        write_all(xs, _norm_rotated(_copies(xs), flat))
         return
     with torch._C._AutoDispatchBelowAutograd():
         _NORM_ROTATE_INPLACE(xs, *flat)
@@ -131,10 +137,7 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         args, backend, _ = _saved(ctx)
         given = [grad for grad in grads if grad is not None]
-        if args.exact:
-            turned = iter([derivatives.exact_gradient(grad, args) for grad in given])
-        else:
-            turned = iter(_turn_back(given, args, backend))
+        turned = iter(_turn_back(given, args, backend))
         return (None, *[None if grad is None else next(turned) for grad in grads])
 
 
@@ -158,6 +161,7 @@ class _NormRotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         args, backend, saved = _saved(ctx)
+        fast = replace(args, exact=False)
         count = ctx.count
         weights: Sequence[torch.Tensor | None] = saved[count:] or [None] * count
         dtypes = ctx.bias_dtypes or [None] * count
@@ -165,7 +169,7 @@ class _NormRotate(torch.autograd.Function):
             (None, None, None)
             if grad is None
             else derivatives.norm_gradient(
-                x, weight, dtype, grad, ctx.eps, ctx.norm, lambda wide: _turn_back([wide], args, backend)[0]
+                x, weight, dtype, grad, ctx.eps, ctx.norm, lambda wide: _turn_back([wide], fast, backend)[0]
             )
             for x, weight, dtype, grad in zip(saved[:count], weights, dtypes, grads, strict=True)
         ]
@@ -195,11 +199,12 @@ def _saved(ctx: Any) -> tuple[RotationArgs, str, Sequence[torch.Tensor]]:
 
 
 def _turn_back(grads: Sequence[torch.Tensor], args: RotationArgs, backend: str) -> list[torch.Tensor]:
-    """Gradients turned by the inverse rotation; they may come lazily negated, expanded or strided in their last dim."""
+    """Gradients turned back; they may come lazily negated, expanded or strided in their last dim."""
+    if args.exact or any(map(derivatives.is_batched_gradient, grads)):
+        return [derivatives.gradient(grad, args) for grad in grads]
     if not grads:
         return []
     rows = [grad.resolve_neg() for grad in grads]
     rows = [row if row.stride(-1) == 1 else row.contiguous() for row in rows]
     back = replace(args, inverse=not args.inverse)
-    name = "eager" if derivatives.in_level() else choose_backend(rows, back, backend)
-    return rotate(rows, back, name)
+    return rotate(rows, back, choose_backend(rows, back, "auto" if in_level() else backend))

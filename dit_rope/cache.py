@@ -88,16 +88,21 @@ def in_mode() -> bool:
     )
 
 
-def in_transform() -> bool:
-    """Whether somebody differentiates, batches or records torch's own operations as they are called.
+def in_level() -> bool:
+    """Whether a level of torch.func (grad, jvp, vmap) or of dual numbers is active.
 
-    That is: a level of torch.func (grad, jvp, vmap), a level of dual numbers, or torch.jit tracing. Under any of them a
-    call has to be made of operations that torch knows: one that a kernel answers would have no tangent and no trace.
+    Under it a call has to be made of operations that torch knows: one that a kernel answers would have no tangent.
     """
-    return _function_transforms() is not None or forward_ad._current_level >= 0 or _jit_tracing() is not None
+    return _function_transforms() is not None or forward_ad._current_level >= 0
 
 
-# torch.compile takes the answer of the moment it traces. torch's decorator for this would import dynamo.
+def in_transform() -> bool:
+    """Whether somebody differentiates, batches or records torch's operations: :func:`in_level`, or torch.jit."""
+    return in_level() or _jit_tracing() is not None
+
+
+# torch.compile takes the answers of the moment it traces. torch's decorator for this would import dynamo.
+in_level._dynamo_marked_constant = True  # type: ignore[attr-defined]
 in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -10,18 +10,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch.autograd import forward_ad
 
 from .backends import eager, token_angles
 from .rotation_args import RotationArgs
 from .spec import NormKind, Pairing
 
-_function_transforms = torch._C._functorch.peek_interpreter_stack
 
-
-def in_level() -> bool:
-    """Whether a level of torch.func (grad, jvp, vmap) or of dual numbers is active, so that kernels will not do."""
-    return _function_transforms() is not None or forward_ad._current_level >= 0
+def is_batched_gradient(x: torch.Tensor) -> bool:
+    """Whether ``x`` is several gradients in one (``is_grads_batched``), by a way of batching older than torch.func."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(x))
 
 
 def rotated(x: torch.Tensor, args: RotationArgs) -> torch.Tensor:
@@ -52,35 +49,50 @@ def norm_rotated(
         entries = args.entries.long()
         turned = norm_rotated(x.index_select(0, entries), weight, bias, eps, norm, replace(args, entries=None))
         return x.index_copy(0, entries, turned)
+    wide = normed(x, weight, bias, eps, norm)
+    return _in_order_of(rotated(wide, replace(args, exact=False)).to(x.dtype), x)
+
+
+def normed(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, norm: NormKind
+) -> torch.Tensor:
+    """The norm of ``x`` ``[B, S, H, D]`` in float32, or float64 for float64 data."""
     wide = _wide(x.dtype)
-    normed = _normed(x.to(wide), eps, norm)[0]
+    out = _normed(x.to(wide), eps, norm)[0]
     if weight is not None:
-        normed = normed * _of_head(weight.to(wide), x, norm)
+        out = out * _of_head(weight.to(wide), x, norm)
     if bias is not None:
-        normed = normed + _of_head(bias.to(wide), x, norm)
-    return _in_order_of(rotated(normed, replace(args, exact=False)).to(x.dtype), x)
+        out = out + _of_head(bias.to(wide), x, norm)
+    return out
 
 
-def exact_gradient(grad: torch.Tensor, args: RotationArgs) -> torch.Tensor:
-    """Gradient ``[B, S, H, D]`` of the exact rotation, in the layout of ``grad``; differentiable in its turn.
+def gradient(grad: torch.Tensor, args: RotationArgs) -> torch.Tensor:
+    """Gradient ``[B, S, H, D]`` of the rotation, in the layout of ``grad``; differentiable in its turn.
 
-    The roundings are those of autograd through :func:`dit_rope.backends.eager.reference`: each product is cast to the
-    dtype of the data before the two are added, since each of them is the gradient of one use of a channel.
+    The roundings in exact mode are those of autograd through :func:`dit_rope.backends.eager.reference`: each product is
+    cast to the dtype of the data before the two are added, since each of them is the gradient of one use of a channel.
+    Only such operations as the batching of ``is_grads_batched`` has too.
     """
     cos, sin = token_angles.dense_angles(args, *grad.shape[1:3])
-    pairs = cos.shape[-1]
-    turning, rest = grad[..., : 2 * pairs], grad[..., 2 * pairs :]
-    interleaved = args.pairing is Pairing.INTERLEAVED
-    split = turning.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turning.split(pairs, dim=-1)
-    first, second = (part.to(torch.promote_types(grad.dtype, cos.dtype)) for part in split)
+    if args.exact:
+        wide, rounded = torch.promote_types(grad.dtype, cos.dtype), grad.dtype
+    else:
+        wide = rounded = _wide(grad.dtype)
+        cos, sin = cos.to(wide), sin.to(wide)
+    pairs, interleaved = cos.shape[-1], args.pairing is Pairing.INTERLEAVED
+    turning = grad[..., : 2 * pairs] if 2 * pairs < grad.shape[-1] else grad
+    shape = turning.shape
+    dim = -1 if interleaved else -2
+    first, second = turning.reshape(*shape[:-1], *((pairs, 2) if interleaved else (2, pairs))).to(wide).unbind(dim)
     channels = (
-        (first * cos).to(grad.dtype) + (second * sin).to(grad.dtype),
-        (second * cos).to(grad.dtype) - (first * sin).to(grad.dtype),
+        (first * cos).to(rounded) + (second * sin).to(rounded),
+        (second * cos).to(rounded) - (first * sin).to(rounded),
     )
-    out = torch.stack(channels, dim=-1).flatten(-2) if interleaved else torch.cat(channels, dim=-1)
-    out = _with_still(grad, torch.cat((out, rest), dim=-1) if rest.shape[-1] else out, args)
+    out = torch.stack(channels, dim=dim).reshape(shape).to(grad.dtype)
+    if 2 * pairs < grad.shape[-1]:
+        out = torch.cat((out, grad[..., 2 * pairs :]), dim=-1)
     # Sums that upstream's code forms of it later add up in an order that follows from where its numbers lie.
-    return torch.empty_like(grad).copy_(out)
+    return torch.empty_like(grad).copy_(_with_still(grad, out, args))
 
 
 def norm_gradient(
@@ -101,15 +113,15 @@ def norm_gradient(
     wide = _wide(x.dtype)
     dims = _dims(norm)
     turned = turn_back(grad.to(wide))
-    normed, scale = _normed(x.to(wide), eps, norm)
+    values, scale = _normed(x.to(wide), eps, norm)
     summed = (0, 1) if norm.across_heads else (0, 1, 2)
     weight_grad = bias_grad = None
     if bias_dtype is not None:
-        bias_grad = turned.sum(summed).flatten().to(bias_dtype)
+        bias_grad = turned.sum(summed).reshape(-1).to(bias_dtype)
     if weight is not None:
-        weight_grad = (turned * normed).sum(summed).flatten().to(weight.dtype)
+        weight_grad = (turned * values).sum(summed).reshape(-1).to(weight.dtype)
         turned = turned * _of_head(weight.to(wide), x, norm)
-    x_grad = turned - normed * (turned * normed).mean(dims, keepdim=True)
+    x_grad = turned - values * (turned * values).mean(dims, keepdim=True)
     if norm.centred:
         x_grad = x_grad - turned.mean(dims, keepdim=True)
     return (scale * x_grad).to(x.dtype), weight_grad, bias_grad
@@ -140,9 +152,8 @@ def _with_still(x: torch.Tensor, out: torch.Tensor, args: RotationArgs) -> torch
     still = token_angles.still_channels(args, x.shape[1])
     if still is None:
         return out
-    width = still.shape[-1]
-    kept = torch.where(still, x[..., :width], out[..., :width])
-    return torch.cat((kept, out[..., width:]), dim=-1) if width < x.shape[-1] else kept
+    further = x.shape[-1] - still.shape[-1]
+    return torch.where(torch.nn.functional.pad(still, (0, further), value=True) if further else still, x, out)
 
 
 def _in_order_of(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

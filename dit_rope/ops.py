@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from . import derivatives
 from .backend_choice import MODULES, choose_backend
-from .cache import in_mode
+from .cache import in_level, in_mode
 from .rotation_args import RotationArgs
 from .spec import NormKind, Pairing
 
@@ -54,16 +53,16 @@ def rotate_(xs: Sequence[torch.Tensor], args: RotationArgs, backend: str) -> Non
         torch.ops.dit_rope.rotate_(list(xs), *_flatten(args), backend)
         return
     MODULES[backend].rotate(xs, args, xs)
-    _countwrite_all(xs)
+    _count_write(xs)
 
 
 def rotate_into(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], backend: str) -> None:
     """Rotates ``xs`` ``[B, S, H, D]`` into ``outs``, which backward passes and tracers do not see."""
-    if derivatives.in_level():
+    if in_level():
         write_all(outs, rotate(xs, args, backend))
         return
     MODULES[backend].rotate(xs, args, outs)
-    _countwrite_all(outs)
+    _count_write(outs)
 
 
 def norm_rotate(
@@ -98,11 +97,14 @@ def norm_rotate_(
     """Norm, then rotation, of ``xs`` ``[B, S, H, D]`` in place."""
     given, added = _for_all(xs, weights, norm, 1.0), _for_all(xs, biases, norm, 0.0) if biases else []
     if _needs_dispatcher([*xs, *given, *added], args.rows):
+        if _recorded(args):
+            write_all(xs, norm_rotate(xs, weights, eps, norm, args, backend, biases))
+            return
         norm_args = (given, added, eps, norm.value)
         torch.ops.dit_rope.norm_rotate_(list(xs), *norm_args, *_flatten(args), backend)
         return
     MODULES[backend].norm_rotate(xs, given or weights, eps, norm, args, xs, added)
-    _countwrite_all(xs)
+    _count_write(xs)
 
 
 def _needs_dispatcher(tensors: Sequence[torch.Tensor], rows: torch.Tensor) -> bool:
@@ -124,7 +126,7 @@ def _recorded(args: RotationArgs) -> bool:
     return torch._C._get_tracing_state() is not None and args.entries is None
 
 
-def _countwrite_all(xs: Sequence[torch.Tensor]) -> None:
+def _count_write(xs: Sequence[torch.Tensor]) -> None:
     """Tells autograd, which cannot see what a kernel writes, that ``xs`` have changed."""
     torch.autograd.graph.increment_version([x for x in xs if not x.is_inference()])
 
@@ -196,7 +198,7 @@ def _rotate(xs: list[torch.Tensor], *flat: Any) -> list[torch.Tensor]:
 @torch.library.impl(library, "rotate_", "CompositeExplicitAutograd")
 def _rotate_inplace(xs: list[torch.Tensor], *flat: Any) -> None:
     _rotate_into(xs, xs, flat)
-    _countwrite_all(xs)
+    _count_write(xs)
 
 
 @torch.library.impl(library, "norm_rotate", "CompositeExplicitAutograd")
@@ -209,7 +211,7 @@ def _norm_rotate(xs: list[torch.Tensor], *flat: Any) -> list[torch.Tensor]:
 @torch.library.impl(library, "norm_rotate_", "CompositeExplicitAutograd")
 def _norm_rotate_inplace(xs: list[torch.Tensor], *flat: Any) -> None:
     _norm_rotate_into(xs, xs, flat)
-    _countwrite_all(xs)
+    _count_write(xs)
 
 
 @torch.library.register_fake("dit_rope::rotate", lib=library)

@@ -11,6 +11,7 @@ import torch
 from . import autograd as autograd  # which tells torch the derivatives of the operators
 from . import derivatives, ops
 from .backend_choice import check_backend, choose_backend
+from .cache import in_level
 from .rotation_args import RotationArgs
 from .spec import NormKind
 from .tables import RopeTable
@@ -79,8 +80,7 @@ def rotate_qk(
         prefix, suffix: tokens before and after the grid's (text) that do not turn;
             ``prefix + table.count + suffix`` must be S.
         positions: ``[1 or B, S - prefix - suffix, axes]`` int32 rows of ``table.rows``, such as ``table.positions()``
-            and ``table.positions_at(...)`` give, for tokens in another order or number than the table's; a negative row
-            does not turn. On a CPU a row of another axis is refused.
+            gives, for tokens in another order or number than the table's; a negative row does not turn.
         inverse: turn backwards.
         inplace: overwrite q and k. Refused when a gradient is wanted.
         exact: the same bits as the model's eager code gives, products rounded before they are added, in the dtype
@@ -235,7 +235,7 @@ def _check(
     if found is None:
         args = _validated(names, xs, table, around, positions, flags, backend, norm)
         name = choose_backend(xs, args, backend, None if norm is None or args.exact else norm[0])
-        if derivatives.in_level():  # whose choice is not that of other calls
+        if in_level():  # whose choice is not that of other calls
             return args, name
         if len(table.validated) >= _MAX_REMEMBERED:
             table.validated.clear()
@@ -285,9 +285,8 @@ def _rotate(
     names: Sequence[str], xs: Sequence[torch.Tensor], args: RotationArgs, inplace: bool, backend: str
 ) -> list[torch.Tensor]:
     check_flags(inplace=inplace)
-    if inplace and not derivatives.in_level():  # there torch writes, which refuses as much and tells why
-        check_inplace(names, xs)
     if inplace:
+        check_inplace(names, xs)
         ops.rotate_(xs, args, backend)
         return list(xs)
     return ops.rotate(xs, args, backend)
@@ -303,7 +302,7 @@ def _norm_rotate(
 ) -> list[torch.Tensor]:
     kind, eps, weights, biases = norm[0], float(norm[1]), *norm[2:]
     check_flags(inplace=inplace)
-    if inplace and not derivatives.in_level():
+    if inplace:
         check_inplace(names, xs, [parameter for parameter in (*weights, *biases) if parameter is not None])
     if args.exact:
         affine = zip(xs, weights, biases or [None] * len(xs), strict=True)
@@ -328,6 +327,8 @@ def _torch_norm(
     if norm.centred:
         wide = functools.reduce(torch.promote_types, (t.dtype for t in (weight, bias) if t is not None), x.dtype)
         weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+        if in_level():  # torch's own LayerNorm gives wrong gradients of its tangents
+            return derivatives.normed(x.to(wide), weight, bias, eps, norm).to(x.dtype)
         normed = torch.nn.functional.layer_norm(flat.to(wide), flat.shape[-1:], weight, bias, eps).to(x.dtype)
     else:
         normed = torch.nn.functional.rms_norm(flat, flat.shape[-1:], weight, eps)

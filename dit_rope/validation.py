@@ -322,6 +322,7 @@ def _disjoint(a: torch.Tensor, b: torch.Tensor) -> bool:
     """
     if a.device.type == "meta" or a.numel() == 0 or b.numel() == 0:
         return True
+    a, b = _in_memory(a), _in_memory(b)
     if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
         return True
     if a.dtype.itemsize != b.dtype.itemsize:
@@ -334,6 +335,13 @@ def _disjoint(a: torch.Tensor, b: torch.Tensor) -> bool:
         if gap >= _span(a, period) and period - gap >= _span(b, period):
             return True
     return False
+
+
+def _in_memory(x: torch.Tensor) -> torch.Tensor:
+    """The tensor that torch.func has wrapped, which has memory and the dims that are batched away; else ``x``."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def _span(x: torch.Tensor, period: int | None) -> int:

@@ -164,7 +164,7 @@ MUTATIONS = (
     _eager("across-heads-per-head", "(-2, -1) if kind.across_heads else (-1,)", "(-1,)"),
     _eager("mean-per-head", "x.mean(self.dims, keepdim=True), out=out)", "x.mean((-1,), keepdim=True), out=out)"),
     _eager("weight-of-the-first", "self.weights[index], self.biases", "self.weights[0], self.biases"),
-    _eager("negative-row-turns", "+ 1).clamp_(min=0)", "+ 1).clamp_(min=1)", file="token_angles"),
+    _eager("negative-row-turns", "+ 1).clamp(min=0)", "+ 1).clamp(min=1)", file="token_angles"),
     _eager("prefix-forgotten", "slice(args.prefix, args.prefix + turn.count)", "slice(0, turn.count)"),
     _eager("angle-key-without-inverse", "args.pairing, args.inverse, self.exact", "args.pairing, self.exact"),
     _angles(
@@ -175,7 +175,7 @@ MUTATIONS = (
     _eager("wrong-coordinate", "coordinate + first for coordinate", "coordinate for coordinate", file="token_angles"),
     # The operators and the calls.
     _ops("backward-forward", "inverse=not args.inverse)", "inverse=args.inverse)", file="autograd"),
-    _ops("norm-gradient-sign", "x_grad = turned - normed *", "x_grad = turned + normed *", file="derivatives"),
+    _ops("norm-gradient-sign", "x_grad = turned - values *", "x_grad = turned + values *", file="derivatives"),
     _ops("gradient-of-the-mean", "x_grad = x_grad - turned.mean(dims, keepdim=True)", "pass", file="derivatives"),
     _ops("gradient-without-weight", "turned = turned * _of_head(", "_ = turned * _of_head(", file="derivatives"),
     _ops("gradient-eps", "keepdim=True) + eps)", "keepdim=True))", file="derivatives"),

@@ -80,7 +80,7 @@ def gather(table: torch.Tensor, rows: torch.Tensor, pairs: Sequence[int]) -> lis
     ``rows`` are ``[B or 1, n, heads, axes]``. The first row of the table is the identity, for negative rows; row 0
     comes after it.
     """
-    flat = (rows.flatten(0, 2) + 1).clamp_(min=0)
+    flat = (rows.flatten(0, 2) + 1).clamp(min=0)
     gathered = (table.index_select(-2, flat[:, axis]) for axis in range(len(pairs)))
     return [part[..., :width].unflatten(-2, rows.shape[:3]) for part, width in zip(gathered, pairs, strict=True)]
 
