@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .backends import cuda_kernels, eager, triton_kernels
-from .derivatives import in_level
+from .cache import in_level
 from .rotation_args import RotationArgs
 from .spec import NormKind, Pairing
 

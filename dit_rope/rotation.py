@@ -80,7 +80,8 @@ def rotate_qk(
         prefix, suffix: tokens before and after the grid's (text) that do not turn;
             ``prefix + table.count + suffix`` must be S.
         positions: ``[1 or B, S - prefix - suffix, axes]`` int32 rows of ``table.rows``, such as ``table.positions()``
-            gives, for tokens in another order or number than the table's; a negative row does not turn.
+            and ``table.positions_at(...)`` give, for tokens in another order or number than the table's; a negative row
+            does not turn. On a CPU a row of another axis is refused.
         inverse: turn backwards.
         inplace: overwrite q and k. Refused when a gradient is wanted.
         exact: the same bits as the model's eager code gives, products rounded before they are added, in the dtype
