@@ -13,12 +13,12 @@ import typer
 from typer.testing import CliRunner, Result
 
 import dit_rope
+from dit_rope import rotation
 from dit_rope.benchmark import end_to_end
 from dit_rope.benchmark.end_to_end import ARCHITECTURES, VARIANTS, Mismatch, Step, architecture_step, measure_step
 from dit_rope.benchmark.results import read_csv
 from dit_rope.benchmark.step_profile import KINDS, ROPE, shares
 from dit_rope.benchmark.timing import Timing
-from dit_rope.models import seams
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import bench_end_to_end
@@ -108,15 +108,15 @@ def test_twins_share_parameters_and_leave_the_step_unpatched(step: Step) -> None
 
 @pytest.mark.parametrize("name", ["apply", "apply_norm"])
 def test_wrong_output_gives_no_figures(step: Step, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = getattr(seams.rotation, name), []
-    monkeypatch.setattr(seams.rotation, name, lambda *a, **k: [2 * x for x in real(*a, **k)])
+    real, calls = getattr(rotation, name), []
+    monkeypatch.setattr(rotation, name, lambda *a, **k: [2 * x for x in real(*a, **k)])
     with pytest.raises(Mismatch, match="must"):
         measure_step(step, rounds=3, advance=lambda: calls.append(1))
     assert not calls
 
 
 def test_fast_mode_may_not_miss_the_rotation(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seams.rotation, "apply_norm", lambda xs, *a, **k: xs)
+    monkeypatch.setattr(rotation, "apply_norm", lambda xs, *a, **k: xs)
     with pytest.raises(Mismatch, match=r"tables, norm and rotation must be within .* got"):
         measure_step(step, rounds=3)
 
@@ -205,7 +205,7 @@ def test_script_writes_every_variant_of_every_run(results: Path) -> None:
 def test_script_prints_no_figures_and_fails_where_outputs_differ(
     results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seams.rotation, "apply", lambda xs, *a, **k: xs)
+    monkeypatch.setattr(rotation, "apply", lambda xs, *a, **k: xs)
     done = script("wan-1.3b", "--grid", "2x3x4", "--dtype", "float32")
     assert done.exit_code != 0
     assert "no figures" in done.output

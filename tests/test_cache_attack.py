@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from known_classes import known, memoize
 from test_cache import CPU, in_threads
 
 import dit_rope
@@ -29,8 +30,8 @@ from dit_rope.backends import eager
 from dit_rope.cache import FifoCache
 from dit_rope.models import formats
 from dit_rope.models.adapter import EVERY, ModelTables
-from dit_rope.models.model_tables import MemoSeam, MemoSettings, MethodMemo
-from dit_rope.models.swapping import swap_class
+from dit_rope.models.class_override import Installed, PatchState
+from dit_rope.models.rope_modules import MemoizedMethod, TableSettings
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.tables import MODEL_TABLES
 
@@ -196,11 +197,14 @@ class _Model(torch.nn.Module):
 
 
 def test_memoized_model_tables_are_right_under_threads_and_writes(caps: None) -> None:
+    known(_Rope)
+    known(_Model, "tables")
     ropes, own = [_Rope(10.0 + n) for n in range(3)], [_Rope(10.0 + n) for n in range(3)]
     for rope in ropes:
-        swap_class(rope, MemoSeam, MemoSettings(ModelTables("rope", "_Rope", by_shape=EVERY), ("hidden",)))
+        memoize(rope, ModelTables("rope", "_Rope", by_shape=EVERY), ("hidden",))
     model = _Model()
-    memo = MethodMemo(model, "tables", MemoSettings(ModelTables("", "_Model", "tables"), ("ids",)))
+    settings = TableSettings(ModelTables("", "_Model", "tables"), ("ids",))
+    memo = MemoizedMethod(model, "tables", Installed(settings, PatchState()))
     start = threading.Barrier(16)
 
     def attack(seed: int) -> list[str]:
@@ -274,13 +278,12 @@ def test_packed_tables_die_with_the_tensor_they_were_packed_from() -> None:
 
 
 def test_tensor_that_stays_gathers_no_packed_tables_of_those_that_change() -> None:
-    positions = torch.zeros((1, 3, 1, 1), dtype=torch.int32)
-    axis_rows = formats.AxisRows(RopeSpec((8,)))
+    cos = torch.ones(3, 8)
     alive = []
     for number in range(100):
-        rows = torch.full((2, 3, 4), float(number))
-        alive.append(weakref.ref(axis_rows.pack((positions, rows), CPU)[0].rows))
-    del rows
+        sin = torch.full((3, 8), float(number))
+        alive.append(weakref.ref(formats.INTERLEAVED.pack((cos, sin), CPU)[0].rows))
+    del sin
     gc.collect()
     assert sum(ref() is not None for ref in alive) <= 16
 

@@ -11,8 +11,8 @@ from zoo import EXAMPLES, Example, Noise
 
 import dit_rope
 from dit_rope import Fusion, Scaling
-from dit_rope.models import seams as seams_module
-from dit_rope.models.swapping import Seam
+from dit_rope import rotation as rotation_module
+from dit_rope.models.class_override import Override
 
 NAMES = ("hunyuan-video", "flux", "ltx-padded", "qwen-image", "kandinsky5")
 FUSIONS = pytest.mark.parametrize("fuse", Fusion, ids=lambda fuse: fuse.value)
@@ -50,9 +50,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the rotations that patched models run."""
     ran: list[str] = []
     for name in ("apply", "apply_norm"):
-        real = getattr(seams_module.rotation, name)
+        real = getattr(rotation_module, name)
         monkeypatch.setattr(
-            seams_module.rotation, name, lambda *a, name=name, real=real, **k: ran.append(name) or real(*a, **k)
+            rotation_module, name, lambda *a, name=name, real=real, **k: ran.append(name) or real(*a, **k)
         )
     return ran
 
@@ -83,7 +83,7 @@ def test_nothing_fused_builds_tables_once_and_leaves_attention_alone(name: str, 
         assert second.tables.misses == first.tables.misses
         assert second.models.misses == first.models.misses
         assert second.tables.hits + second.models.hits > first.tables.hits + first.models.hits
-        seams = {path for path, module in model.named_modules() if isinstance(module, Seam)}
+        seams = {path for path, module in model.named_modules() if isinstance(module, Override)}
         assert seams == {found.tables.path for plan in handle._plans for found in plan.tables}
         assert not any(len(module._forward_pre_hooks) for path, module in model.named_modules() if path)
         assert "left alone: norm and rotation of queries and keys, as fuse asks" in handle.report()
@@ -149,4 +149,4 @@ def test_patch_refuses_a_fuse_that_is_no_fusion(fuse: Any) -> None:
     model = wan_models.build("wan")
     with pytest.raises(TypeError, match=r"fuse must be a Fusion, got "):
         dit_rope.patch(model, fuse=fuse)
-    assert not any(isinstance(module, Seam) for module in model.modules())
+    assert not any(isinstance(module, Override) for module in model.modules())

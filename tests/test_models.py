@@ -11,8 +11,9 @@ import torch
 from zoo import EXAMPLES, Example, Noise
 
 import dit_rope
-from dit_rope.models import ADAPTERS
-from dit_rope.models import seams as seams_module
+from dit_rope import rotation as rotation_module
+from dit_rope.models import ADAPTERS, attention, rotating_norms
+from dit_rope.models.packed_tables import UnfitTable
 from dit_rope.patching import adapter_of
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -115,34 +116,55 @@ def test_fast_mode_errs_as_unpatched_does(example: Example, dtype: torch.dtype) 
 
 
 @BY_NAME
-def test_every_seam_turns(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patching_runs_nothing_and_draws_nothing(example: Example) -> None:
+    """Hooks of others are not called, no rank waits for another, and random numbers go on as they would."""
+    model = example.build()
+    called: list[torch.nn.Module] = []
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, args: called.append(module))
+    state = torch.get_rng_state()
+    dit_rope.patch(model).undo()
+    assert not called
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@BY_NAME
+def test_every_norm_rotates(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equality alone would not notice a patch that does nothing."""
     model = example.build()
     calls: list[int] = []
     for name in ("apply", "apply_norm"):
-        real = getattr(seams_module.rotation, name)
-        monkeypatch.setattr(seams_module.rotation, name, lambda *a, real=real, **k: calls.append(1) or real(*a, **k))
-    flights: list[tuple[torch.nn.Module, seams_module.TakeRotation, seams_module.Flight]] = []
-    take = seams_module.TakeRotation.__call__
+        real = getattr(rotation_module, name)
+        monkeypatch.setattr(rotation_module, name, lambda *a, real=real, **k: calls.append(1) or real(*a, **k))
+    left: list[torch.nn.Module] = []
+    ended: list[tuple[torch.nn.Module, rotating_norms.RotatedCall]] = []
+    check, rotate = rotating_norms.RotatedCall.check, attention._with_rotating_norms
 
-    def taken(self: seams_module.TakeRotation, module: torch.nn.Module, *given: Any) -> Any:
-        result = take(self, module, *given)
-        if seams_module._in_flight.flight is not None:
-            flights.append((module, self, seams_module._in_flight.flight))
-        return result
+    def checked(self: rotating_norms.RotatedCall, module: torch.nn.Module) -> None:
+        check(self, module)
+        ended.append((module, self))
 
-    monkeypatch.setattr(seams_module.TakeRotation, "__call__", taken)
+    def rotated(processor: Any, attn: Any, guard: Any, settings: Any, args: Any, kwargs: Any) -> Any:
+        names = dict(zip(guard.parameters[1 if processor is None else 2 :], args, strict=False)) | kwargs
+        try:
+            return rotate(processor, attn, guard, settings, args, kwargs)
+        except UnfitTable:
+            if names.get(settings.rotations.rotary[0]) is not None:
+                left.append(attn)
+            raise
+
+    monkeypatch.setattr(rotating_norms.RotatedCall, "check", checked)
+    monkeypatch.setattr(attention, "_with_rotating_norms", rotated)
     with dit_rope.patch(model, exact=False):
-        calls.clear()
-        flights.clear()
         forward(example, model, torch.float32)
-    turned = [(module, hook) for module, hook, flight in flights if not flight.pending]
+    assert not left
+    complete = [(module, call) for module, call in ended if not call.pending]
     # Some modules pass by their norms in some of their calls, in none of the examples in all of them.
-    assert {type(module) for module, _ in turned} == {type(module) for module, *_ in flights}
-    assert len(calls) >= sum(len(hook.once) for _, hook in turned)
+    assert {type(module) for module, _ in complete} == {type(module) for module, _ in ended}
+    assert len(calls) >= sum(len(call.rotating) for _, call in complete)
     adapter = adapter_of(model)
     assert adapter is not None
-    assert calls or adapter.left_alone
+    assert calls or not adapter.rotations
 
 
 @BY_NAME

@@ -23,7 +23,7 @@ import wan_models
 
 import dit_rope
 from dit_rope.benchmark.results import read_csv
-from dit_rope.models.swapping import Seam
+from dit_rope.models.class_override import Override
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -70,7 +70,7 @@ class TestTiny:
 
 
 def is_patched(model: torch.nn.Module) -> bool:
-    return any(isinstance(module, Seam) for module in model.modules())
+    return any(isinstance(module, Override) for module in model.modules())
 
 
 @pytest.fixture

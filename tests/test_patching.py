@@ -14,10 +14,10 @@ import wan_models
 
 import dit_rope
 from dit_rope import patching
+from dit_rope import rotation as rotation_module
 from dit_rope.models import ADAPTERS
 from dit_rope.models import plan as plan_module
-from dit_rope.models import seams as seams_module
-from dit_rope.models.swapping import Seam
+from dit_rope.models.class_override import Override
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -56,10 +56,10 @@ def test_patched_equals_unpatched_bitwise(name: str, dtype: torch.dtype, frames:
     model = wan_models.build(name, dtype)
     expected = forward(model, dtype, frames=frames)
     with dit_rope.patch(model):
-        hits = dit_rope.cache_info().tables.hits
+        hits = dit_rope.cache_info().models.hits
         for _ in range(2):
             assert torch.equal(forward(model, dtype, frames=frames), expected)
-        assert dit_rope.cache_info().tables.hits > hits
+        assert dit_rope.cache_info().models.hits > hits
     assert torch.equal(forward(model, dtype, frames=frames), expected)
 
 
@@ -68,10 +68,9 @@ def test_patched_model_rotates_in_its_norms(name: str, monkeypatch: pytest.Monke
     """Equality alone would not notice a patch that does nothing."""
     model = wan_models.build(name)
     calls = []
-    real = seams_module.rotation.apply
-    monkeypatch.setattr(seams_module.rotation, "apply", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = rotation_module.apply
+    monkeypatch.setattr(rotation_module, "apply", lambda *a, **k: calls.append(1) or real(*a, **k))
     with dit_rope.patch(model) as handle:
-        calls.clear()  # of the probe
         forward(model)
         attentions = handle._plans[0].rotations
     assert len(calls) == 2 * len(attentions) >= 4
@@ -82,8 +81,8 @@ def test_fast_mode_is_close_and_fused(dtype: torch.dtype, monkeypatch: pytest.Mo
     model = wan_models.build("wan", dtype)
     expected = forward(model, dtype)
     calls = []
-    real = seams_module.rotation.apply_norm
-    monkeypatch.setattr(seams_module.rotation, "apply_norm", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = rotation_module.apply_norm
+    monkeypatch.setattr(rotation_module, "apply_norm", lambda *a, **k: calls.append(1) or real(*a, **k))
     with dit_rope.patch(model, exact=False):
         calls.clear()
         actual = forward(model, dtype)
@@ -172,7 +171,8 @@ def test_second_step_builds_no_table() -> None:
         second = dit_rope.cache_info()
     assert second.tables.misses == first.tables.misses
     assert second.axes.misses == first.axes.misses
-    assert second.tables.hits > first.tables.hits
+    assert second.models.misses == first.models.misses
+    assert second.models.hits > first.models.hits
 
 
 def test_second_step_runs_no_operator_to_get_its_tables() -> None:
@@ -184,7 +184,9 @@ def test_second_step_runs_no_operator_to_get_its_tables() -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             model.rope(latent)
     ran = {event.key for event in profile.key_averages() if event.key.startswith("aten::")}
-    assert ran <= {"aten::unsqueeze", "aten::as_strided"}  # views
+    # Buffers on the host are compared with what they were; on a GPU they are known by their versions.
+    looks = {"equal", "detach", "view", "to", "resolve_neg", "resolve_conj"}
+    assert ran <= {f"aten::{name}" for name in looks}
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -200,8 +202,6 @@ def test_error_in_a_forward_does_not_reach_the_next(error: type[BaseException]) 
         with pytest.raises(error):
             forward(model)
         bomb.remove()
-        if error is RuntimeError:
-            assert seams_module._in_flight.flight is None
         assert torch.equal(forward(model), expected)
 
 
@@ -218,25 +218,19 @@ def skips_a_norm(name: str, processor: Any) -> Any:
     return type(name, (type(processor),), {"__call__": call})()
 
 
-def test_processor_that_skips_a_norm_is_an_error_not_a_lost_rotation() -> None:
-    model = wan_models.build("wan")
-    with dit_rope.patch(model):
-        attention = model.blocks[1].attn1
-        attention.set_processor(skips_a_norm("WanAttnProcessor", attention.processor))
-        with pytest.raises(RuntimeError, match="must call norm_k once each .* processor WanAttnProcessor left"):
-            forward(model)
-
-
-def test_unknown_processor_is_left_to_rotate_by_itself() -> None:
+@pytest.mark.parametrize("name", ["Mine", "WanAttnProcessor"])
+def test_unknown_processor_is_left_to_rotate_by_itself(name: str) -> None:
+    """A name is no proof: the code is looked at."""
     model = wan_models.build("wan")
     attention = model.blocks[1].attn1
     own = attention.processor
-    attention.set_processor(skips_a_norm("Mine", own))
+    attention.set_processor(skips_a_norm(name, own))
     expected = forward(model)
     attention.set_processor(own)
-    with dit_rope.patch(model):
-        attention.set_processor(skips_a_norm("Mine", own))
+    with dit_rope.patch(model) as handle:
+        attention.set_processor(skips_a_norm(name, own))
         assert torch.equal(forward(model), expected)
+        assert "left alone: blocks.*.attn1, 1 of them, where the model rotates: " in handle.report()
 
 
 def test_replaced_norm_is_left_to_the_model() -> None:
@@ -281,13 +275,20 @@ def test_patch_refuses_a_patched_model_and_leaves_it_patched() -> None:
         assert state_of(model) == before
 
 
-def test_patch_refuses_tables_that_were_changed() -> None:
+@pytest.mark.parametrize("patched", [False, True], ids=["before", "after"])
+def test_tables_that_were_changed_are_the_models_own(patched: bool) -> None:
     model = wan_models.build("wan")
-    model.rope.freqs_sin[20, 3] += 1e-3
-    before = state_of(model)
-    with pytest.raises(ValueError, match="model must build the tables that dit_rope knows"):
+    if patched:
         dit_rope.patch(model)
-    assert state_of(model) == before
+        forward(model)
+    model.rope.freqs_sin[2, 3] += 0.5
+    if not patched:
+        dit_rope.patch(model)
+    ours = forward(model)
+    dit_rope.unpatch(model)
+    assert torch.equal(ours, forward(model))
+    model.rope.freqs_sin[2, 3] -= 0.5
+    assert not torch.equal(ours, forward(model))
 
 
 def test_patch_leaves_no_entry_in_the_table_cache() -> None:
@@ -295,24 +296,31 @@ def test_patch_leaves_no_entry_in_the_table_cache() -> None:
         assert dit_rope.cache_info().tables.entries == 0
 
 
-def test_patch_refuses_a_module_whose_forward_was_replaced() -> None:
+def test_rope_module_whose_forward_was_replaced_is_left_to_it() -> None:
     model = wan_models.build("wan")
-    model.rope.forward = lambda latent: None
-    with pytest.raises(ValueError, match="replaced forward in rope; patch first"):
-        dit_rope.patch(model)
+    own = model.rope.forward
+    model.rope.forward = lambda latent: tuple(2 * part for part in own(latent))
+    expected = forward(model)
+    with dit_rope.patch(model) as handle:
+        assert torch.equal(forward(model), expected)
+        assert "rope: WanRotaryPosEmbed, left alone" in handle.report()
+        with pytest.raises(ValueError, match="must not be patched already"):
+            dit_rope.patch(model, scaling=dit_rope.Scaling.of("linear", factor=2.0))
+    with pytest.raises(ValueError, match="scaling must be None where dit_rope does not know the code"):
+        dit_rope.patch(model, scaling=dit_rope.Scaling.of("linear", factor=2.0))
 
 
 def test_failing_patch_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = wan_models.build("wan")
     before = state_of(model)
-    real = plan_module.swap_class
+    real = plan_module.override_method
 
-    def fail_late(module: torch.nn.Module, *args: Any) -> None:
-        if module is model.blocks[1].attn1.norm_q:
+    def fail_late(target: Any, *args: Any) -> None:
+        real(target, *args)
+        if target is model.blocks[1].attn1.processor:
             raise MemoryError
-        real(module, *args)
 
-    monkeypatch.setattr(plan_module, "swap_class", fail_late)
+    monkeypatch.setattr(plan_module, "override_method", fail_late)
     with pytest.raises(MemoryError):
         dit_rope.patch(model)
     assert state_of(model) == before
@@ -332,7 +340,7 @@ def test_unsupported_models_are_told_what_they_may_have_meant() -> None:
         dit_rope.patch(model)
 
 
-def test_subclass_is_patched_unless_its_forward_is_another() -> None:
+def test_subclass_is_patched() -> None:
     import diffusers
 
     class Tuned(diffusers.WanTransformer3DModel):
@@ -350,8 +358,8 @@ def test_subclass_is_patched_unless_its_forward_is_another() -> None:
         assert torch.equal(forward(model), expected)
         assert "model: Tuned" in handle.report()
     model.__class__ = Other
-    with pytest.raises(dit_rope.UnsupportedModelError, match="the forward of WanTransformer3DModel, .* got .*Other"):
-        dit_rope.patch(model)
+    with dit_rope.patch(model):
+        assert torch.equal(forward(model), expected)
 
 
 def test_models_inside_another_are_found() -> None:
@@ -374,8 +382,8 @@ def test_pipeline_has_both_of_its_transformers_patched() -> None:
     with dit_rope.patch(pipe) as handle:
         assert "transformer: WanTransformer3DModel" in handle.report()
         assert "transformer_2: WanTransformer3DModel" in handle.report()
-        assert all(isinstance(model.rope, Seam) for model in (first, second))
-    assert not any(isinstance(model.rope, Seam) for model in (first, second))
+        assert all(isinstance(model.rope, Override) for model in (first, second))
+    assert not any(isinstance(model.rope, Override) for model in (first, second))
 
 
 def test_options_are_checked() -> None:

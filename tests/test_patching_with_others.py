@@ -14,8 +14,8 @@ from zoo import EXAMPLES, Example
 
 import dit_rope
 from dit_rope import rotation
-from dit_rope.models.formats import Align, AxisRows
-from dit_rope.models.wan import WAN
+from dit_rope.models.formats import AXES
+from dit_rope.models.packed_tables import Align
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -211,19 +211,15 @@ def test_rotation_of_a_split_rope_output_is_the_part_of_the_whole(world: int, sp
     """Context parallelism splits what the rope module returns along dim 1, four dims as the model's own tables have."""
     model = wan_models.build("wan")
     latent = torch.empty(1, 0, 3, 8, 12)
-    dims = model.rope(latent)[0].ndim
     with dit_rope.patch(model):
-        positions, rows = model.rope(latent)
-    assert positions.ndim == dims
-    tokens = positions.shape[1]
-    x = torch.randn(1, tokens, 2, model.rope.attention_head_dim)
-    form = AxisRows(WAN.tables[0].spec(model.rope))
+        whole = model.rope(latent)
+        parts = list(zip(*(split(table, world, dim=1) for table in whole), strict=True))
+        x = torch.randn(1, whole[0].shape[1], 2, model.rope.attention_head_dim)
 
-    def turn(part: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        (table,) = form.pack((where, rows), part.device)
-        return rotation.apply([part], table.args(part.shape[1], Align.START, exact=True))[0]
+        def rotated(part: torch.Tensor, rotary: Any) -> torch.Tensor:
+            (table,) = AXES.pack(rotary, part.device)
+            assert len(table.sizes) == 3  # the axis form was recognised
+            return rotation.apply([part], table.args(part.shape[1], Align.START, exact=True))[0]
 
-    parts = [
-        turn(part, where) for part, where in zip(split(x, world, dim=1), split(positions, world, dim=1), strict=True)
-    ]
-    assert torch.equal(torch.cat(parts, dim=1), turn(x, positions))
+        pieces = [rotated(part, rotary) for part, rotary in zip(split(x, world, dim=1), parts, strict=True)]
+        assert torch.equal(torch.cat(pieces, dim=1), rotated(x, whole))

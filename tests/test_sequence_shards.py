@@ -122,18 +122,21 @@ def test_condition_tokens_are_cut_apart_from_the_video() -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_axis_tables_that_were_split_like_dense_ones_are_refused(world: int) -> None:
-    """The recipe of xDiT cuts both rotary tensors of Wan; of a patched model's, the second is no table of tokens."""
+def test_tables_that_are_split_like_the_models_own_rotate_like_them(world: int) -> None:
+    """The recipe of xDiT cuts both rotary tensors of Wan, which a patched model hands out as the model does."""
     import wan_models
 
     model: Any = wan_models.build("wan")
-    with dit_rope.patch(model):
-        positions, rows = model.rope(torch.empty(1, 0, 3, 8, 12))
-        hidden = torch.randn(1, 72 // world, 48)
-        part = positions.chunk(world, dim=1)[1]
-        model.blocks[0].attn1(hidden, None, None, (part, rows))
-        with pytest.raises(ValueError, match=r"rows must be whole, .* split the positions alone"):
-            model.blocks[0].attn1(hidden, None, None, (part, rows.chunk(world, dim=1)[1]))
+    whole = model.rope(torch.empty(1, 0, 3, 8, 12))
+    hidden = torch.randn(1, 72 // world, 48)
+    with torch.no_grad():
+        expected = model.blocks[0].attn1(hidden, None, None, tuple(x.chunk(world, dim=1)[1] for x in whole))
+        with dit_rope.patch(model):
+            ours = model.rope(torch.empty(1, 0, 3, 8, 12))
+            assert all(map(torch.equal, ours, whole))
+            parts = tuple(x.chunk(world, dim=1)[1] for x in ours)
+            for rotary in (parts, tuple(x.clone() for x in parts)):
+                assert torch.equal(model.blocks[0].attn1(hidden, None, None, rotary), expected)
 
 
 def test_videos_packed_into_one_sequence_keep_positions_of_their_own() -> None:
@@ -149,14 +152,18 @@ def test_videos_packed_into_one_sequence_keep_positions_of_their_own() -> None:
     assert torch.equal(torch.cat(ours, dim=1), torch.cat(parts, dim=1))
 
 
-def test_chronoedit_with_heads_of_64_channels_is_refused() -> None:
+def test_chronoedit_with_heads_of_64_channels_keeps_its_own_tables() -> None:
     """diffusers#12538: it builds tables of 24, 20 and 20 channels and reads them as 22, 21 and 21."""
     import wan_models
     from diffusers import ChronoEditTransformer3DModel
 
     config = {**wan_models._COMMON, "attention_head_dim": 64, "in_channels": 4, "out_channels": 4}
-    with pytest.raises(ValueError, match="got other values"):
-        dit_rope.patch(ChronoEditTransformer3DModel(**config))
+    torch.manual_seed(0)
+    model = ChronoEditTransformer3DModel(**config).eval()
+    with torch.no_grad():
+        expected = wan_models.forward(model)
+        with dit_rope.patch(model):
+            assert torch.equal(wan_models.forward(model), expected)
 
 
 def does_not_divide(axis: int) -> None:

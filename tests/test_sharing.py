@@ -16,7 +16,7 @@ import torch
 from compiled_graphs import inputs_of, named, tensors
 
 import dit_rope
-from dit_rope.models.swapping import Seam
+from dit_rope.models.class_override import Override
 
 # Memo of a module, of the model's own arguments, of a method; rebound; complex; axis tables.
 FAMILIES = ("wan", "hunyuan-video", "flux", "joyimage", "anyflow-far", "qwen-image")
@@ -155,14 +155,14 @@ def _spawned(folder: str, pickled: bytes, answers: Any) -> None:
     sys.path.insert(0, folder)
     torch.set_num_threads(1)
     for name, model in pickle.loads(pickled).items():
-        patched = sum(isinstance(module, Seam) for module in model.modules())
+        patched = sum(isinstance(value, Override) for module in model.modules() for value in vars(module).values())
         ours = run(name, model)
         dit_rope.unpatch(model)
         answers.put((name, patched, same(ours, run(name, model)), [out.numpy() for out in ours]))
 
 
 def test_spawned_worker_generates_with_the_patched_models_it_is_sent() -> None:
-    """Seams are classes made on the spot: they arrive in a process that has made none."""
+    """Overrides are classes made on the spot: they arrive in a process that has made none."""
     models = {name: named(name).build() for name in ("wan", "hunyuan-video")}
     expected = {name: run(name, model) for name, model in models.items()}
     handles = [dit_rope.patch(model, exact=True) for model in models.values()]
@@ -191,16 +191,16 @@ def test_pipelines_that_share_a_transformer_share_its_patch() -> None:
     expected = run("wan", model)
     first, second = wan_pipeline(model), wan_pipeline(model)
     handle = dit_rope.patch(first)
-    assert isinstance(second.transformer.rope, Seam)
+    assert isinstance(second.transformer.rope, Override)
     with pytest.raises(ValueError, match="transformer must not be patched already"):
         dit_rope.patch(second)
     assert same(run("wan", second.transformer), expected)
     handle.undo()
-    assert not isinstance(second.transformer.rope, Seam)
+    assert not isinstance(second.transformer.rope, Override)
     with dit_rope.patch(second):
         assert same(run("wan", first.transformer), expected)
         handle.undo()  # of a patch that has been undone: not of the other's
-        assert isinstance(first.transformer.rope, Seam)
+        assert isinstance(first.transformer.rope, Override)
     assert same(run("wan", model), expected)
 
 
@@ -210,8 +210,8 @@ def test_pipeline_made_of_the_parts_of_a_patched_one_is_patched() -> None:
     with dit_rope.patch(first):
         second = type(first)(**first.components)
         assert second.transformer is model
-        assert isinstance(second.transformer.rope, Seam)
-    assert not isinstance(second.transformer.rope, Seam)
+        assert isinstance(second.transformer.rope, Override)
+    assert not isinstance(second.transformer.rope, Override)
 
 
 def test_two_models_patched_at_once_keep_their_tables_apart() -> None:

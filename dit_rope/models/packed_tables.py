@@ -73,6 +73,7 @@ class PackedTable:
     heads: int = 1
     _made: dict[tuple[int, Align, bool], RotationArgs] = field(default_factory=dict, repr=False)
     _narrowed: dict[torch.dtype, PackedTable] = field(default_factory=dict, repr=False)
+    _identities: dict[int, bool] = field(default_factory=dict, repr=False)
 
     @property
     def head_dim(self) -> int:
@@ -90,7 +91,7 @@ class PackedTable:
             return self
         found = self._narrowed.get(dtype)
         if found is None:
-            found = self._narrowed[dtype] = replace(self, rows=self.rows.to(dtype), _made={}, _narrowed={})
+            found = self._narrowed[dtype] = replace(self, rows=self.rows.to(dtype), _made={}, _narrowed={}, _identities={})
         return found
 
     def args(self, length: int, align: Align, exact: bool) -> RotationArgs:
@@ -125,16 +126,17 @@ class PackedTable:
         )
 
     def rest_is_identity(self, count: int) -> bool:
-        """Whether the rows after the first ``count`` rotate nothing; None of them is looked at on a GPU.
-
-        There a look would wait for the device; the tables of a known rope module are taken at their word.
-        """
-        if count >= self.tokens or self.rows.device.type != "cpu":
+        """Whether the rows of the tokens after the first ``count`` rotate nothing."""
+        if count >= self.tokens:
             return True
-        if self.positions is not None or self.heads > 1:
+        if self.heads > 1:
             return False
-        cos, sin = self.rows[:, count:].unbind()
-        return bool((cos == 1).all()) and not bool(sin.any())
+        found = self._identities.get(count)
+        if found is None:
+            rest = self.rows[:, count:] if self.positions is None else self.rows[:, self.positions[:, count:, 0].long()]
+            cos, sin = rest.unbind()
+            found = self._identities[count] = bool((cos == 1).all()) and not bool(sin.any())
+        return found
 
 
 def pack(cos: torch.Tensor, sin: torch.Tensor, pairing: Pairing, device: torch.device) -> PackedTable:

@@ -15,7 +15,7 @@ import torch
 from ..scaling import axis_frequencies
 from ..spec import Fusion, RopeSpec
 from .adapter import ModelAdapter, ModelTables, Rotations
-from .attention import AttentionOverride, AttentionSettings, ProcessorOverride, rotating_modules, why_unknown
+from .attention import AttentionOverride, ProcessorOverride, why_unknown
 from .class_override import (
     INSTALLED,
     Installed,
@@ -34,6 +34,7 @@ from .class_override import (
 from .forward_pass import BeginPass, EndPass
 from .known_code import guard_of
 from .rope_modules import MemoizedMethod, RopeOverride, TableSettings, forget, why_not_memoized
+from .rotating_norms import AttentionSettings, rotating_modules
 
 # Names under which wrappers hold the module that they wrap: torch.compile, activation checkpointing, FSDP and DDP.
 _WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})

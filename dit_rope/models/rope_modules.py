@@ -1,12 +1,10 @@
 """The tables that a model builds itself, built once and found again.
 
-A key holds whatever decides the result: the arguments of the call, all that the code reads of its object, and the
-modes of torch that change arithmetic. Numbers and tensors on the host count by value. A buffer on another device is
-known as the tensor that it is, by its storage and by the writes that torch counts; any other tensor there is not known
-at all, since to look at it would mean waiting for the device: what depends on it is built in every forward pass, as
-without a patch.
+A key holds whatever decides the result (see ``table_keys``). What depends on something that cannot be a key, such as
+the values of a tensor on a GPU, is built in every forward pass, as without a patch.
 
 Only code that is known (see ``known_code``) is memoized, and what it returns is what the model's own code returned.
+Where that is the dense form of an axis table, bit for bit, kernels read the axis table.
 """
 
 from __future__ import annotations
@@ -14,39 +12,22 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..backends.eager import dense_angles
 from ..cache import capturing, in_mode, in_transform, stream_of
 from ..spec import Grid, RopeSpec, Scalings
 from ..tables import MODEL_TABLES, RopeTable, rope_table
-from .adapter import EVERY, AxisForm, FrameRows, ModelTables
+from .adapter import AxisForm, FrameRows, ModelTables
 from .class_override import INSTALLED, Installed, Override, unpatched_class, unpatched_method
 from .known_code import guard_of
 from .packed_tables import PackedTable, know, know_axis_form
-
-_PLAIN = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device)
-_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
-# What torch and the libraries that wrap forwards keep on every module; none of it is read by code that builds tables.
-_BOOKKEEPING = frozenset(vars(torch.nn.Module())) - {"training"} | {
-    INSTALLED,
-    "forward",
-    "_hf_hook",
-    "_old_forward",
-    "_diffusers_hook",
-    "_forward",
-}
-# Of arguments, and of what one object holds; more than that is not compared in every forward pass.
-_MOST_BYTES = 8 * 2**20
-
-
-class _Unkeyed(Exception):
-    """Something that decides the tables cannot be told from something else, or not without waiting for a device."""
+from .table_keys import Unkeyed, parts_of
 
 
 class _Token:
@@ -174,8 +155,8 @@ def _memoized(
         return own(*args, **kwargs)
     held: list[torch.Tensor] = []
     try:
-        parts = _parts(target, settings, args, kwargs, held)
-    except _Unkeyed:
+        parts = parts_of(target, tables, settings.parameters, args, kwargs, held)
+    except Unkeyed:
         with torch.inference_mode(False):
             result = own(*args, **kwargs)
         know([leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)])
@@ -224,9 +205,15 @@ def _find_axis_form(
     if 0 in place.grid or tensors[0].device.type == "meta":
         return
     table = rope_table(spec, Grid(*place.grid), device=tensors[0].device, dtype=tensors[0].dtype)
-    expanded = [_of_frames(x, place) for x in table.cos_sin(broadcast=True)]
-    if all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(expanded, tensors, strict=True)):
+    expanded = [_of_frames(x, place) for x in dense_angles(table.args(exact=True), table.count)]
+    if all(_is_repeated(x, y) for x, y in zip(expanded, tensors, strict=True)):
         know_axis_form(tensors, functools.partial(_part_of, table, _positions(table, place)))
+
+
+def _is_repeated(pairs: torch.Tensor, channels: torch.Tensor) -> bool:
+    """Whether ``channels`` ``[..., 2 P]`` hold each value of ``pairs`` ``[..., P]`` at two neighbours."""
+    both = channels[..., 0::2], channels[..., 1::2]
+    return all(pairs.shape == x.shape and torch.equal(pairs, x) for x in both)
 
 
 def _positions(table: RopeTable, place: FrameRows) -> torch.Tensor | None:
@@ -305,135 +292,3 @@ def _forget(token: int) -> None:
 def _capturing() -> bool:
     """Whether a CUDA graph is being captured, which must own the tables that it reads."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _parts(
-    target: Any, settings: TableSettings, args: tuple[Any, ...], kwargs: dict[str, Any], held: list[torch.Tensor]
-) -> tuple[Hashable, ...]:
-    tables = settings.tables
-    if tables.to_device and torch.get_default_device().type != "cpu":
-        raise _Unkeyed  # the cache builds outside of the default device, on which the model would have built
-    parts: list[Hashable] = [_ambient(), len(args)]
-    for name, value in (*zip(settings.parameters, args, strict=False), *kwargs.items()):
-        by_shape = tables.by_shape == EVERY or name in tables.by_shape
-        parts.append((name, _tree(value, _by_shape if by_shape else _by_value)))
-    keep = functools.partial(_by_value_or_as_held, held)
-    parts.append(_state(target, tables.writes, keep, parameters=bool(tables.path)))
-    parts += [_state(getattr(target, name), (), keep, parameters=True) for name in tables.reads]
-    return tuple(parts)
-
-
-def _ambient() -> Hashable:
-    """What changes the arithmetic of any code."""
-    autocast = tuple(
-        (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
-    )
-    return autocast, torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision()
-
-
-def _state(
-    target: Any, writes: tuple[str, ...], tensor: Callable[[torch.Tensor], Hashable], parameters: bool
-) -> Hashable:
-    """The attributes, the configuration, the buffers and parameters of the object that builds the tables.
-
-    Of a whole model (without ``parameters``), whose weights decide nothing, these are the plain attributes and the
-    configuration.
-    """
-    if not parameters:
-        config = vars(target).get("_internal_dict")
-        return (
-            _attributes(target, writes, tensor, strict=False),
-            None if config is None else _tree(dict(config), tensor),
-        )
-    if not isinstance(target, torch.nn.Module):
-        return _attributes(target, writes, tensor, strict=True)
-    parts: list[Hashable] = []
-    for path, module in target.named_modules():
-        parts.append((path, _attributes(module, writes, tensor, strict=True)))
-        held: Mapping[str, torch.Tensor | None] = {**module._parameters, **module._buffers}
-        parts += [(name, None if x is None else tensor(x)) for name, x in held.items() if name not in writes]
-    return tuple(parts)
-
-
-def _attributes(
-    target: Any, writes: tuple[str, ...], tensor: Callable[[torch.Tensor], Hashable], strict: bool
-) -> Hashable:
-    parts: list[Hashable] = []
-    for name, value in vars(target).items():
-        if name in _BOOKKEEPING or name in writes or isinstance(value, MemoizedMethod):
-            continue
-        try:
-            parts.append((name, _tree(value, tensor)))
-        except _Unkeyed:
-            if strict:
-                raise
-    return tuple(parts)
-
-
-def _tree(value: Any, tensor: Callable[[torch.Tensor], Hashable]) -> Hashable:
-    """A hashable stand-in for ``value``, which tells whatever decides a table apart."""
-    if isinstance(value, torch.Tensor):
-        return tensor(value)
-    if isinstance(value, _PLAIN):
-        # Numbers that are equal and of different types may become tables of different dtypes.
-        return (type(value), value)
-    if isinstance(value, (tuple, list)):
-        return (type(value), *(_tree(part, tensor) for part in value))
-    if isinstance(value, dict):
-        return (dict, *((name, _tree(part, tensor)) for name, part in value.items()))
-    raise _Unkeyed
-
-
-def _by_shape(tensor: torch.Tensor) -> Hashable:
-    return tensor.shape, tensor.dtype, tensor.device
-
-
-def _by_value(tensor: torch.Tensor) -> Hashable:
-    """The numbers in a tensor on the host."""
-    if type(tensor) not in _TENSORS or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
-        raise _Unkeyed
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        raise _Unkeyed  # the tables belong to one backward pass
-    if tensor.numel() * tensor.itemsize > _MOST_BYTES:
-        raise _Unkeyed
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    values = plain.view(torch.uint8) if plain.ndim else plain.view(1).view(torch.uint8)
-    return tensor.shape, tensor.dtype, values.numpy().tobytes()
-
-
-class _Snapshot:
-    """The values that a tensor had when it was last looked at, and a number for them."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.values = tensor.detach().clone()
-        self.number = next(_numbers)
-
-
-_snapshots: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_numbers = itertools.count()
-# Elements of a tensor whose bytes are a key of their own: comparing larger ones with a copy is faster than hashing.
-_SMALL = 4096
-
-
-def _by_snapshot(tensor: torch.Tensor) -> Hashable:
-    """A number for the values of a larger tensor that stays, such as a buffer."""
-    if type(tensor) not in _TENSORS or tensor.layout is not torch.strided:
-        raise _Unkeyed
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        raise _Unkeyed
-    with torch.no_grad():
-        found: _Snapshot | None = _snapshots.get(tensor)
-        if found is None or found.values.dtype != tensor.dtype or not torch.equal(found.values, tensor.detach()):
-            found = _snapshots[tensor] = _Snapshot(tensor)
-    return found.number
-
-
-def _by_value_or_as_held(held: list[torch.Tensor], tensor: torch.Tensor) -> Hashable:
-    """The numbers on the host; elsewhere the buffer itself, which the entry keeps with the memory that it has now."""
-    if tensor.device.type == "cpu":
-        return _by_value(tensor) if tensor.numel() < _SMALL else _by_snapshot(tensor)
-    if type(tensor) is not torch.Tensor or tensor.is_inference() or tensor.is_meta or tensor.requires_grad:
-        raise _Unkeyed
-    alias = tensor.detach()
-    held.append(alias)
-    return id(tensor), tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor._version

@@ -1,0 +1,65 @@
+"""Queries and keys as heads ``[B, S, H, D]``, and their rotation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import rotation
+from ..rotation_args import RotationArgs
+from .adapter import Layout
+from .packed_tables import PackedTable
+
+
+def fits(heads: torch.Tensor, table: PackedTable, partial: bool) -> bool:
+    """Whether ``heads`` ``[B, S, H, D]`` are what the rows of ``table`` were made for, in all but their number."""
+    batch, _, count, width = heads.shape
+    if table.batch not in (1, batch) or table.heads not in (1, count):
+        return False
+    return table.head_dim <= width if partial else table.head_dim == width
+
+
+def rotate_heads(
+    heads: list[torch.Tensor], args: RotationArgs, backend: str, upcasts: bool, inplace: bool
+) -> list[torch.Tensor]:
+    """``heads`` ``[B, S, H, D]`` rotated, overwritten where ``inplace`` and no gradient is wanted.
+
+    Of distributed tensors each rank rotates the heads that it holds. ``upcasts``: as a :class:`Format` says.
+    """
+    if any(map(is_distributed, heads)):
+        given: list[Any] = list(heads)
+        local = rotate_heads([x.to_local() for x in given], args, backend, upcasts, inplace)
+        return [type(x).from_local(y, x.device_mesh, x.placements) for x, y in zip(given, local, strict=True)]
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in heads)
+    if grad and args.exact and upcasts and heads[0].dtype.itemsize == 2:
+        rotated = rotation.apply([x.float() for x in heads], args, backend=backend)
+        return [y.to(x.dtype) for x, y in zip(heads, rotated, strict=True)]
+    return rotation.apply(heads, args, inplace=inplace and not grad, backend=backend)
+
+
+def is_distributed(x: torch.Tensor) -> bool:
+    """Whether ``x`` is a DTensor, whose module need not be imported for that."""
+    return type(x) is not torch.Tensor and hasattr(x, "to_local")
+
+
+def as_heads(x: torch.Tensor, layout: Layout, head_dim: int) -> torch.Tensor:
+    """A view ``[B, S, H, D]`` of ``x``."""
+    if layout is Layout.BSC:
+        return x.view(*x.shape[:-1], -1, head_dim)
+    if layout is Layout.BHSD:
+        return x.transpose(1, 2)
+    if layout is Layout.BHDS:
+        return x.permute(0, 3, 1, 2)
+    return x.unsqueeze(0) if layout is Layout.SHD else x
+
+
+def as_given(heads: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The inverse of :func:`as_heads`."""
+    if layout is Layout.BSC:
+        return heads.flatten(2)
+    if layout is Layout.BHSD:
+        return heads.transpose(1, 2)
+    if layout is Layout.BHDS:
+        return heads.permute(0, 2, 3, 1)
+    return heads.squeeze(0) if layout is Layout.SHD else heads
