@@ -59,6 +59,16 @@ class RopeTable:
     validated: dict[object, tuple[RotationArgs, str]] = field(default_factory=dict, init=False)
     cached: bool = field(default=False, init=False)
 
+    def __post_init__(self) -> None:
+        if torch.compiler.is_compiling():  # which takes no object that is not whole yet
+            return
+        rows, shape = self.rows, (2, self.blocks[-1][1], max(self.spec.pairs))
+        if tuple(rows.shape) != shape or rows.dtype != self.dtype or rows.device.type != self.device.type:
+            raise ValueError(
+                f"rows must have shape {shape}, {self.dtype} on {self.device}, for the axes of {self.grid}, got "
+                f"{tuple(rows.shape)} {rows.dtype} on {rows.device}"
+            )
+
     def __repr__(self) -> str:
         dtype, rows = str(self.dtype).removeprefix("torch."), tuple(self.rows.shape)
         shard = "" if self.shard == _WHOLE else f", {self.shard}"

@@ -42,6 +42,25 @@ def test_dense_forms_of_other_rows_are_of_those_rows(shard, pairing):
     assert torch.equal(same.cos_sin()[1], table.cos_sin()[1])
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": torch.zeros(2, 95, 4)},
+        {"rows": torch.zeros(2, 96, 4, dtype=torch.float64)},
+        {"rows": torch.zeros(2, 96, 4, device="meta")},
+        {"dtype": torch.bfloat16},
+        {"grid": Grid(3, 40, 5)},
+        {"spec": RopeSpec((10, 4, 2))},
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused(change):
+    with pytest.raises(
+        ValueError, match=r"rows must have shape \(2, \d+, [45]\), torch.(float32|bfloat16) on cpu, for the"
+    ):
+        replace(rope_table(SPEC, Grid(3, 4, 5)), **change)
+
+
 def test_copies_and_pickles_have_the_forms_of_their_table():
     table = rope_table(SPEC, Grid(3, 4, 5))
     for other in (copy.copy(table), copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
