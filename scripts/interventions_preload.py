@@ -16,5 +16,6 @@ from intervention_cases import INTERVENTIONS
 from intervention_cases.zoo_examples import examples
 
 torch.set_num_threads(1)
+torch.compile(torch.abs, backend="aot_eager")(torch.ones(2))  # imports what compilation needs
 
 __all__ = ["INTERVENTIONS", "diffusers", "examples", "hooks", "peft", "torch"]

@@ -11,7 +11,7 @@ from .core import TWO_ORDERS, NotApplicable, Subject, intervention
 from .parts import parent_of
 
 _EAGER = {"backend": "eager"}
-slow = functools.partial(intervention, orders=TWO_ORDERS, quick=False)
+slow = functools.partial(intervention, orders=TWO_ORDERS, quick=False, halved=True)
 
 
 def _started(subject: Subject) -> None:

@@ -123,7 +123,7 @@ class _Traced(torch.nn.Module):
         return tuple(x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor))
 
 
-@intervention("jit.trace", orders=TWO_ORDERS, quick=False)
+@intervention("jit.trace", orders=TWO_ORDERS, quick=False, halved=True)
 def traced(subject: Subject) -> None:
     """The trace is called with the step's inputs, and with others."""
 

@@ -153,7 +153,7 @@ class Intervention:
         reversible: it can be taken off again, and leaves every object as it was.
         undo_reaches: what is called after ``undo()`` is what was patched, no copy of it, and holds nothing that was
             computed while it was.
-        both_modes: also in the orders that otherwise run in one.
+        halved: each order in one mode, which alternate from example to example: where a case takes seconds.
         quick: part of the quick run.
         ranks: processes that run it together.
     """
@@ -167,7 +167,7 @@ class Intervention:
     rounded: torch.dtype | None = None
     reversible: bool = True
     undo_reaches: bool = True
-    both_modes: bool = False
+    halved: bool = False
     quick: bool = True
     ranks: int = 1
 

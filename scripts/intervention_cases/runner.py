@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ from .zoo_examples import AnyExample, named
 
 MODES = {"exact": True, "fast": False}
 ONE_MODE = {"taken off first": "exact", "again": "fast"}
-"""Orders that run in one mode, where an intervention does not ask for both."""
+"""Orders that run in one mode."""
 ROUNDS = ((0, 1, 2), (0,), (0, 2))
 """Steps while patched, then after ``undo()`` with the intervention still on, then with it off."""
 Patching = Callable[..., Any]
@@ -235,9 +236,19 @@ def rows_of(
             if when == "taken off first" and not intervention.reversible:
                 continue
             for mode, exact in MODES.items():
-                if ONE_MODE.get(when, mode) != mode and not intervention.both_modes:
+                if mode not in modes_of(example, intervention, when):
                     continue
                 yield _row(example, intervention, (when, mode, exact), twin, rounded, patch, changed)
+
+
+def modes_of(example: AnyExample, intervention: Intervention, when: str) -> tuple[str, ...]:
+    """The modes that one order runs in."""
+    if when in ONE_MODE:
+        return (ONE_MODE[when],)
+    if not intervention.halved:
+        return tuple(MODES)
+    odd = zlib.crc32(example.name.encode()) % 2
+    return (tuple(MODES)[(odd + (when == "after")) % 2],)
 
 
 def _row(
