@@ -10,7 +10,6 @@ the model's code does. (A zero may come out with the other sign; infinities come
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -167,7 +166,7 @@ class _Turn:
         if once or args.rows.device.type != "cpu" or args.rows.is_inference() or in_mode():
             return self._gathered()
         where = (args.pairs, args.sizes, args.first_rows, args.token_offset, args.count, args.head_rows, self.heads)
-        told = (_identity(args.rows), _digest(args.positions))
+        told = (_identity(args.rows), _values(args.positions))
         key = (told, where, args.pairing, args.inverse, self.exact_complex, self.dtype)
         # The rows go in with the tables: their memory stays theirs, and a write to them is noticed.
         return ANGLES.get(key, args.rows.device, lambda: [*self._gathered(), args.rows.detach()])[:-1]
@@ -314,11 +313,12 @@ def _identity(x: torch.Tensor) -> tuple[object, ...]:
     return (x.untyped_storage()._cdata, x.data_ptr(), x.shape, x.stride(), x.dtype)
 
 
-def _digest(positions: torch.Tensor | None) -> object:
-    """What tells positions from others by their values: whoever makes them may do so anew in each call."""
-    if positions is None:
-        return None
-    return tuple(positions.shape), hashlib.sha256(positions.numpy().tobytes()).digest()
+def _values(positions: torch.Tensor | None) -> object:
+    """Positions as what they say: whoever makes them may do so anew in each call, over memory that was rewritten.
+
+    A few bytes a token, beside hundreds of its angles.
+    """
+    return None if positions is None else (tuple(positions.shape), positions.numpy().tobytes())
 
 
 def _chunk_tokens(x: torch.Tensor, dtype: torch.dtype, chunk_bytes: int) -> int:
