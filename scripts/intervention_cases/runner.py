@@ -104,10 +104,15 @@ def steps(subject: Subject, numbers: tuple[int, ...]) -> list[Step]:
     return found
 
 
-def twin_of(example: AnyExample, intervention: Intervention) -> _Run:
-    """The unpatched model under the intervention: the same rounds, in which nothing is patched."""
+def twin_of(example: AnyExample, intervention: Intervention, warm: bool = False) -> _Run:
+    """The unpatched model under the intervention: the same rounds, in which nothing is patched.
+
+    A ``warm`` one is called once before, as a model is that was patched before: some remember tables of their own.
+    """
     subject, run = subject_of(example, intervention), _Run()
     before = judge.objects(subject.model)
+    if warm:
+        steps(subject, (0,))
     try:
         intervention.put(subject)
         run.rounds = [steps(subject, ROUNDS[0]), steps(subject, ROUNDS[1])]
@@ -235,9 +240,10 @@ def rows_of(
         for when in orders:
             if when == "taken off first" and not intervention.reversible:
                 continue
-            for mode, exact in MODES.items():
-                if mode not in modes_of(example, intervention, when):
-                    continue
+            if when == "again":
+                twin = twin_of(example, intervention, warm=True)
+            for mode in modes_of(example, intervention, when):
+                exact = MODES[mode]
                 yield _row(example, intervention, (when, mode, exact), twin, rounded, patch, changed)
 
 
@@ -262,13 +268,13 @@ def _row(
     except (Exception, Stopped) as error:
         return row(judge.CRASHED, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}")
     outcome, detail = judged(run, twin, when, exact, rounded, intervention.undo_reaches)
-    if outcome in judge.SILENT and _nondeterministic(example, intervention, twin):
+    if outcome in judge.SILENT and _nondeterministic(example, intervention, twin, when == "again"):
         outcome, detail = judge.NOT_JUDGED, "two unpatched twins differ"
     return row(outcome, detail, run.turned)
 
 
-def _nondeterministic(example: AnyExample, intervention: Intervention, twin: _Run) -> bool:
-    other = twin_of(example, intervention)
+def _nondeterministic(example: AnyExample, intervention: Intervention, twin: _Run, warm: bool) -> bool:
+    other = twin_of(example, intervention, warm)
     found = [judge.compared(a, b, True, torch.float32)[0] for a, b in zip(other.rounds, twin.rounds, strict=True)]
     return any(outcome not in (judge.EQUAL, judge.SAME_ERROR) for outcome in found)
 
