@@ -133,9 +133,10 @@ def _elsewhere(plan: Plan) -> Iterator[str]:
 
 def _arithmetic(options: Options) -> str:
     same = "bitwise equal to unpatched" if options.scaling is None else "rounded as unpatched"
-    exact, fast = f"exact ({same})", "fast (float32, rounded once)"
+    exact = f"exact ({same}; the model's own rotation where gradients are wanted)"
+    fast = "fast (float32, rounded once)"
     if options.exact is None:
-        return f"exact on CPU ({same}), fast elsewhere (float32, rounded once)"
+        return f"{exact} on CPU, {fast} elsewhere"
     return exact if options.exact else fast
 
 

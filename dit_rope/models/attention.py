@@ -114,7 +114,10 @@ def _rotate_instead(settings: AttentionSettings, own: Callable[..., Any], *args:
     form, rotary = declared.format, args[rebound.returns] if rebound.tables == 1 else args[rebound.returns :]
     exact = settings.is_exact(xs[0].device)
     known = len(args) == rebound.returns + rebound.tables and not kwargs and form.accepts(rotary)
-    if not known or (exact and not form.is_exact(rotary)) or any(x.dtype not in DTYPES or x.numel() == 0 for x in xs):
+    if not known or any(x.dtype not in DTYPES or x.numel() == 0 for x in xs):
+        return own(*args, **kwargs)
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
+    if exact and (grad or not form.is_exact(rotary)):
         return own(*args, **kwargs)
     try:
         (table,) = form.pack(rotary, xs[0].device)
@@ -123,12 +126,10 @@ def _rotate_instead(settings: AttentionSettings, own: Callable[..., Any], *args:
     if exact and form.narrows:
         table = table.narrowed(xs[0].dtype)
     heads = [as_heads(x, declared.layout, table.head_dim) for x in xs]
-    if not all(fits(x, table, declared.partial) and x.shape[1] == table.tokens for x in heads):
+    if not all(fits(x, table, declared) and x.shape[1] == table.tokens for x in heads):
         return own(*args, **kwargs)
     args_of = table.args(table.tokens, Align.START, exact)
-    rotated = [
-        as_given(x, declared.layout) for x in rotate_heads(heads, args_of, settings.backend, form.upcasts, False)
-    ]
+    rotated = [as_given(x, declared.layout) for x in rotate_heads(heads, args_of, settings.backend, inplace=False)]
     return rotated[0] if rebound.returns == 1 else tuple(rotated)
 
 
@@ -185,7 +186,7 @@ def _prepared(attn: Any, settings: AttentionSettings, arguments: Mapping[str, An
     if not isinstance(hidden, torch.Tensor) or hidden.dtype not in DTYPES or hidden.numel() == 0:
         raise UnfitTable
     exact = settings.is_exact(hidden.device)
-    if exact and not (form.exact_backward or not torch.is_grad_enabled()):
+    if exact and _wants_gradients(attn, arguments):
         raise UnfitTable
     if exact and not all(map(form.is_exact, given)):
         raise UnfitTable
@@ -202,6 +203,17 @@ def _prepared(attn: Any, settings: AttentionSettings, arguments: Mapping[str, An
     if exact and form.narrows:
         tables = [table.narrowed(dtypes[Rounds.PROJECTION]) for table in tables]
     return RotatedCall(settings, tables, exact, dtypes)
+
+
+def _wants_gradients(attn: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether a backward pass may follow, whose bits depend on more than ours can say: the memory layout of every part.
+
+    In exact mode it is the model's own.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    inputs = (x.requires_grad for x in arguments.values() if isinstance(x, torch.Tensor))
+    return any(inputs) or any(parameter.requires_grad for parameter in attn.parameters())
 
 
 def _computed_dtype(hidden: torch.Tensor) -> torch.dtype:

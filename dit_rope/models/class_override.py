@@ -26,15 +26,17 @@ _override_classes: dict[tuple[type, type, str], type] = {}
 class PatchState:
     """One patch of one model: whether it is in force, and what it has changed, which it does not keep alive.
 
-    A copy or a pickle of a patched model has a state of its own, which another patch's undoing does not touch.
+    A copy or a pickle of a patched model has a state of its own, which another patch's undoing does not touch; that of
+    a copy has the same ``origin``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, origin: object = None) -> None:
         self.active = True
         self.objects: list[weakref.ref[Any]] = []
+        self.origin = object() if origin is None else origin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchState:
-        return PatchState()
+        return PatchState(self.origin)
 
     def __reduce__(self) -> tuple[type[PatchState], tuple[()]]:
         return PatchState, ()

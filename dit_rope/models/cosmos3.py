@@ -65,13 +65,11 @@ def _attend_unrotated(
     return attn.to_out(text), attn.to_add_out(rest)
 
 
-# Keys of the text turn once here and twice in the model's own processor, which adds up their gradients in its order.
 _TEXT_AND_REST = Format(
     "cos and sin of text and the rest, each at both halves",
     Pairing.HALF,
     _split,
     _join,
-    exact_backward=False,
     doubled=halves,
 )
 COSMOS3 = ModelAdapter(
@@ -96,5 +94,4 @@ COSMOS3 = ModelAdapter(
             unrotated=_attend_unrotated,
         ),
     ),
-    ("rotation of forward passes in exact mode that want gradients, which the model adds up in another order",),
 )

@@ -31,13 +31,10 @@ class Format:
         join: from cos and sin ``[B, S, H, P]`` to what the attention is given.
         exact: whether the model rounds both products and their sum, as exact mode does. What multiplies complex
             numbers or accumulates does not, and is left to the model in exact mode.
-        upcasts: whether the model makes float32 of a 16-bit pair once, and not once for each product, so that the
-            gradients of both products are added before they are rounded.
-        exact_backward: whether exact mode gives the model's gradients too; where not, because the model adds them up in
-            another order, forward passes that want some are left to the model in exact mode.
         narrows: whether the model rounds cos and sin to the dtype of its data before it multiplies, as exact mode does.
         doubled: from what the attention is given to the tensors that hold each value twice, as two tensors that must
             be equal, because one of the two is read; None where each value is held once.
+        every_sample: the model counts the samples of its data by the table's: there is one for each of them.
         axes: a dense pair ``[1, S, 1, D]``, which may be the dense form of an axis table.
     """
 
@@ -46,10 +43,9 @@ class Format:
     split: Callable[[Any], Sequence[Pair]]
     join: Callable[[torch.Tensor, torch.Tensor], Any]
     exact: bool = True
-    upcasts: bool = False
-    exact_backward: bool = True
     narrows: bool = False
     doubled: Callable[[Any], Sequence[Pair]] | None = None
+    every_sample: bool = False
     axes: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Format:
@@ -228,12 +224,12 @@ def _join_head_pairs(cos: torch.Tensor, sin: torch.Tensor) -> Pair:
     return cos[0], sin[0]
 
 
-def _split_headhalves(rotary: Any) -> list[Pair]:
+def _split_head_halves(rotary: Any) -> list[Pair]:
     cos, sin = rotary
     return [(cos.transpose(1, 2).float(), sin.transpose(1, 2).float())]
 
 
-def _join_headhalves(cos: torch.Tensor, sin: torch.Tensor) -> Pair:
+def _join_head_halves(cos: torch.Tensor, sin: torch.Tensor) -> Pair:
     return cos.transpose(1, 2), sin.transpose(1, 2)
 
 
@@ -266,9 +262,7 @@ COMPLEX_BHSD = Format(
 )
 """``[1 or B, 1, S, D / 2]``: ``transformer_anyflow.py``, ``transformer_sana_wm.py``."""
 
-MATRICES = Format(
-    "rotation matrices", Pairing.INTERLEAVED, _split_matrices, _join_matrices, upcasts=True, doubled=_columns
-)
+MATRICES = Format("rotation matrices", Pairing.INTERLEAVED, _split_matrices, _join_matrices, doubled=_columns)
 """``[B, S, 1, D / 2, 2, 2]``, ``[B, 1, S, D / 2, 2, 2]`` or ``[S, 1, D / 2, 2, 2]``: Kandinsky, HiDream, PRX."""
 
 CHANNELS = Format(
@@ -276,10 +270,15 @@ CHANNELS = Format(
 )
 """``[B, S, H * D]``, neighbours rotate, each head by other angles: ``transformer_ltx.py``."""
 
-HEAD_PAIRS = Format("cos and sin of every pair", Pairing.INTERLEAVED, _split_head_pairs, _join_head_pairs, upcasts=True)
+HEAD_PAIRS = Format("cos and sin of every pair", Pairing.INTERLEAVED, _split_head_pairs, _join_head_pairs)
 """``[S, H, D / 2]``, neighbours rotate, each head by other angles: ``MochiAttnProcessor2_0``."""
 
 HEAD_HALVES = Format(
-    "cos and sin of every pair and head", Pairing.HALF, _split_headhalves, _join_headhalves, exact=False
+    "cos and sin of every pair and head",
+    Pairing.HALF,
+    _split_head_halves,
+    _join_head_halves,
+    exact=False,
+    every_sample=True,
 )
 """``[B, H, S, D / 2]``, halves rotate, each head by other angles, by fused multiply-adds: ``transformer_ltx2.py``."""

@@ -8,33 +8,28 @@ import torch
 
 from .. import rotation
 from ..rotation_args import RotationArgs
-from .adapter import Layout
+from .adapter import Layout, Rotations
 from .packed_tables import PackedTable
 
 
-def fits(heads: torch.Tensor, table: PackedTable, partial: bool) -> bool:
+def fits(heads: torch.Tensor, table: PackedTable, declared: Rotations) -> bool:
     """Whether ``heads`` ``[B, S, H, D]`` are what the rows of ``table`` were made for, in all but their number."""
     batch, _, count, width = heads.shape
-    if table.batch not in (1, batch) or table.heads not in (1, count):
+    if table.batch not in ((batch,) if declared.format.every_sample else (1, batch)) or table.heads not in (1, count):
         return False
-    return table.head_dim <= width if partial else table.head_dim == width
+    return table.head_dim <= width if declared.partial else table.head_dim == width
 
 
-def rotate_heads(
-    heads: list[torch.Tensor], args: RotationArgs, backend: str, upcasts: bool, inplace: bool
-) -> list[torch.Tensor]:
+def rotate_heads(heads: list[torch.Tensor], args: RotationArgs, backend: str, inplace: bool) -> list[torch.Tensor]:
     """``heads`` ``[B, S, H, D]`` rotated, overwritten where ``inplace`` and no gradient is wanted.
 
-    Of distributed tensors each rank rotates the heads that it holds. ``upcasts``: as a :class:`Format` says.
+    Of distributed tensors each rank rotates the heads that it holds.
     """
     if any(map(is_distributed, heads)):
         given: list[Any] = list(heads)
-        local = rotate_heads([x.to_local() for x in given], args, backend, upcasts, inplace)
+        local = rotate_heads([x.to_local() for x in given], args, backend, inplace)
         return [type(x).from_local(y, x.device_mesh, x.placements) for x, y in zip(given, local, strict=True)]
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in heads)
-    if grad and args.exact and upcasts and heads[0].dtype.itemsize == 2:
-        rotated = rotation.apply([x.float() for x in heads], args, backend=backend)
-        return [y.to(x.dtype) for x, y in zip(heads, rotated, strict=True)]
     return rotation.apply(heads, args, inplace=inplace and not grad, backend=backend)
 
 

@@ -91,7 +91,9 @@ class PackedTable:
             return self
         found = self._narrowed.get(dtype)
         if found is None:
-            found = self._narrowed[dtype] = replace(self, rows=self.rows.to(dtype), _made={}, _narrowed={}, _identities={})
+            found = self._narrowed[dtype] = replace(
+                self, rows=self.rows.to(dtype), _made={}, _narrowed={}, _identities={}
+            )
         return found
 
     def args(self, length: int, align: Align, exact: bool) -> RotationArgs:

@@ -186,6 +186,14 @@ class Plan:
             if target is not None:
                 _forget_tables(target)
                 release(target, self.state)
+        # A block may have been exchanged for a copy of itself, and the copy is patched too.
+        for module in self.model.modules():
+            for target in list(_changeable(module)):
+                record: Installed | None = getattr(target, "__dict__", {}).get(INSTALLED)
+                for state in [] if record is None else list(record.states):
+                    if state.origin is self.state.origin:
+                        state.active = False
+                        release(target, state)
         for name, value in list(vars(self.model).items()):
             if isinstance(value, MemoizedMethod) and self.state in value.record.states:
                 forget(value.record.settings)

@@ -5,13 +5,9 @@ Source: ``transformer_prx.py`` of diffusers 0.42.1.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations
 from .formats import MATRICES
 
-# It adds gradients of a norm's weight up head by head, ours token by token.
-_MATRICES = replace(MATRICES, exact_backward=False)
 PRX = ModelAdapter(
     "diffusers.models.transformers.transformer_prx.PRXTransformer2DModel",
     (ModelTables("pe_embedder", "PRXEmbedND"),),
@@ -19,7 +15,7 @@ PRX = ModelAdapter(
         Rotations(
             attention=r"blocks\.\d+\.attention",
             attention_class="PRXAttention",
-            format=_MATRICES,
+            format=MATRICES,
             layout=Layout.BHSD,
             rotated={"norm_q": Rotated(), "norm_k": Rotated()},
             processors=("PRXAttnProcessor2_0",),

@@ -156,7 +156,7 @@ class _RotatingModule:
         if layout is Layout.BSC and (y.ndim != 3 or y.shape[-1] % head_dim):
             raise UnfitTable
         heads = as_heads(y, layout, head_dim)
-        if heads.ndim != 4 or heads.dtype not in DTYPES or not fits(heads, table, declared.partial):
+        if heads.ndim != 4 or heads.dtype not in DTYPES or not fits(heads, table, declared):
             raise UnfitTable
         if layout is Layout.BSC and call.heads and call.heads % heads.shape[2] and not is_distributed(y):
             raise UnfitTable
@@ -167,4 +167,4 @@ class _RotatingModule:
     def _rotate(self, table: PackedTable, heads: torch.Tensor, inplace: bool) -> torch.Tensor:
         call = self._call
         args = table.args(heads.shape[1], self._rotated.align, call.exact)
-        return rotate_heads([heads], args, call.settings.backend, call.declared.format.upcasts, inplace)[0]
+        return rotate_heads([heads], args, call.settings.backend, inplace)[0]

@@ -8,7 +8,6 @@ attention in turn, and a processor that rotates whatever it is given, through a 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,10 +40,7 @@ def _halves(rotary: Any) -> list[Pair]:
     return [(one, other)]
 
 
-_ANGLES = Format(
-    "angles, each at both halves", Pairing.HALF, _split_angles, _join_angles, upcasts=True, doubled=_halves
-)
-_HALF = replace(HALF, upcasts=True)
+_ANGLES = Format("angles, each at both halves", Pairing.HALF, _split_angles, _join_angles, doubled=_halves)
 STABLE_AUDIO = ModelAdapter(
     "diffusers.models.transformers.stable_audio_transformer.StableAudioDiTModel",
     (),
@@ -52,7 +48,7 @@ STABLE_AUDIO = ModelAdapter(
         Rotations(
             attention=r"transformer_blocks\.\d+\.attn1",
             attention_class="Attention",
-            format=_HALF,
+            format=HALF,
             layout=Layout.BSC,
             rotary=("rotary_emb",),
             processors=("StableAudioAttnProcessor2_0",),
