@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from intervention_cases.zoo_examples import examples, named
 BY_NAME = {one.name: one for one in INTERVENTIONS}
 EXAMPLES = ("wan", "flux", "hunyuan-video-no-norm", "hidream", "cogvideox-1.5", "joyimage")
 """Examples of the part that runs here: each intervention is put onto one of them that it applies to, in turn."""
+FLUX = "flux-single-blocks"
 FINE = (judge.EQUAL, judge.ROUNDED, judge.SAME_ERROR, judge.REFUSED, judge.REFUSED_LATE)
 
 
@@ -104,17 +106,17 @@ def _tagged(model: Any, off: Callable[..., None]) -> None:
 
 
 def _hooked(model: Any, off: Callable[..., None]) -> None:
-    off(model.transformer_blocks[0].register_forward_hook(lambda m, a, o: None).remove)
+    off(model.single_transformer_blocks[0].register_forward_hook(lambda m, a, o: None).remove)
 
 
 def _reclassed(model: Any, off: Callable[..., None]) -> None:
-    norm = model.transformer_blocks[0].attn.norm_q
+    norm = model.single_transformer_blocks[0].attn.norm_q
     off(setattr, norm, "__class__", type(norm))
     norm.__class__ = type("Seam", (type(norm),), {})
 
 
 def _other_parameter(model: Any, off: Callable[..., None]) -> None:
-    norm = model.transformer_blocks[0].attn.norm_q
+    norm = model.single_transformer_blocks[0].attn.norm_q
     off(setattr, norm, "weight", norm.weight)
     norm.weight = torch.nn.Parameter(norm.weight.detach().clone())
 
@@ -170,19 +172,19 @@ def _off_by(share: float) -> Callable[..., None]:
     ],
 )
 def test_matrix_tells_what_is_wrong(name: str, put: Callable[..., None], expected: set[str]) -> None:
-    assert outcomes(name, "flux", stand_in(put), ("before", "after")) == expected
+    assert outcomes(name, FLUX, stand_in(put), ("before", "after")) == expected
 
 
 @pytest.mark.parametrize("put", [_tagged, _hooked, _reclassed, _other_parameter])
 def test_matrix_sees_what_is_left_behind(put: Callable[..., None]) -> None:
-    assert outcomes("nothing", "flux", stand_in(put)) == {judge.EQUAL}
-    assert outcomes("nothing", "flux", stand_in(put, leaves=True)) == {judge.LEFT}
-    assert outcomes("hook on blocks scales", "flux", stand_in(put, leaves=True)) == {judge.LEFT}
+    assert outcomes("nothing", FLUX, stand_in(put), ("after",)) == {judge.EQUAL}
+    assert outcomes("nothing", FLUX, stand_in(put, leaves=True), ("before",)) == {judge.LEFT}
+    assert outcomes("hook on blocks scales", FLUX, stand_in(put, leaves=True), ("after",)) == {judge.LEFT}
 
 
 def test_patch_that_stays_when_undone_is_different_afterwards() -> None:
     """Even by rounding: after ``undo()`` fast mode owes the same bits."""
-    rows = list(runner.rows_of(named("flux"), BY_NAME["nothing"], stand_in(_off_by(1e-6), True), ("after",)))
+    rows = list(runner.rows_of(named(FLUX), BY_NAME["nothing"], stand_in(_off_by(1e-6), True), ("after",)))
     assert [(row.mode, row.outcome) for row in rows] == [("exact", judge.DIFFERENT), ("fast", judge.DIFFERENT)]
     assert rows[1].detail.startswith("after undo")
 
@@ -195,12 +197,12 @@ def test_refusals_are_told_from_crashes_and_must_change_nothing() -> None:
 
         return refuse
 
-    assert outcomes("nothing", "flux", patch(ValueError("model must be another"))) == {judge.REFUSED}
-    assert outcomes("nothing", "flux", patch(NotImplementedError("meta"))) == {judge.CRASHED}
+    assert outcomes("nothing", FLUX, patch(ValueError("model must be another"))) == {judge.REFUSED}
+    assert outcomes("nothing", FLUX, patch(NotImplementedError("meta"))) == {judge.CRASHED}
     tagged = patch(ValueError("model must be another"), lambda model: setattr(model, "tag", 1))
-    assert outcomes("nothing", "flux", tagged) == {judge.LEFT}
+    assert outcomes("nothing", FLUX, tagged) == {judge.LEFT}
     assert {row["reason"] for row in tables.reasons(
-        runner.rows_of(named("flux"), BY_NAME["nothing"], patch(ValueError("model must be another")))
+        runner.rows_of(named(FLUX), BY_NAME["nothing"], patch(ValueError("model must be another")))
     )} == {"ValueError: model must be another"}  # fmt: skip
 
 
@@ -221,19 +223,19 @@ def test_twin_that_is_random_is_not_judged_and_one_that_fails_neither() -> None:
         raise OSError("no library")
 
     for put in (shaky, broken):
-        rows = list(runner.rows_of(named("flux"), Intervention("x", "test", put), stand_in(_nothing)))
+        rows = list(runner.rows_of(named(FLUX), Intervention("x", "test", put), stand_in(_nothing)))
         assert {row.outcome for row in rows} == {judge.NOT_JUDGED}
 
 
 def test_intervention_that_changes_nothing_is_named() -> None:
     blind = Intervention("nothing", "control", lambda subject: None, changes=True)
-    rows = list(runner.rows_of(named("flux"), blind, stand_in(_nothing)))
+    rows = list(runner.rows_of(named(FLUX), blind, stand_in(_nothing)))
     assert [row.changed for row in rows] == [False] * len(rows)
     one = BY_NAME["hook on blocks scales"]
-    rows += runner.rows_of(named("flux"), one, stand_in(_nothing))
+    rows += runner.rows_of(named(FLUX), one, stand_in(_nothing))
     assert all(row.changed for row in rows if row.intervention == one.name)
     assert tables.blind(rows) == []
-    assert tables.blind([runner.Row("flux", one.group, one.name, "after", "exact", judge.EQUAL, changed=False)]) == [
+    assert tables.blind([runner.Row(FLUX, one.group, one.name, "after", "exact", judge.EQUAL, changed=False)]) == [
         one.name
     ]
 
@@ -270,13 +272,16 @@ def test_helpers_change_what_they_say() -> None:
 
 @pytest.mark.parametrize("number", range(len(INTERVENTIONS)), ids=lambda number: INTERVENTIONS[number].name)
 def test_no_silent_difference(number: int) -> None:
-    """One example for each cheap intervention, in two orders; scripts/interventions.py runs all of them."""
+    """One example for each cheap intervention, in one mode before the patch and in the other after it.
+
+    scripts/interventions.py runs all examples in both.
+    """
     intervention = INTERVENTIONS[number]
     if not intervention.quick:
         pytest.skip("slow: scripts/interventions.py runs it")
     for turn in range(len(EXAMPLES)):
         name = EXAMPLES[(number + turn) % len(EXAMPLES)]
-        rows = list(runner.rows_of(named(name), intervention, orders=("before", "after")))
+        rows = list(runner.rows_of(named(name), replace(intervention, halved=True), orders=("before", "after")))
         if rows and rows[0].outcome not in (judge.NOT_APPLICABLE, judge.NOT_JUDGED):
             break
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,12 +160,17 @@ def shapes(found: Objects) -> dict[tuple[str, str, Any], str]:
     }
 
 
-def left_behind(
-    ours: tuple[Objects, Objects], theirs: tuple[Objects, Objects], expected: Mapping[str, Any] | None = None
-) -> str:
-    """What differs after undo, beyond what differs in the twin too; ours and theirs are before and after."""
-    extra = changes(*ours) - changes(*theirs)
+def left_behind(ours: tuple[Objects, Objects], theirs: tuple[Objects, Objects]) -> str:
+    """What differs after undo, beyond what differs in the twin too; ours and theirs are before and after.
+
+    Attributes that stayed what they were differ in nothing: models remember things of their own where they are called.
+    """
+    moved, its_moved = changes(*ours), changes(*theirs)
     mine, its = shapes(ours[1]), shapes(theirs[1])
-    other = {key for key in mine.keys() | its.keys() if mine.get(key) != its.get(key)}
-    named = sorted({f"{path} {kind} {name}" for path, kind, name in extra | other})
+    other = {
+        key
+        for key in mine.keys() | its.keys()
+        if mine.get(key) != its.get(key) and (key in moved or key[1] not in ("attribute", "class of"))
+    }
+    named = sorted({f"{path} {kind} {name}" for path, kind, name in (moved - its_moved) | other})
     return "; ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
