@@ -71,8 +71,20 @@ def _with_frame_frozen(args: Any) -> Any:
 
 def _relative(args: Any, change: Change) -> torch.Tensor:
     """Changes positions as counted from the first row of each axis: all axes share one array of rows."""
-    first = args.positions.amin(dim=1, keepdim=True)
-    return first + change(args.positions - first)
+    positions = positions_of(args)
+    first = positions.amin(dim=1, keepdim=True)
+    return first + change(positions - first)
+
+
+def positions_of(args: Any) -> torch.Tensor:
+    """Row of every token on each axis, ``[1 or B, S, axes]``, whether they are given or follow a grid."""
+    if args.positions is not None:
+        positions: torch.Tensor = args.positions
+        return positions
+    tokens = torch.arange(args.token_offset, args.token_offset + args.count)
+    coordinates = torch.unravel_index(tokens, args.sizes)
+    rows = [coordinate + first for coordinate, first in zip(coordinates, args.first_rows, strict=True)]
+    return torch.stack(rows, dim=-1)[None].to(torch.int32)
 
 
 WRONG: dict[str, Change] = {

@@ -16,7 +16,7 @@ from zoo import EXAMPLES, Noise
 import dit_rope
 from dit_rope import Grid, RopeSpec, rope_table, shifting
 from dit_rope.cache import FifoCache
-from dit_rope.models import formats
+from dit_rope.models import formats, forward_pass
 from dit_rope.shifting import ShiftTable
 
 GPU = torch.device("cuda:0")
@@ -162,6 +162,11 @@ def test_capture_is_refused_a_value_that_the_cache_cannot_hold(
 FLUX = next(example for example in EXAMPLES if example.name == "flux")
 
 
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    """Each value at two neighbours, as models hold cos and sin."""
+    return x.repeat_interleave(2, dim=-1)
+
+
 def rows_packed(rotary: object) -> torch.Tensor:
     (table,) = formats.INTERLEAVED.pack(rotary, GPU)
     return table.rows
@@ -169,14 +174,15 @@ def rows_packed(rotary: object) -> torch.Tensor:
 
 @pytest.fixture
 def packs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is packed for ``cuda:0`` stays on CPU."""
+    """What is packed for ``cuda:0`` stays on CPU; a forward pass is under way."""
+    monkeypatch.setattr(forward_pass._current, "number", 0)
     real = formats.pack
     monkeypatch.setattr(formats, "pack", lambda cos, sin, pairing, device: real(cos, sin, pairing, CPU))
 
 
 def test_packed_rows_are_made_in_the_graph_that_reads_them(capture: Capture, packs_on_cpu: None) -> None:
     """Static inputs are written between replays: rows packed before the capture would be those of the first video."""
-    rotary = torch.randn(5, 8), torch.randn(5, 8)
+    rotary = doubled(torch.randn(5, 4)), doubled(torch.randn(5, 4))
     before = rows_packed(rotary)
     assert rows_packed(rotary) is before
     capture.under_way = True
@@ -194,7 +200,7 @@ def test_packed_rows_serve_the_stream_that_packs_them(
     """Another stream waits for nobody, and would read rows that are not written yet."""
     stream = SimpleNamespace(stream_id=1)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: stream)
-    rotary = torch.randn(5, 8), torch.randn(5, 8)
+    rotary = doubled(torch.randn(5, 4)), doubled(torch.randn(5, 4))
     first = rows_packed(rotary)
     stream.stream_id = 2
     second = rows_packed(rotary)

@@ -71,6 +71,15 @@ def test_patched_video_in_fast_mode_matches_reference_frames(pipe, request_of_re
     assert clears_the_bar(patched, reference), frame_ssim(patched, reference)
 
 
+def positions_of(args):
+    """Row of every token on each axis, ``[1 or B, S, axes]``, whether they are given or follow a grid."""
+    if args.positions is not None:
+        return args.positions
+    coordinates = torch.unravel_index(torch.arange(args.token_offset, args.token_offset + args.count), args.sizes)
+    rows = [coordinate + first for coordinate, first in zip(coordinates, args.first_rows, strict=True)]
+    return torch.stack(rows, dim=-1)[None].to(torch.int32)
+
+
 def with_sign_flipped(args):
     return replace(args, inverse=not args.inverse)
 
@@ -83,8 +92,9 @@ def with_axes_in_order(*order: int):
     """Every axis turns by the coordinate of another one."""
 
     def change(args):
-        first = args.positions.amin(dim=1, keepdim=True)
-        return replace(args, positions=first + (args.positions - first)[..., list(order)])
+        positions = positions_of(args)
+        first = positions.amin(dim=1, keepdim=True)
+        return replace(args, positions=first + (positions - first)[..., list(order)])
 
     return change
 
@@ -93,7 +103,7 @@ def with_axis_frozen(axis: int):
     """Every token turns as if it stood at coordinate 0 of one axis."""
 
     def change(args):
-        positions = args.positions.clone()
+        positions = positions_of(args).clone()
         positions[..., axis] = positions[..., axis].amin(dim=1, keepdim=True)
         return replace(args, positions=positions)
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from ..models.adapter import ModelTables
 from ..models.formats import Format
 from ..models.plan import Plan, make_plan
 from ..patching import adapter_of, patch
@@ -74,7 +73,7 @@ def count_patched(model: torch.nn.Module, forward: Callable[[], object]) -> Coun
     if adapter is None:
         raise ValueError(f"model must be of a class that an adapter knows, got {type(model).__name__}")
     plan = make_plan("model", model, adapter)
-    before = run_steps(plan, forward)
+    before = run_steps(plan, forward, look=True)
     with patch(model, exact=False):
         after = run_steps(plan, forward)
     paths: dict[str, str] = {}
@@ -144,8 +143,11 @@ def constant_weights() -> Iterator[None]:
             setattr(torch.nn.init, name, function)
 
 
-def run_steps(plan: Plan, forward: Callable[[], object], steps: int = 2) -> list[Step]:
-    """Counts what calls of ``forward`` run in the attention modules and table builders of ``plan``."""
+def run_steps(plan: Plan, forward: Callable[[], object], steps: int = 2, look: bool = False) -> list[Step]:
+    """Counts what calls of ``forward`` run in the attention modules and table builders of ``plan``.
+
+    ``look`` counts what norms and projections return, too, in hooks, around which a patch would not fuse them.
+    """
     counter, results = OperatorCounter(), [Step({}, Count()) for _ in range(steps)]
     step = results[0]
 
@@ -158,9 +160,7 @@ def run_steps(plan: Plan, forward: Callable[[], object], steps: int = 2) -> list
             counter.current.turned[name] += output.numel()
 
     builders = {
-        (id(found.target), method): (found.target, method)
-        for found in plan.tables
-        for method in [found.tables.method if isinstance(found.tables, ModelTables) else "forward"]
+        (id(found.target), method): (found.target, method) for found in plan.tables for method in [found.tables.method]
     }
     with contextlib.ExitStack() as stack:
         for target, method in builders.values():
@@ -168,7 +168,7 @@ def run_steps(plan: Plan, forward: Callable[[], object], steps: int = 2) -> list
         stack.enter_context(_packing_watched(lambda: counter.region(step.tables)))
         for found in plan.rotations:
             stack.enter_context(_watched(found.attention, "forward", functools.partial(call, found.path)))
-            for name, module in found.modules():
+            for name, module in found.modules() if look else ():
                 stack.callback(module.register_forward_hook(functools.partial(seen, name)).remove)
         for step in results:  # noqa: B007 - the closures above read it
             with torch.no_grad(), counter:

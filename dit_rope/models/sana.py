@@ -38,7 +38,7 @@ def _rotates_inside(attention_class: str) -> Rotations:
         format=COMPLEX_BHSD,
         layout=Layout.BHDS,
         rotated={},
-        rotary=(),
+        rotary=("rotary_emb",),
         rebound=Rebound("_apply_rotary_emb"),
         when=functools.partial(_is_a, attention_class),
     )
