@@ -7,6 +7,8 @@ the kinds of mistakes that tests have to notice.
 from __future__ import annotations
 
 from mutation import Mutation
+from mutations_hooks import HOOKS
+from mutations_inputs import INPUTS
 
 _CORE = ("tests/test_tables.py", "tests/test_layout.py", "tests/test_axis_tables.py")
 _QUICK = "not compile and not 720p and not fake_tensor"
@@ -15,9 +17,6 @@ _CACHE = ("tests/test_cache.py", "tests/test_cache_attack.py")
 _EAGER = ("tests/test_eager.py", "tests/test_rotation.py")
 _OPS = ("tests/test_ops.py", "tests/test_rotation.py")
 _STREAM = ("tests/test_streaming.py", "tests/test_rolling_cache.py")
-_MODELS = ("tests/test_models.py",)
-_PATCHING = ("tests/test_patching.py",)
-_MEMO = ("tests/test_model_tables.py",)
 _NO_COMPILE = "not compile and not opcheck"
 
 
@@ -56,20 +55,6 @@ def _ops(name: str, old: str, new: str, file: str = "ops") -> Mutation:
 
 def _shift(name: str, old: str, new: str, k: str) -> Mutation:
     return Mutation(name, "dit_rope/shifting.py", old, new, ("tests/test_shifting.py",), k)
-
-
-def _models(name: str, file: str, old: str, new: str, examples: str, equivalent: str = "") -> Mutation:
-    """A fault that one or two examples of models show."""
-    chosen = f"({examples}) and (bitwise or fast_mode)"
-    return Mutation(name, f"dit_rope/models/{file}.py", old, new, _MODELS, chosen, equivalent)
-
-
-def _patching(name: str, file: str, old: str, new: str, k: str = "not inductor and not compile") -> Mutation:
-    return Mutation(name, f"dit_rope/models/{file}.py", old, new, _PATCHING, k)
-
-
-def _memo(name: str, old: str, new: str) -> Mutation:
-    return Mutation(name, "dit_rope/models/model_tables.py", old, new, _MEMO)
 
 
 MUTATIONS = (
@@ -217,176 +202,6 @@ MUTATIONS = (
         ("tests/test_compat_fastvideo.py",),
         "not compile",
     ),
-    # What models hand over, packed.
-    _models(
-        "align-start",
-        "formats",
-        "first = self.tokens - count if align is Align.END",
-        "first = 0 if align is Align.END",
-        "flux-batched-ids or chroma",
-    ),
-    _models(
-        "prefix-at-the-start",
-        "formats",
-        "prefix=length - count if align is Align.END else 0",
-        "prefix=0",
-        "cogvideox",
-    ),
-    _models("head-rows-ignored", "formats", "head_rows=self.head_rows,", "head_rows=0,", "mochi or ltx2-inter"),
-    _models(
-        "stride-of-heads",
-        "formats",
-        "pairing, tokens if heads > 1 else 0)",
-        "pairing, 1 if heads > 1 else 0)",
-        "mochi or ltx2-inter",
-    ),
-    _models("stride-of-the-batch", "formats", "mul_(heads * tokens)", "mul_(tokens)", "ltx2 or ltx-unscaled"),
-    _models(
-        "matrix-transposed",
-        "formats",
-        "rotary[..., 1, 0].float()",
-        "rotary[..., 0, 1].float()",
-        "kandinsky5 or hidream",
-    ),
-    _models("conjugate", "formats", "four_dims(each.imag).float()", "-four_dims(each.imag).float()", "qwen"),
-    Mutation(
-        "packed-without-version",
-        "dit_rope/models/formats.py",
-        "found[0] == versions and all(",
-        "all(",
-        ("tests/test_cache_attack.py",),
-        "packed",
-    ),
-    Mutation(
-        "packed-by-the-first-tensor",
-        "dit_rope/models/formats.py",
-        "    known[key, rest] = (versions",
-        "    rest = ()\n    known[key, rest] = (versions",
-        ("tests/test_cache_attack.py",),
-        "packed",
-    ),
-    Mutation(
-        "packed-tables-gather",
-        "dit_rope/models/formats.py",
-        "_MOST_PACKED = 16",
-        "_MOST_PACKED = 10**9",
-        ("tests/test_cache_attack.py",),
-        "packed",
-    ),
-    # Seams, processors, undo.
-    _models(
-        "first-table-for-all", "seams", "min(settings.table, len(flight.tables) - 1)", "0", "qwen or joyimage or ltx2"
-    ),
-    _models(
-        "fast-where-exact",
-        "seams",
-        "if flight.exact else self._fast",
-        "if not flight.exact else self._fast",
-        "wan or flux",
-    ),
-    _models(
-        "norm-not-rounded",
-        "seams",
-        "if settings.rounds is not None:",
-        "if False:",
-        "kandinsky or cogview4 or glm or hidream",
-    ),
-    _models(
-        "result-not-rounded",
-        "seams",
-        "settings.result is None else turned.to(settings.result)",
-        "True else turned",
-        "kandinsky or ideogram4 or krea2 or joyimage",
-    ),
-    _models("table-not-narrowed", "seams", "if exact and self.format.narrows:", "if False:", "minimax"),
-    _patching("unknown-processor-patched", "seams", "if self.processors and (cls", "if False and (cls"),
-    _patching(
-        "replaced-norm-patched",
-        "seams",
-        "return all(isinstance(getattr(module, name, None), TurnSeam)",
-        "return all(True",
-    ),
-    _patching("lost-rotation-unnoticed", "seams", "if 0 < len(pending) < self.seams", "if False and 0 < self.seams"),
-    Mutation(
-        "second-call-unnoticed",
-        "dit_rope/models/seams.py",
-        "if not settings.repeats and settings.name not in",
-        "if False and settings.name not in",
-        ("tests/test_adapters_of_others.py",),
-        "twice",
-    ),
-    _patching(
-        "hooks-not-removed",
-        "plan",
-        "            del vars(module)[memo.method]\n        remove_hooks(module)",
-        "            del vars(module)[memo.method]",
-    ),
-    _patching("class-not-restored", "swapping", "target.__class__ = type(target).unpatched", "pass"),
-    _patching("settings-left-behind", "swapping", "    del vars(target)[SETTINGS]\n", "    pass\n"),
-    _patching("forwards-unchecked", "plan", "    _check_forwards(plan)\n", "    pass\n"),
-    _patching("patched-twice", "plan", "    if is_patched(model):\n", "    if False:\n"),
-    Mutation(
-        "undo-keeps-entries",
-        "dit_rope/models/plan.py",
-        "                    forget(settings.token)\n",
-        "                    pass\n",
-        _MEMO,
-    ),
-    Mutation(
-        "failed-patch-stays",
-        "dit_rope/patching.py",
-        "    except BaseException:\n        for plan in plans:\n            plan.restore()\n",
-        "    except BaseException:\n",
-        _PATCHING,
-        "failing",
-    ),
-    _patching(
-        "wan-axes", "wan", "dims=(head_dim - 2 * side, side, side)", "dims=(side, side, head_dim - 2 * side)", "bitwise"
-    ),
-    _patching("edit-frame-off-by-one", "wan", "frames=(0, skip - 1)", "frames=(0, skip - 2)", "bitwise"),
-    _models(
-        "text-at-the-end",
-        "flux",
-        '"norm_added_q": Turned(align=Align.START)',
-        '"norm_added_q": Turned(align=Align.END)',
-        "flux or chroma",
-    ),
-    _models("key-by-the-query-table", "ltx", '"norm_k": Turned(table=1)', '"norm_k": Turned(table=0)', "ltx2"),
-    _models(
-        "text-by-the-image-table",
-        "qwen_image",
-        '"norm_added_q": Turned(table=1)',
-        '"norm_added_q": Turned(table=0)',
-        "qwen",
-    ),
-    _models("krea2-weight", "fused_norms", "module.weight + 1.0", "module.weight", "krea2"),
-    _models(
-        "rebound-passes",
-        "rebinding",
-        "    if settings.passes:\n",
-        "    if not settings.passes:\n",
-        "hidream or lumina or omnigen or z-image",
-    ),
-    # Tables that models build.
-    _memo(
-        "identity-without-version",
-        "tensor.is_conj(), tensor.is_neg(), tensor._version)",
-        "tensor.is_conj(), tensor.is_neg())",
-    ),
-    _memo("key-without-ambient", "[_ambient(), len(args)]", "[len(args)]"),
-    _memo("key-without-state", "    parts.append(_state(target, settings, held))\n", ""),
-    _memo("key-without-call-number", "[call.place, call.number(settings.token)]", "[call.place]"),
-    _memo("equal-numbers-of-two-types", "return (type(value), value)", "return value"),
-    _memo("key-does-not-hold", "    held.append(tensor)\n", ""),
-    _memo(
-        "tokens-are-equal", "@dataclass(frozen=True, eq=False)\nclass _Token", "@dataclass(frozen=True)\nclass _Token"
-    ),
-    Mutation(
-        "probe-looks-away",
-        "dit_rope/models/probe.py",
-        "if not self._as_expected(actual, rounded):",
-        "if False:",
-        ("tests/test_probe.py",),
-        "refused",
-    ),
+    *HOOKS,
+    *INPUTS,
 )

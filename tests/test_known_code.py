@@ -78,7 +78,7 @@ def _imported_inside(monkeypatch: pytest.MonkeyPatch) -> None:
 def _method_of_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-    def silent(self: Any, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, **kwargs: Any) -> Any:
+    def silent(self: Any, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, *args: Any) -> Any:
         return hidden_states if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
 
     monkeypatch.setattr(FluxAttnProcessor, "__call__", silent)

@@ -1,0 +1,262 @@
+"""Faults in the hooks that patch models, by the rule that each of them breaks, for ``mutations.py``."""
+
+from __future__ import annotations
+
+from mutation import Mutation
+
+_MODELS = ("tests/test_models.py",)
+_PATCHING = ("tests/test_patching.py",)
+_MEMO = ("tests/test_model_tables.py",)
+_KNOWN = ("tests/test_known_code.py",)
+_PACKED = ("tests/test_packed_tables.py",)
+
+
+def fault(name: str, file: str, old: str, new: str, tests: tuple[str, ...], k: str = "") -> Mutation:
+    """A fault in ``dit_rope/models``."""
+    return Mutation(name, f"dit_rope/models/{file}.py", old, new, tests, k)
+
+
+def of_models(name: str, file: str, old: str, new: str, examples: str) -> Mutation:
+    """A fault that one or two examples of models show."""
+    return fault(name, file, old, new, _MODELS, f"({examples}) and (bitwise or fast_mode)")
+
+
+def _patching(name: str, file: str, old: str, new: str, k: str = "not inductor and not compile") -> Mutation:
+    return fault(name, file, old, new, _PATCHING, k)
+
+
+def _memo(name: str, old: str, new: str, file: str = "table_keys") -> Mutation:
+    return fault(name, file, old, new, _MEMO)
+
+
+def _known(name: str, file: str, old: str, new: str) -> Mutation:
+    return fault(name, file, old, new, _KNOWN)
+
+
+def _packed(name: str, old: str, new: str, file: str = "packed_tables") -> Mutation:
+    return fault(name, file, old, new, _PACKED)
+
+
+# Dense tables outside, axis tables inside: what is read must be what the model was given, bit for bit.
+_AXIS_FORMS = (
+    _patching(
+        "axis-form-not-compared",
+        "rope_modules",
+        "if all(_is_repeated(x, y) for x, y in zip(expanded, tensors, strict=True)):",
+        "if True:",
+        "tables_that_were_changed",
+    ),
+    _patching(
+        "axis-form-compared-at-one-channel",
+        "rope_modules",
+        "both = channels[..., 0::2], channels[..., 1::2]",
+        "both = (channels[..., 0::2],)",
+        "tables_that_were_changed",
+    ),
+    _packed("part-without-its-offset", "else (offset, view.shape[1])", "else (0, view.shape[1])"),
+    _packed("part-without-its-strides", "        or view.stride()[1:] != whole.stride()[1:]\n", "        or False\n"),
+    _packed("part-negated", "        view.is_neg()\n        or view.shape[0]", "        view.shape[0]"),
+    _packed("part-of-another-dtype", " or view.dtype != whole.dtype or", " or"),
+    _packed("axis-form-without-version", " or not is_known((whole,)) or", " or"),
+    _packed("known-without-version", "_known.get(tensor) == tensor._version", "_known.get(tensor) is not None"),
+    _packed(
+        "axis-form-of-another-storage",
+        "if whole is None or view.untyped_storage()._cdata != whole.untyped_storage()._cdata:",
+        "if whole is None:",
+    ),
+    _packed("cosines-and-sines-of-other-tokens", " or any(place != places[0] for place in places)", ""),
+    _packed("wan-axes", "dims=(head_dim - 2 * side, side, side)", "dims=(side, side, head_dim - 2 * side)", file="wan"),
+    _packed("edit-frame-off-by-one", "frames=(0, skip - 1)", "frames=(0, skip - 2)", file="wan"),
+    _memo(
+        "containers-shared",
+        "pytree.tree_unflatten(list(built.leaves), built.structure)",
+        'vars(built).setdefault("whole", pytree.tree_unflatten(list(built.leaves), built.structure))',
+        "rope_modules",
+    ),
+)
+
+# Only code that is known, judged when it runs.
+_KNOWN_CODE = (
+    _patching(
+        "unknown-processor-patched",
+        "attention",
+        "    if guard.unknown is not None:\n        return guard.unknown\n    owner",
+        "    owner",
+    ),
+    _known("class-of-another-declaration", "attention", "if owner not in (declared", "if False and (declared"),
+    _known("method-of-the-processor-itself", "attention", "name = guard.overridden_in(holder)", "name = None"),
+    _known(
+        "guard-always-holds",
+        "known_code",
+        "if namespace.get(name) is not found or (function is not None and function.__code__ is not code):",
+        "if False:",
+    ),
+    _known(
+        "code-of-a-function-unseen",
+        "known_code",
+        " or (function is not None and function.__code__ is not code):",
+        ":",
+    ),
+    _known(
+        "digest-not-compared",
+        "known_code",
+        "FunctionType) and source_digest(function.__code__) in known_digests().get(slot, ()):",
+        "FunctionType):",
+    ),
+    _known("globals-not-followed", "known_code", "            self._follow_globals(function)\n", "            pass\n"),
+    _known(
+        "imports-inside-not-followed",
+        "known_code",
+        '        yield from _imports(code, function.__globals__.get("__package__") or "")\n',
+        "",
+    ),
+    _known("methods-not-followed", "known_code", "self._follow_method(cls, called)", "pass"),
+    _known(
+        "method-of-a-class-between-unseen",
+        "known_code",
+        "self.checks += [(vars(base), name, None, None, None) for base in",
+        "self.checks += [(vars(base), name, None, None, None) for base in () and",
+    ),
+    _known(
+        "wrappers-are-looked-through",
+        "known_code",
+        'hasattr(found, "__wrapped__") and _is_context_decorator(found)',
+        'hasattr(found, "__wrapped__")',
+    ),
+    _known("builder-of-another-name", "rope_modules", "if owner not in builders:", "if False:"),
+    _known(
+        "method-of-the-builder-itself",
+        "rope_modules",
+        "held = next((name for name in names if name in vars(target)), None)",
+        "held = None",
+    ),
+    _known("fresh-with-a-forward-of-its-own", "fused_norms", '"forward" in state or any', "any"),
+    _known("fresh-with-hooks", "fused_norms", "any(state.get(name) for name in _INSTANCE_HOOKS)", "False"),
+    _known("fresh-though-compiled", "fused_norms", '    "_compiled_call_impl",\n', ""),
+    _known(
+        "fresh-with-hooks-of-all-modules",
+        "fused_norms",
+        "if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:",
+        "if False:",
+    ),
+    _known(
+        "fresh-with-backward-hooks-of-all-modules",
+        "fused_norms",
+        "if torch_modules._global_backward_hooks or torch_modules._global_backward_pre_hooks:",
+        "if False:",
+    ),
+    _known("fresh-of-unknown-code", "fused_norms", "return _runs_known_code(type(module))", "return True"),
+    _known(
+        "function-of-torch-replaced",
+        "fused_norms",
+        "functions is not None and all(namespace.get(name) is found for namespace, name, found in functions)",
+        "functions is not None",
+    ),
+    _known(
+        "function-of-torch-replaced-before",
+        "fused_norms",
+        "if not all(_is_of(function, name) for _, name, function in found):",
+        "if False:",
+    ),
+    _known(
+        "report-remembers",
+        "plan",
+        "    @property\n    def holder(",
+        '    @__import__("functools").cached_property\n    def holder(',
+    ),
+    _known(
+        "report-of-a-processor-that-was-replaced",
+        "plan",
+        "if patched and not (isinstance(holder, Override) and installed(self.attention)):",
+        "if False:",
+    ),
+    _known(
+        "processor-put-in-later-is-left",
+        "plan",
+        "if installed(processor) is None:\n                    adopt_processor(target)",
+        "if False:\n                    adopt_processor(target)",
+    ),
+    _patching(
+        "forward-of-others-unseen",
+        "plan",
+        'self.tables.method == "forward" and is_bypassed(self.target)',
+        "False",
+        "rope_module_whose_forward",
+    ),
+    fault(
+        "wrapped-forward-not-rebound",
+        "class_override",
+        "    target.__class__ = _override_class(type(target), override, method)\n    _rebind(target, wrapped)\n",
+        "    target.__class__ = _override_class(type(target), override, method)\n",
+        ("tests/test_patched_after_others.py",),
+        "wan or outlives",
+    ),
+)
+
+# What is handed over is taken, or it is an error; and nobody finds what served for it.
+_HANDED_OVER = (
+    _known(
+        "lost-rotation-unnoticed", "rotating_norms", "if self.pending and self.pending != self.rotating:", "if False:"
+    ),
+    _known("every-rotation-pending", "rotating_norms", "        call.pending.discard(self._name)\n", ""),
+    _known(
+        "result-of-others-overwritten", "rotating_norms", "fresh = makes_fresh_results(self._module)", "fresh = True"
+    ),
+    _known(
+        "argument-overwritten",
+        "rotating_norms",
+        "fresh = fresh and not any(y is x for x in (*args, *kwargs.values()))",
+        "pass",
+    ),
+    _known("norm-left-out-though-hooked", "rotating_norms", "if not makes_fresh_results(self._module):", "if False:"),
+    _known("stand-in-is-the-module", "rotating_norms", "other = object.__new__(type(attn))", "other = attn"),
+    _known(
+        "stand-in-keeps-a-norm",
+        "rotating_norms",
+        "for name, rotated in rotating_modules(attn, self.declared):",
+        "for name, rotated in rotating_modules(attn, self.declared)[:1]:",
+    ),
+    of_models("rotated-twice", "attention", "kwargs = {**kwargs, name: None}", "pass", "flux-single or cogvideox"),
+    of_models(
+        "rebound-rotates",
+        "attention",
+        "scope = {**guard.function.__globals__, declared.rebound.function: functools.partial(_pass_on, declared)}",
+        "scope = {**guard.function.__globals__}",
+        "hidream or lumina",
+    ),
+)
+
+# Undo: everything is given back, where it is by now, and nothing that somebody else still wants.
+_UNDO = (
+    _patching(
+        "hooks-not-removed", "class_override", "        remove_hooks(target)\n    vars", "        pass\n    vars"
+    ),
+    _patching(
+        "class-not-restored", "class_override", "            target.__class__ = made.unpatched\n", "            pass\n"
+    ),
+    _patching("settings-left-behind", "class_override", "    vars(target).pop(INSTALLED, None)\n", "    pass\n"),
+    _patching("patched-twice", "plan", "    if is_patched(model):\n", "    if False:\n"),
+    _patching("copy-of-a-block-stays", "plan", "if state.origin is self.state.origin:", "if state is self.state:"),
+    _patching(
+        "shared-object-released",
+        "class_override",
+        "        if not record.active:\n            release_all(target)\n",
+        "        release_all(target)\n",
+    ),
+    _patching(
+        "shared-object-never-released",
+        "class_override",
+        "        if not record.active:\n            release_all",
+        "        if False:\n            release_all",
+    ),
+    Mutation(
+        "failed-patch-stays",
+        "dit_rope/patching.py",
+        "    except BaseException:\n        for plan in plans:\n            plan.restore()\n",
+        "    except BaseException:\n",
+        _PATCHING,
+        "failing",
+    ),
+)
+
+HOOKS = (*_AXIS_FORMS, *_KNOWN_CODE, *_HANDED_OVER, *_UNDO)
