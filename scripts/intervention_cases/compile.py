@@ -163,9 +163,11 @@ def exported(subject: Subject) -> None:
 def whole(subject: Subject) -> None:
     """torch.export of the model, and calls of the program."""
 
+    def program(**given: Any) -> Any:
+        return torch.export.export(subject.model, (), given, strict=False).module()(**given)
+
     def run(inputs: Any) -> Any:
         with torch.no_grad():
-            given = {"return_dict": False, **inputs}
-            return torch.export.export(subject.model, (), given, strict=False).module()(**given)
+            return subject.example.run(program, inputs)
 
     subject.run = run

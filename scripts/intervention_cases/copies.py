@@ -8,6 +8,7 @@ import pickle
 from typing import Any
 
 import torch
+from torch.func import functional_call
 
 from .core import TWO_ORDERS, NotApplicable, Subject, intervention
 from .parts import parent_of
@@ -105,7 +106,7 @@ def functional(subject: Subject) -> None:
     def run(inputs: Any) -> Any:
         state = {n: p.detach() * 1.25 for n, p in subject.model.named_parameters()}
         with torch.no_grad():
-            return torch.func.functional_call(subject.model, state, (), {"return_dict": False, **inputs})
+            return subject.example.run(lambda **given: functional_call(subject.model, state, (), given), inputs)
 
     subject.run = run
 
@@ -113,13 +114,13 @@ def functional(subject: Subject) -> None:
 class _Traced(torch.nn.Module):
     """A model of tensors alone, which can be traced."""
 
-    def __init__(self, model: Any, names: list[str], others: dict[str, Any]) -> None:
+    def __init__(self, example: Any, model: Any, names: list[str], others: dict[str, Any]) -> None:
         super().__init__()
-        self.model, self.names, self.others = model, names, others
+        self.example, self.model, self.names, self.others = example, model, names, others
 
     def forward(self, *given: torch.Tensor) -> Any:
         """The tensors of the output."""
-        output = self.model(**{**self.others, **dict(zip(self.names, given, strict=True)), "return_dict": False})
+        output = self.example.run(self.model, {**self.others, **dict(zip(self.names, given, strict=True))})
         return tuple(x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor))
 
 
@@ -132,7 +133,10 @@ def traced(subject: Subject) -> None:
         others = {name: value for name, value in inputs.items() if name not in names}
         with torch.no_grad():
             trace = torch.jit.trace(
-                _Traced(subject.model, names, others), tuple(inputs[n] for n in names), check_trace=False, strict=False
+                _Traced(subject.example, subject.model, names, others),
+                tuple(inputs[n] for n in names),
+                check_trace=False,
+                strict=False,
             )
             found = subject.made(8)
             return trace(*(inputs[n] for n in names)), trace(*(found[n] for n in names))

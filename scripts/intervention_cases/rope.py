@@ -238,3 +238,31 @@ def methods(subject: Subject) -> None:
         if isinstance(real, staticmethod | classmethod):
             continue
         subject.assign(cls, name, _tables_changed(real))
+
+
+def _objects(by_step: bool) -> Any:
+    """Rope objects that are no modules: ``__call__`` of their class."""
+
+    def put(subject: Subject) -> None:
+        found = {
+            type(value) for name, value in vars(subject.model).items() if "rope" in name.lower() and callable(value)
+        }
+        if not found:
+            raise NotApplicable("no rope objects beside modules")
+        told = {"step": 1}
+        for cls in found:
+            real: Any = vars(cls)["__call__"]
+
+            def call(*args: Any, real: Any = real, **kwargs: Any) -> Any:
+                tables = real(*args, **kwargs)
+                return tables_turned_back(tables) if told["step"] == 1 else tables
+
+            subject.assign(cls, "__call__", functools.wraps(real)(call))
+        if by_step:
+            subject.before_step = lambda number: told.update(step=number)
+
+    return put
+
+
+intervention("class of rope objects gives other tables", changes=True)(_objects(False))
+intervention("class of rope objects follows the timestep", changes=True)(_objects(True))

@@ -61,7 +61,7 @@ class AnyExample:
 
     def run(self, callee: Any, inputs: Mapping[str, Any]) -> Any:
         """One forward pass."""
-        return callee(**{"return_dict": False, **inputs})
+        return callee(**{"return_dict": False, **inputs}) if self.zoo is None else self.zoo.run(callee, inputs)
 
 
 @functools.cache
