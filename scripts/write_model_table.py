@@ -5,12 +5,15 @@ python scripts/write_model_table.py
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
 
 from dit_rope.models import ADAPTERS, ModelAdapter
+from dit_rope.models.adapter import EVERY
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import wan_models
@@ -22,11 +25,35 @@ COLUMNS = ("transformer class", "tables", "in one pass", "exact mode", "context 
 NOT_HERE = ("CosmosControlNetModel",)
 """Its forward needs torchvision, which the pinned environment lacks: the table is not to depend on it."""
 
+READ = frozenset(
+    {"attention_mask", "coords", "frame_indices", "ids", "image_pad_mask", "pos", "pos_frequencies", "position_ids"}
+)
+"""Arguments of rope modules that are tensors where the model computes, and whose values decide its tables."""
+
 
 def _tables(adapter: ModelAdapter) -> str:
     if any(tables.axes is not None for tables in adapter.tables):
-        return "axis tables"
-    return "memoized" if adapter.tables else "not its own"
+        return "memoized, axis tables"
+    return "not its own" if not adapter.tables else "memoized on a CPU" if reads_values(adapter) else "memoized"
+
+
+def reads_values(adapter: ModelAdapter) -> bool:
+    """Whether tables depend on values that a GPU would have to be asked for, so that they are built in every pass."""
+    names: set[str] = set()
+    for tables in adapter.tables:
+        builders = (tables.builder,) if isinstance(tables.builder, str) else tables.builder
+        for builder in builders if tables.by_shape != EVERY else ():
+            method = getattr(_builders()[builder], tables.method)
+            names |= set(inspect.signature(method).parameters) - set(tables.by_shape)
+    return not names.isdisjoint(READ)
+
+
+@functools.cache
+def _builders() -> dict[str, type]:
+    """The classes that build tables, by name, from the files of models that define them: some borrow another's."""
+    modules = {adapter.model.rpartition(".")[0] for adapter in ADAPTERS}
+    classes = (cls for name in modules for cls in vars(importlib.import_module(name)).values() if isinstance(cls, type))
+    return {cls.__name__: cls for cls in classes if cls.__module__ in modules}
 
 
 def _kinds(adapter: ModelAdapter) -> dict[tuple[str, bool], None]:
@@ -39,7 +66,7 @@ def _kinds(adapter: ModelAdapter) -> dict[tuple[str, bool], None]:
     return kinds
 
 
-def _turns(adapter: ModelAdapter) -> str:
+def _rotates(adapter: ModelAdapter) -> str:
     return "; ".join(kind if exact else f"{kind}, fast mode only" for kind, exact in _kinds(adapter)) or "left alone"
 
 
@@ -71,7 +98,7 @@ def _wan_classes() -> set[str]:
 def rows() -> str:
     """The table of the README: one row per class."""
     return HEADER + "".join(
-        f"| `{adapter.model_class}` | {_tables(adapter)} | {_turns(adapter)} |\n" for adapter in ADAPTERS
+        f"| `{adapter.model_class}` | {_tables(adapter)} | {_rotates(adapter)} |\n" for adapter in ADAPTERS
     )
 
 

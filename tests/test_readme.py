@@ -116,7 +116,7 @@ def test_code_blocks_run_in_order(loads_random_pipeline, caches, capsys):
     assert loads_random_pipeline == ["samples/tiny-wan"]
     assert "WanTransformer3DModel" in capsys.readouterr().out
     assert namespace["video"].shape == (17, 96, 96, 3)
-    assert namespace["q_turned"].shape == namespace["q"].shape
+    assert namespace["q_rotated"].shape == namespace["q"].shape
     assert namespace["cos"].dtype == torch.float64
 
 
