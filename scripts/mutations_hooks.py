@@ -8,6 +8,8 @@ _MODELS = ("tests/test_models.py",)
 _PATCHING = ("tests/test_patching.py",)
 _MEMO = ("tests/test_model_tables.py",)
 _KNOWN = ("tests/test_known_code.py",)
+_FRESH = ("tests/test_fresh_results.py",)
+_BACK = ("tests/test_giving_back.py",)
 _PACKED = ("tests/test_packed_tables.py",)
 
 
@@ -31,6 +33,14 @@ def _memo(name: str, old: str, new: str, file: str = "table_keys") -> Mutation:
 
 def _known(name: str, file: str, old: str, new: str) -> Mutation:
     return fault(name, file, old, new, _KNOWN)
+
+
+def _fresh(name: str, file: str, old: str, new: str) -> Mutation:
+    return fault(name, file, old, new, _FRESH)
+
+
+def _back(name: str, file: str, old: str, new: str) -> Mutation:
+    return fault(name, file, old, new, _BACK)
 
 
 def _packed(name: str, old: str, new: str, file: str = "packed_tables") -> Mutation:
@@ -130,29 +140,29 @@ _KNOWN_CODE = (
         "held = next((name for name in names if name in vars(target)), None)",
         "held = None",
     ),
-    _known("fresh-with-a-forward-of-its-own", "fused_norms", '"forward" in state or any', "any"),
-    _known("fresh-with-hooks", "fused_norms", "any(state.get(name) for name in _INSTANCE_HOOKS)", "False"),
-    _known("fresh-though-compiled", "fused_norms", '    "_compiled_call_impl",\n', ""),
-    _known(
+    _fresh("fresh-with-a-forward-of-its-own", "fused_norms", '"forward" in state or any', "any"),
+    _fresh("fresh-with-hooks", "fused_norms", "any(state.get(name) for name in _INSTANCE_HOOKS)", "False"),
+    _fresh("fresh-though-compiled", "fused_norms", '    "_compiled_call_impl",\n', ""),
+    _fresh(
         "fresh-with-hooks-of-all-modules",
         "fused_norms",
         "if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:",
         "if False:",
     ),
-    _known(
+    _fresh(
         "fresh-with-backward-hooks-of-all-modules",
         "fused_norms",
         "if torch_modules._global_backward_hooks or torch_modules._global_backward_pre_hooks:",
         "if False:",
     ),
-    _known("fresh-of-unknown-code", "fused_norms", "return _runs_known_code(type(module))", "return True"),
-    _known(
+    _fresh("fresh-of-unknown-code", "fused_norms", "return _runs_known_code(type(module))", "return True"),
+    _fresh(
         "function-of-torch-replaced",
         "fused_norms",
         "functions is not None and all(namespace.get(name) is found for namespace, name, found in functions)",
         "functions is not None",
     ),
-    _known(
+    _fresh(
         "function-of-torch-replaced-before",
         "fused_norms",
         "if not all(_is_of(function, name) for _, name, function in found):",
@@ -199,16 +209,16 @@ _HANDED_OVER = (
         "lost-rotation-unnoticed", "rotating_norms", "if self.pending and self.pending != self.rotating:", "if False:"
     ),
     _known("every-rotation-pending", "rotating_norms", "        call.pending.discard(self._name)\n", ""),
-    _known(
+    _fresh(
         "result-of-others-overwritten", "rotating_norms", "fresh = makes_fresh_results(self._module)", "fresh = True"
     ),
-    _known(
+    _fresh(
         "argument-overwritten",
         "rotating_norms",
         "fresh = fresh and not any(y is x for x in (*args, *kwargs.values()))",
         "pass",
     ),
-    _known("norm-left-out-though-hooked", "rotating_norms", "if not makes_fresh_results(self._module):", "if False:"),
+    _fresh("norm-left-out-though-hooked", "rotating_norms", "if not makes_fresh_results(self._module):", "if False:"),
     _known("stand-in-is-the-module", "rotating_norms", "other = object.__new__(type(attn))", "other = attn"),
     _known(
         "stand-in-keeps-a-norm",
@@ -236,14 +246,14 @@ _UNDO = (
     ),
     _patching("settings-left-behind", "class_override", "    vars(target).pop(INSTALLED, None)\n", "    pass\n"),
     _patching("patched-twice", "plan", "    if is_patched(model):\n", "    if False:\n"),
-    _patching("copy-of-a-block-stays", "plan", "if state.origin is self.state.origin:", "if state is self.state:"),
-    _patching(
+    _back("copy-of-a-block-stays", "plan", "if state.origin is self.state.origin:", "if state is self.state:"),
+    _back(
         "shared-object-released",
         "class_override",
         "        if not record.active:\n            release_all(target)\n",
         "        release_all(target)\n",
     ),
-    _patching(
+    _back(
         "shared-object-never-released",
         "class_override",
         "        if not record.active:\n            release_all",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutation import Mutation
 from mutations_hooks import fault, of_models
 
-_MEMO = ("tests/test_model_tables.py",)
+_MEMO = ("tests/test_model_tables.py", "tests/test_table_keys.py")
 _FITTING = ("tests/test_fitting_tables.py",)
 
 
@@ -67,12 +67,6 @@ _FITS = (
         "packed_tables",
         "bool((cos == 1).all()) and not bool(sin.any())",
         "bool((cos == 1).all())",
-    ),
-    _fitting(
-        "fused-projections-rotate",
-        "attention",
-        'if getattr(attn, "fused_projections", False) and any(',
-        "if False and any(",
     ),
     _fitting(
         "exact-gradients-taken-over",

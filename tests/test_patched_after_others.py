@@ -41,6 +41,9 @@ def test_patched_after_a_library_has_wrapped_its_modules(name: str, change: Call
     before = wrapped(model)
     with dit_rope.patch(model), counted_turns() as turned:
         assert same(run(example, model), expected)
+        hits = dit_rope.cache_info().models.hits
+        assert same(run(example, model), expected)
+        assert dit_rope.cache_info().models.hits > hits  # its rope module builds through us, innermost
     assert turned or name == "qwen-image"  # which multiplies complex numbers, and keeps its own rotation on CPU
     assert wrapped(model) == before
     assert same(run(example, model), expected)

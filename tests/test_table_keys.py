@@ -1,0 +1,91 @@
+"""What decides the tables of a model is their key: what is read beside the arguments, and what is on a device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from known_classes import known, memoize
+
+import dit_rope
+from dit_rope.models import table_keys
+from dit_rope.models.adapter import ModelTables
+from dit_rope.models.class_override import Installed, PatchState
+from dit_rope.models.rope_modules import MemoizedMethod, TableSettings
+
+
+@pytest.fixture(autouse=True)
+def _quiet(one_thread: None) -> None:
+    dit_rope.cache_clear()
+
+
+class Built(torch.nn.Module):
+    """A model that builds its tables in a method of its own, of its configuration and of what another module holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._internal_dict = {"theta": 2.0}
+        self.unlike = object()
+        self.rope = torch.nn.Module()
+        self.rope.register_buffer("scale", torch.tensor([1.0, 3.0]))
+        self.rope.frequency = 2.0
+
+    def tables(self, ids: torch.Tensor) -> torch.Tensor:
+        return ids.float()[:, None] * self.rope.scale * self.rope.frequency * self._internal_dict["theta"]
+
+
+def test_configuration_and_what_a_method_reads_are_part_of_its_key() -> None:
+    model, ids = known(Built, "tables")(), torch.arange(5)
+    settings = TableSettings(ModelTables("", "Built", "tables", reads=("rope",)), ("ids",))
+    memo = MemoizedMethod(model, "tables", Installed(settings, PatchState()))
+
+    def check() -> None:
+        assert torch.equal(memo(ids), model.tables(ids))
+        assert memo(ids) is memo(ids)
+
+    check()
+    model._internal_dict = {"theta": 3.0}
+    check()
+    model.rope.scale.mul_(2)
+    check()
+    model.rope.scale.numpy()[:] = 7.0
+    check()
+    model.rope.frequency = 5.0
+    check()
+
+
+def test_what_building_writes_is_put_back() -> None:
+    """A miss leaves no more behind than a hit, which does not run."""
+
+    class Writes(torch.nn.Module):
+        seen = 0
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            self.seen = len(ids)
+            return ids.float()
+
+    rope = known(Writes)()
+    rope.seen = 77
+    memoize(rope, ModelTables("rope", "Writes", writes=("seen",)), ("ids",))
+    for ids in (torch.arange(3), torch.arange(4), torch.arange(3)):
+        rope(ids)
+        assert rope.seen == 77
+    assert dit_rope.cache_info().models.hits == 1  # what it writes is not what it reads
+
+
+def test_buffer_on_a_device_is_known_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its memory and the writes to it, without a look at what it holds; the entry keeps it."""
+    buffer, other = torch.arange(6.0), torch.arange(6.0)
+    monkeypatch.setattr(torch.Tensor, "device", property(lambda self: torch.device("cuda", 0)), raising=False)
+    held: list[torch.Tensor] = []
+    key = table_keys._by_value_or_as_held(held, buffer)
+    assert table_keys._by_value_or_as_held(held, buffer) == key
+    assert table_keys._by_value_or_as_held(held, other) != key
+    assert [each.data_ptr() for each in held] == [each.data_ptr() for each in (buffer, buffer, other)]
+    buffer.mul_(2)
+    written = table_keys._by_value_or_as_held(held, buffer)
+    assert written != key
+    buffer.data = buffer.clone()  # as offloading does, which counts no write
+    assert table_keys._by_value_or_as_held(held, buffer) != written
+    for unknown in (buffer.clone().requires_grad_(), torch.nn.Parameter(buffer)):
+        with pytest.raises(table_keys.Unkeyed):
+            table_keys._by_value_or_as_held(held, unknown)
