@@ -48,7 +48,7 @@ def main() -> None:
 
     export_to_video(list(frames), str(args.out), fps=args.fps)
     print(f"wrote {args.out}")
-    print(dit_rope.cache_info().tables)
+    print(dit_rope.cache_info().models)
     handle.undo()
 
 
