@@ -1,27 +1,46 @@
 """Times what Python does in one call of the CUDA backend, up to the driver: everything but compilation and the GPU.
 
     python scripts/bench_host_time.py
+    python scripts/bench_host_time.py --rope-modules
 
 Tensors lie on CPU and the launch itself is left out, so that this runs anywhere. ``bench_kernels.py`` times whole
 calls where there is a GPU; the driver's own launch takes some 3 us more.
+
+With ``--rope-modules``: what the rope modules take whose tables depend on values that a GPU would have to be asked for.
+The models are the small ones of the tests, with few tokens, so that nearly all of it is time on the host.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
 from benchmarking import write_results
+from write_model_table import EXAMPLES, reads_values
+from zoo import Example, Noise
 
 import dit_rope
 from dit_rope import Grid, NormKind, RopeSpec
 from dit_rope.backends import cuda_kernels
 from dit_rope.backends.cuda_arguments import Launch
-from dit_rope.benchmark.timing import interleave
+from dit_rope.benchmark.timing import Timing, interleave
+from dit_rope.models import ADAPTERS, table_keys
+from dit_rope.models.class_override import unpatched_method
+from dit_rope.models.formats import Format
+from dit_rope.models.plan import make_plan
 
 CALLS = 1000
+PASSES = 1
+OWN, BUILT, FOUND, PACKED = (
+    "unpatched",
+    "patched, built in every pass",
+    "patched, found again",
+    "packed for the kernels",
+)
 
 
 class NoLaunch:
@@ -53,33 +72,122 @@ def cases() -> dict[str, Callable[[], object]]:
     }
 
 
-def repeated(call: Callable[[], object]) -> Callable[[], None]:
-    """CALLS calls."""
+def rope_cases(example: Example) -> dict[str, Callable[[], None]]:
+    """PASSES times all calls of rope modules in one forward pass of a patched model, and what is packed of them.
+
+    The patch stays on the model. Where values cannot be compared, as on a GPU, the tables are built in every pass.
+    """
+    adapter = next(adapter for adapter in ADAPTERS if adapter.model == example.model)
+    model = example.build(torch.float32)
+    plan = make_plan("model", model, adapter)
+    inputs, calls = example.inputs(model, Noise(torch.float32, 1)), list[tuple[Any, Callable[[], object]]]()
+    packed: dict[tuple[int, ...], Callable[[], object]] = {}
+
+    def note(form: Format, rotary: Any, tensors: list[torch.Tensor], device: torch.device) -> Any:
+        packed.setdefault(tuple(map(id, tensors)), functools.partial(pack, form, rotary, tensors, device))
+        return pack(form, rotary, tensors, device)
+
+    pack = Format._packed
+    dit_rope.patch(model, exact=False)
+    for each in plan.tables:
+        target, method = each.target, each.tables.method
+        patched, own = getattr(target, method), unpatched_method(target, method)
+
+        def watched(*args: Any, patched: Any = patched, own: Any = own, **kwargs: Any) -> Any:
+            calls.append((functools.partial(own, *args, **kwargs), functools.partial(patched, *args, **kwargs)))
+            return patched(*args, **kwargs)
+
+        vars(target)[method] = watched
+    with mock.patch.object(table_keys, "_by_value", no_value), mock.patch.object(Format, "_packed", note):
+        example.run(model, inputs)
+    for each in plan.tables:
+        del vars(each.target)[each.tables.method]
+
+    own, patched = [call for call, _ in calls], [call for _, call in calls]
+    found = repeated(lambda: run_all(patched), PASSES)
+
+    by_value = table_keys._by_value
+
+    def built() -> None:
+        table_keys._by_value = no_value  # mock.patch takes longer than the calls
+        try:
+            found()
+        finally:
+            table_keys._by_value = by_value
+
+    return {
+        OWN: repeated(lambda: run_all(own), PASSES),
+        BUILT: built,
+        FOUND: found,
+        PACKED: repeated(lambda: run_all(list(packed.values())), PASSES),
+    }
+
+
+def no_value(tensor: torch.Tensor) -> None:
+    """Stands in for what compares values, for which it would have to wait for a GPU."""
+    raise table_keys.Unkeyed
+
+
+def run_all(calls: list[Any]) -> None:
+    """One call of each."""
+    for call in calls:
+        call()
+
+
+def repeated(call: Callable[[], object], calls: int = CALLS) -> Callable[[], None]:
+    """``calls`` calls."""
 
     def run() -> None:
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
 
     return run
 
 
-def main() -> None:
-    """Prints a line for each case and writes ``results/host-time-cpu.csv``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
-    torch.set_num_threads(1)
+def row(call: str, timing: Timing, calls: int = CALLS) -> dict[str, object]:
+    """Microseconds of one call, printed too."""
+    low, median, high = (round(1e3 * ms / calls, 2) for ms in (timing.p20, timing.median, timing.p80))
+    print(f"{call:30} {median:8.1f} us  [{low:.1f}, {high:.1f}]")
+    return {"call": call, "us_p20": low, "us_median": median, "us_p80": high}
+
+
+def kernel_calls(rounds: int) -> list[dict[str, object]]:
+    """A row for each call of the CUDA backend."""
     with (
         mock.patch.object(cuda_kernels, "_why_no_device", return_value=None),
         mock.patch.object(cuda_kernels, "_launcher", no_launcher),
     ):
         timings = interleave({name: repeated(call) for name, call in cases().items()}, rounds)
+    return [row(name, timing) for name, timing in timings.items()]
+
+
+@torch.no_grad()
+def rope_modules(rounds: int) -> list[dict[str, object]]:
+    """Rows for each model whose tables depend on values: of all its rope modules together, in one forward pass."""
     rows: list[dict[str, object]] = []
-    for name, timing in timings.items():
-        low, median, high = (round(1e3 * ms / CALLS, 2) for ms in (timing.p20, timing.median, timing.p80))
-        rows.append({"call": name, "us_p20": low, "us_median": median, "us_p80": high})
-        print(f"{name:26} {median:6.1f} us  [{low:.1f}, {high:.1f}]")
-    print(write_results("host-time-cpu", rows))
+    for adapter in filter(reads_values, ADAPTERS):
+        example = next((one for one in EXAMPLES if one.model == adapter.model), None)
+        if example is None:
+            continue
+        print(adapter.model_class)
+        timings = interleave(rope_cases(example), rounds, warm_up=3)
+        rows += [{"model": adapter.model_class} | row(name, timing, PASSES) for name, timing in timings.items()]
+    return rows
+
+
+def main() -> None:
+    """Prints a line for each case and writes ``results/host-time-cpu.csv``, or that of rope modules."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--rounds", type=int, default=0, help="timed turns of each; 15, or 301 short ones of rope modules"
+    )
+    parser.add_argument("--rope-modules", action="store_true", help="time rope modules in place of kernel calls")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.rope_modules:
+        print(write_results("rope-module-host-time-cpu", rope_modules(arguments.rounds or 301)))
+    else:
+        print(write_results("host-time-cpu", kernel_calls(arguments.rounds or 15)))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def draw_chain(axes: Axes, y: float, names: Sequence[str], ours: Sequence[int]) 
             arrow(axes, (x - 14.8, y), (x - 10.2, y))
 
 
-def draw_seam(axes: Axes) -> None:
+def draw_attention(axes: Axes) -> None:
     """An attention module before and after the patch."""
     axes.set(xlim=(0, 100), ylim=(-14, 110))
     axes.text(2, 102, "unpatched, in each block and step", color=INK, weight="bold")
@@ -77,7 +77,7 @@ def draw_seam(axes: Axes) -> None:
     axes.plot([0, 100], [48, 48], color=PALE)
     axes.text(2, 39, "patched", color=INK, weight="bold")
     draw_chain(axes, 3, ("to_q,\nto_k", "norm + rotate\none pass", "no table:\nskips", "attention"), (1,))
-    box(axes, 62, 27, (40, 9), "a hook takes the table", OURS)
+    box(axes, 62, 27, (62, 9), "processor runs on a stand-in, without a table", OURS)
     arrow(axes, (52, 22.3), (37, 10))
     axes.text(50, -11, "blue: dit_rope; all else is the model's own code", ha="center", color=INK)
 
@@ -85,11 +85,11 @@ def draw_seam(axes: Axes) -> None:
 def main() -> None:
     """Draws and writes the figure."""
     pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "how-it-works", "font.size": 9})
-    figure, (tables, seam) = pyplot.subplots(1, 2, figsize=(10, 3.9), layout="constrained", width_ratios=(4, 5))
-    for axes in (tables, seam):
+    figure, (tables, attention) = pyplot.subplots(1, 2, figsize=(10, 3.9), layout="constrained", width_ratios=(4, 5))
+    for axes in (tables, attention):
         axes.axis("off")
     draw_tables(tables)
-    draw_seam(seam)
+    draw_attention(attention)
     figure.savefig(PICTURE, metadata={"Date": None})
     print(f"wrote {PICTURE}")
 
