@@ -53,6 +53,27 @@ def test_configuration_and_what_a_method_reads_are_part_of_its_key() -> None:
     check()
 
 
+def test_configuration_that_is_no_key_is_looked_at_in_every_call() -> None:
+    model, ids = known(Built, "tables")(), torch.arange(5)
+    settings = TableSettings(ModelTables("", "Built", "tables", reads=("rope",)), ("ids",))
+    memo = MemoizedMethod(model, "tables", Installed(settings, PatchState()))
+    for theta in (2.0, 3.0, 5.0):
+        model._internal_dict = {"theta": theta, "scheduler": object()}
+        assert torch.equal(memo(ids), model.tables(ids))
+    assert dit_rope.cache_info().models.entries == 0
+
+
+def test_arguments_of_the_same_numbers_in_other_shapes_are_told_apart() -> None:
+    class Shaped(torch.nn.Module):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return ids.float().cos()
+
+    rope, ids = known(Shaped)(), torch.arange(6)
+    memoize(rope, ModelTables("rope", "Shaped"), ("ids",))
+    shapes = [(6,), (2, 3), (3, 2), (1, 6)]
+    assert [tuple(rope(ids.view(shape)).shape) for shape in shapes] == shapes
+
+
 def test_what_building_writes_is_put_back() -> None:
     """A miss leaves no more behind than a hit, which does not run."""
 
