@@ -199,7 +199,9 @@ TABLES: Mapping[Path, tuple[Measured, ...]] = {
             "bench-cpu/tables",
             _BENCH,
             {"module": "{case}"},
-            where={"quantity": "rope module"},
+            where={"quantity": "rope module", "case": (
+                "HunyuanVideo, 720p, 129 frames", "LTX, 512 x 768, 97 frames", "QwenImage, 1328 x 1328",
+                "CogView4, 1024 x 1024", "Cosmos, 704 x 1280, 121 frames")},
             across="variant",
             cell="{median:.3g}",
         ),
@@ -208,6 +210,19 @@ TABLES: Mapping[Path, tuple[Measured, ...]] = {
             "host-time-cpu",
             "python scripts/bench_host_time.py",
             {"call": "{call}", "microseconds (p20 to p80)": "{us_median:.1f} ({us_p20:.1f} to {us_p80:.1f})"},
+        ),
+        Measured(
+            "rope modules on the host",
+            "rope-module-host-time-cpu",
+            "python scripts/bench_host_time.py --rope-modules",
+            {"model": "`{model}`"},
+            where={"model": (
+                "FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImage21Transformer2DModel",
+                "Lumina2Transformer2DModel", "LTX2VideoTransformer3DModel", "Kandinsky5Transformer3DModel",
+                "Kandinsky6Transformer3DModel", "HeliosTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel",
+                "MiniMaxH3Transformer3DModel", "Cosmos3OmniTransformer")},
+            across="call",
+            cell="{us_median:,.0f}",
         ),
         Measured(
             "operators",
