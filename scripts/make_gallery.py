@@ -265,9 +265,8 @@ Differences are those of two pixels, on a scale of 0 to 1; SSIM is 1 for equal f
 - height and width change places, so that the circle moves down;
 - every frame has the position of the first.
 
-The number above each is its mean SSIM against the right video, on the left. The rotation is made wrong once
-the pipeline is patched: a patch that turned queries and keys so would be refused, because `patch` compares them.
-`tests/test_samples_ssim.py` has more of these.
+The number above each is its mean SSIM against the right video, on the left. dit_rope's own rotation
+is made wrong, once the pipeline is patched. `tests/test_samples_ssim.py` has more of these.
 
 ![The right rotation, and three wrong ones]({wrong_file})
 
