@@ -181,7 +181,8 @@ def intervention(name: str, **options: Any) -> Callable[[Callable[..., None]], C
     def register(put: Callable[..., None]) -> Callable[..., None]:
         if any(known.name == name for known in INTERVENTIONS):
             raise ValueError(f"name must be new, got {name}")
-        INTERVENTIONS.append(Intervention(name, put.__module__.rpartition(".")[2], put, **options))
+        home = getattr(put, "func", put).__module__  # of what a partial is of
+        INTERVENTIONS.append(Intervention(name, home.rpartition(".")[2], put, **options))
         return put
 
     return register
