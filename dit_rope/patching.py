@@ -74,10 +74,10 @@ def patch(
         scaling: what the model's frequencies are scaled by: a Scaling for all axes, or a tuple of one Scaling or None
             for frame, height and width. Or a function without arguments that returns one of these, called once in
             every forward pass of the model, for scalings that follow the timestep: it closes over what it looks at.
-            Each value it returns is an entry of the table cache, which drops the oldest; ``torch.compile`` breaks its
+            Each value it returns is two entries of the table cache, which drops the oldest; ``torch.compile`` breaks its
             graph there. Scaled tables may be longer than the model's own.
         fuse: how much of what happens to queries and keys is taken over: norm and rotation, the rotation, or nothing,
-            which leaves tables that are built once. Smaller values show what each part gains. The report says where
+            which leaves memoized tables. Smaller values show what each part gains. The report says where
             a model cannot have what was asked for, and has the next smaller instead.
 
     Returns:
@@ -86,9 +86,9 @@ def patch(
     Raises:
         UnsupportedModelError: nothing in ``target`` can be patched; names the supported models.
         TypeError: an argument of another type.
-        ValueError: an unknown backend, ``target`` is patched already, or the scaling is not one that its axes can have.
-            Nothing is changed then. A module that is not what this version knows is no error: it is left to its own
-            code, and the report names it.
+        ValueError: an unknown backend, ``target`` is patched already, or a scaling that its axes cannot have, or whose
+            tables would replace those of code that is not known. Nothing is changed then. A module that is not what
+            this version knows is no error otherwise: it is left to its own code, and the report names it.
     """
     if exact is not None and not isinstance(exact, bool):
         raise TypeError(f"exact must be True, False or None, got {exact!r}")

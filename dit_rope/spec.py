@@ -58,7 +58,7 @@ class NormKind(enum.Enum):
 
 
 class Fusion(enum.Enum):
-    """What :func:`dit_rope.patch` takes over of a model's queries and keys; tables are built once in any case.
+    """What :func:`dit_rope.patch` takes over of a model's queries and keys; tables are memoized in any case.
 
     ``NORM_AND_ROTATION`` does both in one pass, in fast mode and where the kernels know the norm; else, and where there
     is no norm, it is ``ROTATION``, which leaves the norm to the model. ``NOTHING`` leaves it both: what is gained then

@@ -20,6 +20,7 @@ import itertools
 import os
 import random
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,8 +35,11 @@ import dit_rope
 from dit_rope import Grid, Pairing, RopeSpec, Scaling, Shard, tables
 from dit_rope.models import formats
 from dit_rope.models.adapter import EVERY, ModelTables
-from dit_rope.models.model_tables import MemoSeam, MemoSettings
-from dit_rope.models.swapping import restore_class, swap_class
+from dit_rope.models.class_override import PatchState, override_method, release_all
+from dit_rope.models.rope_modules import RopeOverride, TableSettings, forget
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from known_classes import known
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "soak.svg"
 SAMPLES = 100
@@ -59,8 +63,9 @@ class Sample:
     evictions: int
 
 
+@known
 class Rope(torch.nn.Module):
-    """A rope module as models have them."""
+    """A rope module as models have them, whose code a patch takes for known."""
 
     def __init__(self, theta: float) -> None:
         super().__init__()
@@ -129,9 +134,11 @@ class Requests:
         """What a patched rope module gives; one in fifty is undone, and another takes its place."""
         at = self.draw.randrange(len(self.ropes))
         if self.draw.random() < 0.02:
-            restore_class(self.ropes[at])
+            rope, settings = self.ropes[at]
+            forget(settings)
+            release_all(rope)
             self.ropes[at] = self._rope()
-        rope, hidden = self.ropes[at], torch.empty(1, self.draw.randint(1, 600), 0)
+        (rope, _), hidden = self.ropes[at], torch.empty(1, self.draw.randint(1, 600), 0)
         given = rope(hidden)
         if checked:
             assert all(map(torch.equal, given, Rope.forward(rope, hidden)))
@@ -155,13 +162,15 @@ class Requests:
         else:
             dit_rope.rope_table(RopeSpec((8, 4, 4)), Grid(2, 2, 2)).rows.add_(1.0)
 
-    def _rope(self) -> Rope:
+    def _rope(self) -> tuple[Rope, TableSettings]:
         rope = Rope(self.draw.uniform(10.0, 10_000.0))
-        swap_class(rope, MemoSeam, MemoSettings(ModelTables("rope", "Rope", by_shape=EVERY), ("hidden",)))
-        return rope
+        settings = TableSettings(ModelTables("rope", "Rope", by_shape=EVERY), ("hidden",))
+        override_method(rope, RopeOverride, settings, PatchState(), "forward")
+        return rope, settings
 
     def _pair(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.rand(tokens, 16), torch.rand(tokens, 16)
+        cos, sin = (formats.repeat(torch.rand(tokens, 8), Pairing.INTERLEAVED) for _ in range(2))
+        return cos, sin
 
 
 def resident_mib() -> float:

@@ -224,7 +224,7 @@ class ModelAdapter:
     """One model class, declared.
 
     Attributes:
-        model: dotted name of the transformer's class; matched exactly, subclasses are other models.
+        model: dotted name of the transformer's class; classes that derive from it are patched as it is.
         tables: where tables are built.
         rotations: where queries and keys are rotated.
         left_alone: what the patch does not touch, each with the reason, as reports say it.
