@@ -217,9 +217,15 @@ _KEYS = (
     _memo("writes-not-put-back", "            setattr(target, name, value)\n", "            pass\n", "rope_modules"),
     _memo(
         "undo-keeps-entries",
-        "_forget_tables(target)\n                release(target, self",
-        "release(target, self",
-        "plan",
+        "isinstance(key, _Key) and key.token == token",
+        "False",
+        "rope_modules",
+    ),
+    _memo(
+        "undo-drops-the-entries-of-others",
+        "isinstance(key, _Key) and key.token == token",
+        "isinstance(key, _Key)",
+        "rope_modules",
     ),
 )
 

@@ -48,9 +48,11 @@ def test_committed_run_caught_every_mutation() -> None:
 
 def test_programs_import_one_another_in_one_direction() -> None:
     """Together they would be two modules with two classes of one name, one of them ``__main__``."""
-    sources = {name: (ROOT / "scripts" / f"{name}.py").read_text() for name in ("mutation", "mutations")}
+    names = ("mutation", "mutations", "mutations_hooks", "mutations_inputs")
+    sources = {name: (ROOT / "scripts" / f"{name}.py").read_text() for name in names}
     assert not any(re.search(r"(from|import) mutation_check", source) for source in sources.values())
     assert "import mutation" not in sources["mutation"]
+    assert not re.search(r"(from|import) mutations\b", sources["mutations_hooks"] + sources["mutations_inputs"])
 
 
 def test_there_are_many_mutations_of_many_modules() -> None:
