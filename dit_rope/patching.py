@@ -74,8 +74,8 @@ def patch(
         scaling: what the model's frequencies are scaled by: a Scaling for all axes, or a tuple of one Scaling or None
             for frame, height and width. Or a function without arguments that returns one of these, called once in
             every forward pass of the model, for scalings that follow the timestep: it closes over what it looks at.
-            Each value it returns is two entries of the table cache, which drops the oldest; ``torch.compile`` breaks its
-            graph there. Scaled tables may be longer than the model's own.
+            Each value it returns is two entries of the table cache, which drops the oldest; ``torch.compile`` breaks
+            its graph there. Scaled tables may be longer than the model's own.
         fuse: how much of what happens to queries and keys is taken over: norm and rotation, the rotation, or nothing,
             which leaves memoized tables. Smaller values show what each part gains. The report says where
             a model cannot have what was asked for, and has the next smaller instead.

@@ -10,9 +10,10 @@ import pytest
 import torch
 import wan_models
 from test_context_parallel import BY_NAME, CASES
+from zoo import EXAMPLES, Noise
 
 import dit_rope
-from dit_rope.models import ADAPTERS
+from dit_rope.models import ADAPTERS, table_keys
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -32,6 +33,40 @@ def test_every_class_has_a_row() -> None:
 def test_classes_with_context_parallelism_are_those_that_were_split() -> None:
     split = {BY_NAME[name].model_class.__name__ for name in CASES}
     assert {name for name, (*_, parallel, _) in cells().items() if parallel == "yes"} == split
+
+
+def test_tables_say_where_they_are_memoized() -> None:
+    rows = cells()
+    names = (
+        "WanTransformer3DModel",
+        "FluxTransformer2DModel",
+        "LTXVideoTransformer3DModel",
+        "AllegroTransformer3DModel",
+    )
+    assert [rows[name][0] for name in names] == [
+        "memoized, axis tables",
+        "memoized on a CPU",
+        "memoized",
+        "not its own",
+    ]
+
+
+@pytest.mark.parametrize("name", ["flux", "chroma", "lumina2", "ltx-padded", "hunyuan-video", "qwen-image", "omnigen"])
+@pytest.mark.usefixtures("one_thread")
+def test_tables_memoized_on_a_cpu_are_those_that_depend_on_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where values cannot be compared, as on a GPU, nothing of these is memoized, and all of the others."""
+    example = next(example for example in EXAMPLES if example.name == name)
+    model = example.build(torch.float32)
+
+    def no_value(tensor: torch.Tensor) -> None:
+        raise table_keys.Unkeyed
+
+    monkeypatch.setattr(table_keys, "_by_value", no_value)
+    dit_rope.cache_clear()
+    with torch.no_grad(), dit_rope.patch(model):
+        example.run(model, example.inputs(model, Noise(torch.float32, 1)))
+        memoized = dit_rope.cache_info().models.entries > 0
+    assert cells()[type(model).__name__][0] == ("memoized" if memoized else "memoized on a CPU")
 
 
 def test_exact_mode_says_who_rotates() -> None:
