@@ -37,5 +37,5 @@ with dit_rope.patch(pipe) as handle:
 # On CPU the patch keeps every rounding of the model's own code.
 print("bitwise equal:", torch.equal(unpatched, patched))
 
-tables = dit_rope.cache_info().tables
+tables = dit_rope.cache_info().models
 print(f"cached tables: {tables.misses} built, {tables.hits} reused, {tables.bytes:,} bytes")
