@@ -21,7 +21,7 @@ def test_code_blocks_run_in_order(capsys: pytest.CaptureFixture[str]) -> None:
         exec(compile(block, "compat.md", "exec"), namespace)
     assert capsys.readouterr().out == "[4, 6, 7, 8, 9, 3, 4, 5, 6, 7]\n"
     assert namespace["x"].shape == (2, 8, 60, 64)
-    assert torch.isfinite(namespace["q_turned"]).all()
+    assert torch.isfinite(namespace["q_rotated"]).all()
 
 
 def test_functions_named_exist() -> None:
