@@ -219,6 +219,14 @@ _HANDED_OVER = (
         "pass",
     ),
     _fresh("norm-left-out-though-hooked", "rotating_norms", "if not makes_fresh_results(self._module):", "if False:"),
+    fault(
+        "dual-numbers-lose-their-tangents",
+        "attention",
+        "        if torch.compiler.is_compiling() or in_transform():\n            return own(attn",
+        "        if torch.compiler.is_compiling():\n            return own(attn",
+        ("tests/test_fitting_tables.py",),
+        "dual_numbers",
+    ),
     _known("stand-in-is-the-module", "rotating_norms", "other = object.__new__(type(attn))", "other = attn"),
     _known(
         "stand-in-keeps-a-norm",
@@ -247,6 +255,7 @@ _UNDO = (
     _patching("settings-left-behind", "class_override", "    vars(target).pop(INSTALLED, None)\n", "    pass\n"),
     _patching("patched-twice", "plan", "    if is_patched(model):\n", "    if False:\n"),
     _back("copy-of-a-block-stays", "plan", "if state.origin is self.state.origin:", "if state is self.state:"),
+    _back("copy-has-another-origin", "class_override", "return PatchState(self.origin)", "return PatchState()"),
     _back(
         "shared-object-released",
         "class_override",

@@ -86,6 +86,29 @@ _FITS = (
         "if exact and (grad or not form.is_exact(rotary)):",
         "if exact and not form.is_exact(rotary):",
     ),
+    _fitting(
+        "function-rotates-whatever-it-is-given",
+        "attention",
+        "if not all(fits(x, table, declared) and x.shape[1] == table.tokens for x in heads):",
+        "if False:",
+    ),
+    _fitting("heads-not-asked", "rotating_norms", " or not fits(heads, table, declared):", ":"),
+    fault(
+        "weight-decides-the-dtype",
+        "fused_norms",
+        "decides = not norm.keeps_dtype and any(tensor.dtype != dtype for tensor in given)",
+        "decides = False",
+        ("tests/test_fresh_results.py",),
+        "weight_decides",
+    ),
+    fault(
+        "data-and-table-promote",
+        "ideogram4",
+        "leave_unless(query.dtype == key.dtype == value.dtype == promoted)",
+        "pass",
+        ("tests/test_fitting_tables.py",),
+        "ideogram4",
+    ),
     # How models hand tables over, packed.
     of_models(
         "align-start",
@@ -187,6 +210,11 @@ _KEYS = (
         "None,",
     ),
     _memo("key-without-what-it-reads", " for name in tables.reads]", " for name in ()]"),
+    _memo(
+        "default-device-of-tables",
+        'if tables.to_device and torch.get_default_device().type != "cpu":',
+        "if False:",
+    ),
     _memo("equal-numbers-of-two-types", "return (type(value), value)", "return value"),
     _memo(
         "snapshot-not-compared",

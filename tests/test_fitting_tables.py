@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compiled_graphs import named, tensors
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from zoo import Noise
 
 import dit_rope
@@ -119,6 +120,7 @@ PLACES: dict[str, tuple[str, str, str, dict[str, Change]]] = {
         tokens(0) | HEADS | KIND | {"half as wide": WIDTH["half as wide"]},
     ),
     "hunyuan-dit": ("hunyuan-dit", "blocks.0.attn1", "image_rotary_emb", tokens(0) | WIDTH | KIND),
+    "ideogram4": ("ideogram4", "layers.0.attention", "image_rotary_emb", tokens(1) | KIND),
     "refiner": ("sana-wm-refiner", "transformer_blocks.0.attn1", "query_rotary_emb", tokens(1) | BATCH | WIDTH | KIND),
 }
 WORDS = "an error of ours where the model has one"
@@ -223,6 +225,28 @@ def test_exact_mode_leaves_passes_that_want_gradients_to_the_model(
             with torch.no_grad():
                 attention.module(*args, **kwargs)
             assert rotations
+
+
+@pytest.mark.parametrize("name", ["flux", "sana-wm-refiner"])
+def test_dual_numbers_go_through_the_model_s_own_code(name: str, rotations: list[str]) -> None:
+    """Kernels have no tangents."""
+    place = next(each for each in PLACES.values() if each[0] == name)
+    attention = Attention(name, place[1])
+    key = next(iter(attention.kwargs))
+    args = attention.args or (attention.kwargs[key],)
+    kwargs = attention.kwargs if attention.args else {k: v for k, v in attention.kwargs.items() if k != key}
+
+    def tangent() -> tuple[torch.Tensor, torch.Tensor]:
+        def call(x: torch.Tensor) -> torch.Tensor:
+            return tensors(attention.module(x, *args[1:], **kwargs))[0]
+
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # others have none of their own either
+            return torch.func.jvp(call, (args[0],), (torch.ones_like(args[0]),))
+
+    expected = tangent()
+    with dit_rope.patch(attention.model, exact=False):
+        assert all(map(torch.equal, tangent(), expected))
+    assert not rotations
 
 
 @pytest.mark.parametrize("rows", [0, 1, 6, 7, 8, 14])

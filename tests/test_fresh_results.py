@@ -11,7 +11,7 @@ from test_known_code import run
 
 import dit_rope
 from dit_rope.models import fused_norms
-from dit_rope.models.fused_norms import makes_fresh_results
+from dit_rope.models.fused_norms import fused_norm, makes_fresh_results
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +96,14 @@ def test_function_of_torch_s_that_somebody_replaced(before: bool, monkeypatch: p
 
 def test_norm_of_unknown_code_is_not_ours() -> None:
     assert not makes_fresh_results(Unknown(8))
+
+
+def test_norm_whose_weight_decides_the_dtype_is_not_fused() -> None:
+    """Kernels return the dtype of the data."""
+    module, x = diffusers_norm(), torch.rand(2, 8, dtype=torch.bfloat16)
+    assert module(x).dtype is torch.float32
+    assert fused_norm(module, x.dtype) is None
+    assert fused_norm(module.bfloat16(), x.dtype) is not None
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])

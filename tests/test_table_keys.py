@@ -74,6 +74,19 @@ def test_arguments_of_the_same_numbers_in_other_shapes_are_told_apart() -> None:
     assert [tuple(rope(ids.view(shape)).shape) for shape in shapes] == shapes
 
 
+def test_tables_that_are_moved_are_not_kept_where_the_default_device_decides_them() -> None:
+    class Made(torch.nn.Module):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return torch.ones(3)
+
+    rope, ids = known(Made)(), torch.arange(3)
+    memoize(rope, ModelTables("rope", "Made", to_device=True), ("ids",))
+    for _ in range(2):
+        with torch.device("meta"):
+            assert rope(ids).device.type == "meta"
+        assert rope(ids).device.type == "cpu"
+
+
 def test_what_building_writes_is_put_back() -> None:
     """A miss leaves no more behind than a hit, which does not run."""
 
