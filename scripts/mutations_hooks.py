@@ -133,7 +133,7 @@ _KNOWN_CODE = (
         'hasattr(found, "__wrapped__") and _is_context_decorator(found)',
         'hasattr(found, "__wrapped__")',
     ),
-    _known("builder-of-another-name", "rope_modules", "if owner not in builders:", "if False:"),
+    _known("builder-of-another-name", "rope_modules", "owner not in builders:", "owner is None:"),
     _known(
         "method-of-the-builder-itself",
         "rope_modules",
@@ -196,8 +196,8 @@ _KNOWN_CODE = (
     fault(
         "wrapped-forward-not-rebound",
         "class_override",
-        "    target.__class__ = _override_class(type(target), override, method)\n    _rebind(target, wrapped)\n",
-        "    target.__class__ = _override_class(type(target), override, method)\n",
+        "    _rebind(target, wrapped)\n\n\ndef release(target",
+        "\n\n\ndef release(target",
         ("tests/test_patched_after_others.py",),
         "wan or outlives",
     ),

@@ -47,8 +47,8 @@ _FITS = (
     _fitting(
         "wide-tables-in-exact-mode",
         "formats",
-        "return self.exact and not any(",
-        "return self.exact or not any(",
+        "_WIDE = frozenset({torch.float64, torch.complex128})",
+        "_WIDE = frozenset[torch.dtype]()",
     ),
     _fitting(
         "gradient-of-the-table-lost",
@@ -83,8 +83,8 @@ _FITS = (
     _fitting(
         "exact-gradients-of-a-function",
         "attention",
-        "if exact and (grad or not form.is_exact(rotary)):",
-        "if exact and not form.is_exact(rotary):",
+        "grad = torch.is_grad_enabled() and any(x.requires_grad for x in xs)",
+        "grad = False",
     ),
     _fitting(
         "function-rotates-whatever-it-is-given",
@@ -285,8 +285,13 @@ _PASSES = (
         "if found.number == number or is_known(tensors):",
     ),
     _packed("packed-without-comparing", " and all(map(_equal, built, found.tables)):", ":"),
-    _packed("passes-of-one-number", "_current.number = next(_numbers)", "_current.number = 1", "forward_pass"),
-    _packed("pass-never-ends", "_current.number = None", "pass", "forward_pass"),
+    _packed("passes-of-one-number", "next(_numbers)", "1", "forward_pass"),
+    _packed(
+        "pass-never-ends",
+        'Ends the pass."""\n        if not torch.compiler.is_compiling():',
+        'Ends the pass."""\n        if False:',
+        "forward_pass",
+    ),
 )
 
 INPUTS = (*_FITS, *_KEYS, *_PASSES)

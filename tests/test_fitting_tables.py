@@ -14,7 +14,7 @@ from zoo import Noise
 import dit_rope
 from dit_rope import rotation
 from dit_rope.models.adapter import Layout, Rotations, Tokens
-from dit_rope.models.formats import HALF, HEAD_HALVES, INTERLEAVED, MATRICES, Format
+from dit_rope.models.formats import HEAD_HALVES, INTERLEAVED, Format
 from dit_rope.models.heads import fits
 from dit_rope.models.packed_tables import PackedTable, pack
 from dit_rope.spec import Pairing
@@ -281,11 +281,3 @@ def test_heads_fit_tables_of_their_batch_their_number_and_their_width(batch: int
     assert fits(x, table(batch, heads, pairs), declared()) == (batch < 3 and number and pairs == 4)
     assert fits(x, table(batch, heads, pairs), declared(partial=True)) == (batch < 3 and number and pairs <= 4)
     assert fits(x, table(batch, heads, pairs), declared(HEAD_HALVES)) == (batch == 2 and number and pairs == 4)
-
-
-@pytest.mark.parametrize("form", [INTERLEAVED, HALF, MATRICES])
-def test_wide_tables_are_exact_in_nobody_s_arithmetic_but_the_model_s(form: Format) -> None:
-    angles = torch.rand(1, 5, 1, 4)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        rotary = form.join(angles.cos().to(dtype), angles.sin().to(dtype))
-        assert form.is_exact(rotary) == (dtype is not torch.float64)
