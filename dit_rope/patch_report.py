@@ -62,9 +62,14 @@ def _scaling_of(scaling: Scalings | Callable[[], Scalings]) -> str:
 
 def describe(plan: Plan, options: Options) -> str:
     """What is replaced in one model at this moment, the arithmetic and backend, and what is left alone and why."""
+    plan = plan.now()
     patched = plan.state.active and bool(plan.state.objects)
     undone = "" if plan.state.active else " (undone)"
-    lines = [f"{plan.name}: {type(plan.model).__name__}{undone}", *_tables(plan, options), *_rotations(plan, patched)]
+    lines = [
+        f"{plan.name}: {type(plan.model).__name__}{undone}",
+        *_tables(plan, options, patched),
+        *_rotations(plan, patched),
+    ]
     if any(each.why_left(patched) is None for each in plan.rotations):
         lines += [
             f"  arithmetic: {_arithmetic(options)}",
@@ -84,10 +89,10 @@ def describe(plan: Plan, options: Options) -> str:
     return "\n".join([*lines, *(f"  left alone: {sentence}" for sentence in plan.adapter.left_alone)])
 
 
-def _tables(plan: Plan, options: Options) -> Iterator[str]:
+def _tables(plan: Plan, options: Options, patched: bool) -> Iterator[str]:
     """A line for each object that builds tables."""
     for each in plan.tables:
-        reason = each.why_left()
+        reason = each.why_left(patched)
         what = tables_of(each.tables)
         if reason is not None:
             what = f"left alone, its tables are built in every forward pass: {reason}"

@@ -1,6 +1,7 @@
 """ACE-Step: half pairing, RMSNorm per head, tables in the model's dtype.
 
-Attention to the text is of the same class, and does not turn. Source: ``ace_step_transformer.py`` of diffusers 0.42.1.
+Attention to the text is of the same class, and does not rotate. Source: ``ace_step_transformer.py`` of diffusers
+0.42.1.
 """
 
 from __future__ import annotations

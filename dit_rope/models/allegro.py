@@ -1,6 +1,6 @@
 """Allegro: no norm, and three rotations in each head, one by time, height and width each of a third of its channels.
 
-In each third halves turn. The pipeline builds a table for each axis and the rows that the tokens take of it, once for
+In each third halves rotate. The pipeline builds a table for each axis and the rows that the tokens take of it, once for
 all steps. There is no text in the sequence. Sources: ``transformer_allegro.py``, ``attention_processor.py`` and
 ``embeddings.apply_rotary_emb_allegro`` of diffusers 0.42.1.
 """

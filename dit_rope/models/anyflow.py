@@ -1,7 +1,7 @@
-"""AnyFlow: one complex table over the video, neighbours turn, norms across heads.
+"""AnyFlow: one complex table over the video, neighbours rotate, norms across heads.
 
-What the causal model (FAR) generates attends to keys that were cached before they turned, and turns them again in every
-step: it rotates where its processor does, after the norms. Text stands in attention modules that do not rotate.
+What the causal model (FAR) generates attends to keys that were cached before they rotated, and rotates them again in
+every step: it rotates where its processor does, after the norms. Text stands in attention modules that do not rotate.
 Sources, in diffusers 0.42.1: ``transformer_anyflow.py``, ``transformer_anyflow_far.py``.
 """
 
@@ -67,5 +67,5 @@ ANYFLOW_FAR = ModelAdapter(
             rebound=Rebound("apply_rotary_emb"),
         ),
     ),
-    left_alone=("norm_q and norm_k, because what they return is cached before it turns",),
+    left_alone=("norm_q and norm_k, because what they return is cached before it rotates",),
 )

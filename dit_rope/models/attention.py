@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,15 +34,15 @@ class ProcessorOverride(Override):
 
     def replacement(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """What the processor returns; ``attn`` is given to its code as a stand-in where its norms rotate."""
-        own = unpatched_method(self, "__call__")
         if torch.compiler.is_compiling() or in_transform():
-            return own(attn, *args, **kwargs)
+            return unpatched_method(self, "__call__")(attn, *args, **kwargs)
         record: Installed | None = getattr(attn, "__dict__", {}).get(INSTALLED)
-        if record is None or not record.active or not isinstance(record.settings, AttentionSettings):
-            return own(attn, *args, **kwargs)
-        guard = guard_of(unpatched_class(self), "__call__")
-        rotated = _rotated_call(self, attn, guard, record.settings, args, kwargs)
-        return own(attn, *args, **kwargs) if rotated is None else rotated.result
+        if record is not None and record.active and isinstance(record.settings, AttentionSettings):
+            guard = guard_of(unpatched_class(self), "__call__")
+            result = _rotated_call(self, attn, guard, record.settings, args, kwargs)
+            if result is not _LEFT:
+                return result
+        return unpatched_method(self, "__call__")(attn, *args, **kwargs)
 
 
 class AttentionOverride(Override):
@@ -51,41 +50,39 @@ class AttentionOverride(Override):
 
     def replacement(self, *args: Any, **kwargs: Any) -> Any:
         """What the forward returns; it runs on a stand-in of the module where the norms of that rotate."""
-        own = unpatched_method(self)
         if torch.compiler.is_compiling() or in_transform():
-            return own(*args, **kwargs)
+            return unpatched_method(self)(*args, **kwargs)
         record: Installed | None = vars(self).get(INSTALLED)
-        if record is None or not record.active:
-            return own(*args, **kwargs)
-        guard = guard_of(unpatched_class(self), "forward")
-        rotated = _rotated_call(None, self, guard, record.settings, args, kwargs)
-        return own(*args, **kwargs) if rotated is None else rotated.result
+        if record is not None and record.active:
+            guard = guard_of(unpatched_class(self), "forward")
+            result = _rotated_call(None, self, guard, record.settings, args, kwargs)
+            if result is not _LEFT:
+                return result
+        return unpatched_method(self)(*args, **kwargs)
 
 
-@dataclass(frozen=True)
-class _Result:
-    result: Any
+_LEFT = object()
 
 
 def _rotated_call(
     processor: Any, attn: Any, guard: Guard, settings: AttentionSettings, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> _Result | None:
-    """The call with rotating norms, or with a rotating function; None where the model's own code has to run."""
+) -> Any:
+    """The call with rotating norms, or with a rotating function; _LEFT where the model's own code has to run."""
     holder = attn if processor is None else processor
     if why_unknown(holder, guard, settings.rotations) is not None:
-        return None
+        return _LEFT
     run = _with_rotating_norms if settings.rotations.rotated else _with_rotating_function
     try:
-        return _Result(run(processor, attn, guard, settings, args, kwargs))
+        return run(processor, attn, guard, settings, args, kwargs)
     except UnfitTable:
-        return None
+        return _LEFT
 
 
 def why_unknown(holder: Any, guard: Guard, declared: Rotations) -> str | None:
     """Why the code of a processor, or of an attention module, is not what ``declared`` was written for."""
     if guard.unknown is not None:
         return guard.unknown
-    owner = guard.slot.rpartition(".")[0].rpartition(".")[2]
+    owner = guard.owner
     if owner not in (declared.processors or (declared.attention_class,)):
         return f"{owner} is not a processor that it knows there"
     name = guard.overridden_in(holder)
@@ -113,14 +110,14 @@ def _rotate_instead(settings: AttentionSettings, own: Callable[..., Any], *args:
     xs = list(args[: rebound.returns])
     form, rotary = declared.format, args[rebound.returns] if rebound.tables == 1 else args[rebound.returns :]
     exact = settings.is_exact(xs[0].device)
-    known = len(args) == rebound.returns + rebound.tables and not kwargs and form.accepts(rotary)
+    known = len(args) == rebound.returns + rebound.tables and not kwargs
     if not known or any(x.dtype not in DTYPES or x.numel() == 0 for x in xs):
         return own(*args, **kwargs)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
-    if exact and (grad or not form.is_exact(rotary)):
+    if exact and grad:
         return own(*args, **kwargs)
     try:
-        (table,) = form.pack(rotary, xs[0].device)
+        (table,) = form.pack(rotary, xs[0].device, exact)
     except UnfitTable:
         return own(*args, **kwargs)
     if exact and form.narrows:
@@ -180,21 +177,19 @@ def _prepared(attn: Any, settings: AttentionSettings, arguments: Mapping[str, An
     given = [each for each in rotary if each is not None]
     if rotary[0] is None or not (len(given) == len(rotary) or (declared.later_default_to_first and len(given) == 1)):
         raise UnfitTable
-    if not all(map(form.accepts, given)):
-        raise UnfitTable
     hidden = arguments.get(declared.covers[0].names[-1])
     if not isinstance(hidden, torch.Tensor) or hidden.dtype not in DTYPES or hidden.numel() == 0:
         raise UnfitTable
     exact = settings.is_exact(hidden.device)
     if exact and _wants_gradients(attn, arguments):
         raise UnfitTable
-    if exact and not all(map(form.is_exact, given)):
-        raise UnfitTable
-    if getattr(attn, "fused_projections", False) and any(
+    if vars(attn).get("fused_projections") and any(
         name in _PROJECTIONS for name, _ in rotating_modules(attn, declared)
     ):
         raise UnfitTable
-    tables = [table for each in given for table in form.pack(each, hidden.device)]
+    tables = form.pack(given[0], hidden.device, exact)
+    if len(given) > 1:
+        tables = [table for each in given for table in form.pack(each, hidden.device, exact)]
     dim = 0 if declared.layout is Layout.SHD else 1
     for index, table in enumerate(tables):
         if not declared.covers[min(index, len(declared.covers) - 1)].fit(arguments, dim, table.tokens):

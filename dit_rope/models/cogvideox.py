@@ -1,7 +1,8 @@
-"""CogVideoX and ConsisID: text before the image in the joint sequence unturned, LayerNorm per head.
+"""CogVideoX and ConsisID: text before the image in the joint sequence unrotated, LayerNorm per head.
 
-Queries and keys are transposed before the norm; neighbours turn. The pipeline builds one table for all steps. Sources:
-``cogvideox_transformer_3d.py``, ``consisid_transformer_3d.py`` and ``attention_processor.py`` of diffusers 0.42.1.
+Queries and keys are transposed before the norm; neighbours rotate. The pipeline builds one table for all steps.
+Sources: ``cogvideox_transformer_3d.py``, ``consisid_transformer_3d.py`` and ``attention_processor.py`` of diffusers
+0.42.1.
 """
 
 from __future__ import annotations

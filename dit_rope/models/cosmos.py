@@ -1,4 +1,4 @@
-"""Cosmos and its ControlNet: no text in the sequence, halves turn, RMSNorm per head of transposed queries and keys.
+"""Cosmos and its ControlNet: no text in the sequence, halves rotate, RMSNorm per head of transposed queries and keys.
 
 Tables depend on the frame rate besides the grid. Sources: ``transformer_cosmos.py`` and ``controlnet_cosmos.py`` of
 diffusers 0.42.1.

@@ -1,6 +1,6 @@
 """Cosmos 3: text and everything else in one packed sequence, each with tables and projections of its own.
 
-Halves turn, in the dtype of the model, to which the tables are rounded; norms are per head, before the rotation, of
+Halves rotate, in the dtype of the model, to which the tables are rounded; norms are per head, before the rotation, of
 fewer heads of keys than of queries. Video sees the keys of the text under a norm of their own where text has none. The
 processor rotates inline whatever it is given; ours is the same attention without a rotation. Source:
 ``transformer_cosmos3.py`` of diffusers 0.42.1.

@@ -1,7 +1,7 @@
-"""EasyAnimate: text before the image in the joint sequence unturned, LayerNorm per head.
+"""EasyAnimate: text before the image in the joint sequence unrotated, LayerNorm per head.
 
-The first blocks norm image and text apart, the last ones both in one sequence; either way the end turns. Queries and
-keys are transposed before the norm; neighbours turn. The model builds its tables on the host, and copies them to the
+The first blocks norm image and text apart, the last ones both in one sequence; either way the end rotates. Queries and
+keys are transposed before the norm; neighbours rotate. The model builds its tables on the host, and copies them to the
 device in every rotation. Source: ``transformer_easyanimate.py`` of diffusers 0.42.1.
 """
 

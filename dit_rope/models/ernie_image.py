@@ -1,6 +1,6 @@
-"""Ernie-Image: image before text, RMSNorm per head, and a turn that is no rotation.
+"""Ernie-Image: image before text, RMSNorm per head, and a rotate that is no rotation.
 
-The angles of neighbours are equal, but what turns together is halves: the two channels of a pair turn by different
+The angles of neighbours are equal, but what rotates together is halves: the two channels of a pair rotate by different
 angles. Source: ``transformer_ernie_image.py`` of diffusers 0.42.1.
 """
 
@@ -16,5 +16,5 @@ ERNIE_IMAGE = ModelAdapter(
             "ErnieImageEmbedND3",
         ),
     ),
-    left_alone=("rotation in ErnieImageAttention: the two channels of a pair turn by different angles",),
+    left_alone=("rotation in ErnieImageAttention: the two channels of a pair rotate by different angles",),
 )

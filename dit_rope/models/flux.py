@@ -1,7 +1,8 @@
 """Flux and the models built on its attention: tables from position ids, joint text and image, norms per head.
 
-Text comes first in the joint sequence, and has norms of its own in the double blocks: what the norms of the image turn
-is the end of the table, what those of the text turn its start. Source: ``transformer_flux.py`` of diffusers 0.42.1.
+Text comes first in the joint sequence, and has norms of its own in the double blocks: what the norms of the image
+rotate is the end of the table, what those of the text rotate its start. Source: ``transformer_flux.py`` of diffusers
+0.42.1.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _ROTATIONS = Rotations(
 
 _IP_ADAPTER = (
     "rotation in blocks with an IP adapter: FluxIPAdapterAttnProcessor also attends with the normed query before it "
-    "turns"
+    "rotates"
 )
 
 

@@ -1,8 +1,8 @@
 """Models of Flux's design with classes of their own: Bria 3.2, Bria Fibo, LongCat-Image and Ovis-Image.
 
 As in Flux, tables of neighbouring pairs come from position ids, text stands before the image, and the norms are
-RMSNorm per head: in double blocks those of the image turn the end of the table and those of the text its start, in
-single blocks one pair turns all of it. Bria Fibo's single blocks have diffusers' general attention with the processor
+RMSNorm per head: in double blocks those of the image rotate the end of the table and those of the text its start, in
+single blocks one pair rotates all of it. Bria Fibo's single blocks have diffusers' general attention with the processor
 of Bria 3.2. Sources, all in diffusers 0.42.1: ``transformer_bria.py``, ``transformer_bria_fibo.py``,
 ``transformer_longcat_image.py``, ``transformer_ovis_image.py``.
 """

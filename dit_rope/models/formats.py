@@ -14,7 +14,17 @@ from typing import Any
 import torch
 
 from ..spec import Pairing
-from .packed_tables import PackedTable, UnfitTable, axis_form_of, is_known, pack, packed_once
+from .packed_tables import (
+    PackedTable,
+    UnfitTable,
+    axis_form_of,
+    is_known,
+    leave_unless,
+    pack,
+    packed_once,
+    recall,
+    remember,
+)
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 _WIDE = frozenset({torch.float64, torch.complex128})
@@ -58,21 +68,27 @@ class Format:
         parts = rotary.values() if isinstance(rotary, dict) else rotary
         return isinstance(rotary, (tuple, dict)) and len(parts) > 0 and all(map(self.accepts, parts))
 
-    def is_exact(self, rotary: Any) -> bool:
-        """Whether exact mode has the bits of the model: not with tables in float64, in which the model multiplies."""
-        return self.exact and not any(getattr(part, "dtype", None) in _WIDE for part in _parts(rotary))
-
-    def pack(self, rotary: Any, device: torch.device) -> list[PackedTable]:
+    def pack(self, rotary: Any, device: torch.device, exact: bool = False) -> list[PackedTable]:
         """The tables in ``rotary``, packed once as long as they are certain not to have changed.
 
         Raises:
-            UnfitTable: they are not of this form.
+            UnfitTable: they are not of this form, a gradient is wanted of them, or exact mode does not have the bits
+                of the model: of a form that is not rounded so, or of tables in float64, in which the model multiplies.
         """
+        if not torch.is_grad_enabled():
+            found = recall((self, exact), rotary if type(rotary) is tuple else (rotary,), device)
+            if found is not None:
+                return found
+        leave_unless(self.accepts(rotary))
         parts = list(_parts(rotary))
         tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+        leave_unless(not exact or (self.exact and all(tensor.dtype not in _WIDE for tensor in tensors)))
         numbers = tuple(part for part in parts if not isinstance(part, torch.Tensor))
         with torch.inference_mode(False), torch.no_grad():
-            return packed_once((self, numbers), tensors, device, lambda: self._packed(rotary, tensors, device))
+            tables = packed_once((self, numbers), tensors, device, lambda: self._packed(rotary, tensors, device))
+        if not numbers and (isinstance(rotary, torch.Tensor) or len(rotary) == len(tensors)):
+            remember((self, exact), tensors, device, tables)
+        return tables
 
     def _packed(self, rotary: Any, tensors: list[torch.Tensor], device: torch.device) -> list[PackedTable]:
         if self.axes and len(tensors) == 2 and tensors[0].device == device:

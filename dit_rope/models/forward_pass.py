@@ -18,10 +18,17 @@ _numbers = itertools.count(1)
 
 
 class _Current(threading.local):
-    number: int | None = None
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.packed: dict[Any, Any] = {}
 
 
 _current = _Current()
+
+
+def packed_in_this_pass() -> dict[Any, Any] | None:
+    """What was packed in the pass that runs in this thread; None outside of one."""
+    return None if _current.number is None else _current.packed
 
 
 def current_pass() -> int | None:
@@ -39,7 +46,7 @@ class BeginPass:
         """Begins a pass; changes nothing of the call."""
         if not torch.compiler.is_compiling():
             self.prepare(module)
-            _current.number = next(_numbers)
+            _current.number, _current.packed = next(_numbers), {}
 
 
 @dataclass(frozen=True)
@@ -52,4 +59,4 @@ class EndPass:
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Ends the pass."""
         if not torch.compiler.is_compiling():
-            _current.number = None
+            _current.number, _current.packed = None, {}

@@ -56,48 +56,40 @@ def makes_fresh_results(module: Any) -> bool:
     That is, whether its result may be overwritten, and a norm may be left out for a kernel that computes it.
     """
     state = vars(module)
-    if "forward" in state or any(state.get(name) for name in _INSTANCE_HOOKS):
+    if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
         return False
-    if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+    if state["_backward_hooks"] or state["_backward_pre_hooks"] or state.get("_compiled_call_impl") is not None:
         return False
-    if torch_modules._global_backward_hooks or torch_modules._global_backward_pre_hooks:
+    if torch_modules._has_any_global_hook():
         return False
     return _runs_known_code(type(module))
 
 
-_INSTANCE_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_compiled_call_impl",
-)
-
-
 def _runs_known_code(cls: type) -> bool:
     if cls.__module__.startswith("torch.nn.modules."):
-        functions = _of_torch(cls)
-        return functions is not None and all(namespace.get(name) is found for namespace, name, found in functions)
+        for namespace, name, found in _torch_functions.get(cls) or _of_torch(cls) or ((_NOTHING, "", cls),):
+            if namespace.get(name) is not found:
+                return False
+        return True
     name = f"{cls.__module__}.{cls.__qualname__}"
     return name in KNOWN_NORMS and guard_of(cls, "forward").unknown is None
 
 
 def _of_torch(cls: type) -> tuple[tuple[Any, str, Any], ...] | None:
     """The forward of a module class of torch's, and the function it calls; None where either was replaced."""
-    found = _torch_functions.get(cls)
-    if found is None:
-        functional = vars(torch.nn.functional)
-        found = tuple(
-            (namespace, name, namespace[name])
-            for namespace, name in ((vars(cls), "forward"), (functional, _CALLED.get(cls.__name__, "")))
-            if name in namespace
-        )
-        if not all(_is_of(function, name) for _, name, function in found):
-            return None
-        _torch_functions[cls] = found
+    functional = vars(torch.nn.functional)
+    found = tuple(
+        (namespace, name, namespace[name])
+        for namespace, name in ((vars(cls), "forward"), (functional, _CALLED.get(cls.__name__, "")))
+        if name in namespace
+    )
+    if not all(_is_of(function, name) for _, name, function in found):
+        return None
+    _torch_functions[cls] = found
     return found
 
 
+_NOTHING: dict[str, Any] = {}
 _torch_functions: dict[type, tuple[tuple[Any, str, Any], ...]] = {}
 _CALLED = {"RMSNorm": "rms_norm", "LayerNorm": "layer_norm", "Linear": "linear"}
 

@@ -1,6 +1,6 @@
 """HunyuanDiT and its control network: the pipeline's table for the image, LayerNorm with bias per head.
 
-The sequence holds the image alone. Queries turn in the attention to the text as well, keys do not. Sources:
+The sequence holds the image alone. Queries rotate in the attention to the text as well, keys do not. Sources:
 ``hunyuan_transformer_2d.py`` and ``controlnet_hunyuan.py`` of diffusers 0.42.1.
 """
 

@@ -1,6 +1,6 @@
-"""The Hunyuan family: one table for the image, text behind it in the joint sequence unturned, norms per head.
+"""The Hunyuan family: one table for the image, text behind it in the joint sequence unrotated, norms per head.
 
-Double blocks norm image and text apart, single blocks both in one sequence, whose start turns. Neighbours turn.
+Double blocks norm image and text apart, single blocks both in one sequence, whose start rotates. Neighbours rotate.
 
 Framepack joins the tables of a video and of its history at three resolutions, two of them pooled, from frame indices
 that the pipeline makes once for all steps of a section.

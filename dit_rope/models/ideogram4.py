@@ -1,4 +1,4 @@
-"""Ideogram 4: text before image, all of it turned by positions of the caller's, half pairing, RMSNorm per head.
+"""Ideogram 4: text before image, all of it rotated by positions of the caller's, half pairing, RMSNorm per head.
 
 The model rounds its tables to its own dtype, and multiplies in what they and the data promote to. The processor rotates
 whatever it is given, in its own code, and so gets a call without rotation. Source: ``transformer_ideogram4.py`` of

@@ -1,7 +1,7 @@
 """JoyImage Edit and Edit Plus: RMSNorm per head, image before text in the joint sequence, each with norms of its own.
 
-Neighbours turn. Text turns only in JoyImage Edit, and only where it is configured so. A method of the model builds the
-tables on the host; Edit Plus calls it for every image of a sample and joins what it gives. Sources:
+Neighbours rotate. Text rotates only in JoyImage Edit, and only where it is configured so. A method of the model builds
+the tables on the host; Edit Plus calls it for every image of a sample and joins what it gives. Sources:
 ``transformer_joyimage.py`` and ``transformer_joyimage_edit_plus.py`` of diffusers 0.42.1.
 """
 

@@ -1,6 +1,6 @@
 """Kandinsky 5 and 6: text and video in blocks of their own, each with its table, RMSNorm per head.
 
-Pairs are neighbours, turned by 2 x 2 matrices. Cross-attention to text does not rotate; that of Kandinsky 6 between
+Pairs are neighbours, rotated by 2 x 2 matrices. Cross-attention to text does not rotate; that of Kandinsky 6 between
 video and audio does, with a table for queries and one for keys. Sources, in diffusers 0.42.1:
 ``transformer_kandinsky.py``, ``transformer_kandinsky6.py``, ``transformer_kandinsky6_sr.py``.
 """

@@ -97,12 +97,14 @@ class Guard(Walk):
 
     Attributes:
         unknown: what is not known, in words; None where everything is.
+        owner: name of the class that has the method.
         parameters: names of the method's parameters, the object itself first.
     """
 
     def __init__(self, cls: type, method: str) -> None:
         self.unknown: str | None = None
         super().__init__(cls, method)
+        self.owner = self.slot.rpartition(".")[0].rpartition(".")[2]
         known = self.function is not None
         self.parameters = tuple(inspect.signature(self.function).parameters) if known else ()
 
@@ -112,9 +114,9 @@ class Guard(Walk):
 
     def accepts(self, slot: str, found: Any, function: Any) -> bool:
         """Whether the source of ``function`` is a known one of ``slot``."""
-        if isinstance(function, FunctionType) and source_digest(function.__code__) in known_digests().get(slot, ()):
+        if isinstance(function, FunctionType) and source_digest(function) in known_digests().get(slot, ()):
             return True
-        self.unknown = self.unknown or f"{slot} is {_described(found)}"
+        self.unknown = self.unknown or f"{slot} is {_described(found, slot)}"
         return False
 
     def holds(self) -> bool:
@@ -127,7 +129,9 @@ class Guard(Walk):
     def overridden_in(self, target: Any) -> str | None:
         """Name of a method that ``target`` itself holds in place of its class's; None without one."""
         attributes = vars(target)
-        return next((name for name in self.methods if name in attributes), None)
+        if self.methods.isdisjoint(attributes):
+            return None
+        return next(name for name in self.methods if name in attributes)
 
 
 def guard_of(cls: type, method: str) -> Guard:
@@ -151,24 +155,33 @@ def known_digests() -> dict[str, frozenset[str]]:
     return {slot: frozenset(digests) for slot, digests in json.loads(text).items()}
 
 
-def source_digest(code: CodeType) -> str | None:
-    """A digest of the source of ``code``; None where there is none to read."""
-    found = _digests.get(id(code))
+def source_digest(function: FunctionType) -> str | None:
+    """A digest of the source of ``function`` and of the module whose names it looks up; None without a source.
+
+    The same source in another module may call other functions.
+    """
+    module = sys.modules.get(function.__globals__.get("__name__", ""))
+    if module is None or vars(module) is not function.__globals__:
+        return None
+    code = function.__code__
+    found = _sources.get(id(code))
     if found is None or found[0] is not code:
-        found = _digests[id(code)] = (code, _digest(code))
-    return found[1]
+        found = _sources[id(code)] = (code, _source(code))
+    if found[1] is None:
+        return None
+    defaults = (function.__defaults__, function.__kwdefaults__)
+    return hashlib.sha256(f"{module.__name__}\n{defaults}\n{found[1]}".encode()).hexdigest()[:16]
 
 
-_digests: dict[int, tuple[CodeType, str | None]] = {}
+_sources: dict[int, tuple[CodeType, str | None]] = {}
 
 
-def _digest(code: CodeType) -> str | None:
+def _source(code: CodeType) -> str | None:
     try:
         lines = textwrap.dedent(inspect.getsource(code)).splitlines()
     except (OSError, TypeError, SyntaxError, IndentationError):
         return None
-    text = "\n".join(line.rstrip() for line in lines if line.strip())
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def underlying(found: Any) -> Any:
@@ -228,10 +241,9 @@ def _static(cls: type, name: str) -> Any:
     return None
 
 
-def _described(found: Any) -> str:
+def _described(found: Any, slot: str) -> str:
     """An object that stands where known code should, in words."""
-    if isinstance(found, FunctionType) and found.__module__.partition(".")[0] == _LIBRARY:
-        return f"{found.__module__}.{found.__qualname__} of a version that dit_rope does not know"
     if isinstance(found, FunctionType):
-        return f"{found.__module__}.{found.__qualname__}"
+        name = f"{found.__module__}.{found.__qualname__}"
+        return "not the code that dit_rope knows" if name == slot else name
     return f"a {type(found).__name__}" if found is not None else "not there"

@@ -1,7 +1,7 @@
 """Krea 2: one table for text and image in one sequence, queries in groups, RMSNorm per head with weights around zero.
 
-Neighbouring channels turn. The attention of the text fusion before the blocks is of the same class and does not turn.
-Source: ``transformer_krea2.py`` of diffusers 0.42.1.
+Neighbouring channels rotate. The attention of the text fusion before the blocks is of the same class and does not
+rotate. Source: ``transformer_krea2.py`` of diffusers 0.42.1.
 """
 
 from __future__ import annotations

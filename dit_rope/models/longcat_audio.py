@@ -1,6 +1,6 @@
 """LongCat-Audio: half pairing, RMSNorm across heads or none.
 
-In the attention to the prompt, queries turn by the positions of the sound and keys by those of the prompt. Source:
+In the attention to the prompt, queries rotate by the positions of the sound and keys by those of the prompt. Source:
 ``transformer_longcat_audio_dit.py`` of diffusers 0.42.1.
 """
 
@@ -11,7 +11,7 @@ from .formats import HALF
 
 
 def _rotations(attention: str, processor: str, *rotary: str) -> Rotations:
-    """Keys turn by the last of the ``rotary`` arguments."""
+    """Keys rotate by the last of the ``rotary`` arguments."""
     return Rotations(
         attention=rf"blocks\.\d+\.{attention}",
         attention_class="AudioDiTAttention",

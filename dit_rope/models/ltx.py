@@ -1,7 +1,7 @@
 """LTX-Video and LTX-2: angles of its own for every channel of a token, norms across heads.
 
-LTX-2 turns video and audio, each in its own attention and in both cross-modal ones, where queries and keys have tables
-of their own modality. Its text stands in attention modules that do not rotate. The pairs of ``rope_type``
+LTX-2 rotates video and audio, each in its own attention and in both cross-modal ones, where queries and keys have
+tables of their own modality. Its text stands in attention modules that do not rotate. The pairs of ``rope_type``
 "interleaved" are neighbours, those of "split" are the halves of a head.
 
 Sources, in diffusers 0.42.1: ``transformer_ltx.py``, ``transformer_ltx2.py``.

@@ -1,7 +1,7 @@
 """MiniMax H3: text, images, sound and video packed into one sequence with one table, RMSNorm per head.
 
-The pairs are the halves of the leading channels of a head; the others do not turn. Everything is computed in the dtype
-of the data, to which cos and sin are rounded. Source: ``transformer_minimax_h3.py`` of diffusers 0.42.1.
+The pairs are the halves of the leading channels of a head; the others do not rotate. Everything is computed in the
+dtype of the data, to which cos and sin are rounded. Source: ``transformer_minimax_h3.py`` of diffusers 0.42.1.
 """
 
 from __future__ import annotations

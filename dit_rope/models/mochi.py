@@ -1,7 +1,7 @@
 """Mochi: angles of its own for every head, from frequencies that are a parameter of the model.
 
-Image and text are normed apart, per head; text does not turn. Neighbours turn. While the frequencies learn, the tables
-belong to the backward pass: they are built anew, and the rotation is left to the model. Source:
+Image and text are normed apart, per head; text does not rotate. Neighbours rotate. While the frequencies learn, the
+tables belong to the backward pass: they are built anew, and the rotation is left to the model. Source:
 ``transformer_mochi.py`` and ``attention_processor.py`` of diffusers 0.42.1.
 """
 

@@ -1,7 +1,7 @@
-"""Motif-Video: as HunyuanVideo, text behind the image unturned, and text cross-attention that turns queries only.
+"""Motif-Video: as HunyuanVideo, text behind the image unrotated, and text cross-attention that rotates queries only.
 
-The last single blocks read image tokens in the place of text; those do not turn either. Neighbours turn; norms are per
-head. Source: ``transformer_motif_video.py`` of diffusers 0.42.1.
+The last single blocks read image tokens in the place of text; those do not rotate either. Neighbours rotate; norms are
+per head. Source: ``transformer_motif_video.py`` of diffusers 0.42.1.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..cache import capturing, in_mode, stream_of
 from ..rotation_args import RotationArgs
 from ..spec import Pairing
-from .forward_pass import current_pass
+from .forward_pass import current_pass, packed_in_this_pass
 
 # Lengths of sequences, and dtypes, that are remembered for one table.
 _MOST_REMEMBERED = 64
@@ -131,7 +131,7 @@ class PackedTable:
         """Whether the rows of the tokens after the first ``count`` rotate nothing."""
         if count >= self.tokens:
             return True
-        if self.heads > 1:
+        if self.heads > 1 or capturing(self.rows.device):  # a look would wait for the device
             return False
         found = self._identities.get(count)
         if found is None:
@@ -153,6 +153,42 @@ def pack(cos: torch.Tensor, sin: torch.Tensor, pairing: Pairing, device: torch.d
         starts = torch.arange(batch, device=device, dtype=torch.int32).mul_(heads * tokens)
         positions = (starts[:, None] + torch.arange(tokens, device=device, dtype=torch.int32))[..., None]
     return PackedTable(rows, positions, tokens, (pairs,), pairing, tokens if heads > 1 else 0, heads=heads)
+
+
+class _InPass(NamedTuple):
+    """What was packed in a forward pass, and of what."""
+
+    device: torch.device
+    stream: int
+    tensors: tuple[weakref.ref[torch.Tensor], ...]
+    versions: tuple[int, ...]
+    tables: list[PackedTable]
+
+
+def recall(key: tuple[object, ...], tensors: Sequence[Any], device: torch.device) -> list[PackedTable] | None:
+    """What was packed of ``tensors`` earlier in this forward pass: all layers are given the same ones."""
+    packed = packed_in_this_pass()
+    found: _InPass | None = None if packed is None else packed.get((*key, *map(id, tensors)))
+    if found is None or found.device != device or in_mode():
+        return None
+    if device.type != "cpu" and (capturing(device) or found.stream != stream_of(device)):
+        return None
+    for of, version, tensor in zip(found.tensors, found.versions, tensors, strict=True):
+        same = of()
+        if same is None or same is not tensor or same._version != version:
+            return None
+    return found.tables
+
+
+def remember(
+    key: tuple[object, ...], tensors: Sequence[torch.Tensor], device: torch.device, tables: list[PackedTable]
+) -> None:
+    """Lets :func:`recall` find ``tables`` for the rest of this forward pass."""
+    packed = packed_in_this_pass()
+    if packed is None or in_mode() or capturing(device) or any(tensor.is_inference() for tensor in tensors):
+        return
+    refs, versions = tuple(map(weakref.ref, tensors)), tuple(tensor._version for tensor in tensors)
+    packed[*key, *map(id, tensors)] = _InPass(device, stream_of(device), refs, versions, tables)
 
 
 class _Packed:

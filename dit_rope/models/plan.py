@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import operator
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -62,8 +63,13 @@ class TablesPlan:
         """The class name that the object has without a patch."""
         return unpatched_class(self.target).__name__
 
-    def why_left(self) -> str | None:
-        """Why the object's own code builds its tables in every forward pass; None where they are memoized."""
+    def why_left(self, patched: bool = False) -> str | None:
+        """Why the object's own code builds its tables in every forward pass; None where they are memoized.
+
+        ``patched`` tells whether an override should be in place.
+        """
+        if patched and self.tables.path and not isinstance(self.target, Override):
+            return f"{self.tables.path} was replaced after the patch; undo it and patch again"
         if self.tables.path and self.tables.method == "forward" and is_bypassed(self.target):
             return f"another library has replaced the forward of {self.tables.path}"
         return why_not_memoized(self.target, self.tables)
@@ -108,8 +114,13 @@ class RotationPlan:
             return f"it has none of {', '.join(declared.rotated)}"
         if not declared.processors and is_bypassed(holder):
             return "another library has replaced its forward"
-        if patched and not (isinstance(holder, Override) and installed(self.attention)):
-            return "its processor was replaced"
+        if patched and not installed(self.attention):
+            return "it was replaced after the patch; undo it and patch again"
+        if patched and not isinstance(holder, Override):
+            return "its processor was replaced, and is patched before the next forward pass"
+        weight = next((x for x in self.attention.parameters() if x.is_floating_point()), None)
+        if weight is not None and weight.dtype is torch.float64:
+            return "its weights are float64, in which it rotates by itself"
         return None
 
 
@@ -123,6 +134,12 @@ class Plan:
     tables: tuple[TablesPlan, ...]
     rotations: tuple[RotationPlan, ...]
     state: PatchState = field(default_factory=PatchState, compare=False)
+
+    def now(self) -> Plan:
+        """The same plan of the model as it is at this moment, in which anything may have been exchanged."""
+        return replace(
+            self, tables=_all_tables(self.model, self.adapter), rotations=_all_rotations(self.model, self.adapter)
+        )
 
     def scaled_spec(self, options: Options) -> RopeSpec | None:
         """The rotation that a scaling asks for; None without one, or where a function chooses it.
@@ -219,6 +236,17 @@ def adopt_processor(attention: Any) -> None:
     if why_unknown(processor, guard_of(cls, "__call__"), record.settings.rotations) is None:
         for state in record.states:
             _override(processor, ProcessorOverride, None, state, "__call__")
+        _register(type(processor), cls)
+
+
+def _register(made: type, cls: type) -> None:
+    """Lets diffusers' registry of processors, which layer skipping asks by class, know ``made`` as it knows ``cls``."""
+    try:
+        from diffusers.hooks._helpers import AttentionProcessorRegistry as Registry
+    except ImportError:  # an older diffusers
+        return
+    with contextlib.suppress(ValueError):  # it does not know this one
+        Registry.register(made, Registry.get(cls))
 
 
 def _override(target: Any, override: type[Override], settings: object, state: PatchState, method: str) -> None:
@@ -286,9 +314,15 @@ def make_plan(name: str, model: torch.nn.Module, adapter: ModelAdapter) -> Plan:
         raise ValueError(
             f"{name} must not be patched already; undo its patch, or call dit_rope.unpatch on a copy of one"
         )
-    tables = tuple(each for declared in adapter.tables if (each := _find_tables(model, declared)) is not None)
-    rotations = tuple(each for declared in adapter.rotations for each in _find_rotations(model, declared))
-    return Plan(name, model, adapter, tables, rotations)
+    return Plan(name, model, adapter, _all_tables(model, adapter), _all_rotations(model, adapter))
+
+
+def _all_tables(model: torch.nn.Module, adapter: ModelAdapter) -> tuple[TablesPlan, ...]:
+    return tuple(each for declared in adapter.tables if (each := _find_tables(model, declared)) is not None)
+
+
+def _all_rotations(model: torch.nn.Module, adapter: ModelAdapter) -> tuple[RotationPlan, ...]:
+    return tuple(each for declared in adapter.rotations for each in _find_rotations(model, declared))
 
 
 def _find_tables(model: torch.nn.Module, declared: ModelTables) -> TablesPlan | None:

@@ -1,4 +1,4 @@
-"""PRX: rotation matrices, RMSNorm per head; text is keys and values only, before the image, and does not turn.
+"""PRX: rotation matrices, RMSNorm per head; text is keys and values only, before the image, and does not rotate.
 
 Source: ``transformer_prx.py`` of diffusers 0.42.1.
 """

@@ -1,10 +1,10 @@
 """Qwen-Image, its ControlNet, Qwen-Image 2.1 and Nucleus: tables of complex numbers, RMSNorm per head.
 
-Neighbouring channels turn. Qwen-Image and Nucleus make two tables from the sizes of the images and the length of the
-text, and turn each before the sequences are joined, so that the norms of the text turn the second table from its start.
-Nucleus has no queries of text, and its keys of text may come from a cache, turned; its norm of queries of text is never
-called. Qwen-Image 2.1 has one table for one sequence, from the layout of its mask, and norms for all of it; it caches
-keys turned, and a step that reads them takes the end of the table. Sources, all in diffusers 0.42.1:
+Neighbouring channels rotate. Qwen-Image and Nucleus make two tables from the sizes of the images and the length of the
+text, and rotate each before the sequences are joined, so that the norms of the text rotate the second table from its
+start. Nucleus has no queries of text, and its keys of text may come from a cache, rotated; its norm of queries of text
+is never called. Qwen-Image 2.1 has one table for one sequence, from the layout of its mask, and norms for all of it; it
+caches keys rotated, and a step that reads them takes the end of the table. Sources, all in diffusers 0.42.1:
 ``transformer_qwenimage.py``, ``controlnet_qwenimage.py``, ``transformer_qwenimage21.py``,
 ``transformer_nucleusmoe_image.py``.
 """

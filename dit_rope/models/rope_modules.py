@@ -138,9 +138,8 @@ def why_not_memoized(target: Any, tables: ModelTables) -> str | None:
         return guard.unknown
     if tables.path:
         builders = (tables.builder,) if isinstance(tables.builder, str) else tables.builder
-        owner = guard.slot.rpartition(".")[0].rpartition(".")[2]
-        if owner not in builders:
-            return f"{owner} is not the module that it knows there"
+        if guard.owner not in builders:
+            return f"{guard.owner} is not the module that it knows there"
     names = guard.methods - {tables.method}
     held = next((name for name in names if name in vars(target)), None)
     return None if held is None else f"{cls.__name__} holds a {held} of its own"

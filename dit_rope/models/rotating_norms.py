@@ -81,7 +81,7 @@ class RotatedCall:
         state = vars(other)
         state.update(vars(attn))
         modules = state["_modules"]
-        self.heads = getattr(attn, "heads", None) or getattr(attn, "num_heads", None) or 0
+        self.heads = state.get("heads") or state.get("num_heads") or 0
         for name, rotated in rotating_modules(attn, self.declared):
             state[name] = _RotatingModule(modules[name], name, rotated, self)
             if not rotated.repeats:

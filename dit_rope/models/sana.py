@@ -1,4 +1,4 @@
-"""Sana's video models: linear attention of queries and keys that are also used unturned, norms across heads.
+"""Sana's video models: linear attention of queries and keys that are also used unrotated, norms across heads.
 
 Sana-WM's refiner is an LTX-2 without audio. Text stands in attention modules that do not rotate. Sources, in diffusers
 0.42.1: ``transformer_sana_video.py``, ``transformer_sana_wm.py``, ``transformer_sana_wm_refiner.py``.
@@ -20,7 +20,7 @@ SANA_VIDEO = ModelAdapter(
     f"{_TRANSFORMERS}.transformer_sana_video.SanaVideoTransformer3DModel",
     (ModelTables("rope", "WanRotaryPosEmbed", by_shape=EVERY),),
     left_alone=(
-        "rotation in SanaLinearAttnProcessor3_0: it also needs queries and keys unturned, and rotates by a function "
+        "rotation in SanaLinearAttnProcessor3_0: it also needs queries and keys unrotated, and rotates by a function "
         "that it defines in every call",
     ),
 )
@@ -80,5 +80,5 @@ SANA_WM_REFINER = ModelAdapter(
             (HEAD_HALVES, "apply_split_rotary_emb", turns_halves),
         )
     ),
-    left_alone=("norm_q and norm_k, because keys are cached before they turn",),
+    left_alone=("norm_q and norm_k, because keys are cached before they rotate",),
 )

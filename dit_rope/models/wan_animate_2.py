@@ -1,9 +1,9 @@
-"""Wan-Animate 2: a video, and a reference video at positions of its own, whose keys are cached before they turn.
+"""Wan-Animate 2: a video, and a reference video at positions of its own, whose keys are cached before they rotate.
 
-Pairs are neighbours; norms are across heads, and what they return is cached, so that it turns where the processor does.
-The processor is given the frequencies of 512 positions per axis and the sizes of the grid, and expands one by the other
-in every call. Text and image stand in attention modules that do not rotate. Source: ``transformer_wan_animate_2.py`` of
-diffusers 0.42.1.
+Pairs are neighbours; norms are across heads, and what they return is cached, so that it rotates where the processor
+does. The processor is given the frequencies of 512 positions per axis and the sizes of the grid, and expands one by the
+other in every call. Text and image stand in attention modules that do not rotate. Source:
+``transformer_wan_animate_2.py`` of diffusers 0.42.1.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ WAN_ANIMATE_2 = ModelAdapter(
         ),
     ),
     left_alone=(
-        "norm_q and norm_k, because keys are cached before they turn",
+        "norm_q and norm_k, because keys are cached before they rotate",
         "tables, because the model keeps them itself",
     ),
 )

@@ -1,6 +1,6 @@
 """Z-Image, its ControlNet and Bria Fibo 2: complex tables that are gathered anew, RMSNorm per head or none.
 
-Neighbouring channels turn, all tokens of a sequence, whatever the order of its parts. Z-Image has a table for each
+Neighbouring channels rotate, all tokens of a sequence, whatever the order of its parts. Z-Image has a table for each
 sample, in which rows of padding are zeros. Its ControlNet runs with blocks of the transformer beside its own, so that
 both models may hold the same attention. Sources, all in diffusers 0.42.1: ``transformer_z_image.py``,
 ``controlnet_z_image.py``, ``transformer_bria_fibo2.py``.
