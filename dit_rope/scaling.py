@@ -75,7 +75,7 @@ def axis_frequencies(spec: RopeSpec, axis: int) -> AxisFrequencies:
 
 
 def device_frequencies(spec: RopeSpec, axis: int, device: torch.device) -> AxisFrequencies:
-    """:func:`axis_frequencies` on ``device``, for angles that are formed there: float64 where it has that, else float32.
+    """:func:`axis_frequencies` on ``device``, for angles formed there: float64 where it has that, else float32.
 
     Copied once, and there for every layer.
     """

@@ -37,7 +37,7 @@ class Collection(Walk):
 
     def accepts(self, slot: str, found: Any, function: Any) -> bool:
         """Takes every function as known, and notes its digest."""
-        digest = source_digest(function.__code__) if isinstance(function, FunctionType) else None
+        digest = source_digest(function) if isinstance(function, FunctionType) else None
         if digest is None:
             raise SystemExit(f"{slot} has no source: {found!r}")
         self.digests[slot] = digest

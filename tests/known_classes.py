@@ -22,7 +22,7 @@ class _Own(known_code.Walk):
         """Adds the source of every method to the known ones."""
         if not isinstance(function, FunctionType):
             return False
-        digest = known_code.source_digest(function.__code__)
+        digest = known_code.source_digest(function)
         assert digest is not None
         known_code.known_digests()[slot] = frozenset({digest})
         return True

