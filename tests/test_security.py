@@ -26,7 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # they have just written.
 PICKLES = [ROOT / "scripts" / "intervention_cases" / name for name in ("copies.py", "forked.py")]
 SOURCES = sorted(
-    path for folder in ("dit_rope", "scripts", "samples") for path in (ROOT / folder).rglob("*.py") if path not in PICKLES
+    path
+    for folder in ("dit_rope", "scripts", "samples")
+    for path in (ROOT / folder).rglob("*.py")
+    if path not in PICKLES
 )
 HOSTILE = (
     "../../../outside",
