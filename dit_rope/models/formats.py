@@ -91,11 +91,10 @@ class Format:
         return tables
 
     def _packed(self, rotary: Any, tensors: list[torch.Tensor], device: torch.device) -> list[PackedTable]:
-        if self.axes and len(tensors) == 2 and tensors[0].device == device:
-            table = axis_form_of(tensors)
+        try:
+            table = axis_form_of(tensors) if self.axes and tensors[0].device == device else None
             if table is not None:
                 return [table]
-        try:
             if self.doubled is not None and not is_known(tensors):
                 self._check_doubled(rotary, device)
             return self.tables(rotary, device)

@@ -296,7 +296,7 @@ def know_axis_form(tensors: Sequence[torch.Tensor], part: Callable[[int, int], P
 def axis_form_of(tensors: Sequence[Any]) -> PackedTable | None:
     """The axis form of ``tensors``, which are a known dense table or a range of its tokens; None for any other."""
     form = _axis_forms.get(tensors[0].untyped_storage()._cdata)
-    if form is None:
+    if form is None or len(tensors) != len(form.tensors):
         return None
     places = [_place(view, of()) for view, of in zip(tensors, form.tensors, strict=True)]
     if places[0] is None or any(place != places[0] for place in places):
