@@ -110,8 +110,14 @@ _KNOWN_CODE = (
     _known(
         "digest-not-compared",
         "known_code",
-        "FunctionType) and source_digest(function.__code__) in known_digests().get(slot, ()):",
+        "FunctionType) and source_digest(function) in known_digests().get(slot, ()):",
         "FunctionType):",
+    ),
+    _known(
+        "source-of-another-module",
+        "known_code",
+        "if module is None or vars(module) is not function.__globals__:",
+        "if module is None:",
     ),
     _known("globals-not-followed", "known_code", "            self._follow_globals(function)\n", "            pass\n"),
     _known(
@@ -140,44 +146,40 @@ _KNOWN_CODE = (
         "held = next((name for name in names if name in vars(target)), None)",
         "held = None",
     ),
-    _fresh("fresh-with-a-forward-of-its-own", "fused_norms", '"forward" in state or any', "any"),
-    _fresh("fresh-with-hooks", "fused_norms", "any(state.get(name) for name in _INSTANCE_HOOKS)", "False"),
-    _fresh("fresh-though-compiled", "fused_norms", '    "_compiled_call_impl",\n', ""),
+    _fresh("fresh-with-a-forward-of-its-own", "fused_norms", ' or "forward" in state:', ":"),
     _fresh(
-        "fresh-with-hooks-of-all-modules",
+        "fresh-with-hooks",
         "fused_norms",
-        "if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:",
-        "if False:",
+        'if state["_forward_hooks"] or state["_forward_pre_hooks"] or',
+        "if",
     ),
     _fresh(
-        "fresh-with-backward-hooks-of-all-modules",
-        "fused_norms",
-        "if torch_modules._global_backward_hooks or torch_modules._global_backward_pre_hooks:",
-        "if False:",
+        "fresh-with-backward-hooks", "fused_norms", 'state["_backward_hooks"] or state["_backward_pre_hooks"] or', ""
     ),
+    _fresh("fresh-though-compiled", "fused_norms", ' or state.get("_compiled_call_impl") is not None:', ":"),
+    _fresh("fresh-with-hooks-of-all-modules", "fused_norms", "if torch_modules._has_any_global_hook():", "if False:"),
     _fresh("fresh-of-unknown-code", "fused_norms", "return _runs_known_code(type(module))", "return True"),
-    _fresh(
-        "function-of-torch-replaced",
-        "fused_norms",
-        "functions is not None and all(namespace.get(name) is found for namespace, name, found in functions)",
-        "functions is not None",
-    ),
+    _fresh("function-of-torch-replaced", "fused_norms", "if namespace.get(name) is not found:", "if not found:"),
     _fresh(
         "function-of-torch-replaced-before",
         "fused_norms",
         "if not all(_is_of(function, name) for _, name, function in found):",
         "if False:",
     ),
+    Mutation("report-remembers", "dit_rope/patch_report.py", "    plan = plan.now()\n", "    pass\n", _KNOWN),
     _known(
-        "report-remembers",
+        "report-of-a-rope-module-that-was-replaced",
         "plan",
-        "    @property\n    def holder(",
-        '    @__import__("functools").cached_property\n    def holder(',
+        "if patched and self.tables.path and not isinstance(self.target, Override):",
+        "if False:",
+    ),
+    _known(
+        "report-of-attention-that-was-replaced", "plan", "if patched and not installed(self.attention):", "if False:"
     ),
     _known(
         "report-of-a-processor-that-was-replaced",
         "plan",
-        "if patched and not (isinstance(holder, Override) and installed(self.attention)):",
+        "if patched and not isinstance(holder, Override):",
         "if False:",
     ),
     _known(
@@ -222,8 +224,8 @@ _HANDED_OVER = (
     fault(
         "dual-numbers-lose-their-tangents",
         "attention",
-        "        if torch.compiler.is_compiling() or in_transform():\n            return own(attn",
-        "        if torch.compiler.is_compiling():\n            return own(attn",
+        'is_compiling() or in_transform():\n            return unpatched_method(self, "__call__")',
+        'is_compiling():\n            return unpatched_method(self, "__call__")',
         ("tests/test_fitting_tables.py",),
         "dual_numbers",
     ),

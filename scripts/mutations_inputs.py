@@ -285,6 +285,9 @@ _PASSES = (
         "if found.number == number or is_known(tensors):",
     ),
     _packed("packed-without-comparing", " and all(map(_equal, built, found.tables)):", ":"),
+    _packed("recalled-without-version", " or same._version != version:", ":"),
+    _packed("recalled-by-the-id-of-a-tensor", "if same is None or same is not tensor or", "if"),
+    _packed("recalled-in-the-next-pass", "next(_numbers), {}", "next(_numbers), _current.packed", "forward_pass"),
     _packed("passes-of-one-number", "next(_numbers)", "1", "forward_pass"),
     _packed(
         "pass-never-ends",

@@ -17,6 +17,7 @@ from dit_rope import rotation
 from dit_rope.models import flux, wan
 from dit_rope.models.adapter import ModelTables
 from dit_rope.models.attention import why_unknown
+from dit_rope.models.class_override import copy_of
 from dit_rope.models.known_code import Guard, guard_of
 from dit_rope.models.rope_modules import why_not_memoized
 
@@ -341,6 +342,30 @@ def test_report_follows_processors_that_come_and_go(rotations: list[str]) -> Non
         assert "where the model rotates: builtins.object.__call__" in handle.report()
         attention.processor = kept
         assert handle.report() == first
+
+
+def test_report_follows_modules_that_come_and_go() -> None:
+    model, other = wan_models.build("wan"), wan_models.build("wan")
+    with dit_rope.patch(model) as handle:
+        first = handle.report()
+        rope, attention = model.rope, model.blocks[1].attn1
+        model.rope = other.rope
+        assert "left alone, its tables are built in every forward pass: rope was replaced after" in handle.report()
+        model.rope, model.blocks[1].attn1 = rope, other.blocks[1].attn1
+        assert "blocks.*.attn1, 1 of them, where the model rotates: it was replaced after the patch" in handle.report()
+        model.blocks[1].attn1 = attention
+        assert handle.report() == first
+
+
+def test_same_source_among_other_names_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It calls other functions."""
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+    own: Any = FluxAttnProcessor.__call__
+    others = {**own.__globals__, "apply_rotary_emb": backwards}
+    for scope, known_there in ((own.__globals__, True), (others, False), (dict(own.__globals__), False)):
+        monkeypatch.setattr(FluxAttnProcessor, "__call__", copy_of(own, scope))
+        assert (Guard(FluxAttnProcessor, "__call__").unknown is None) == known_there
 
 
 def test_processor_put_in_while_patched_rotates_in_norms_too(rotations: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,13 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 @pytest.fixture(autouse=True)
 def _quiet(one_thread: None) -> None:
     dit_rope.cache_clear()
+
+
+@pytest.fixture(params=[True, False], ids=["training", "sampling"])
+def with_grad(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Passes without gradients look once into what this pass has packed, before anything else."""
+    with torch.set_grad_enabled(request.param):
+        yield
 
 
 def dense(name: str = "wan", frames: int = 3) -> Pair:
@@ -118,6 +125,7 @@ def rows(pair: Pair) -> torch.Tensor:
     return INTERLEAVED.tables(pair, CPU)[0].rows
 
 
+@pytest.mark.usefixtures("with_grad")
 def test_table_is_packed_once_in_a_pass_unless_it_is_written_to() -> None:
     pair = form()
 
@@ -132,6 +140,7 @@ def test_table_is_packed_once_in_a_pass_unless_it_is_written_to() -> None:
     Model()(run)
 
 
+@pytest.mark.usefixtures("with_grad")
 def test_tables_that_share_a_tensor_are_packed_once_each() -> None:
     (cos, sin), other = form(), form(seed=1)[1]
 
@@ -144,6 +153,7 @@ def test_tables_that_share_a_tensor_are_packed_once_each() -> None:
     Model()(run)
 
 
+@pytest.mark.usefixtures("with_grad")
 def test_tensor_that_comes_where_another_was_is_not_taken_for_it() -> None:
     """Their ids and versions are the same."""
     cos, ids = form()[0], set[int]()
@@ -163,6 +173,7 @@ def test_tensor_that_comes_where_another_was_is_not_taken_for_it() -> None:
     assert any(again)
 
 
+@pytest.mark.usefixtures("with_grad")
 def test_writes_that_no_version_counts_are_seen_by_the_next_pass() -> None:
     """Collectives, fused optimizers and other processes write so."""
     arrays = [np.ascontiguousarray(part.numpy()) for part in form()]
@@ -177,6 +188,23 @@ def test_writes_that_no_version_counts_are_seen_by_the_next_pass() -> None:
         assert model(lambda: packed(pair)) is second
 
 
+@pytest.mark.usefixtures("with_grad")
+def test_pass_that_an_interrupt_has_left_open_is_not_the_next_one() -> None:
+    array = form()[0].numpy()
+    pair = (torch.from_numpy(array), form()[1])
+    model = Model()
+    begin, end = BeginPass(lambda module: None), EndPass()
+    try:
+        for _ in range(3):
+            begin(model, (), {})
+            array *= 0.5
+            assert torch.equal(packed(pair).rows, rows(pair))
+            assert packed(pair) is packed(pair)
+    finally:
+        end(model, (), None)
+
+
+@pytest.mark.usefixtures("with_grad")
 def test_writes_that_no_version_counts_are_seen_outside_of_passes() -> None:
     array = form()[0].numpy()
     pair = (torch.from_numpy(array), form()[1])
