@@ -2,12 +2,16 @@
 
     python scripts/bench_host_time.py
     python scripts/bench_host_time.py --rope-modules
+    python scripts/bench_host_time.py --attention
 
 Tensors lie on CPU and the launch itself is left out, so that this runs anywhere. ``bench_kernels.py`` times whole
 calls where there is a GPU; the driver's own launch takes some 3 us more.
 
 With ``--rope-modules``: what the rope modules take whose tables depend on values that a GPU would have to be asked for.
 The models are the small ones of the tests, with few tokens, so that nearly all of it is time on the host.
+
+With ``--attention``: what a patch adds to one call of an attention module, its kernels left out: the patched module
+with rotations that return what they are given, beside the unpatched one without rotary tensors.
 """
 
 from __future__ import annotations
@@ -24,17 +28,20 @@ from write_model_table import EXAMPLES, reads_values
 from zoo import Example, Noise
 
 import dit_rope
-from dit_rope import Grid, NormKind, RopeSpec
+from dit_rope import Grid, NormKind, RopeSpec, rotation
 from dit_rope.backends import cuda_kernels
 from dit_rope.backends.cuda_arguments import Launch
 from dit_rope.benchmark.timing import Timing, interleave
-from dit_rope.models import ADAPTERS, table_keys
+from dit_rope.models import ADAPTERS, forward_pass, table_keys
 from dit_rope.models.class_override import unpatched_method
 from dit_rope.models.formats import Format
 from dit_rope.models.plan import make_plan
 
 CALLS = 1000
 PASSES = 1
+SOME_CALLS = 20
+ATTENTION = ("wan", "flux", "hunyuan-video", "qwen-image")
+BARE = "unpatched, without rotary tensors"
 OWN, BUILT, FOUND, PACKED = (
     "unpatched",
     "patched, built in every pass",
@@ -128,6 +135,55 @@ def no_value(tensor: torch.Tensor) -> None:
     raise table_keys.Unkeyed
 
 
+def attention_cases(example: Example) -> dict[str, Callable[[], object]]:
+    """Calls of the first attention module of a model, with what a forward pass of it gives that module."""
+    model = example.build()
+    patched = {exact: example.build() for exact in (True, False)}
+    handles = [dit_rope.patch(one, exact=exact) for exact, one in patched.items()]
+    path = handles[0]._plans[0].rotations[0].path
+    seen: list[tuple[Any, Any]] = []
+    for one in (model, *patched.values()):
+        module = one.get_submodule(path)
+        hook = module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+        example.forward(one)
+        hook.remove()
+    args, kwargs = seen[0]
+    bare = (
+        tuple(None if isinstance(x, tuple) else x for x in args),
+        {name: None if "rotary" in name else value for name, value in kwargs.items()},
+    )
+    own = model.get_submodule(path)
+    cases: dict[str, Callable[[], object]] = {BARE: lambda: own(*bare[0], **bare[1])}
+    for (exact, one), (args, kwargs) in zip(patched.items(), seen[1:], strict=True):
+        module = one.get_submodule(path)
+        name = "patched, exact mode" if exact else "patched, fast mode without the norms"
+        cases[name] = functools.partial(in_a_pass, module, args, kwargs)
+    return cases
+
+
+def in_a_pass(module: torch.nn.Module, args: Any, kwargs: Any) -> object:
+    """A call within a forward pass that has packed its tables already."""
+    forward_pass._current.number = 0
+    return module(*args, **kwargs)
+
+
+@torch.no_grad()
+def attention_modules(rounds: int) -> list[dict[str, object]]:
+    """Rows for some models: of one call of an attention module."""
+    from compiled_graphs import WAN
+
+    rows: list[dict[str, object]] = []
+    unchanged = {"apply": lambda xs, *_, **__: list(xs), "apply_norm": lambda xs, *_, **__: list(xs)}
+    for example in (one for one in (WAN, *EXAMPLES) if one.name in ATTENTION):
+        print(example.name)
+        cases = attention_cases(example)
+        with mock.patch.multiple(rotation, **unchanged):
+            calls = {name: repeated(call, SOME_CALLS) for name, call in cases.items()}
+            timings = interleave(calls, rounds, warm_up=3)
+        rows += [{"model": example.name} | row(name, timing, SOME_CALLS) for name, timing in timings.items()]
+    return rows
+
+
 def run_all(calls: list[Any]) -> None:
     """One call of each."""
     for call in calls:
@@ -182,10 +238,13 @@ def main() -> None:
         "--rounds", type=int, default=0, help="timed turns of each; 15, or 301 short ones of rope modules"
     )
     parser.add_argument("--rope-modules", action="store_true", help="time rope modules in place of kernel calls")
+    parser.add_argument("--attention", action="store_true", help="time attention modules in place of kernel calls")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.rope_modules:
         print(write_results("rope-module-host-time-cpu", rope_modules(arguments.rounds or 301)))
+    elif arguments.attention:
+        print(write_results("attention-host-time-cpu", attention_modules(arguments.rounds or 101)))
     else:
         print(write_results("host-time-cpu", kernel_calls(arguments.rounds or 15)))
 
