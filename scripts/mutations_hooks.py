@@ -208,7 +208,7 @@ _KNOWN_CODE = (
 # What is handed over is taken, or it is an error; and nobody finds what served for it.
 _HANDED_OVER = (
     _known(
-        "lost-rotation-unnoticed", "rotating_norms", "if self.pending and self.pending != self.rotating:", "if False:"
+        "lost-rotation-unnoticed", "rotating_norms", "        if self.pending and not (", "        if False and not ("
     ),
     _known("every-rotation-pending", "rotating_norms", "        call.pending.discard(self._name)\n", ""),
     _fresh(

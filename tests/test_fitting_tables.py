@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -123,27 +123,12 @@ PLACES: dict[str, tuple[str, str, str, dict[str, Change]]] = {
     "ideogram4": ("ideogram4", "layers.0.attention", "image_rotary_emb", tokens(1) | KIND),
     "refiner": ("sana-wm-refiner", "transformer_blocks.0.attn1", "query_rotary_emb", tokens(1) | BATCH | WIDTH | KIND),
 }
-WORDS = "an error of ours where the model has one"
-SILENT = "rotated as if one head stood for all, where the model has an error"
-NOT_YET = {
-    **{("refiner", change): WORDS for change in WIDTH},
-    ("ltx", "half as wide"): SILENT,
-    ("ltx2-sound", "half as wide"): SILENT,
-}
+CASES = [
+    (place, change, exact) for place, (*_, changes) in PLACES.items() for change in changes for exact in (True, False)
+]
 
 
-def _cases() -> Iterator[Any]:
-    for place, (*_, changes) in PLACES.items():
-        for change in changes:
-            for exact in (True, False):
-                reason = NOT_YET.get((place, change))
-                if (place, change, exact) == ("ltx2", "one head", False):
-                    reason = SILENT
-                marks = [] if reason is None else [pytest.mark.xfail(strict=True, reason=reason)]
-                yield pytest.param(place, change, exact, marks=marks)
-
-
-@pytest.mark.parametrize(("place", "change", "exact"), list(_cases()))
+@pytest.mark.parametrize(("place", "change", "exact"), CASES)
 def test_table_of_other_tokens_is_what_the_model_makes_of_it(
     place: str, change: str, exact: bool, rotations: list[str]
 ) -> None:
@@ -280,4 +265,4 @@ def test_heads_fit_tables_of_their_batch_their_number_and_their_width(batch: int
     number = heads in (1, 4)
     assert fits(x, table(batch, heads, pairs), declared()) == (batch < 3 and number and pairs == 4)
     assert fits(x, table(batch, heads, pairs), declared(partial=True)) == (batch < 3 and number and pairs <= 4)
-    assert fits(x, table(batch, heads, pairs), declared(HEAD_HALVES)) == (batch == 2 and number and pairs == 4)
+    assert fits(x, table(batch, heads, pairs), declared(HEAD_HALVES)) == (batch == 2 and heads == 4 and pairs == 4)

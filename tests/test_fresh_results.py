@@ -136,7 +136,6 @@ def test_projection_that_returns_its_argument_does_not_have_it_overwritten(exact
         torch.testing.assert_close(ours, theirs, **({"rtol": 0, "atol": 0} if exact else {}))
 
 
-@pytest.mark.xfail(strict=True, reason="containers of torch's count as known code, whatever they contain")
 def test_hook_inside_a_container_keeps_what_it_was_given() -> None:
     name = "hunyuan-video-no-norm"
     model = named(name).build()

@@ -182,6 +182,7 @@ class Rotations:
         later_default_to_first: a later rotary argument that is None means the first one.
         processors: class names of the processors the declaration was written for; empty for attention modules that
             attend in their own forward.
+        may_skip: a call may do without queries and keys, and so without all of these norms.
         rebound: for code that does not skip a rotation of None: the function that rotates. It returns its arguments as
             they are where the norms have rotated them.
         unrotated: for code that does not skip it, and rotates without calling a function: the same attention without
@@ -206,6 +207,7 @@ class Rotations:
     covers: tuple[Tokens, ...] = (Tokens(),)
     later_default_to_first: bool = False
     processors: tuple[str, ...] = ()
+    may_skip: bool = False
     rebound: Rebound | None = None
     unrotated: Callable[..., Any] | None = None
     rotate: Callable[..., torch.Tensor] | None = None

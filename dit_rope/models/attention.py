@@ -122,8 +122,11 @@ def _rotate_instead(settings: AttentionSettings, own: Callable[..., Any], *args:
         return own(*args, **kwargs)
     if exact and form.narrows:
         table = table.narrowed(xs[0].dtype)
-    heads = [as_heads(x, declared.layout, table.head_dim) for x in xs]
-    if not all(fits(x, table, declared) and x.shape[1] == table.tokens for x in heads):
+    try:
+        heads = [as_heads(x, declared.layout, table.head_dim) for x in xs]
+    except RuntimeError:  # channels that are no heads of this width
+        return own(*args, **kwargs)
+    if not all(x.ndim == 4 and fits(x, table, declared) and x.shape[1] == table.tokens for x in heads):
         return own(*args, **kwargs)
     args_of = table.args(table.tokens, Align.START, exact)
     rotated = [as_given(x, declared.layout) for x in rotate_heads(heads, args_of, settings.backend, inplace=False)]

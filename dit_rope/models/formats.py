@@ -45,6 +45,7 @@ class Format:
         doubled: from what the attention is given to the tensors that hold each value twice, as two tensors that must
             be equal, because one of the two is read; None where each value is held once.
         every_sample: the model counts the samples of its data by the table's: there is one for each of them.
+        every_head: it has rows for every head, which are not shared, even where they are the same.
         axes: a dense pair ``[1, S, 1, D]``, which may be the dense form of an axis table.
     """
 
@@ -56,6 +57,7 @@ class Format:
     narrows: bool = False
     doubled: Callable[[Any], Sequence[Pair]] | None = None
     every_sample: bool = False
+    every_head: bool = False
     axes: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Format:
@@ -281,7 +283,12 @@ MATRICES = Format("rotation matrices", Pairing.INTERLEAVED, _split_matrices, _jo
 """``[B, S, 1, D / 2, 2, 2]``, ``[B, 1, S, D / 2, 2, 2]`` or ``[S, 1, D / 2, 2, 2]``: Kandinsky, HiDream, PRX."""
 
 CHANNELS = Format(
-    "cos and sin of every channel", Pairing.INTERLEAVED, _split_channels, _join_channels, doubled=neighbours
+    "cos and sin of every channel",
+    Pairing.INTERLEAVED,
+    _split_channels,
+    _join_channels,
+    doubled=neighbours,
+    every_head=True,
 )
 """``[B, S, H * D]``, neighbours rotate, each head by other angles: ``transformer_ltx.py``."""
 
@@ -295,5 +302,6 @@ HEAD_HALVES = Format(
     _join_head_halves,
     exact=False,
     every_sample=True,
+    every_head=True,
 )
 """``[B, H, S, D / 2]``, halves rotate, each head by other angles, by fused multiply-adds: ``transformer_ltx2.py``."""

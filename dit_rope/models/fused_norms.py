@@ -66,7 +66,7 @@ def makes_fresh_results(module: Any) -> bool:
 
 
 def _runs_known_code(cls: type) -> bool:
-    if cls.__module__.startswith("torch.nn.modules."):
+    if cls.__module__.startswith("torch.nn.modules.") and cls.__name__ in _CALLED:
         for namespace, name, found in _torch_functions.get(cls) or _of_torch(cls) or ((_NOTHING, "", cls),):
             if namespace.get(name) is not found:
                 return False

@@ -15,7 +15,8 @@ from .packed_tables import PackedTable
 def fits(heads: torch.Tensor, table: PackedTable, declared: Rotations) -> bool:
     """Whether ``heads`` ``[B, S, H, D]`` are what the rows of ``table`` were made for, in all but their number."""
     batch, _, count, width = heads.shape
-    if table.batch not in ((batch,) if declared.format.every_sample else (1, batch)) or table.heads not in (1, count):
+    samples = (batch,) if declared.format.every_sample else (1, batch)
+    if table.batch not in samples or table.heads not in ((count,) if declared.format.every_head else (1, count)):
         return False
     return table.head_dim <= width if declared.partial else table.head_dim == width
 

@@ -58,6 +58,7 @@ LTX2 = ModelAdapter(
             rotary=("query_rotary_emb", "key_rotary_emb"),
             covers=(Tokens(), Tokens(("encoder_hidden_states", "hidden_states"), first_of=True)),
             later_default_to_first=True,
+            may_skip=True,
             processors=("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
             when=when,
         )

@@ -34,7 +34,7 @@ from .class_override import (
 )
 from .forward_pass import BeginPass, EndPass
 from .known_code import guard_of
-from .rope_modules import MemoizedMethod, RopeOverride, TableSettings, forget, why_not_memoized
+from .rope_modules import MemoizedMethod, RopeOverride, TableSettings, why_not_memoized
 from .rotating_norms import AttentionSettings, rotating_modules
 
 # Names under which wrappers hold the module that they wrap: torch.compile, activation checkpointing, FSDP and DDP.
@@ -201,7 +201,6 @@ class Plan:
         for ref in self.state.objects:
             target = ref()
             if target is not None:
-                _forget_tables(target)
                 release(target, self.state)
         # A block may have been exchanged for a copy of itself, and the copy is patched too.
         for module in self.model.modules():
@@ -213,7 +212,6 @@ class Plan:
                         release(target, state)
         for name, value in list(vars(self.model).items()):
             if isinstance(value, MemoizedMethod) and self.state in value.record.states:
-                forget(value.record.settings)
                 del vars(self.model)[name]
 
 
@@ -280,18 +278,10 @@ def restore(model: torch.nn.Module) -> None:
                 if record is not None and module is model and target is model:
                     for state in record.states:
                         state.active = False
-                _forget_tables(target)
                 release_all(target)
         for name, value in list(vars(module).items()):
             if isinstance(value, MemoizedMethod):
-                forget(value.record.settings)
                 del vars(module)[name]
-
-
-def _forget_tables(target: Any) -> None:
-    record: Installed | None = vars(target).get(INSTALLED)
-    if record is not None and isinstance(record.settings, TableSettings):
-        forget(record.settings)
 
 
 def is_patched(model: torch.nn.Module) -> bool:

@@ -279,12 +279,8 @@ def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     return next(itertools.chain(named, tensors), torch.device("cpu"))
 
 
-def forget(settings: TableSettings) -> None:
-    """Drops the entries of one patched object."""
-    _forget(settings.token.number)
-
-
 def _forget(token: int) -> None:
+    """Drops the entries of one patched object."""
     MODEL_TABLES.discard(lambda key: isinstance(key, _Key) and key.token == token)
 
 

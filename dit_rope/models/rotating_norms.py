@@ -66,8 +66,8 @@ class RotatedCall:
         self.pending: set[str] = set()
 
     def check(self, attn: Any) -> None:
-        """Raises RuntimeError where some of the norms were called, and some were not."""
-        if self.pending and self.pending != self.rotating:
+        """Raises RuntimeError where norms were left out, unless all were by a processor that may do without."""
+        if self.pending and not (self.declared.may_skip and self.pending == self.rotating):
             raise RuntimeError(
                 f"{type(attn).__name__} must call {' and '.join(sorted(self.pending))} once each where dit_rope has "
                 "patched it, but left them out, so that queries or keys were not rotated; undo the patch before this "
@@ -158,7 +158,8 @@ class _RotatingModule:
         heads = as_heads(y, layout, head_dim)
         if heads.ndim != 4 or heads.dtype not in DTYPES or not fits(heads, table, declared):
             raise UnfitTable
-        if layout is Layout.BSC and call.heads and call.heads % heads.shape[2] and not is_distributed(y):
+        counted = layout is Layout.BSC and call.heads and not (declared.format.every_head or is_distributed(y))
+        if counted and call.heads % heads.shape[2]:
             raise UnfitTable
         if self._rotated.rest_is_identity and not table.rest_is_identity(heads.shape[1]):
             raise UnfitTable
