@@ -84,7 +84,7 @@ def install(target: Any, settings: object, state: PatchState) -> bool:
     """Leaves ``settings`` on ``target`` for ``state``; False where another patch's are there, which serve both."""
     record = installed(target)
     if record is None or state not in record.states:
-        state.objects.append(weakref.ref(target))
+        state.objects[:] = [*(ref for ref in state.objects if ref() is not None), weakref.ref(target)]
     if record is None:
         release_all(target)
         vars(target)[INSTALLED] = Installed(settings, state)
