@@ -214,12 +214,6 @@ _HANDED_OVER = (
     _fresh(
         "result-of-others-overwritten", "rotating_norms", "fresh = makes_fresh_results(self._module)", "fresh = True"
     ),
-    _fresh(
-        "argument-overwritten",
-        "rotating_norms",
-        "fresh = fresh and not any(y is x for x in (*args, *kwargs.values()))",
-        "pass",
-    ),
     _fresh("norm-left-out-though-hooked", "rotating_norms", "if not makes_fresh_results(self._module):", "if False:"),
     fault(
         "dual-numbers-lose-their-tangents",
