@@ -118,3 +118,15 @@ def random_wan(random_wan_folder: Path, one_thread: None) -> Any:
     pipe = diffusers.DiffusionPipeline.from_pretrained(random_wan_folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def rotations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the rotations that patched models run."""
+    from dit_rope import rotation
+
+    ran: list[str] = []
+    for name in ("apply", "apply_norm"):
+        real = getattr(rotation, name)
+        monkeypatch.setattr(rotation, name, lambda *a, name=name, real=real, **k: ran.append(name) or real(*a, **k))
+    return ran

@@ -12,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zoo import Noise
 
 import dit_rope
-from dit_rope import rotation
 from dit_rope.models.adapter import Layout, Rotations, Tokens
 from dit_rope.models.formats import HEAD_HALVES, INTERLEAVED, Format
 from dit_rope.models.heads import fits
@@ -26,16 +25,6 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 @pytest.fixture(autouse=True)
 def _quiet(one_thread: None) -> None:
     dit_rope.cache_clear()
-
-
-@pytest.fixture
-def rotations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the rotations that patched models run."""
-    ran: list[str] = []
-    for name in ("apply", "apply_norm"):
-        real = getattr(rotation, name)
-        monkeypatch.setattr(rotation, name, lambda *a, name=name, real=real, **k: ran.append(name) or real(*a, **k))
-    return ran
 
 
 class Attention:

@@ -13,7 +13,6 @@ from known_classes import known, memoize
 from zoo import Noise
 
 import dit_rope
-from dit_rope import rotation
 from dit_rope.models import flux, wan
 from dit_rope.models.adapter import ModelTables
 from dit_rope.models.attention import why_unknown
@@ -25,16 +24,6 @@ from dit_rope.models.rope_modules import why_not_memoized
 @pytest.fixture(autouse=True)
 def _quiet(one_thread: None) -> None:
     dit_rope.cache_clear()
-
-
-@pytest.fixture
-def rotations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the rotations that patched models run."""
-    ran: list[str] = []
-    for name in ("apply", "apply_norm"):
-        real = getattr(rotation, name)
-        monkeypatch.setattr(rotation, name, lambda *a, name=name, real=real, **k: ran.append(name) or real(*a, **k))
-    return ran
 
 
 def run(name: str, model: torch.nn.Module) -> list[torch.Tensor]:

@@ -16,7 +16,6 @@ from compiled_graphs import named
 from twins import attentions, check, run
 
 import dit_rope
-from dit_rope import rotation
 from dit_rope.models.class_override import unpatched_class
 
 
@@ -25,23 +24,16 @@ def _quiet(one_thread: None) -> None:
     pass
 
 
-def rotated(name: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Tensors that dit_rope rotates in one forward pass."""
-    counted: list[int] = []
-    with monkeypatch.context() as patched:
-        for function in ("apply", "apply_norm"):
-            real = getattr(rotation, function)
-            patched.setattr(
-                rotation, function, lambda xs, *a, real=real, **k: counted.append(len(xs)) or real(xs, *a, **k)
-            )
-        run(named(name), model)
-    return sum(counted)
-
-
-def test_report_says_where_the_model_rotates_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_says_where_the_model_rotates_by_itself(rotations: list[str]) -> None:
     model = named("wan").build()
+
+    def rotated() -> int:
+        rotations.clear()
+        run(named("wan"), model)
+        return len(rotations)
+
     with dit_rope.patch(model) as handle:
-        assert rotated("wan", model, monkeypatch) == 4
+        assert rotated() == 4
         assert "blocks.*.attn1, 2 of them: norm_q, norm_k norm and rotate" in handle.report()
 
         class Mine(unpatched_class(model.blocks[0].attn1.processor)):  # type: ignore[misc]
@@ -49,13 +41,13 @@ def test_report_says_where_the_model_rotates_by_itself(monkeypatch: pytest.Monke
                 return super().__call__(*args, **kwargs)
 
         model.blocks[0].attn1.processor = Mine()
-        assert rotated("wan", model, monkeypatch) == 2
+        assert rotated() == 2
         assert "blocks.*.attn1, 1 of them: norm_q, norm_k norm and rotate" in handle.report()
         assert "left alone: blocks.*.attn1, 1 of them, where the model rotates: " in handle.report()
         assert "Mine.__call__ is " in handle.report()
 
         model.blocks[1].attn1 = copy.deepcopy(model.blocks[0].attn1)
-        assert rotated("wan", model, monkeypatch) == 0
+        assert rotated() == 0
         assert "2 of them, where the model rotates: " in handle.report()
         assert "norm and rotate" not in handle.report()
         assert "arithmetic" not in handle.report()
@@ -80,7 +72,7 @@ def _arguments(module: Any, cls: type) -> list[Any]:
     return [known.get(name, getattr(module, name, None)) for name in names]
 
 
-def test_report_of_a_model_in_float64_says_that_it_rotates_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_of_a_model_in_float64_says_that_it_rotates_by_itself() -> None:
     model = named("flux").build()
     with dit_rope.patch(model) as handle:
         model.double()
