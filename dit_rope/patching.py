@@ -153,13 +153,20 @@ def adapter_named(name: str) -> ModelAdapter:
 
 
 def _unsupported(modules: list[tuple[str, torch.nn.Module]]) -> UnsupportedModelError:
-    got = ", ".join(f"{name}: {type(module).__name__}" for name, module in modules) or "nothing of torch's"
+    got = ", ".join(f"{name}: {_class_name(type(module))}" for name, module in modules) or "nothing of torch's"
     meant = _meant([type(module).__name__ for _, module in modules])
     return UnsupportedModelError(f"target must hold a supported model, got {got}{meant}; {_supported()}")
 
 
+def _class_name(cls: type) -> str:
+    """The name of a class that is not supported; whole where a supported one has the same."""
+    if all(cls.__name__ != adapter.model_class for adapter in ADAPTERS):
+        return cls.__name__
+    return f"{cls.__module__}.{cls.__qualname__}, another class than that of diffusers"
+
+
 def _meant(names: list[str]) -> str:
-    known = [adapter.model_class for adapter in ADAPTERS]
+    known = [adapter.model_class for adapter in ADAPTERS if adapter.model_class not in names]
     near = {near for name in names for near in difflib.get_close_matches(name, known, 3, 0.75)}
     return f"; did you mean {' or '.join(sorted(near))}?" if near else ""
 

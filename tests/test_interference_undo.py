@@ -284,6 +284,21 @@ def test_patch_under_modes_of_torch_and_with_random_parts(name: str) -> None:
         assert all(map(torch.equal, run(example, model), dropped))
 
 
+@MODE
+def test_parts_on_disk_until_they_are_used(exact: bool, tmp_path: Any) -> None:
+    """Buffers hold anything until then, and are not looked at when patching."""
+    cpu = torch.device("cpu")
+
+    def offload(model: Any) -> None:
+        folder = str(tmp_path / str(id(model)))
+        model.enable_group_offload(
+            onload_device=cpu, offload_device=cpu, offload_type="leaf_level", offload_to_disk_path=folder
+        )
+
+    for when in BEFORE_AND_AFTER:
+        check("wan", offload, when, exact, changes=False)
+
+
 def test_class_that_cannot_be_derived_from_for_an_object_is_left_alone() -> None:
     """As those with slots of their own: nothing of the patch stays on such an object, and the rest is patched."""
     example = named("flux")

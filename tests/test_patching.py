@@ -340,6 +340,16 @@ def test_unsupported_models_are_told_what_they_may_have_meant() -> None:
         dit_rope.patch(model)
 
 
+def test_class_of_another_library_that_has_a_supported_name_is_named_whole() -> None:
+    body = {"__module__": "theirs.models", "__qualname__": "WanTransformer3DModel"}
+    model = type("WanTransformer3DModel", (torch.nn.Module,), body)()
+    with pytest.raises(dit_rope.UnsupportedModelError) as refused:
+        dit_rope.patch(model)
+    said = str(refused.value).partition("; supported models")[0]
+    assert "got model: theirs.models.WanTransformer3DModel, another class than that of diffusers" in said
+    assert "did you mean WanTransformer3DModel?" not in said
+
+
 def test_subclass_is_patched() -> None:
     import diffusers
 
