@@ -75,7 +75,8 @@ def test_copy_made_while_the_table_grows_is_whole() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
-def test_child_forked_while_a_table_grows_can_grow_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_forked_while_a_table_grows_can_grow_it(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """On one thread: torch's own threads do not live on in a child, and waiting for them is no fault of a table."""
     table, inside, leave = ShiftTable(TEXT), threading.Event(), threading.Event()
     build = table._build
 
