@@ -131,7 +131,7 @@ def run(names: list[str], chosen: list[Intervention], folder: Path, options: arg
 def main() -> None:
     """Reads the arguments, runs what is missing, writes the tables, judges."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="part of the names, or a group, of the interventions to run")
+    parser.add_argument("--only", nargs="*", default=[""], help="parts of names, or groups, of interventions to run")
     parser.add_argument("--examples", nargs="*", default=[], help="names of examples; all unless given")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help=f"the cheap interventions on {', '.join(QUICK)}")
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "interventions", help="folder to go on from")
     parser.add_argument("--seconds", type=float, default=900, help="that one example may take under one intervention")
     options = parser.parse_args()
-    chosen = [one for one in INTERVENTIONS if options.only in one.name or options.only == one.group]
+    chosen = [one for one in INTERVENTIONS if any(only in one.name or only == one.group for only in options.only)]
     chosen = [one for one in chosen if one.quick or not options.quick]
     names = options.examples or (list(QUICK) if options.quick else [one.name for one in examples()])
     folder = options.work / str(environment("cpu")["commit"])
