@@ -222,7 +222,7 @@ def rotary_dim(head_dim: int, partial_rotary_factor: float = 1.0) -> int:
         TypeError, ValueError: for a head of fewer than 2 channels, or a factor that is not finite.
     """
     head_dim = integer("head_dim", head_dim, 2)
-    if isinstance(partial_rotary_factor, bool) or not isinstance(partial_rotary_factor, int | float):
+    if isinstance(partial_rotary_factor, bool) or not isinstance(partial_rotary_factor, (int, float)):
         raise TypeError(f"partial_rotary_factor must be a number, got {partial_rotary_factor!r}")
     if not abs(partial_rotary_factor) < math.inf:
         raise ValueError(f"partial_rotary_factor must be finite, got {partial_rotary_factor}")

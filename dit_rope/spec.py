@@ -120,7 +120,7 @@ class Scaling:
 
 def plain(value: Any) -> Any:
     """A number of numpy as Python's own; everything else as it is."""
-    if isinstance(value, int | float) or not isinstance(value, numbers.Real):
+    if isinstance(value, (int, float)) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
@@ -142,7 +142,7 @@ def _scalings(given: Scalings, axes: int) -> Scaling | tuple[Scaling | None, ...
 def _per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple[float, ...]:
     """One positive finite float per axis; a number, or a sequence of one, serves every axis."""
     values = [plain(v) for v in (value if isinstance(value, Sequence) else (value,))]
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
         raise TypeError(f"{name} must be a number or numbers, got {value!r}")
     if len(values) == 1:
         values = values * axes

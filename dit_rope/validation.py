@@ -19,7 +19,7 @@ def checked_device(device: torch.device | str | int) -> torch.device:
     Raises:
         TypeError, ValueError: something that names no device, or one of a kind that this torch or machine has none of.
     """
-    if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
+    if isinstance(device, bool) or not isinstance(device, (torch.device, str, int)):
         raise TypeError(f"device must be a torch.device, a string or an int, got {device!r}")
     try:
         found = torch.device(device)
@@ -225,12 +225,12 @@ def check_norm(
     """
     if not isinstance(norm, NormKind):
         raise TypeError(f"norm must be a NormKind, got {norm!r}")
-    if isinstance(eps, bool) or not isinstance(eps, int | float):
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"eps must be a float, got {eps!r}")
     if not 0 <= eps <= _LARGEST_EPS:
         raise ValueError(f"eps must be finite and at least 0, got {eps}")
-    for what, given in (("weight", weights), ("bias", biases)):
-        for name, x, parameter in zip(names, xs, given, strict=bool(given)):
+    for what, given in (("weight", weights), ("bias", biases or [None] * len(xs))):
+        for name, x, parameter in zip(names, xs, given, strict=True):
             if parameter is None:
                 continue
             label = what if len(xs) == 1 else f"{name}_{what}"

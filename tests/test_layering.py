@@ -240,3 +240,15 @@ def test_files_and_functions_stay_short(name):
 def test_kernels_folder_holds_no_python():
     """A Python file there would make ``kernels`` importable from a checkout, in place of the package of that name."""
     assert list((ROOT / "kernels").rglob("*.py")) == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_isinstance_is_given_types_that_the_lowest_torch_can_trace(name):
+    """Dynamo of torch 2.9 cannot trace ``isinstance(x, int | float)``; it can trace a tuple."""
+    calls = (node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.Call))
+    unions = [
+        ast.unparse(call)
+        for call in calls
+        if ast.unparse(call.func) == "isinstance" and isinstance(call.args[1], ast.BinOp)
+    ]
+    assert unions == []

@@ -62,7 +62,7 @@ def _as_tensor(name: str, values: Ints) -> torch.Tensor:
         return values
     if (
         not isinstance(values, Sequence)
-        or isinstance(values, str | bytes)
+        or isinstance(values, (str, bytes))
         or not all((number := as_int(value)) is not None and -(2**63) <= number < 2**63 for value in values)
     ):
         raise TypeError(f"{name} must be an int32 or int64 tensor, or a sequence of ints, got {values!r}")
