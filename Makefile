@@ -35,9 +35,10 @@ docs: $(STAMP) ## build the pages and the API reference into build/docs
 	$(BIN)/python -m sphinx -W --keep-going -q -E -b html docs build/docs
 	@echo "open build/docs/index.html"
 
-# Where packages cannot be fetched, the checks run on what PYTHON has, and say what of it is missing.
+# Where packages cannot be fetched, which is found out within seconds, the checks run on what PYTHON has, and say what of
+# it is missing.
 gpu: ## check and time what needs a GPU: ARGS="--only contract", "--peer-path DIR", "--rehearse"
-	@$(MAKE) --no-print-directory $(STAMP) || echo "no environment could be set up in $(VENV): running with $(PYTHON)"
+	@PIP_RETRIES=0 PIP_TIMEOUT=5 $(MAKE) --no-print-directory $(STAMP) || echo "no environment could be set up in $(VENV): running with $(PYTHON)"
 	@if test -e $(STAMP); then python=$(BIN)/python; else python=$(PYTHON); fi; $$python scripts/gpu_check.py $(ARGS)
 
 clean: ## remove the virtual environment and what builds leave behind

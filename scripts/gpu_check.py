@@ -1,74 +1,124 @@
-"""Checks everything of dit_rope that needs an NVIDIA GPU, then times it, in under 8 minutes and without a network.
+"""Checks and times everything of dit_rope that needs an NVIDIA GPU, without a network, what matters most first.
 
-    python scripts/gpu_check.py                        # with whatever is installed; dit_rope itself need not be
-    make gpu                                           # the same in the project's environment, set up first
+    python scripts/gpu_check.py                                      # with whatever is installed; dit_rope need not be
+    python scripts/gpu_check.py --seconds 240 --results first        # what fits into four minutes
+    python scripts/gpu_check.py --seconds 400 --after first --results second   # what the first call left
     python scripts/gpu_check.py --only contract memcheck
-    python scripts/gpu_check.py --peer-path ~/peers    # folders with other libraries to compare with
-    python scripts/gpu_check.py --rehearse             # every program on CPU at tiny sizes, without figures
+    python scripts/gpu_check.py --peer-path ~/peers                  # folders with other libraries to compare with
+    python scripts/gpu_check.py --rehearse                           # the same programs on CPU, without figures
 
-It needs torch 2.9 or newer with CUDA, triton, cuda-core, cuda-bindings and NVRTC, numpy, einops, pytest, typer, rich
-and diffusers; it lists what is missing and how to get it. compute-sanitizer, hypothesis and the peers are optional.
+It needs torch 2.9 or newer with CUDA, cuda-core, cuda-bindings and NVRTC; it lists what else single parts need, what of
+it is missing and how to get it. ``docs/gpu.md`` says what to bring, what comes back, and what each part says.
 
-Each check is a process of its own with a time limit, because one illegal access spoils a CUDA context: the backends'
-contract tests, compute-sanitizer, tensors past 2^31 elements, long sequences, graph replay, torch.compile, streams,
-threads, one kernel per call, and a patched Wan without copies from the host. Then ``bench_kernels.py`` and one
-denoising step of Wan 1.3B run alone, and the measured kernels are held to the targets of ``gpu_checks/targets.py``.
+A run has parts, in ``gpu_checks/plan.py``, with the seconds that each takes by estimate. A part begins if it fits into
+what is left of ``--seconds``, and is left out otherwise, which is no failure; what will be is said beforehand. Checks
+are processes of their own with time limits, because one illegal access spoils a CUDA context.
 
-Results go to ``scripts/results/gpu-check.csv``, figures beside it. The exit code is 0 when nothing failed, 1 when
-something did, 2 when there is no GPU to check.
+Everything goes to the folder ``--results`` as soon as it is known: ``gpu-check.csv`` with one row for each check and
+target, ``gpu-check.log`` with all output, and the figures. Whatever ends a run leaves there what it had come to. The
+exit code is 0 when nothing failed, 1 when something did, 2 when there is no GPU to check.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
+import functools
+import shutil
+import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+import tempfile
+from collections.abc import Callable, Container, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, TextIO
 
 from gpu_checks import plan
 from gpu_checks.requirements import Finding, describe, requirements, survey
-from gpu_checks.runner import FAILED, PASSED, SKIPPED, Check, Deadline, Missing, Result, run_all
+from gpu_checks.runner import FAILED, LEFT_OUT, PASSED, SKIPPED, Check, Deadline, Missing, Part, Result, Runner, planned
 
-JOBS = 4
-SECONDS = 480.0
+Row = dict[str, Any]
+
+SECONDS = 600.0
+CSV, LOG = "gpu-check.csv", "gpu-check.log"
+TARGET = "target: "
 
 
 def main() -> int:
-    """Runs the chosen checks; the exit code."""
+    """Runs the chosen parts; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="checks whose name holds one of these words")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="parts and checks whose name holds one of these words"
+    )
+    parser.add_argument("--after", type=Path, metavar="DIR", help="results of a run that this one goes on with")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="a folder for the results; scripts/results")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="nothing runs for longer")
     parser.add_argument("--peer-path", action="append", default=[], help="a folder to import peers from")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="the run's deadline")
-    parser.add_argument("--jobs", type=int, default=JOBS, help="checks that run at the same time")
-    parser.add_argument("--rehearse", action="store_true", help="every program on CPU, at tiny sizes, without figures")
+    parser.add_argument("--rehearse", action="store_true", help="on CPU at tiny sizes; no results without --results")
     options = parser.parse_args()
     deadline = Deadline(options.seconds)
-    if options.rehearse:
-        chosen = chosen_checks(plan.rehearsal(), options.only)
-        return verdict(run_all(chosen, deadline, {}, plan.environment(), options.jobs, _say))
     sys.path[:0] = options.peer_path
-    findings = survey(requirements())
-    _say("\n".join(["what the checks need:", *describe(findings)]))
-    problem = cannot_run(findings)
-    if problem:
-        _say(f"nothing was checked: {problem}")
-        return 2
-    chosen = chosen_checks(plan.checks(options.peer_path), options.only)
-    jobs = min(options.jobs, os.cpu_count() or 1)
-    results = run_all(chosen, deadline, missing(findings), plan.environment(), jobs, _say)
-    results += judged(results)
-    _say("\n".join(["", *summary(results)]))
-    _say(str(write(results)))
-    return verdict(results)
+    with contextlib.ExitStack() as stack:
+        if options.results is None and options.rehearse:
+            options.results = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        elif options.results is None:
+            from gpu_checks.results import RESULTS
+
+            options.results = RESULTS
+        options.results.mkdir(parents=True, exist_ok=True)
+        log = stack.enter_context((options.results / LOG).open("w", buffering=1, encoding="utf-8", errors="replace"))
+        say = functools.partial(_say, log)
+        findings = [] if options.rehearse else survey(requirements())
+        problem = None if options.rehearse else cannot_run(findings)
+        if findings:
+            say("\n".join(["what the checks need:", *describe(findings)]))
+        if problem:
+            say(f"nothing was checked: {problem}")
+            return 2
+        return check(options, deadline, missing(findings), say, lambda line: print(line, file=log))
+
+
+def check(
+    options: argparse.Namespace,
+    deadline: Deadline,
+    without: dict[str, Missing],
+    say: Callable[[str], None],
+    log: Callable[[str], None],
+) -> int:
+    """Runs what was chosen and is not done yet, and judges the figures; the exit code."""
+    from gpu_checks.results import Record, environment
+
+    device, folder = "cpu" if options.rehearse else "cuda", options.results.resolve()
+    say("\n".join(f"  {name:18} {value}" for name, value in [*environment(device).items(), *backends(device)]))
+    parts = plan.rehearsal(folder) if options.rehearse else plan.parts(folder, options.peer_path)
+    done = taken_over(options.after, folder) if options.after else []
+    parts = unfinished(chosen_parts(parts, options.only), {row["check"] for row in done})
+    record = Record(folder / CSV, device)
+    record.add(done)
+    found: list[Result] = []
+
+    def add(result: Result) -> None:
+        found.append(result)
+        record.add([{**asdict(result), "seconds": round(result.seconds, 1)}])
+
+    say("\n".join(announced(parts, deadline.left())))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        Runner(deadline, without, plan.environment(), add, say, log).run(parts)
+    finally:  # also where a signal ends the run
+        if not options.rehearse:
+            for verdict in judged(folder):
+                add(verdict)
+        say("\n".join(["", *summary(found), f"results: {folder}"]))
+    return verdict_of(found)
 
 
 def cannot_run(findings: Sequence[Finding]) -> str | None:
-    """Why nothing can be checked here, or None: no GPU, or one of the packages that every script imports."""
+    """Why nothing can be checked here, or None: no GPU, or no torch for one."""
     for finding in findings:
-        if finding.problem and finding.requirement.name in ("torch", "typer", "rich"):
-            return f"it needs {finding.requirement.name}: {finding.problem}"
+        if finding.problem and finding.requirement.name == "torch":
+            return f"it needs torch: {finding.problem}"
     import torch
 
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
@@ -85,53 +135,104 @@ def missing(findings: Sequence[Finding]) -> dict[str, Missing]:
     }
 
 
-def chosen_checks(checks: list[Check], words: Sequence[str] | None) -> list[Check]:
-    """The checks whose name holds one of ``words``; all without any."""
-    chosen = [check for check in checks if not words or any(word in check.name for word in words)]
+def backends(device: str) -> list[tuple[str, str]]:
+    """Which backend is chosen on a device, and why the others are not."""
+    from dit_rope.backend_choice import explain_backends
+
+    try:
+        return [(f"backend {name}", said) for name, said in explain_backends(device)]
+    except Exception as error:  # whatever a driver raises: the checks say more
+        return [("backends", f"{type(error).__name__}: {error}")]
+
+
+def chosen_parts(parts: Sequence[Part], words: Sequence[str] | None) -> list[Part]:
+    """What has one of ``words`` in the name of a part, a check or one of its results; all without any."""
+    if not words:
+        return list(parts)
+
+    def holds(name: str) -> bool:
+        return any(word in name for word in words)
+
+    chosen = []
+    for part in parts:
+        checks = part.checks if holds(part.name) else tuple(filter(None, (_only(each, holds) for each in part.checks)))
+        if checks:
+            chosen.append(replace(part, checks=checks))
     if not chosen:
-        names = ", ".join(check.name for check in checks)
-        sys.exit(f"--only must hold words of a check's name, got {' '.join(words or ())}; there are {names}")
+        names = ", ".join(name for part in parts for name in (part.name, *part.results))
+        sys.exit(f"--only must hold words of a part's or check's name, got {' '.join(words)}; there are {names}")
     return chosen
 
 
-def judged(results: Sequence[Result]) -> list[Result]:
-    """One result for each target, from the figures of this run; none where the benchmark did not pass."""
-    benchmark = next((result for result in results if result.check == plan.BENCHMARK), None)
-    if benchmark is None or benchmark.result != PASSED:
-        return []
+def unfinished(parts: Sequence[Part], done: Container[str]) -> list[Part]:
+    """The parts without the checks that are done."""
+    left = []
+    for part in parts:
+        checks = tuple(filter(None, (_only(check, lambda name: name not in done) for check in part.checks)))
+        if checks:
+            left.append(replace(part, checks=checks))
+    return left
+
+
+def _only(check: Check, wanted: Callable[[str], bool]) -> Check | None:
+    """The check with those of its results whose name is wanted, or None without any; its own name stands for all."""
+    if not check.reports:
+        return check if wanted(check.name) else None
+    reports = {argument: name for argument, name in check.reports.items() if wanted(name)}
+    return replace(check, reports=reports) if reports else None
+
+
+def taken_over(earlier: Path, folder: Path) -> list[Row]:
+    """Copies the figures of an earlier run to ``folder``, and gives its rows of checks that passed."""
+    from dit_rope.benchmark.results import read_csv
+
+    if not (earlier / CSV).exists():
+        sys.exit(f"--after must be a folder with the {CSV} of an earlier run, got {earlier}")
+    passed = [row for row in read_csv(earlier / CSV) if row["result"] == PASSED and not row["check"].startswith(TARGET)]
+    for path in earlier.glob("*.csv"):
+        if path.name != CSV and earlier.resolve() != folder:
+            shutil.copy(path, folder / f".{path.name}.new")
+            (folder / f".{path.name}.new").replace(folder / path.name)
+    return passed
+
+
+def announced(parts: Sequence[Part], seconds: float) -> list[str]:
+    """What will run in ``seconds``, and what will be left out, if every part takes as long as estimated."""
+    lines = [f"planned for {seconds:.0f} s:"]
+    for part, fits in planned(parts, seconds):
+        lines.append(f"  {'runs' if fits else LEFT_OUT:9} {part.name:14} about {part.seconds:.0f} s")
+    return lines
+
+
+def judged(folder: Path) -> list[Result]:
+    """One result for each target, from the figures that are in ``folder``; what is missing is said to be."""
     from gpu_checks.results import result_path
     from gpu_checks.targets import judge
 
     from dit_rope.benchmark.results import read_csv
 
-    words = {True: PASSED, False: FAILED, None: SKIPPED}
-    verdicts = judge(read_csv(result_path("kernels", "cuda")))
-    return [Result(f"target: {each.name}", words[each.passed], 0.0, each.detail) for each in verdicts]
+    path = result_path("kernels", "cuda", folder)
+    words = {True: PASSED, False: FAILED, None: LEFT_OUT}
+    verdicts = judge(read_csv(path) if path.exists() else [])
+    return [Result(f"{TARGET}{each.name}", words[each.passed], 0.0, each.detail) for each in verdicts]
 
 
 def summary(results: Sequence[Result]) -> list[str]:
     """The results as a table, and how many there are of each kind."""
-    width = max(len(result.check) for result in results)
-    lines = [f"{each.check:{width}}  {each.result:7}  {each.seconds:6.1f} s  {each.detail}" for each in results]
-    counts = [f"{sum(each.result == word for each in results)} {word}" for word in (PASSED, FAILED, SKIPPED)]
-    return [*lines, ", ".join(counts)]
+    width = max((len(result.check) for result in results), default=0)
+    lines = [f"{each.check:{width}}  {each.result:8}  {each.seconds:6.1f} s  {each.detail}" for each in results]
+    words = (PASSED, FAILED, SKIPPED, LEFT_OUT)
+    return [*lines, ", ".join(f"{sum(each.result == word for each in results)} {word}" for word in words)]
 
 
-def write(results: Sequence[Result], folder: Path | None = None) -> Path:
-    """Writes ``gpu-check.csv`` with device, driver, versions and commit."""
-    from gpu_checks.results import RESULTS, environment, write_rows
-
-    rows = [{**asdict(result), "seconds": round(result.seconds, 1)} for result in results]
-    return write_rows((folder or RESULTS) / "gpu-check.csv", rows, environment("cuda"))
-
-
-def verdict(results: Sequence[Result]) -> int:
+def verdict_of(results: Sequence[Result]) -> int:
     """Exit code 1 if anything failed, else 0."""
     return 1 if any(result.result == FAILED for result in results) else 0
 
 
-def _say(text: str) -> None:
+def _say(log: TextIO, text: str) -> None:
     print(text, flush=True)
+    print(text, file=log)
 
 
 if __name__ == "__main__":

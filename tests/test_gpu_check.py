@@ -1,10 +1,11 @@
-"""The GPU checks: a rehearsal of every program on CPU, and the logic that needs no GPU."""
+"""The GPU checks: a rehearsal of every program on CPU, what a run consists of, its results, and the targets."""
 
 from __future__ import annotations
 
+import re
+import signal
 import sys
-import time
-import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,36 +14,38 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import gpu_check
-from gpu_checks import plan, results, runner, targets
+from gpu_checks import plan, results, targets
 from gpu_checks.requirements import Requirement, describe, requirements, survey
-from gpu_checks.runner import FAILED, PASSED, SKIPPED, Check, Deadline, Missing, Result, run_all, run_one
+from gpu_checks.runner import FAILED, LEFT_OUT, PASSED, SKIPPED, Check, Part, Result, planned
+from test_gpu_runner import python
 
-from dit_rope import NormKind
-from dit_rope.benchmark import rotation
-from dit_rope.benchmark.peers import flashinfer_cache, flashinfer_norm
-from dit_rope.benchmark.problems import SHAPES, NotOffered, Operation, Problem
-from dit_rope.benchmark.reference import Expectation
+from dit_rope.benchmark.problems import SHAPES, Operation
 from dit_rope.benchmark.results import read_csv
-from dit_rope.benchmark.sections import Wrong
 
 
-def python(code: str) -> tuple[str, ...]:
-    return sys.executable, "-c", code
+@pytest.fixture(autouse=True)
+def _signals_put_back() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-def run(check: Check, seconds: float = 60.0, missing: dict[str, Missing] | None = None) -> Result:
-    return run_one(check, Deadline(seconds), missing or {}, {}, lambda text: None)
-
-
-def test_rehearsal_runs_every_program_and_writes_no_figure(capfd, monkeypatch) -> None:
+def test_rehearsal_runs_every_program_and_shows_no_figure(capfd, monkeypatch, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime for path in results.RESULTS.iterdir()}
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--rehearse", "--jobs", "2"])
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--rehearse", "--results", str(tmp_path)])
     assert gpu_check.main() == 0
     said = capfd.readouterr().out
-    assert said.count(PASSED) == len(plan.rehearsal()), said
+    names = [name for part in plan.rehearsal(tmp_path) for name in part.results]
+    assert f"{len(names)} passed, 0 failed, 0 skipped, 0 left out" in said
     assert " ms" not in said
     assert "GB/s" not in said
     assert {path: path.stat().st_mtime for path in results.RESULTS.iterdir()} == before
+    rows = {path.name.partition("-")[0]: read_csv(path) for path in tmp_path.glob("*.csv")}
+    assert {row["check"] for row in rows["gpu"]} == set(names)
+    assert {row["run"] for row in rows["kernels"]} == {targets.SHARES_RUN, targets.PEERS_RUN}
+    assert [row["mode"] for row in rows["wan"]] == ["eager"] * 4 + ["compiled"] * 2
+    assert re.search(r"^contract, cuda \| .*\d+ tests collected", (tmp_path / gpu_check.LOG).read_text(), re.MULTILINE)
 
 
 def test_requirements_say_what_is_missing_and_how_to_get_it() -> None:
@@ -66,9 +69,16 @@ def test_requirements_say_what_is_missing_and_how_to_get_it() -> None:
 
 def test_checks_need_only_what_the_report_lists() -> None:
     listed = {requirement.name for requirement in requirements()}
-    checks = plan.checks([])
+    checks = [check for part in plan.parts(Path("results")) for check in part.checks]
     assert {name for check in checks for name in check.needs} <= listed
-    assert len({check.name for check in checks}) == len(checks)
+    names = [name for check in checks for name in check.results]
+    assert len(set(names)) == len(names)
+
+
+def test_headline_figures_need_no_diffusers_and_no_triton() -> None:
+    first, headline, *_ = plan.parts(Path("results"))
+    needs = {name for check in (*first.checks, *headline.checks) for name in check.needs}
+    assert needs == {"cuda-core", "cuda-bindings", "nvrtc"}
 
 
 def test_checks_keep_the_path_that_was_given(monkeypatch) -> None:
@@ -76,10 +86,19 @@ def test_checks_keep_the_path_that_was_given(monkeypatch) -> None:
     assert plan.environment()["PYTHONPATH"].endswith(":/somewhere/else")
 
 
-def test_alone_and_together_fit_the_default_deadline() -> None:
-    alone = [check.seconds for check in plan.checks([]) if check.alone]
-    longest = max(check.seconds for check in plan.checks([]) if not check.alone)
-    assert sum(alone) + longest <= gpu_check.SECONDS
+def test_two_calls_of_the_documented_lengths_run_everything() -> None:
+    parts = plan.parts(Path("results"))
+    first, second = (float(seconds) for seconds in re.findall(r"gpu_check.py --seconds (\d+)", gpu_check.__doc__))
+    done = [part for part, fits in planned(parts, first - plan.START) if fits]
+    assert [part.name for part in done] == ["kernel", "headline", "sweep", "contract", "behaviours"]
+    left = gpu_check.unfinished(parts, {name for part in done for name in part.results})
+    assert [part.name for part in left] == ["peers", "triton", "triton-times", "wan-step"]
+    assert all(fits for _, fits in planned(left, second - plan.START))
+
+
+def test_files_with_gpu_tests_are_found() -> None:
+    read = {Path(path).name for path in plan.gpu_test_files()}
+    assert {"test_graph_capture.py", "test_scaling_types.py", "test_tables.py", "test_compat_vllm.py"} <= read
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -95,85 +114,68 @@ def test_missing_torch_is_said_before_it_is_imported() -> None:
     assert gpu_check.cannot_run(findings) == "it needs torch: division by zero"
 
 
-@pytest.mark.parametrize(("optional", "verdict"), [(True, SKIPPED), (False, FAILED)])
-def test_check_without_what_it_needs_is_not_run(optional: bool, verdict: str) -> None:
-    check = Check("name", python("raise SystemExit(0)"), 60, needs=("tool",))
-    result = run(check, missing={"tool": Missing("not on PATH", optional)})
-    assert (result.result, result.detail) == (verdict, "needs tool: not on PATH")
+def chosen(*words: str) -> list[str]:
+    parts = gpu_check.chosen_parts(plan.parts(Path("results")), words)
+    return [name for part in parts for name in part.results]
 
 
-def test_check_passes_with_its_last_line_as_detail() -> None:
-    result = run(Check("name", python("print('first'); print('42 tests'); print()"), 60))
-    assert (result.result, result.detail) == (PASSED, "42 tests")
+def test_only_names_parts_checks_and_results_by_words() -> None:
+    assert chosen("memcheck", "headline") == ["headline", "memcheck, cuda"]
+    assert chosen("one-kernel") == ["one-kernel, cuda", "one-kernel, triton"]
+    assert chosen("contract") == ["contract, cuda", "contract, triton"]
+    assert "past-2^31-elements, triton" in chosen("triton")
+    with pytest.raises(
+        SystemExit, match="--only must hold words of a part's or check's name, got nothing; there are k"
+    ):
+        chosen("nothing")
 
 
-def test_check_fails_with_its_exit_status_and_last_line() -> None:
-    result = run(Check("name", python("raise SystemExit('expected 1, got 2')"), 60))
-    assert (result.result, result.detail) == (FAILED, "exit status 1: expected 1, got 2")
-
-
-def test_check_that_cannot_run_on_the_device_is_skipped() -> None:
-    check = Check(
-        "name", python("print('Error: Device not supported', flush=True); 1 / 0"), 60, skips=("not supported",)
-    )
-    assert run(check).result == SKIPPED
-
-
-def test_check_past_its_limit_is_ended_with_what_it_started(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(runner, "LEAST_SECONDS", 1.0)
-    alive = tmp_path / "alive"
-    child = f"import pathlib, time; time.sleep(2.5); pathlib.Path({str(alive)!r}).touch()"
-    code = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
-    result = run(Check("name", python(code), 1.5))
-    assert (result.result, result.detail) == (FAILED, "expected an end within 2 s, got none; last: begun")
-    time.sleep(2.5)
-    assert not alive.exists()
-
-
-def test_check_is_not_begun_near_the_deadline() -> None:
-    result = run(Check("name", python("pass"), 60), seconds=1)
-    assert (result.result, result.detail) == (FAILED, "not run: the deadline was too near")
-
-
-def test_deadline_keeps_time_for_what_runs_alone() -> None:
-    now = 0.0
-    deadline = Deadline(100, lambda: now)
-    together, first, second = (
-        Check(name, (), 80, alone=name != "together") for name in ("together", "first", "second")
-    )
-    first, second = (Check(check.name, (), seconds, alone=True) for check, seconds in ((first, 30), (second, 20)))
-    for check in (first, second):
-        deadline.promise(check.seconds)
-    assert deadline.limit(together) == 50
-    now = 60.0
-    assert deadline.limit(together) == -10
-    assert deadline.limit(first) == 20
-    now = 75.0
-    assert deadline.limit(second) == 20
-
-
-def test_run_all_runs_those_alone_last_and_keeps_the_order() -> None:
-    checks = [Check("timed", python("print(1)"), 20, alone=True), Check("other", python("print(2)"), 20)]
-    said: list[str] = []
-    found = run_all(checks, Deadline(60), {}, {}, 2, said.append)
-    assert [(result.check, result.detail) for result in found] == [("timed", "1"), ("other", "2")]
-    assert [line.split(":")[0].split()[-1] for line in said if "passed" in line] == ["other", "timed"]
-
-
-def test_only_names_checks_by_words() -> None:
-    names = [check.name for check in gpu_check.chosen_checks(plan.checks([]), ["contract", "memcheck"])]
-    assert names == ["contract, cuda", "contract, triton", "memcheck, cuda"]
-    with pytest.raises(SystemExit, match="--only must hold words of a check's name, got nothing; there are contract"):
-        gpu_check.chosen_checks(plan.checks([]), ["nothing"])
-
-
-def test_results_are_written_with_the_machine(tmp_path: Path, monkeypatch) -> None:
+def test_results_are_written_with_the_machine_as_they_come(tmp_path: Path, monkeypatch) -> None:
     machine = {"device": "GPU", "driver": "580", "commit": "abc"}
     monkeypatch.setattr(results, "environment", lambda device: machine)
-    path = gpu_check.write([Result("one", PASSED, 1.23, "fine, really"), Result("two", FAILED, 0, "no")], tmp_path)
-    one, two = read_csv(path)
-    assert one == {"check": "one", "result": PASSED, "seconds": "1.2", "detail": "fine, really", **machine}
-    assert two["result"] == FAILED
+    earlier = {"check": "zero", "result": PASSED, "device": "GPU", "driver": "570", "commit": "old"}
+    record = results.Record(tmp_path / "new" / "rows.csv", "cuda")
+    record.add([earlier])
+    record.add([{"check": "one", "detail": "fine, really"}])
+    zero, one = read_csv(record.path)
+    assert (zero["driver"], zero["commit"], zero["detail"]) == ("570", "old", "")
+    assert one == {"check": "one", "result": "", "detail": "fine, really", **machine}
+    again = results.Record(record.path, "cuda", keep=lambda row: row["check"] == "zero")
+    again.add([{"check": "two"}])
+    assert [row["check"] for row in read_csv(record.path)] == ["zero", "two"]
+    assert [path.name for path in record.path.parent.iterdir()] == ["rows.csv"]
+
+
+def earlier_run(folder: Path) -> Path:
+    folder.mkdir()
+    rows = [
+        {"check": "a, cuda", "result": PASSED, "seconds": "1.0", "detail": "", "commit": "first"},
+        {"check": "b, cuda", "result": FAILED, "seconds": "1.0", "detail": "", "commit": "first"},
+        {"check": "target: rotate", "result": PASSED, "seconds": "0.0", "detail": "", "commit": "first"},
+    ]
+    results.Record(folder / gpu_check.CSV, "cpu").add(rows)
+    (folder / "kernels-gpu.csv").write_text("run\nheadline\n")
+    return folder
+
+
+def test_second_run_does_what_the_first_left(tmp_path: Path, monkeypatch, capsys) -> None:
+    names = {name: f"{name}, cuda" for name in "abc"}
+    command = python("import sys; [print(f'passed {name}: now') for name in sys.argv[1:]]")
+    parts = [Part("part", 0, (Check("several", command, 60, reports=names),))]
+    monkeypatch.setattr(plan, "rehearsal", lambda folder: parts)
+    first, second = earlier_run(tmp_path / "first"), tmp_path / "second"
+    given = ["gpu_check.py", "--rehearse", "--after", str(first), "--results", str(second)]
+    monkeypatch.setattr(sys, "argv", given)
+    assert gpu_check.main() == 0
+    rows = read_csv(second / gpu_check.CSV)
+    assert [(row["check"], row["detail"]) for row in rows] == [("a, cuda", ""), ("b, cuda", "now"), ("c, cuda", "now")]
+    assert rows[0]["commit"] == "first" != rows[1]["commit"]
+    assert (second / "kernels-gpu.csv").read_text() == (first / "kernels-gpu.csv").read_text()
+
+
+def test_second_run_wants_results_of_a_first(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--after must be a folder with the gpu-check.csv of an earlier run, got"):
+        gpu_check.taken_over(tmp_path, tmp_path / "second")
 
 
 def test_environment_names_driver_and_compilers() -> None:
@@ -183,25 +185,24 @@ def test_environment_names_driver_and_compilers() -> None:
 
 def test_one_failure_makes_the_exit_code_1() -> None:
     passed, skipped = Result("a", PASSED, 0, ""), Result("b", SKIPPED, 0, "")
-    assert gpu_check.verdict([passed, skipped]) == 0
-    assert gpu_check.verdict([passed, Result("c", FAILED, 0, "")]) == 1
-    assert gpu_check.summary([passed, skipped])[-1] == "1 passed, 0 failed, 1 skipped"
+    assert gpu_check.verdict_of([passed, skipped]) == 0
+    assert gpu_check.verdict_of([passed, Result("c", FAILED, 0, "")]) == 1
+    assert gpu_check.summary([passed, skipped])[-1] == "1 passed, 0 failed, 1 skipped, 0 left out"
 
 
 def timings(share: float = 0.95, times: float | str = 1.5, microseconds: float = 10.0) -> list[results.Row]:
     """Rows as a CSV file gives them, all with the same made-up figures."""
+    headline = {"run": targets.SHARES_RUN, "variant": "cuda", "ms_median": "1.0", "failed": ""}
+    peers = {**headline, "run": targets.PEERS_RUN, "best_peer": "liger"}
     kernels = [
-        {"shape": shape, "operation": target.operation, "variant": "cuda", "of_copy": str(share)}
-        | {"times_best_peer": str(times)}
+        {**run, "shape": shape, "operation": target.operation}
         for target in targets.TARGETS
         for shape in targets.HEADLINE
+        for run in ({**headline, "of_copy": str(share)}, {**peers, "of_copy": "0.1", "times_best_peer": str(times)})
     ]
-    host = [
-        {"shape": "host", "operation": operation, "variant": "cuda", "ms_median": str(microseconds / 1e3)}
-        | {"allocations": str(blocks)}
-        for operation, blocks in targets.ALLOCATIONS.items()
-    ]
-    return kernels + host
+    host = {**headline, "shape": "host", "ms_median": str(microseconds / 1e3)}
+    blocks = targets.ALLOCATIONS.items()
+    return kernels + [{**host, "operation": operation, "allocations": str(number)} for operation, number in blocks]
 
 
 def failed(rows: list[results.Row]) -> set[str]:
@@ -235,12 +236,27 @@ def test_targets_are_open_where_no_peer_ran() -> None:
     assert {verdict.passed for verdict in targets.judge(timings(times="")) if "peers" in verdict.name} == {None}
 
 
-def test_targets_fail_without_a_figure() -> None:
+def test_targets_are_open_without_a_figure_and_fail_where_the_kernel_failed() -> None:
     rows = [row for row in timings() if row["operation"] != "rotate"]
-    rows.append({"shape": "wan-14b-720p", "operation": "rotate", "variant": "cuda", "note": "40 seconds were up"})
-    verdict = next(each for each in targets.judge(rows) if each.name == "rotate at wan-14b-720p")
-    assert verdict.passed is False
-    assert verdict.detail.endswith("got no figure: 40 seconds were up")
+    where = {"run": targets.SHARES_RUN, "variant": "cuda", "operation": "rotate"}
+    rows.append({**where, "shape": "wan-14b-720p", "note": "40 seconds were up", "failed": ""})
+    rows.append({**where, "shape": "wan-1.3b-480p", "note": "RuntimeError: no", "failed": "True"})
+    found = {verdict.name: verdict for verdict in targets.judge(rows)}
+    expected = "expected at least 93% of copy bandwidth, got no figure: "
+    late, wrong, missing = (
+        found[f"rotate at {shape}"] for shape in ("wan-14b-720p", "wan-1.3b-480p", targets.HEADLINE[2])
+    )
+    assert (late.passed, late.detail) == (None, f"{expected}40 seconds were up")
+    assert (wrong.passed, wrong.detail) == (False, f"{expected}RuntimeError: no")
+    assert (missing.passed, missing.detail) == (None, f"{expected}not measured")
+    assert found["norm per head, rotate at wan-14b-720p"].passed is True
+
+
+def test_targets_take_a_run_of_everything_where_there_is_no_other() -> None:
+    rows = [{**row, "run": targets.ALL_RUN} for row in timings() if row["run"] == targets.PEERS_RUN]
+    found = {verdict.name: verdict.passed for verdict in targets.judge(rows)}
+    assert found["rotate at wan-14b-720p, peers"] is True
+    assert found["rotate at wan-14b-720p"] is False
 
 
 def test_targets_fail_on_slow_calls_and_on_allocations() -> None:
@@ -251,121 +267,9 @@ def test_targets_fail_on_slow_calls_and_on_allocations() -> None:
     assert failed(rows) == {f"host time of {rows[-1]['operation']}"}
 
 
-def test_targets_are_judged_on_figures_of_this_run_alone() -> None:
-    assert gpu_check.judged([Result(plan.BENCHMARK, FAILED, 1.0, "")]) == []
-    assert gpu_check.judged([]) == []
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_shapes_are_those_of_the_models(shape) -> None:
-    tokens = {
-        "wan-1.3b-480p": (32_760, 12, 128),
-        "wan-14b-720p": (75_600, 40, 128),
-        "hunyuan-video-720p": (118_800, 24, 128),
-        "flux-1024": (4_608, 24, 128),
-        "ltx": (4_992, 32, 64),
-        "streaming-chunk": (4_680, 12, 128),
-    }
-    assert (shape.tokens, shape.heads, shape.head_dim) == tokens[shape.name]
-
-
-def test_wrong_variant_of_ours_stops_the_benchmark(monkeypatch) -> None:
-    problem = Problem(SHAPES["ltx"].tiny(), Operation.ROTATE, "cpu")
-    monkeypatch.setattr(rotation, "own", lambda problem, backend: lambda q, k: (q, k))
-    with pytest.raises(Wrong, match="cuda, rotate at ltx: .* elements are off"):
-        rotation.variants(problem, {"cuda": "eager"}, {})
-
-
-def test_wrong_peer_is_left_out() -> None:
-    problem = Problem(SHAPES["ltx"].tiny(), Operation.ROTATE, "cpu")
-    found = rotation.variants(problem, {"cuda": "eager"}, {"liger": lambda problem: lambda q, k: (q, k)})
-    assert [*found.calls] == ["cuda"]
-    assert found.missing["liger"].startswith("AssertionError: expected an error of at most")
-
-
-def test_shape_within_fewer_tokens_keeps_its_lines_before_its_frames() -> None:
-    wan = SHAPES["wan-1.3b-480p"]
-    assert wan.within(8192).grid.sizes == (5, 30, 52)
-    assert wan.within(500).grid.sizes == (1, 9, 52)
-    assert wan.within(1).grid.sizes == (1, 1, 52)
-    assert wan.within(10**6) == wan
-    assert SHAPES["flux-1024"].within(512 + 640).tokens == 512 + 640
-
-
-def test_expectation_refuses_unnormed_and_unturned_results() -> None:
-    problem = Problem(SHAPES["flux-1024"].tiny(), Operation.PER_HEAD, "cpu")
-    (q, _) = problem.inputs(1)[0]
-    exact = problem.expectation.exact(q, torch.arange(q.shape[1]))
-    problem.expectation.assert_right(exact.to(q.dtype), q)
-    unnormed = Expectation(problem.table, problem.shape.prefix).exact(q, torch.arange(q.shape[1]))
-    for wrong in (unnormed, torch.nn.functional.rms_norm(q, q.shape[-1:], problem.weights[0])):
-        with pytest.raises(AssertionError, match="off by more than the bound"):
-            problem.expectation.assert_right(wrong.to(q.dtype), q)
-
-
-def stand_in_for_flashinfer() -> types.SimpleNamespace:
-    """FlashInfer's documented arguments and results, in plain PyTorch."""
-
-    def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool) -> torch.Tensor:
-        pairs = x.unflatten(-1, (2, -1)).transpose(-1, -2) if is_neox else x.unflatten(-1, (-1, 2))
-        x1, x2 = pairs.float().unbind(-1)
-        both = torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)
-        return (both.transpose(-1, -2) if is_neox else both).flatten(-2).to(x.dtype)
-
-    def out_of_place(positions, query, key, head_size, cos_sin_cache, is_neox=True):
-        assert positions.dtype == torch.int32
-        assert cos_sin_cache.dtype == torch.float32
-        cos, sin = (part[:, None] for part in cos_sin_cache[positions.long()].chunk(2, dim=-1))
-        heads = (x.view(x.shape[0], -1, head_size) for x in (query, key))
-        return tuple(turned(x, cos, sin, is_neox).flatten(1) for x in heads)
-
-    def in_place(positions, query, key, head_size, cos_sin_cache, is_neox=True):
-        out = out_of_place(positions, query, key, head_size, cos_sin_cache, is_neox)
-        for x, y in zip((query, key), out, strict=True):
-            x.copy_(y)
-
-    def fused(qkv, q_weight, k_weight, *, num_heads_q, num_heads_v, head_dim, eps, **grid):
-        assert num_heads_v == 0
-        names = ("num_frame_channels", "num_height_channels", "num_width_channels")
-        cos, sin = table_free(*(grid[name] for name in ("ppf", "pph", "ppw")), [grid[n] for n in names], grid["base"])
-        out = []
-        for part, weight in zip(qkv.chunk(2, dim=-1), (q_weight, k_weight), strict=True):
-            normed = torch.nn.functional.rms_norm(part.float(), part.shape[-1:], weight.float(), eps)
-            heads = normed.unflatten(-1, (num_heads_q, head_dim))
-            out.append(turned(heads, cos, sin, not grid["interleave"]).to(qkv.dtype))
-        return *out, qkv.new_empty(0)
-
-    rope = types.SimpleNamespace(
-        apply_rope_with_cos_sin_cache=out_of_place, apply_rope_with_cos_sin_cache_inplace=in_place
-    )
-    return types.SimpleNamespace(rope=rope, fused_qk_rmsnorm_rope=fused)
-
-
-def table_free(ppf: int, pph: int, ppw: int, channels: list[int], base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    lines = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in (ppf, pph, ppw)), indexing="ij")
-    angles = [
-        line.flatten()[:, None] * base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        for line, dim in zip(lines, channels, strict=True)
-    ]
-    angle = torch.cat(angles, dim=1)[:, None]
-    return angle.cos().float(), angle.sin().float()
-
-
-@pytest.mark.parametrize("operation", [Operation.ROTATE, Operation.IN_PLACE, Operation.HALF_IN_PLACE])
-def test_flashinfer_is_called_as_it_documents(operation: Operation, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "flashinfer", stand_in_for_flashinfer())
-    problem = Problem(SHAPES["flux-1024"].tiny(), operation, "cpu")
-    q, k = problem.inputs(1)[0]
-    for index, out in enumerate(flashinfer_cache(problem)(q.clone(), k.clone())):
-        problem.expectation.assert_near(out, (q, k)[index], index)
-
-
-def test_flashinfers_norm_is_called_as_it_documents(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "flashinfer", stand_in_for_flashinfer())
-    problem = Problem(SHAPES["wan-1.3b-480p"].tiny(), Operation.ACROSS_HEADS, "cpu")
-    assert problem.operation.norm is NormKind.ACROSS_HEADS
-    q, k = problem.inputs(1)[0]
-    for index, out in enumerate(flashinfer_norm(problem)(q, k)):
-        problem.expectation.assert_near(out, (q, k)[index], index)
-    with pytest.raises(NotOffered):
-        flashinfer_norm(Problem(problem.shape, Operation.PER_HEAD, "cpu"))
+def test_targets_without_any_figures_are_left_out(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(results, "environment", lambda device: {"device": "a GPU"})
+    found = gpu_check.judged(tmp_path)
+    assert {result.result for result in found} == {LEFT_OUT}
+    results.Record(results.result_path("kernels", "cuda", tmp_path), "cuda").add(timings())
+    assert {result.result for result in gpu_check.judged(tmp_path)} == {PASSED}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,16 +36,19 @@ def write_csv(path: Path, rows: Sequence[Row], device: str) -> Path:
 
 
 def write_rows(path: Path, rows: Sequence[Row], machine: Row) -> Path:
-    """Writes ``rows``, each with what ``machine`` says, and returns ``path``.
+    """Writes ``rows``, each with what ``machine`` says and it does not say itself, and returns ``path``.
 
-    Columns come in the order in which rows first name them; floats have six digits. Folders that are missing are made.
+    Columns come in the order in which rows first name them, those of ``machine`` last; floats have six digits. Folders
+    that are missing are made. The file is replaced at once: whoever is killed meanwhile leaves the one before.
     """
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = list(dict.fromkeys(name for row in rows for name in row if name not in machine))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    new = path.with_name(f".{path.name}.new")
+    with new.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=[*columns, *machine], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: _short(value) for name, value in {**row, **machine}.items()} for row in rows)
+        writer.writerows({name: _short(value) for name, value in {**machine, **row}.items()} for row in rows)
+    new.replace(path)
     return path
 
 
@@ -67,10 +72,14 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """The commit measured, marked where the working tree differs from it; ``unknown`` outside a checkout."""
+    """The commit measured, marked where the working tree differs from it.
+
+    Where git does not know, such as outside a checkout, what the environment variable DIT_ROPE_COMMIT says, or else
+    ``unknown``.
+    """
     call = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
     folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return "unknown"
-    done = subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    known = ""
+    if (folder / ".git").exists() and shutil.which("git"):
+        known = subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
+    return known or os.environ.get("DIT_ROPE_COMMIT", "unknown")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,7 +13,7 @@ from .peers import PEERS
 from .problems import SHAPES, Call, NotOffered, Operation, Problem, Shape, Unavailable
 from .results import Row
 from .sections import Case, Settings, Wrong
-from .timing import input_sets, measurement, take_turns
+from .timing import Measurement, input_sets, measurement, take_turns
 from .variants import check_own, own, own_exact
 
 COPY = "copy"
@@ -31,10 +31,11 @@ Peers = Mapping[str, Callable[[Problem], Call]]
 
 @dataclass(frozen=True)
 class Variants:
-    """Calls that are right, and why others are left out, by name."""
+    """Calls that are right, why others are left out, and what is wrong with those of ours that failed, by name."""
 
-    calls: dict[str, Call]
-    missing: dict[str, str]
+    calls: dict[str, Call] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def cases(settings: Settings) -> Iterator[Case]:
@@ -50,12 +51,8 @@ def own_backends(device: str) -> dict[str, str]:
 
 
 def variants(problem: Problem, backends: Mapping[str, str], peers: Peers, exact: bool = False) -> Variants:
-    """Every variant that runs and is right; ``exact`` asks for our exact mode as well.
-
-    Raises:
-        Wrong: for a variant of ours.
-    """
-    found = Variants({}, {})
+    """Every variant that runs and is right; ``exact`` asks for our exact mode as well."""
+    found = Variants()
     for name, backend in backends.items():
         try:
             call = own(problem, backend)
@@ -65,32 +62,35 @@ def variants(problem: Problem, backends: Mapping[str, str], peers: Peers, exact:
                 found.calls[name + EXACT] = own_exact(problem, backend)
         except Unavailable as reason:
             found.missing[name if name not in found.calls else name + EXACT] = str(reason)
-        except Exception as error:
-            raise Wrong(f"{name}, {problem.operation.value} at {problem.shape.name}: {error}") from error
+        except Exception as error:  # whatever a kernel or its compiler raises: the other variants are measured
+            found.failed[name if name not in found.calls else name + EXACT] = one_line(error)
     for name, peer in peers.items():
         try:
             found.calls[name] = _right_peer(problem, peer)
         except NotOffered:
             continue
         except Exception as error:  # peers fail in ways of their own, which must not stop the run
-            first_line = (str(error).strip().splitlines() or ["no message"])[0]
-            found.missing[name] = f"{type(error).__name__}: {first_line}".removeprefix("Unavailable: ")
+            found.missing[name] = one_line(error).removeprefix("Unavailable: ")
     return found
 
 
+def one_line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+
+
 def measure(problem: Problem, found: Variants, rounds: int) -> list[Row]:
-    """One row for each variant of one operation at one shape; none is timed where none is ours."""
-    if not any(_is_own(name) for name in found.calls):
-        return [row(problem, name, note=reason) for name, reason in found.missing.items() if _is_own(name)]
+    """One row for each variant of one operation at one shape; none is timed where none is ours.
+
+    Rows of variants that have no figure say why in ``note``; those of ``found.failed`` have ``failed`` set, and so
+    have those of ours that fail only when they are timed.
+    """
+    measurements = _measurements(problem, found) if any(_is_own(name) for name in found.calls) else {}
+    if not any(_is_own(name) for name in measurements):
+        reasons = {name: reason for name, reason in found.missing.items() if _is_own(name)}
+        return _without_figures(problem, Variants({}, reasons, found.failed))
     moved = problem.data_bytes()
-    inputs = problem.inputs(input_sets(moved // 2, problem.device))
-    # Autograd runs a backward on the stream of its forward, which is not the one that is captured.
-    graph = problem.operation is not Operation.BACKWARD
-    measurements = {
-        name: measurement([functools.partial(call, q, k) for q, k in inputs], problem.device, moved, graph)
-        for name, call in {COPY: _copy_of(problem), **found.calls}.items()
-    }
-    timings = take_turns(measurements, rounds)
+    timings = take_turns(measurements, rounds, warm_up=1)  # each has run once already
     copy, model = timings[COPY].median, timings.get(MODEL)
     best_peer = min((name for name in timings if name in PEERS), key=lambda name: timings[name].median, default=None)
     rows = []
@@ -109,7 +109,32 @@ def measure(problem: Problem, found: Variants, rounds: int) -> list[Row]:
             "best_peer": best_peer if _is_own(name) else None,
         }
         rows.append(row(problem, name, **values))
-    return rows + [row(problem, name, note=reason) for name, reason in found.missing.items()]
+    return rows + _without_figures(problem, found)
+
+
+def _measurements(problem: Problem, found: Variants) -> dict[str, Measurement]:
+    """How to time a copy and each variant, once tried; a variant that fails moves to where ``found`` says why."""
+    moved = problem.data_bytes()
+    inputs = problem.inputs(input_sets(moved // 2, problem.device))
+    # Autograd runs a backward on the stream of its forward, which is not the one that is captured.
+    graph = problem.operation is not Operation.BACKWARD
+    measurements = {}
+    for name, call in {COPY: _copy_of(problem), **found.calls}.items():
+        try:
+            each = measurement([functools.partial(call, q, k) for q, k in inputs], problem.device, moved, graph)
+            each.run()
+        except Exception as error:
+            if name == COPY:
+                raise
+            (found.failed if _is_own(name) else found.missing)[name] = one_line(error)
+        else:
+            measurements[name] = each
+    return measurements
+
+
+def _without_figures(problem: Problem, found: Variants) -> list[Row]:
+    missing = [row(problem, name, note=reason) for name, reason in found.missing.items()]
+    return missing + [row(problem, name, note=reason, failed=True) for name, reason in found.failed.items()]
 
 
 def row(problem: Problem, variant: str, **values: object) -> Row:
@@ -141,7 +166,10 @@ def _problems(settings: Settings) -> Iterator[tuple[Problem, Peers]]:
 def _rows(problem: Problem, peers: Peers, settings: Settings) -> list[Row]:
     exact = not problem.operation.in_place
     found = variants(problem, own_backends(settings.device), peers, exact)
-    return measure(problem, found, settings.rounds)
+    rows = measure(problem, found, settings.rounds)
+    for name, reason in found.failed.items():
+        raise Wrong(f"{name}, {problem.operation.value} at {problem.shape.name}: {reason}")
+    return rows
 
 
 def _right_peer(problem: Problem, peer: Callable[[Problem], Call]) -> Call:

@@ -1,8 +1,9 @@
-"""What a GPU backend must do besides giving right results on one stream: each check by its name, in its own process.
+"""What a GPU backend must do besides giving right results on one stream: each check by its name.
 
-    python -m gpu_checks.behaviours graph-replay --backend cuda        (in the folder scripts/)
+    python -m gpu_checks.behaviours --backend cuda graph-replay one-kernel        (in the folder scripts/)
 
-Prints what was checked and exits with 0, or says what was expected and what came. Without a name, all of them run.
+Prints ``passed NAME: what was checked`` or ``failed NAME: what was expected and what came`` for each, all of them
+without a name. The exit code is 1 where one failed. One that leaves the GPU unusable is the last of its process.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -143,18 +145,24 @@ def _captured(call: Callable[[], list[torch.Tensor]]) -> tuple[Callable[[], None
 
 
 def torch_compile(setting: Setting) -> str:
-    """A function with a rotation compiles as one graph and gives what it gives uncompiled."""
+    """Functions with a rotation, and with a norm and a rotation, compile as one graph and give the same as before."""
     table = setting.table(SMALL)
     q, k = (setting.noise(1, SMALL.tokens, 4, sum(DIMS)) for _ in range(2))
+    weights = [setting.noise(sum(DIMS)) for _ in range(2)]
 
-    def attention_inputs(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotated(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         turned_q, turned_k = dit_rope.rotate_qk(q * 2, k, table, backend=setting.backend)
         return turned_q + 1, turned_k
 
-    compiled = torch.compile(attention_inputs, fullgraph=True, backend="inductor" if setting.real else "aot_eager")
-    for out, expected in zip(compiled(q, k), attention_inputs(q, k), strict=True):
-        torch.testing.assert_close(out, expected)
-    return "fullgraph"
+    def normed(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        turned_q, turned_k = dit_rope.norm_rotate_qk(q * 2, k, table, *weights, backend=setting.backend)
+        return turned_q + 1, turned_k
+
+    for call in (rotated, normed):
+        compiled = torch.compile(call, fullgraph=True, backend="inductor" if setting.real else "aot_eager")
+        for out, expected in zip(compiled(q, k), call(q, k), strict=True):
+            torch.testing.assert_close(out, expected)
+    return "fullgraph, without and with a norm"
 
 
 def two_streams(setting: Setting) -> str:
@@ -272,6 +280,22 @@ CHECKS: dict[str, Callable[[Setting], str]] = {
 }
 
 
+def report(name: str, setting: Setting) -> bool:
+    """Runs one check and prints its result; whether it passed."""
+    torch.manual_seed(0)
+    try:
+        said = CHECKS[name](setting)
+        setting.synchronize()
+    except Exception as error:  # whatever a kernel, its compiler or the driver raises
+        if not isinstance(error, AssertionError):
+            traceback.print_exc()
+        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        print(f"failed {name}: {kind}{' '.join(str(error).split())}", flush=True)
+        return False
+    print(f"passed {name}: {said}", flush=True)
+    return True
+
+
 def main() -> None:
     """Runs the named checks, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -280,12 +304,12 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="on CPU at tiny sizes, by the eager backend")
     options = parser.parse_args()
     setting = Setting("eager", "cpu") if options.rehearse else Setting(options.backend, "cuda")
+    passed = True
     for name in options.names or CHECKS:
-        torch.manual_seed(0)
-        try:
-            print(f"{name}: {CHECKS[name](setting)}", flush=True)
-        except AssertionError as error:
-            sys.exit(f"{name}: {error}")
+        if not report(name, setting):
+            passed = False
+            setting.synchronize()  # raises where the failure has left the GPU unusable
+    sys.exit(not passed)
 
 
 if __name__ == "__main__":

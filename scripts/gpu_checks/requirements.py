@@ -37,22 +37,22 @@ def requirements() -> list[Requirement]:
     """Everything that some check needs, required things first."""
     packages = [
         Requirement("torch", _torch, "pip install 'torch>=2.9' (a CUDA build)"),
-        Requirement("triton", _package("triton"), "pip install triton"),
-        Requirement("cuda-core", _package("cuda.core", "cuda-core"), "pip install cuda-core"),
-        Requirement("cuda-bindings", _package("cuda.bindings.driver", "cuda-bindings"), "pip install cuda-bindings"),
+        Requirement("cuda-core", _imported("cuda.core", "cuda-core"), "pip install cuda-core"),
+        Requirement("cuda-bindings", _imported("cuda.bindings.driver", "cuda-bindings"), "pip install cuda-bindings"),
         Requirement("nvrtc", _nvrtc, "pip install nvidia-cuda-nvrtc, of torch's CUDA version"),
-        Requirement("numpy", _package("numpy"), "pip install numpy"),
-        Requirement("einops", _package("einops"), "pip install einops"),
-        Requirement("typer", _package("typer"), "pip install typer"),
-        Requirement("rich", _package("rich"), "pip install rich"),
-        Requirement("pytest", _package("pytest"), "pip install pytest"),
-        Requirement("diffusers", _diffusers, "pip install diffusers, or bring its wheel and what it imports"),
-        Requirement("hypothesis", _package("hypothesis"), "pip install hypothesis"),
-        Requirement("compute-sanitizer", _sanitizer, "install the CUDA toolkit, or set CUDA_HOME", optional=True),
+        *(
+            Requirement(name, _found(name), f"pip install {name}")
+            for name in ("triton", "numpy", "einops", "pytest", "hypothesis")
+        ),
     ]
+    peers = "pip install 'dit-rope[bench]', or name their folders with --peer-path"
     return [
         *packages,
-        Requirement("peers", _peers, "pip install 'dit-rope[bench]', or name their folders with --peer-path", True),
+        *(Requirement(name, _found(name), f"pip install {name}", optional=True) for name in ("typer", "rich")),
+        Requirement("pytest-xdist", _found("xdist", "pytest-xdist"), "pip install pytest-xdist", optional=True),
+        Requirement("diffusers", _found("diffusers"), "unpack its wheel into a folder on PYTHONPATH", optional=True),
+        Requirement("compute-sanitizer", _sanitizer, "install the CUDA toolkit, or set CUDA_HOME", optional=True),
+        Requirement("peers", _peers, peers, optional=True),
     ]
 
 
@@ -87,12 +87,23 @@ def sanitizer_path() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join((os.environ.get("PATH", ""), f"{home}/bin")))
 
 
-def _package(module: str, distribution: str | None = None) -> Callable[[], str]:
+def _imported(module: str, distribution: str) -> Callable[[], str]:
     def version() -> str:
         importlib.import_module(module)
+        return importlib.metadata.version(distribution)
+
+    return version
+
+
+def _found(module: str, distribution: str | None = None) -> Callable[[], str]:
+    """Looks for a module without importing it, which takes seconds: a broken one fails the checks that need it."""
+
+    def version() -> str:
+        if not _is_there(module):
+            raise ModuleNotFoundError(f"No module named {module!r}")
         try:
             return importlib.metadata.version(distribution or module)
-        except importlib.metadata.PackageNotFoundError:  # a single file, or a folder on the path
+        except importlib.metadata.PackageNotFoundError:  # a folder on the path
             return "found"
 
     return version
@@ -131,13 +142,6 @@ def _nvrtc() -> str:
 
     _, major, minor = nvrtc.nvrtcVersion()
     return f"{major}.{minor}"
-
-
-def _diffusers() -> str:
-    import diffusers
-
-    diffusers.WanTransformer3DModel  # noqa: B018  (resolved lazily: fails here where something it imports is missing)
-    return diffusers.__version__
 
 
 def _sanitizer() -> str:

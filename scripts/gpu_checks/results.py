@@ -1,4 +1,4 @@
-"""CSV files under ``scripts/results/`` whose rows name the device, driver, versions and commit they came from."""
+"""CSV files whose rows name the device, driver, versions and commit they came from, whole at every moment of a run."""
 
 from __future__ import annotations
 
@@ -6,15 +6,37 @@ import functools
 import importlib.metadata
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarking import RESULTS
 
-from dit_rope.benchmark.results import Row, write_rows
+from dit_rope.benchmark.results import Row, read_csv, write_rows
 from dit_rope.benchmark.results import environment as machine_and_versions
 
-__all__ = ["RESULTS", "driver_version", "environment", "result_path", "table", "write_rows"]
+__all__ = ["RESULTS", "Record", "driver_version", "environment", "result_path", "table"]
+
+
+class Record:
+    """The rows of a run, and the CSV file that holds all of them after each :meth:`add`.
+
+    Args:
+        path: the file, or None to write none.
+        device: a torch device's name, whose :func:`environment` each row gets.
+        keep: rows of the file as it is that stay, before those of this run; none by default.
+    """
+
+    def __init__(self, path: Path | None, device: str, keep: Callable[[Row], bool] = lambda row: False) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        self._device = device
+        self._kept = [row for row in read_csv(path) if keep(row)] if path is not None and path.exists() else []
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Adds ``rows`` and writes the file anew."""
+        self.rows += rows
+        if self.path is not None:
+            write_rows(self.path, [*self._kept, *self.rows], environment(self._device))
 
 
 @functools.cache
@@ -30,10 +52,10 @@ def environment(device: str) -> Row:
     }
 
 
-def result_path(stem: str, device: str) -> Path:
-    """``results/<stem>-<device>.csv``, the device named as the driver names it, in lower case and dashes."""
+def result_path(stem: str, device: str, folder: Path = RESULTS) -> Path:
+    """``<stem>-<device>.csv`` in ``folder``, the device named as the driver names it, in lower case and dashes."""
     name = re.sub(r"[^a-z0-9]+", "-", str(environment(device)["device"]).lower()).strip("-")
-    return RESULTS / f"{stem}-{name}.csv"
+    return folder / f"{stem}-{name}.csv"
 
 
 def driver_version() -> str:
