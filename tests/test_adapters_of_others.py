@@ -262,7 +262,7 @@ def of_bitsandbytes(layer: str) -> Callable[[torch.nn.Linear], torch.nn.Module]:
     """Makes one of its layers of a Linear, quantized as a model loaded with its configuration is."""
 
     def of(linear: torch.nn.Linear) -> torch.nn.Module:
-        bitsandbytes = pytest.importorskip("bitsandbytes")
+        bitsandbytes = pytest.importorskip("bitsandbytes", exc_type=ImportError)
         options = {"has_fp16_weights": False} if layer == "Linear8bitLt" else {"compute_dtype": linear.weight.dtype}
         made = getattr(bitsandbytes.nn, layer)(
             linear.in_features, linear.out_features, bias=linear.bias is not None, **options
@@ -317,7 +317,7 @@ def test_weights_quantized_by_torchao_while_patched(name: str, config: str, exac
     Activations are rounded to integers by one of the two, where one bit more or less becomes a step of 1 in 127: fast
     mode is to stay within what quantization itself does to the output.
     """
-    quantization = pytest.importorskip("torchao.quantization")
+    quantization = pytest.importorskip("torchao.quantization", exc_type=ImportError)
     model, plain = named(name).build(), named(name).build()
     before = run(name, plain)
     handle = dit_rope.patch(model, exact=exact)

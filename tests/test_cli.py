@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +47,14 @@ def test_help_of_command_starts_with_what_it_does(command):
 
 def test_version_is_that_of_the_package():
     assert invoke("--version").output == f"dit-rope {dit_rope.__version__}\n"
+
+
+def test_module_is_the_command_where_nothing_is_installed(tmp_path):
+    """In a checkout that is only on the path, from any folder."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(dit_rope.__file__).parent.parent)}
+    call = [sys.executable, "-m", "dit_rope", "--version"]
+    done = subprocess.run(call, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    assert done.stdout == f"dit-rope {dit_rope.__version__}\n"
 
 
 def test_doctor_prints_versions_devices_and_why_each_backend_is_or_is_not_chosen():

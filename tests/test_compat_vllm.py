@@ -284,7 +284,7 @@ def test_compiled_call_equals_the_plain_one_without_a_graph_break(dtype: torch.d
 
 def test_kernel_reads_the_cache_where_it_lies() -> None:
     """In Triton's interpreter: rows further apart than cos and sin, channels and heads at odd places."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", exc_type=ImportError)
     program = """
 import torch
 from dit_rope.backends import triton_kernels

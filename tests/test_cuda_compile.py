@@ -20,8 +20,8 @@ import pytest
 import torch
 from gpu_call_cases import LAYOUTS, LTX, MOCHI, OWN_ANGLES, WAN, meta
 
-pytest.importorskip("triton")
-pytest.importorskip("cuda.core")
+pytest.importorskip("triton", exc_type=ImportError)
+pytest.importorskip("cuda.core", exc_type=ImportError)
 
 from cuda_machine_code import (
     ARCHS,

@@ -18,7 +18,7 @@ import pytest
 import torch
 from gpu_call_cases import SMALL, WRONG_ARGUMENTS, WRONG_TENSORS
 
-pytest.importorskip("cuda.core")
+pytest.importorskip("cuda.core", exc_type=ImportError)
 
 from dit_rope.backends import cuda_kernels, cuda_launch
 from dit_rope.backends.cuda_arguments import ARGUMENTS_SIZE, Launch

@@ -41,6 +41,7 @@ LAYERS = (
     ("dit_rope.comparison", "dit_rope"),
     ("dit_rope.benchmark",),
     ("dit_rope.cli",),
+    ("dit_rope.__main__",),
 )
 """From the bottom up: a module imports from below its own layer, never from beside it."""
 SAME_UNIT = ("dit_rope.models", "dit_rope.benchmark", "dit_rope.cli", "dit_rope.compat")
@@ -252,3 +253,15 @@ def test_isinstance_is_given_types_that_the_lowest_torch_can_trace(name):
         if ast.unparse(call.func) == "isinstance" and isinstance(call.args[1], ast.BinOp)
     ]
     assert unions == []
+
+
+def test_tests_skip_packages_that_cannot_be_imported_whole():
+    """``cuda.core`` without ``cuda.bindings`` is there and raises ImportError, which pytest does not skip by itself."""
+    calls = [
+        ast.unparse(node)
+        for path in sorted((ROOT / "tests").glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip"
+    ]
+    assert calls
+    assert [call for call in calls if "exc_type=ImportError" not in call] == []

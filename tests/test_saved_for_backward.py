@@ -249,7 +249,7 @@ def test_functions_of_other_libraries_have_second_derivatives(name: str) -> None
 
 def test_positions_over_memory_that_was_rewritten_are_read_anew() -> None:
     """A new tensor over an old buffer has the address and the version of the one before."""
-    np = pytest.importorskip("numpy")
+    np = pytest.importorskip("numpy", exc_type=ImportError)
     dit_rope.cache_clear()
     table, x = rope_table(RopeSpec((4, 2, 2)), Grid(2, 3, 2)), tokens()
     buffer = table.positions().numpy().copy()

@@ -24,7 +24,7 @@ from dit_rope.backends.triton_kernels import launch_arguments
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.spec import NormKind, Pairing
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", exc_type=ImportError)
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 

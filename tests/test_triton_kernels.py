@@ -25,14 +25,14 @@ HERE = Path(__file__).resolve().parent
 
 
 def test_kernel_keeps_the_contract(device: str) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", exc_type=ImportError)
     run_contract("triton", device)
 
 
 @pytest.fixture
 def x(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """A tensor on CPU, which for once is a device that the backend takes."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", exc_type=ImportError)
     monkeypatch.setattr(triton_kernels, "DEVICE_TYPES", ("cpu",))
     return torch.zeros(1, 24, 3, 40, dtype=torch.bfloat16)
 
@@ -46,7 +46,7 @@ def test_declined_accepts_what_the_kernel_takes(x: torch.Tensor) -> None:
 
 
 def test_declined_names_the_device() -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", exc_type=ImportError)
     assert "got cpu" in str(triton_kernels.declined([torch.zeros(1, 24, 3, 40)], SMALL))
 
 
