@@ -1,4 +1,4 @@
-"""Writes the tables of figures into docs/numerics.md and docs/performance.md, from the CSV files in scripts/results.
+"""Writes the tables of figures into pages of docs/, from the CSV files in scripts/results.
 
 python scripts/write_measured_tables.py
 """
@@ -16,7 +16,7 @@ from dit_rope.benchmark.results import read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"
-NUMERICS, PERFORMANCE = PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("numerics", "performance"))
+NUMERICS, PERFORMANCE, GPU = PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("numerics", "performance", "gpu"))
 
 Row = Mapping[str, str]
 
@@ -28,7 +28,7 @@ class Measured:
     Attributes:
         name: of the marks between which it stands.
         results: the CSV file it is of, without its ending.
-        command: what writes that file.
+        command: what writes that file; empty where it holds predictions, which nothing measures.
         columns: what each shows, by its heading, in the form of ``str.format``, numbers as numbers.
         where: values that a row must have, or one of those given, by column.
         across: the column whose values become columns of their own, in the order in which they come.
@@ -66,6 +66,8 @@ class Measured:
         return all(row[name] in ((value,) if isinstance(value, str) else value) for name, value in self.where.items())
 
     def _source(self, row: Row) -> str:
+        if not self.command:
+            return f"\nPredictions, in `scripts/results/{self.results}.csv`.\n"
         threads = f"{row['threads']} thread{'' if row['threads'] == '1' else 's'}"
         machine = f"{row['device']}, {threads}, torch {row['torch']}, Python {row['python']}"
         said = f"`{self.command}` wrote `scripts/results/{self.results}.csv`: {machine}."
@@ -91,6 +93,7 @@ def number(text: str) -> str:
     return f"{int(text):,}" if text.isdecimal() else text
 
 
+_PREDICTED = {"results": "gpu-predictions", "command": ""}
 _ERRORS = {"results": "errors-cpu", "command": "python scripts/measure_errors.py"}
 _BOTH_ERRORS = "{largest error:.1e}, {rms error:.1e}"
 _END_TO_END = "python scripts/bench_end_to_end.py"
@@ -112,6 +115,31 @@ TABLES: Mapping[Path, tuple[Measured, ...]] = {
             across="last position",
             cell=_BOTH_ERRORS,
             **_ERRORS,
+        ),
+    ),
+    GPU: (
+        Measured(
+            "predicted shares",
+            columns={"share of copy": "{operation}", "target": "{target_of_copy:.0%}"},
+            where={"shape": ("wan-1.3b-480p", "wan-14b-720p", "hunyuan-video-720p")},
+            across="shape",
+            cell="{of_copy_low:.0%} to {of_copy_high:.0%}",
+            **_PREDICTED,
+        ),
+        Measured(
+            "predicted peers",
+            columns={"times the best peer": "{operation}", "target": "{target_times_best_peer:.1f}"},
+            where={"shape": ("wan-1.3b-480p", "wan-14b-720p", "hunyuan-video-720p")},
+            across="shape",
+            cell="{times_best_peer_low:.2f} to {times_best_peer_high:.2f}",
+            **_PREDICTED,
+        ),
+        Measured(
+            "predicted host time",
+            columns={"microseconds of host time": "{operation}", "target": "{target_host_us:.0f}",
+                     "predicted": "{host_us_low:.0f} to {host_us_high:.0f}"},
+            where={"shape": "host"},
+            **_PREDICTED,
         ),
     ),
     PERFORMANCE: (

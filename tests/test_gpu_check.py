@@ -22,6 +22,8 @@ from test_gpu_runner import python
 from dit_rope.benchmark.problems import SHAPES, Operation
 from dit_rope.benchmark.results import read_csv
 
+PAGE = (plan.ROOT / "docs" / "gpu.md").read_text()
+
 
 @pytest.fixture(autouse=True)
 def _signals_put_back() -> Iterator[None]:
@@ -88,12 +90,36 @@ def test_checks_keep_the_path_that_was_given(monkeypatch) -> None:
 
 def test_two_calls_of_the_documented_lengths_run_everything() -> None:
     parts = plan.parts(Path("results"))
-    first, second = (float(seconds) for seconds in re.findall(r"gpu_check.py --seconds (\d+)", gpu_check.__doc__))
+    commands = r"gpu_check.py --seconds (\d+) (?:--after first )?--results (first|second)"
+    calls = re.findall(commands, gpu_check.__doc__)
+    assert [name for _, name in calls] == ["first", "second"]
+    assert set(calls) == set(re.findall(commands, PAGE))
+    first, second = (float(seconds) for seconds, _ in calls)
     done = [part for part, fits in planned(parts, first - plan.START) if fits]
     assert [part.name for part in done] == ["kernel", "headline", "sweep", "contract", "behaviours"]
     left = gpu_check.unfinished(parts, {name for part in done for name in part.results})
     assert [part.name for part in left] == ["peers", "triton", "triton-times", "wan-step"]
     assert all(fits for _, fits in planned(left, second - plan.START))
+
+
+def test_page_has_every_part_in_order_with_its_seconds() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \| (\d+) \|", PAGE, flags=re.MULTILINE)
+    assert rows == [(part.name, f"{part.seconds:.0f}") for part in plan.parts(Path("results"))]
+
+
+def test_predictions_are_of_what_is_measured_and_name_its_targets() -> None:
+    rows = read_csv(results.RESULTS / "gpu-predictions.csv")
+    wanted = [(target.operation, shape) for target in targets.TARGETS for shape in targets.HEADLINE]
+    wanted += [(operation, targets.HOST) for operation in targets.HOST_OPERATIONS]
+    assert [(row["operation"], row["shape"]) for row in rows] == wanted
+    known = {target.operation: target for target in targets.TARGETS}
+    for row in rows:
+        if row["shape"] == targets.HOST:
+            assert float(row["target_host_us"]) == targets.HOST_MICROSECONDS
+        else:
+            target = known[row["operation"]]
+            assert float(row["target_of_copy"]) == target.of_copy
+            assert float(row["target_times_best_peer"]) == target.times_best_peer
 
 
 def test_files_with_gpu_tests_are_found() -> None:
