@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,6 +138,9 @@ def test_without_a_gpu_nothing_is_checked_and_the_exit_code_is_2(capsys, monkeyp
 
 
 def test_missing_torch_is_said_before_it_is_imported() -> None:
+    code = "import sys, gpu_check; assert not {'torch', 'dit_rope'} & set(sys.modules)"
+    folder = plan.ROOT / "scripts"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(folder)})
     findings = survey([Requirement("torch", lambda: 1 / 0, "")])
     assert gpu_check.cannot_run(findings) == "it needs torch: division by zero"
 
@@ -197,6 +202,37 @@ def test_second_run_does_what_the_first_left(tmp_path: Path, monkeypatch, capsys
     assert [(row["check"], row["detail"]) for row in rows] == [("a, cuda", ""), ("b, cuda", "now"), ("c, cuda", "now")]
     assert rows[0]["commit"] == "first" != rows[1]["commit"]
     assert (second / "kernels-gpu.csv").read_text() == (first / "kernels-gpu.csv").read_text()
+
+
+def test_run_on_a_gpu_writes_checks_targets_and_a_log_and_ends_with_1_where_one_failed(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    checks = (
+        Check("good", python("print('fine')"), 60, needs=("cuda-core",)),
+        Check("bad", python("print('hidden'); raise SystemExit('wrong')"), 60),
+        Check("elsewhere", python("pass"), 60, needs=("tool",)),
+    )
+    monkeypatch.setattr(plan, "parts", lambda *given: [Part("part", 0, checks), Part("long", 9999, checks[:1])])
+    listed = [Requirement("cuda-core", lambda: "1.2", ""), Requirement("tool", lambda: 1 / 0, "get it", True)]
+    monkeypatch.setattr(gpu_check, "requirements", lambda: listed)
+    monkeypatch.setattr(gpu_check, "cannot_run", lambda findings: None)
+    monkeypatch.setattr(results, "environment", lambda device: {"device": "a GPU", "commit": "abc"})
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--results", str(tmp_path), "--seconds", "60"])
+    rows = [row for row in timings(share=0.9) if row["shape"] == "wan-1.3b-480p" and row["operation"] == "rotate"]
+    results.Record(results.result_path("kernels", "cuda", tmp_path), "cuda").add(rows)
+    assert gpu_check.main() == 1
+    found = {row["check"]: (row["result"], row["detail"]) for row in read_csv(tmp_path / gpu_check.CSV)}
+    assert found["good"] == (LEFT_OUT, "needs about 9999 s, 60 s were left")
+    assert found["bad"] == (FAILED, "exit status 1: wrong")
+    assert found["elsewhere"] == (SKIPPED, "needs tool: division by zero; get it")
+    assert found["target: rotate at wan-1.3b-480p"][0] == FAILED
+    assert found["target: rotate at wan-14b-720p"][0] == LEFT_OUT
+    said, log = capsys.readouterr().out, (tmp_path / gpu_check.LOG).read_text()
+    assert "  runs      part" in said
+    assert "  left out  long" in said
+    assert "good | fine" in log
+    assert "bad | hidden" in log
+    assert set(said.splitlines()) <= set(log.splitlines())
 
 
 def test_second_run_wants_results_of_a_first(tmp_path: Path) -> None:

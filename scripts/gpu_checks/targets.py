@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dit_rope.benchmark.results import Row
+if TYPE_CHECKING:  # so that what is missing can be listed where torch is
+    from dit_rope.benchmark.results import Row
 
 HEADLINE = ("wan-1.3b-480p", "wan-14b-720p", "hunyuan-video-720p")
 BACKEND = "cuda"
