@@ -70,6 +70,15 @@ def test_check_past_its_limit_is_ended_with_what_it_started(tmp_path: Path) -> N
     assert not alive.exists()
 
 
+def test_check_that_cannot_be_ended_is_not_waited_for(monkeypatch) -> None:
+    monkeypatch.setattr(runner, "LEAST_SECONDS", 0.1)
+    monkeypatch.setattr(runner.os, "killpg", lambda group, number: None)
+    start = time.monotonic()
+    result = run(Check("name", python("import time; time.sleep(4)"), 0.6))
+    assert (result.result, result.detail) == (FAILED, "expected an end within 1 s, got none; last: no output")
+    assert time.monotonic() - start < 3
+
+
 def test_check_that_the_end_of_the_run_cuts_off_is_left_out(monkeypatch) -> None:
     monkeypatch.setattr(runner, "LEAST_SECONDS", 0.1)
     result = run(Check("name", python("import time; print('begun', flush=True); time.sleep(9)"), 60), seconds=1.0)

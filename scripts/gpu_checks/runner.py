@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import re
@@ -303,5 +304,6 @@ class Runner:
             status = process.poll()
             if status is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):  # one that a driver holds cannot be ended
+                    process.wait(LEAST_SECONDS)
             return status
