@@ -12,6 +12,7 @@ from .models.adapter import ModelAdapter, ModelTables, Rotations
 from .models.class_override import unpatched_class
 from .models.fused_norms import makes_fresh_results
 from .models.plan import Options, Plan, RotationPlan, plain_path
+from .models.rope_modules import reads_axes
 from .spec import Fusion, Scaling, Scalings
 
 
@@ -33,12 +34,15 @@ def builder_of(tables: ModelTables) -> str:
     return tables.builder if isinstance(tables.builder, str) else " or ".join(tables.builder)
 
 
-def tables_of(tables: ModelTables) -> str:
-    """What happens to the tables of one object."""
-    read = (
-        "" if tables.axes is None else "; kernels read a small array for each axis where that equals them bit for bit"
-    )
-    return f"tables memoized, the model's own{read}"
+def tables_of(tables: ModelTables, by_axis: bool | None = None) -> str:
+    """What happens to the tables of one object; ``by_axis`` tells what kernels read of the last, if there were any."""
+    memoized = "tables memoized, the model's own"
+    if tables.axes is None:
+        return memoized
+    if by_axis is False:
+        return f"{memoized}; kernels read a row for each token, as the last ones are not what arrays of axes expand to"
+    where = "" if by_axis else ", where these expand to them bit for bit"
+    return f"{memoized}; kernels read a small array for each axis, of the same values{where}"
 
 
 def rotates_in(rotations: Rotations, names: Sequence[str]) -> str:
@@ -93,7 +97,7 @@ def _tables(plan: Plan, options: Options, patched: bool) -> Iterator[str]:
     """A line for each object that builds tables."""
     for each in plan.tables:
         reason = each.why_left(patched)
-        what = tables_of(each.tables)
+        what = tables_of(each.tables, reads_axes(each.target))
         if reason is not None:
             what = f"left alone, its tables are built in every forward pass: {reason}"
         elif options.scaling is not None and each.tables.axes is not None:

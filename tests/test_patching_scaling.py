@@ -67,6 +67,15 @@ def riflex_angles(axis: int, positions: torch.Tensor) -> torch.Tensor:
     return torch.outer(positions, frequencies)
 
 
+def test_edit_frames_of_chronoedit_stand_as_far_apart_in_scaled_tables() -> None:
+    model = wan_models.build("chronoedit")
+    scaling = (Scaling.of("linear", factor=2.0), None, None)
+    expected = forward(with_scaling(model, scaling), frames=2)
+    assert not torch.equal(forward(model, frames=2), expected)
+    with dit_rope.patch(model, scaling=scaling):
+        assert torch.equal(forward(model, frames=2), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_riflex_on_a_video_longer_than_the_models_tables_is_bitwise_its_definition(dtype: torch.dtype) -> None:
     model = wan_models.build("wan", dtype)

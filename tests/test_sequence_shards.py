@@ -162,8 +162,10 @@ def test_chronoedit_with_heads_of_64_channels_keeps_its_own_tables() -> None:
     model = ChronoEditTransformer3DModel(**config).eval()
     with torch.no_grad():
         expected = wan_models.forward(model)
-        with dit_rope.patch(model):
+        with dit_rope.patch(model) as handle:
+            assert "small array for each axis, of the same values, where these" in handle.report()
             assert torch.equal(wan_models.forward(model), expected)
+            assert "kernels read a row for each token" in handle.report()
 
 
 def does_not_divide(axis: int) -> None:

@@ -48,7 +48,7 @@ class FrameRows:
 
 @dataclass(frozen=True)
 class AxisForm:
-    """Tables of a grid, of which kernels read one small array per axis instead of a row per token.
+    """Tables ``[1, S, 1, D]`` of a grid, of which kernels read one small array per axis instead of a row per token.
 
     Attributes:
         spec: from the module that builds the tables to the rotation it builds.
@@ -83,7 +83,7 @@ class ModelTables:
         optional: configurations without this object exist.
         live: from the object and the arguments to the first results, which are data and no tables: made in every
             call, and not kept.
-        axes: the form that kernels read where it equals the tables bit for bit; without it, a row per token.
+        axes: the grid that the tables are of, whose axes kernels read; without it they read a row per token.
     """
 
     path: str

@@ -8,6 +8,7 @@ pass.
 from __future__ import annotations
 
 import enum
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -95,6 +96,18 @@ class PackedTable:
                 self, rows=self.rows.to(dtype), _made={}, _narrowed={}, _identities={}
             )
         return found
+
+    def part(self, first: int, count: int) -> PackedTable:
+        """``count`` of its tokens, from number ``first`` on."""
+        return replace(
+            self,
+            positions=None if self.positions is None else self.positions[:, first : first + count],
+            tokens=count,
+            token_offset=self.token_offset + first,
+            _made={},
+            _narrowed={},
+            _identities={},
+        )
 
     def args(self, length: int, align: Align, exact: bool) -> RotationArgs:
         """The rotation of a sequence of ``length`` tokens that shares its start or its end with the table.
@@ -274,21 +287,21 @@ def _equal(one: PackedTable, other: PackedTable) -> bool:
 
 
 class _AxisForm(NamedTuple):
-    """The axis form of a dense pair ``[1, S, 1, D]``: from the first token and the number of tokens to its table."""
+    """A dense pair ``[1, S, 1, D]``, and its axis form."""
 
     tensors: tuple[weakref.ref[torch.Tensor], ...]
-    part: Callable[[int, int], PackedTable]
+    table: PackedTable
 
 
 # By the storage of the first tensor, which its views share: sequence parallelism hands out views of tables.
 _axis_forms: dict[int, _AxisForm] = {}
 
 
-def know_axis_form(tensors: Sequence[torch.Tensor], part: Callable[[int, int], PackedTable]) -> None:
-    """Notes that the dense ``tensors`` ``[1, S, 1, D]`` say what ``part`` gives for a range of their tokens."""
+def know_axis_form(tensors: Sequence[torch.Tensor], table: PackedTable) -> None:
+    """Notes that the dense ``tensors`` ``[1, S, 1, D]`` say of each token what ``table`` says."""
     know(tensors)
     storage = tensors[0].untyped_storage()._cdata
-    _axis_forms[storage] = _AxisForm(tuple(map(weakref.ref, tensors)), part)
+    _axis_forms[storage] = _AxisForm(tuple(map(weakref.ref, tensors)), table)
     for gone in [key for key, form in list(_axis_forms.items()) if any(ref() is None for ref in form.tensors)]:
         _axis_forms.pop(gone, None)
 
@@ -301,7 +314,7 @@ def axis_form_of(tensors: Sequence[Any]) -> PackedTable | None:
     places = [_place(view, of()) for view, of in zip(tensors, form.tensors, strict=True)]
     if places[0] is None or any(place != places[0] for place in places):
         return None
-    return form.part(*places[0])
+    return form.table.part(*places[0])
 
 
 def _place(view: torch.Tensor, whole: torch.Tensor | None) -> tuple[int, int] | None:
@@ -319,3 +332,39 @@ def _place(view: torch.Tensor, whole: torch.Tensor | None) -> tuple[int, int] | 
         return None
     offset, rest = divmod(int(view.storage_offset() - whole.storage_offset()), whole.stride(1))
     return None if rest or view.shape[1] == 0 else (offset, view.shape[1])
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes: what tells the bits of two numbers apart, their zeros too."""
+
+
+def axis_rows(values: Sequence[torch.Tensor], sizes: Sequence[int], pairs: Sequence[int]) -> torch.Tensor | None:
+    """The rows of every axis that cos and sin of a grid are made of, taken from them.
+
+    On a GPU this waits for the device, once.
+
+    Args:
+        values: cos and sin ``[1, S, 1, P]`` of every token of a row-major grid, one value per pair.
+        sizes: of the grid, at least 1 on each axis.
+        pairs: of each axis, which follow one another along P.
+
+    Returns:
+        ``[2, sum(sizes), max(pairs)]``, axis after axis; None where a token has other bits than those of its axes.
+    """
+    shape = (1, math.prod(sizes), 1, sum(pairs))
+    if any(each.shape != shape for each in values):
+        return None
+    dtype = values[0].dtype
+    bits = [each.view(_INTEGERS[dtype.itemsize]).reshape(*sizes, -1) for each in values]
+    rows = bits[0].new_zeros((len(values), sum(sizes), max(pairs)))
+    first_row = first_pair = 0
+    same = []
+    for axis, (size, count) in enumerate(zip(sizes, pairs, strict=True)):
+        along_axis = tuple(slice(None) if other == axis else 0 for other in range(len(sizes)))
+        around = [size if other == axis else 1 for other in range(len(sizes))]
+        for kept, of_grid in zip(rows, bits, strict=True):
+            of_axis = of_grid[..., first_pair : first_pair + count]
+            kept[first_row : first_row + size, :count] = of_axis[along_axis]
+            same.append((of_axis == of_axis[along_axis].view(*around, count)).all())
+        first_row, first_pair = first_row + size, first_pair + count
+    return rows.view(dtype) if bool(torch.stack(same).all()) else None

@@ -4,7 +4,7 @@ A key holds whatever decides the result (see ``table_keys``). What depends on so
 the values of a tensor on a GPU, is built in every forward pass, as without a patch.
 
 Only code that is known (see ``known_code``) is memoized, and what it returns is what the model's own code returned.
-Where that is the dense form of an axis table, bit for bit, kernels read the axis table.
+Of the tables of a grid kernels read one small array for each axis, whose values are the model's own too.
 """
 
 from __future__ import annotations
@@ -19,22 +19,26 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..backends.eager import dense_angles
 from ..cache import capturing, in_mode, in_transform, stream_of
 from ..spec import Grid, RopeSpec, Scalings
 from ..tables import MODEL_TABLES, RopeTable, rope_table
 from .adapter import AxisForm, FrameRows, ModelTables
 from .class_override import INSTALLED, Installed, Override, unpatched_class, unpatched_method
+from .formats import AXES
 from .known_code import guard_of
-from .packed_tables import PackedTable, know, know_axis_form
+from .packed_tables import PackedTable, axis_rows, know, know_axis_form
 from .table_keys import Unkeyed, parts_of
 
 
 class _Token:
-    """Stands for one patched object in keys; the entries go when it does, with the object that holds it."""
+    """Stands for one patched object in keys; the entries go when it does, with the object that holds it.
+
+    ``by_axis``: whether kernels read axis rows of the tables that were built last; None before any were.
+    """
 
     def __init__(self) -> None:
         self.number = next(_token_numbers)
+        self.by_axis: bool | None = None
         weakref.finalize(self, _forget, self.number).atexit = False
 
     def __reduce__(self) -> tuple[type[_Token], tuple[()]]:
@@ -72,7 +76,7 @@ class _Key:
 
 @dataclass(frozen=True, eq=False)
 class _Built:
-    """Tables as leaves and structure, so that each caller gets containers of its own, and the tensors of the key."""
+    """Tables as leaves and structure, so that each caller gets containers of its own, and what else has to be kept."""
 
     leaves: Sequence[Any]
     structure: pytree.TreeSpec
@@ -145,6 +149,13 @@ def why_not_memoized(target: Any, tables: ModelTables) -> str | None:
     return None if held is None else f"{cls.__name__} holds a {held} of its own"
 
 
+def reads_axes(target: Any) -> bool | None:
+    """Whether kernels read axis rows of the tables that ``target`` built last; None where it has built none."""
+    record: Installed | None = vars(target).get(INSTALLED)
+    settings = None if record is None else record.settings
+    return settings.token.by_axis if isinstance(settings, TableSettings) else None
+
+
 def _memoized(
     target: Any, settings: TableSettings, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -174,7 +185,9 @@ def _memoized(
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         know(tensors)
         if tables.axes is not None and settings.spec is not None:
-            _find_axis_form(target, tables.axes, settings.spec, tensors, args, kwargs)
+            rows = _find_axis_form(target, tables.axes, settings.spec, tensors, args, kwargs)
+            settings.token.by_axis = bool(rows)
+            held.extend(rows)
         return _Built(leaves, structure, held)
 
     built = MODEL_TABLES.get(_Key(settings.token.number, (parts, stream_of(device))), device, build)
@@ -198,40 +211,21 @@ def _find_axis_form(
     tensors: list[torch.Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> None:
-    """Notes the axis form of the dense tables just built, if it expands to them bit for bit."""
+) -> list[torch.Tensor]:
+    """Notes the axis form of the dense tables just built, and returns its rows, if they are tables of a grid."""
     place = axes.frames(target, *args, **kwargs)
-    if 0 in place.grid or tensors[0].device.type == "meta":
-        return
-    table = rope_table(spec, Grid(*place.grid), device=tensors[0].device, dtype=tensors[0].dtype)
-    expanded = [_of_frames(x, place) for x in dense_angles(table.args(exact=True), table.count)]
-    if all(_is_repeated(x, y) for x, y in zip(expanded, tensors, strict=True)):
-        know_axis_form(tensors, functools.partial(_part_of, table, _positions(table, place)))
-
-
-def _is_repeated(pairs: torch.Tensor, channels: torch.Tensor) -> bool:
-    """Whether ``channels`` ``[..., 2 P]`` hold each value of ``pairs`` ``[..., P]`` at two neighbours."""
-    both = channels[..., 0::2], channels[..., 1::2]
-    return all(pairs.shape == x.shape and torch.equal(pairs, x) for x in both)
-
-
-def _positions(table: RopeTable, place: FrameRows) -> torch.Tensor | None:
-    """Rows of every token, where they are not those of a whole grid."""
-    return None if place.frames is None else _of_frames(table.positions(), place)
-
-
-def _part_of(table: RopeTable, positions: torch.Tensor | None, first: int, count: int) -> PackedTable:
-    """``count`` tokens of a table from number ``first`` on, as kernels read them."""
-    return PackedTable(
-        table.rows,
-        None if positions is None else positions[:, first : first + count],
-        count,
-        table.spec.pairs,
-        table.spec.pairing,
-        sizes=table.sizes,
-        first_rows=table.first_rows,
-        token_offset=first,
-    )
+    frames = place.grid[0] if place.frames is None else len(place.frames)
+    sizes = (frames, *place.grid[1:])
+    if 0 in sizes or tensors[0].device.type == "meta":
+        return []
+    ((cos, sin),) = AXES.split(tensors)
+    rows = axis_rows((cos, sin), sizes, spec.pairs)
+    if rows is None:
+        return []
+    first_rows = tuple(itertools.accumulate(sizes[:-1], initial=0))
+    table = PackedTable(rows, None, cos.shape[1], spec.pairs, spec.pairing, sizes=sizes, first_rows=first_rows)
+    know_axis_form(tensors, table)
+    return [rows]
 
 
 def _scaled(target: Any, settings: TableSettings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -258,8 +252,18 @@ def _scaled_tables(
     if place.frames is not None:
         cos, sin = _of_frames(cos, place), _of_frames(sin, place)
     if not (in_mode() or in_transform() or capturing(latent.device)):
-        know_axis_form((cos, sin), functools.partial(_part_of, table, _positions(table, place)))
+        know_axis_form((cos, sin), _packed(table, place))
     return cos, sin
+
+
+def _packed(table: RopeTable, place: FrameRows) -> PackedTable:
+    """The table as kernels read it, at the frames of one forward pass."""
+    positions = None if place.frames is None else _of_frames(table.positions(), place)
+    count = table.count if positions is None else positions.shape[1]
+    spec = table.spec
+    return PackedTable(
+        table.rows, positions, count, spec.pairs, spec.pairing, sizes=table.sizes, first_rows=table.first_rows
+    )
 
 
 def _of_frames(x: torch.Tensor, place: FrameRows) -> torch.Tensor:
