@@ -7,6 +7,10 @@
 // of its own, nobody shares them: a thread reads those of its heads itself, once for queries and keys, and waits for no
 // other.
 //
+// Plan::split: blocks by turns own queries and keys, of as many heads, instead of both.
+//
+// Plan::stages: a block takes token after token, and bulk copies bring the next ones into stages of shared memory.
+//
 // Interleaved pairing: a lane owns one chunk of whole pairs. Half pairing: a lane owns two chunks whose channels are
 // each other's partners; lanes past the last pair own two chunks each of the channels that do not turn.
 
@@ -35,8 +39,9 @@ __device__ __forceinline__ int chunk_offset(int lane, int chunk) {
   return chunk * (lane < Shape<Plan>::kPairLanes ? Plan::pairs : Plan::chunk);
 }
 
+// `first_token` is the first of the block.
 template <class Plan>
-__device__ __forceinline__ Place find_place(const RotationArgs& args) {
+__device__ __forceinline__ Place find_place(const RotationArgs& args, unsigned first_token) {
   constexpr unsigned kTokenThreads = Shape<Plan>::kTokenThreads, kLanes = Plan::lanes, kTokens = Plan::tokens;
   const unsigned thread = threadIdx.x;
   Place place;
@@ -44,7 +49,7 @@ __device__ __forceinline__ Place find_place(const RotationArgs& args) {
   place.row = thread % kTokenThreads / kLanes;
   place.lane = thread % kLanes;
   place.batch = blockIdx.z * gridDim.y + blockIdx.y;
-  place.token = blockIdx.x * kTokens + place.slot;
+  place.token = first_token + place.slot;
   place.entry = place.batch < args.batches ? place.batch : args.entry_count;  // the latter is none
   if (Plan::shift && place.batch < args.batches) place.entry = args.entries[place.batch];
   const bool still = args.keep_still && place.token - args.prefix >= args.turning;  // wraps around before the prefix
@@ -143,15 +148,18 @@ struct Heads {
   static constexpr int kChunks = Shape<Plan>::kChunks;
   static constexpr int kRows = (kHeads + Plan::rows - 1) / Plan::rows;
   static constexpr bool kAcross = Plan::norm == kAcrossHeads;
-  template <typename Number, int kCount>
-  using Parameters = Chunk<Number, Plan::chunk, Plan::weight_access>[kCount][kChunks];
+  // Weights across heads are all held from the start, or those of one row and of the next.
+  static constexpr bool kLate = kAcross && Plan::weighted && Plan::late_weights;
+  static constexpr int kWeightRows = !kAcross ? 1 : kLate ? 2 : kRows;
+  template <typename Number>
+  using Parameters = Chunk<Number, Plan::chunk, Plan::weight_access>[kChunks];
 
   const Tensor& tensor;
   const Strides& strides;
   const Place& place;
   Chunk<Data, Plan::chunk, Plan::access> data[kRows][kChunks];
-  Parameters<Weight, kAcross ? kRows : 1> weights;
-  Parameters<Bias, 1> bias;
+  Parameters<Weight> weights[kWeightRows];
+  Parameters<Bias> bias;
 
   __device__ __forceinline__ Heads(const Tensor& tensor, const Strides& strides, const Place& place)
       : tensor(tensor), strides(strides), place(place) {}
@@ -169,32 +177,46 @@ struct Heads {
     for (int i = 0; i < kRows; ++i, head += Plan::rows * strides.x_head) {
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk) {
-        if (owns(i, chunk)) data[i][chunk].load_once(head + chunk_offset<Plan>(place.lane, chunk));
+        if (owns(i, chunk)) {
+          data[i][chunk].template load_once<Plan::loads>(head + chunk_offset<Plan>(place.lane, chunk));
+        }
       }
     }
   }
 
-  // Weights or biases of this thread's channels of the heads from row `first` on, `from` by reference: it is read from
-  // the arguments here, not held before.
-  template <typename Number, int kCount>
-  __device__ __forceinline__ void load_parameters(
-      const void* const& from, int first, Parameters<Number, kCount>& parameters) const {
+  // The same from the heads of this token in shared memory, which lie one behind the other.
+  __device__ __forceinline__ void load_staged(const Data* heads) {
+    const Data* head = heads + first_channel<Plan>(place.lane) + place.row * Plan::head_dim;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int head = kAcross ? place.row + (first + i) * Plan::rows : 0;
-      const Number* start = static_cast<const Number*>(from) + head * Plan::head_dim + first_channel<Plan>(place.lane);
+    for (int i = 0; i < kRows; ++i, head += Plan::rows * Plan::head_dim) {
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk) {
-        if (owns(first + i, chunk)) parameters[i][chunk].load_shared(start + chunk_offset<Plan>(place.lane, chunk));
+        if (owns(i, chunk)) data[i][chunk].load_staged(head + chunk_offset<Plan>(place.lane, chunk));
       }
     }
   }
 
-  // All weights, and the biases that heads share. Those across heads are read when they are added: a thread has no
-  // registers for both of many heads.
+  // Weights or biases of this thread's channels of the head of row i, `from` by reference: it is read from the arguments
+  // here, not held before.
+  template <typename Number>
+  __device__ __forceinline__ void load_parameters(
+      const void* const& from, int i, Parameters<Number>& parameters) const {
+    const int head = kAcross ? place.row + i * Plan::rows : 0;
+    const Number* start = static_cast<const Number*>(from) + head * Plan::head_dim + first_channel<Plan>(place.lane);
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      if (owns(i, chunk)) parameters[chunk].load_shared(start + chunk_offset<Plan>(place.lane, chunk));
+    }
+  }
+
+  // All weights that are held from the start, and the biases that heads share. Biases across heads are read when they
+  // are added: a thread has no registers for both of many heads.
   __device__ __forceinline__ void load_norm() {
-    if constexpr (Plan::weighted) load_parameters(tensor.weight, 0, weights);
-    if constexpr (Plan::biased && !kAcross) load_parameters(tensor.bias, 0, bias);
+    if constexpr (Plan::weighted && !kLate) {
+#pragma unroll
+      for (int i = 0; i < kWeightRows; ++i) load_parameters<Weight>(tensor.weight, i, weights[i]);
+    }
+    if constexpr (Plan::biased && !kAcross) load_parameters<Bias>(tensor.bias, 0, bias);
   }
 
   __device__ __forceinline__ void unpack(int i, Channels<Plan>& values) const {
@@ -262,8 +284,8 @@ struct Heads {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       float weight[Plan::chunk], added[Plan::chunk];
-      if constexpr (Plan::weighted) weights[kAcross ? i : 0][chunk].unpack(weight);
-      if constexpr (Plan::biased) bias[0][chunk].unpack(added);
+      if constexpr (Plan::weighted) weights[i % kWeightRows][chunk].unpack(weight);
+      if constexpr (Plan::biased) bias[chunk].unpack(added);
 #pragma unroll
       for (int j = 0; j < Plan::chunk; ++j) {
         float& value = values[chunk][j];
@@ -284,9 +306,13 @@ struct Heads {
   __device__ __forceinline__ void finish(const Angles<Plan>* angles, float mean, float factor, float eps) {
     Data* head = static_cast<Data*>(tensor.out) + first_channel<Plan>(place.lane) +
                  place.entry * strides.out_batch + place.token * strides.out_token + place.row * strides.out_head;
+    if constexpr (kLate) load_parameters<Weight>(tensor.weight, 0, weights[0]);
 #pragma unroll
     for (int i = 0; i < kRows; ++i, head += Plan::rows * strides.out_head) {
-      if constexpr (Plan::biased && kAcross) load_parameters(tensor.bias, i, bias);
+      if constexpr (kLate) {  // before this row's stores, which no later load overtakes
+        if (i + 1 < kRows) load_parameters<Weight>(tensor.weight, i + 1, weights[(i + 1) % kWeightRows]);
+      }
+      if constexpr (Plan::biased && kAcross) load_parameters<Bias>(tensor.bias, i, bias);
       Channels<Plan> values;
       unpack(i, values);
       if constexpr (Plan::norm == kPerHead) {
@@ -302,7 +328,7 @@ struct Heads {
       for (int chunk = 0; chunk < kChunks; ++chunk) {
         if (!owns(i, chunk)) continue;
         data[i][chunk].pack(values[chunk]);
-        data[i][chunk].store(head + chunk_offset<Plan>(place.lane, chunk));
+        data[i][chunk].template store<Plan::stores>(head + chunk_offset<Plan>(place.lane, chunk));
       }
     }
   }
@@ -334,7 +360,7 @@ template <class Plan, class Query, class Key>
 __device__ __forceinline__ void norm_token(
     const Query& query, const Key& key, const Place& place, float eps, float (&means)[2], float (&factors)[2],
     Shared<Plan>& shared) {
-  constexpr bool kKeys = Plan::key_heads > 0;
+  constexpr bool kKeys = Shape<Plan>::kKeys;
   constexpr int kQueryChannels = Plan::query_heads * Plan::head_dim, kKeyChannels = Plan::key_heads * Plan::head_dim;
   if constexpr (Plan::centred) {
     means[0] = query.sum_of_rows();
@@ -350,20 +376,26 @@ __device__ __forceinline__ void norm_token(
   if constexpr (kKeys) factors[1] = inverse_rms(factors[1], kKeyChannels, eps);
 }
 
+// What a thread has of queries and of keys; where a block has one of them, it is the first.
+template <class Plan>
+using Query = Heads<Plan, typename Plan::QueryWeight, typename Plan::QueryBias, Plan::query_heads>;
+template <class Plan>
+using Key = Heads<Plan, typename Plan::KeyWeight, typename Plan::KeyBias, Shape<Plan>::kKeys ? Plan::key_heads : 1>;
+
 template <class Plan>
 __device__ __forceinline__ void rotate_tokens(const RotationArgs& args, Shared<Plan>& shared) {
-  constexpr bool kKeys = Plan::key_heads > 0;
-  const Place place = find_place<Plan>(args);
-  using Query = Heads<Plan, typename Plan::QueryWeight, typename Plan::QueryBias, Plan::query_heads>;
-  using Key = Heads<Plan, typename Plan::KeyWeight, typename Plan::KeyBias, kKeys ? Plan::key_heads : 1>;
-  Query query(args.query, args.query_strides, place);
-  Key key(args.key, args.key_strides, place);
+  constexpr bool kKeys = Shape<Plan>::kKeys;
+  const unsigned side = Plan::split ? blockIdx.x % 2 : 0, block = Plan::split ? blockIdx.x / 2 : blockIdx.x;
+  const Place place = find_place<Plan>(args, block * Plan::tokens);
+  Query<Plan> query(args.tensors[side], args.strides[side], place);
+  Key<Plan> key(args.tensors[1], args.strides[1], place);
   query.load();
   if constexpr (kKeys) key.load();
   query.load_norm();
   if constexpr (kKeys) key.load_norm();
 
-  Angles<Plan> angles[Plan::own_angles ? (Query::kRows > Key::kRows ? Query::kRows : Key::kRows) : 1];
+  constexpr int kRows = Query<Plan>::kRows > Key<Plan>::kRows ? Query<Plan>::kRows : Key<Plan>::kRows;
+  Angles<Plan> angles[Plan::own_angles ? kRows : 1];
   if constexpr (Plan::own_angles) {
     load_own_angles(args, place, angles);
   } else {
@@ -387,6 +419,81 @@ __device__ __forceinline__ void rotate_tokens(const RotationArgs& args, Shared<P
   }
   query.finish(angles, means[0], factors[0], args.eps);
   if constexpr (kKeys) key.finish(angles, means[1], factors[1], args.eps);
+}
+
+// Begins to copy the heads of one token into shared memory, at once where they lie one behind the other.
+template <class Plan, int kHeads>
+__device__ __forceinline__ void fetch_heads(
+    const Tensor& tensor, const Strides& strides, unsigned batch, unsigned token, typename Plan::Data* to,
+    Arrival* arrival) {
+  using Data = typename Plan::Data;
+  constexpr unsigned kHeadBytes = Plan::head_dim * sizeof(Data);
+  const Data* from = static_cast<const Data*>(tensor.x) + batch * strides.x_batch + token * strides.x_token;
+  const bool dense = strides.x_head == Plan::head_dim;
+  const int copies = dense ? 1 : kHeads;
+#pragma unroll 1
+  for (int i = 0; i < copies; ++i) {
+    copy_bulk(to + i * Plan::head_dim, from + i * strides.x_head, dense ? kHeads * kHeadBytes : kHeadBytes, arrival);
+  }
+}
+
+template <class Plan>
+__device__ __forceinline__ void fetch_token(
+    const RotationArgs& args, unsigned batch, unsigned token, Stage<Plan>& stage, Arrival* arrival) {
+  constexpr int kHeads = Plan::query_heads + Plan::key_heads;
+  announce(arrival, kHeads * Plan::head_dim * sizeof(typename Plan::Data));
+  fetch_heads<Plan, Plan::query_heads>(args.tensors[0], args.strides[0], batch, token, stage.query, arrival);
+  if constexpr (Plan::key_heads > 0) {
+    fetch_heads<Plan, Plan::key_heads>(args.tensors[1], args.strides[1], batch, token, stage.key, arrival);
+  }
+}
+
+// A norm across heads by blocks that stay: token after token, weights in registers, the next Plan::stages tokens on their
+// way into shared memory. A stage is filled anew after the barrier of the norm, when every thread has read it.
+template <class Plan>
+__device__ __forceinline__ void rotate_tokens(const RotationArgs& args, StreamShared<Plan>& shared) {
+  static_assert(Plan::norm == kAcrossHeads && Plan::tokens == 1 && !Plan::own_angles && !Plan::shift && !Plan::split,
+                "a norm across heads, one token a block");
+  constexpr bool kKeys = Shape<Plan>::kKeys;
+  Stage<Plan>* stages = reinterpret_cast<Stage<Plan>*>(dynamic_shared());
+  Place place = find_place<Plan>(args, blockIdx.x);
+  if (place.entry >= args.entry_count) return;  // the same for the whole block
+  Query<Plan> query(args.tensors[0], args.strides[0], place);
+  Key<Plan> key(args.tensors[1], args.strides[1], place);
+  const bool fetches = threadIdx.x == 0;
+  if (fetches) {  // the others wait for nothing before a barrier
+    prepare(shared.arrivals, Plan::stages);
+    for (unsigned i = 0; i < Plan::stages && blockIdx.x + i * gridDim.x < args.tokens; ++i) {
+      fetch_token(args, place.entry, blockIdx.x + i * gridDim.x, stages[i], shared.arrivals + i);
+    }
+  }
+  query.load_norm();
+  if constexpr (kKeys) key.load_norm();
+
+  unsigned at = 0, parity = 0, turn = 0;
+#pragma unroll 1
+  for (unsigned token = blockIdx.x; token < args.tokens; token += gridDim.x) {
+    place = find_place<Plan>(args, token);
+    Shared<Plan>& of_token = shared.tokens[turn];
+    find_rows(args, place, of_token);
+    __syncthreads();
+    read_angles(args, of_token);
+    wait_for(shared.arrivals + at, parity);
+    query.load_staged(stages[at].query);
+    if constexpr (kKeys) key.load_staged(stages[at].key);
+    float means[2] = {0.0f, 0.0f}, factors[2] = {0.0f, 0.0f};
+    norm_token(query, key, place, args.eps, means, factors, of_token);
+    const unsigned next = token + Plan::stages * gridDim.x;
+    if (fetches && next < args.tokens) fetch_token(args, place.entry, next, stages[at], shared.arrivals + at);
+    if (place.live) {
+      Angles<Plan> angles;
+      angles.read(of_token, place.slot, place.lane);
+      query.finish(&angles, means[0], factors[0], args.eps);
+      if constexpr (kKeys) key.finish(&angles, means[1], factors[1], args.eps);
+    }
+    turn ^= 1;
+    if (++at == Plan::stages) at = 0, parity ^= 1;
+  }
 }
 
 }  // namespace dit_rope

@@ -33,13 +33,11 @@ struct Strides {
 // Arguments of one launch, passed by value. What changes from call to call is in front, and members go from 8-byte to
 // 4-byte ones: no padding, so the host packs them field by field.
 struct RotationArgs {
-  Tensor query;
-  Tensor key;            // unused where Plan::key_heads is 0
+  Tensor tensors[2];     // queries and keys; the second is unused where Plan::key_heads is 0
   const void* rows;      // [2, R, P]: cos, then sin, of all axes, axis after axis along R; last dim contiguous
   const int* positions;  // [1 or B, 1 or count, axes] rows of the table; or null: rows come from the grid
   const int* entries;    // [B] which batch entry of x is turned as entry b; read where Plan::shift
-  Strides query_strides;
-  Strides key_strides;
+  Strides strides[2];
   long long sin_offset;  // elements from a cosine to its sine
   long long row_stride;  // elements from a row of the table to the next
   long long head_rows;   // rows from those of one head to those of the next; read where Plan::own_angles
@@ -131,11 +129,20 @@ struct Chunk {
 
   alignas(16) unsigned words[kWords];
 
-  // Reads what nobody reads again: it is first to leave the caches, so that tables and weights stay.
+  // Reads what nobody reads again, by a policy that should let tables and weights stay in the caches.
+  template <LoadPolicy kPolicy>
   __device__ __forceinline__ void load_once(const Number* from) {
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) {
-      reinterpret_cast<Access*>(words)[i] = __ldcs(reinterpret_cast<const Access*>(from) + i);
+      reinterpret_cast<Access*>(words)[i] = load_whole<kPolicy>(reinterpret_cast<const Access*>(from) + i);
+    }
+  }
+
+  // Reads what lies in shared memory.
+  __device__ __forceinline__ void load_staged(const Number* from) {
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) {
+      reinterpret_cast<Access*>(words)[i] = reinterpret_cast<const Access*>(from)[i];
     }
   }
 
@@ -147,10 +154,11 @@ struct Chunk {
     }
   }
 
+  template <StorePolicy kPolicy>
   __device__ __forceinline__ void store(Number* to) const {
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) {
-      store_whole(reinterpret_cast<Access*>(to) + i, reinterpret_cast<const Access*>(words)[i]);
+      store_whole<kPolicy>(reinterpret_cast<Access*>(to) + i, reinterpret_cast<const Access*>(words)[i]);
     }
   }
 
@@ -168,6 +176,7 @@ struct Chunk {
 // What a plan implies for one thread and one token.
 template <class Plan>
 struct Shape {
+  static constexpr bool kKeys = Plan::key_heads > 0 && !Plan::split;         // a block has keys beside the queries
   static constexpr int kChunks = Plan::half ? 2 : 1;                         // of one lane in one head
   static constexpr int kPairs = Plan::half ? Plan::chunk : Plan::chunk / 2;  // of one lane
   static constexpr int kPairLanes = (Plan::pairs + kPairs - 1) / kPairs;     // lanes that own pairs
@@ -192,6 +201,21 @@ struct Shared {
   int rows[Plan::tokens][kMaxAxes];  // of the table; negative where the axis does not turn
   // Of queries and of keys, warp by warp; of squares last, of a LayerNorm's values before them.
   float sums[Plan::centred ? 2 : 1][Plan::tokens][Shape<Plan>::kTokenWarps][2];
+};
+
+// What a block that takes token after token shares: angles by turns, since the last ones may still be read, and what
+// tells that a stage has arrived.
+template <class Plan>
+struct StreamShared {
+  Shared<Plan> tokens[2];
+  Arrival arrivals[Plan::stages];
+};
+
+// Queries and keys of one token on their way: a stage of the dynamic shared memory.
+template <class Plan>
+struct Stage {
+  alignas(128) typename Plan::Data query[Plan::query_heads * Plan::head_dim];
+  alignas(128) typename Plan::Data key[Plan::key_heads > 0 ? Plan::key_heads * Plan::head_dim : 1];
 };
 
 // Cosines, or sines, of neighbouring pairs from the table, in accesses of Plan::table_access bytes.

@@ -2,18 +2,21 @@
 
 The environment chooses: ``DIT_ROPE_BACKEND`` is eager (the default), triton or cuda, ``DIT_ROPE_DEVICE`` is cpu (the
 default) or cuda. On a CPU Triton needs TRITON_INTERPRET=1, and the CUDA kernels run in ``cuda_emulation.py``.
+``DIT_ROPE_TUNING`` is JSON of the choices of :class:`~dit_rope.backends.cuda_tuning.Tuning` that CUDA kernels are
+compiled with, where it is set.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -25,6 +28,7 @@ from oracle import rotate as rotate_oracle
 from tolerance import assert_within
 
 from dit_rope.backends import cuda_kernels, eager, triton_kernels
+from dit_rope.backends.cuda_tuning import Tuning
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.spec import NormKind, Pairing
 
@@ -56,23 +60,42 @@ LONG_TABLES = {"test_angles_of_heads_are_in_tables_past_2_31_elements"}
 SKIPPED = {"eager": PAST_THE_TABLE, "triton": LONG_TABLES, "cuda": ODD_DIMS | ONE_WEIGHT}[BACKEND]
 
 
-def run_contract(backend: str, device: str) -> None:
-    """Runs every test of the contract in a process of its own; raises AssertionError, with its output, if one fails."""
+def run_contract(backend: str, device: str, tuning: Tuning | None = None) -> str:
+    """Runs every test of the contract in a process of its own; returns pytest's last line.
+
+    Raises:
+        AssertionError: a test failed, with the output.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"DIT_ROPE_BACKEND": backend, "DIT_ROPE_DEVICE": device, "PYTHONPATH": str(HERE.parent)}
     if (backend, device) == ("triton", "cpu"):
         environment["TRITON_INTERPRET"] = "1"
+    if tuning is not None:
+        environment["DIT_ROPE_TUNING"] = json.dumps(asdict(tuning))
     files = [str(HERE / name) for name in FILES]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", *files],
         env=environment, cwd=HERE.parent, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-20_000:]}\n{done.stderr[-2_000:]}"
+    return done.stdout.strip().rpartition("\n")[2]
 
 
 @contextmanager
 def prepared(folder: Path) -> Iterator[None]:
     """While it is open, the backend takes calls on :data:`DEVICE`; ``folder`` keeps the kernels built for a CPU."""
+    with _tuned(os.environ.get("DIT_ROPE_TUNING")), _on_cpu(folder):
+        yield
+
+
+def _tuned(choices: str | None) -> AbstractContextManager[object]:
+    if choices is None:
+        return nullcontext()
+    return cuda_kernels.tuned(Tuning(**json.loads(choices)))
+
+
+@contextmanager
+def _on_cpu(folder: Path) -> Iterator[None]:
     if DEVICE == "cpu" and BACKEND == "cuda":
         from cuda_emulation import emulated
 

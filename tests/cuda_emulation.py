@@ -26,6 +26,8 @@ from dit_rope.backends.cuda_plan import Plan, kernel_sources
 HERE = Path(__file__).resolve().parent
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-shared", "-fPIC")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
+# Few, so that blocks which stay take several tokens.
+PROCESSORS = 2
 
 # One kernel whose name differs from plan to plan, behind one function whose name does not.
 ENTRY = """
@@ -92,6 +94,7 @@ def emulated(folder: Path) -> Iterator[EmulatedKernels]:
         mock.patch.object(cuda_kernels, "_why_no_device", return_value=None),
         mock.patch.object(cuda_kernels, "_launch", launch),
         mock.patch.object(cuda_kernels, "_launcher", return_value=kernels),
+        mock.patch.object(cuda_kernels, "_processors", return_value=PROCESSORS),
     ):
         yield kernels
 

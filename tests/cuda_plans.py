@@ -16,6 +16,7 @@ import torch
 
 from dit_rope.backends.cuda_kernels import plan_of
 from dit_rope.backends.cuda_plan import Plan
+from dit_rope.backends.cuda_tuning import Tuning
 from dit_rope.backends.gpu_calls import Norm
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.spec import NormKind, Pairing
@@ -219,15 +220,21 @@ def norm_of(row: Row) -> Norm | None:
     return Norm(kind, weights, 1e-6, biases if kind.centred else ())
 
 
-def plan_for(row: Row) -> Plan:
-    """The plan of a call with these options."""
+def plan_for(row: Row, tuning: Tuning | None = None) -> Plan:
+    """The plan of a call with these options, and with the choices of ``tuning``."""
     heads = HEADS[row["heads"]]
     shapes = [(1, TOKENS, count, heads.dim) for count in heads.counts[: row["tensors"]]]
     xs, outs = ([aligned_zeros(shape, row["data"], row["alignment"]) for shape in shapes] for _ in range(2))
     in_place = row["operation"] in ("rotate-in-place", "shift")
-    return plan_of(xs, rotation_args(row), xs if in_place else outs, norm_of(row))
+    return plan_of(xs, rotation_args(row), xs if in_place else outs, norm_of(row), tuning)
 
 
+# What a sweep tunes: the operations and shapes that are held to targets, and the rotation in place.
+SWEPT = [
+    f"{operation}-{heads}-interleaved-bfloat16"
+    for heads in ("wan-1.3b", "wan-14b", "hunyuan-video")
+    for operation in ("rotate", "rotate-in-place", "norm-per-head", "norm-across-heads")
+]
 MODEL_ROWS = {name_of(row): row for row in model_rows()}
 ROWS = {name_of(row): row for row in pairwise_rows(model_rows())}
 PLANS: dict[str, Plan] = {name: plan_for(row) for name, row in ROWS.items()}

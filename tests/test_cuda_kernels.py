@@ -11,6 +11,7 @@ import torch
 from contract_calls import run_contract
 
 from dit_rope.backends import cuda_kernels, cuda_plan, eager
+from dit_rope.backends.cuda_tuning import Tuning
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.spec import NormKind, Pairing
 
@@ -29,7 +30,7 @@ def test_kernel_keeps_the_contract() -> None:
     run_contract("cuda", "cuda")
 
 
-def norm_and_rotation(kind: NormKind, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def norm_and_rotation(kind: NormKind, folder: Path, tuning: Tuning | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """A norm and a rotation by the kernel, built in ``folder`` for a CPU, and by the eager backend.
 
     There are several blocks, of several warps for each token.
@@ -39,15 +40,24 @@ def norm_and_rotation(kind: NormKind, folder: Path) -> tuple[torch.Tensor, torch
     x = torch.randn(1, 5, 24, 128).bfloat16()
     outs = torch.zeros_like(x), torch.zeros_like(x)
     eager.norm_rotate([x], [None], 1e-6, kind, args, [outs[1]])
-    with cuda_emulation.emulated(folder):
+    with cuda_emulation.emulated(folder), cuda_kernels.tuned(tuning or Tuning()):
         cuda_kernels.norm_rotate([x], [None], 1e-6, kind, args, [outs[0]])
     return outs
 
 
+STREAM = Tuning(stages=2)
 FAULTS = {
     "outside": ("place.token < args.tokens", "place.token <= args.tokens", "access outside of every tensor"),
     "misaligned": ("? lane * Plan::chunk", "? lane * Plan::chunk / 2", "misaligned access"),
-    "diverging": ("__syncthreads();\n    read", "if (place.row == 0) __syncthreads();\n    read", "different barriers"),
+    "diverging": ("shared);\n    __sync", "shared);\n    if (place.row == 0) __sync", "different barriers"),
+}
+STREAM_FAULTS = {
+    "not-filled-again": ("if (fetches && next < args.tokens)", "if (false)", "a wait that never ends"),
+    "other-bytes-announced": ("announce(arrival, kHeads", "announce(arrival, 2 * kHeads", "a wait that never ends"),
+    "not-prepared": ("place, of_token);\n    __syncthreads();", "place, of_token);", "a wait that never ends"),
+    "not-waited-for": ("wait_for(shared.arrivals + at, parity);", "", "filled before it was waited for"),
+    "past-the-last": ("if (fetches && next < args.tokens)", "if (fetches)", "access outside of every tensor"),
+    "broken-copy": ("dense ? kHeads * kHeadBytes", "dense ? kHeads * kHeadBytes - 8", "broken 16 bytes"),
 }
 
 
@@ -63,19 +73,36 @@ def test_run_on_a_cpu_finds_what_a_gpu_would_let_pass(
 
 
 @needs_compiler
+@pytest.mark.parametrize("fault", STREAM_FAULTS)
+def test_run_on_a_cpu_finds_what_is_wrong_with_copies_ahead(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, wrong, message = STREAM_FAULTS[fault]
+    break_kernel(right, wrong, tmp_path, monkeypatch)
+    with pytest.raises(RuntimeError, match=message):
+        norm_and_rotation(NormKind.ACROSS_HEADS, tmp_path / "built", STREAM)
+
+
+@needs_compiler
 @pytest.mark.parametrize(
-    ("barrier", "kind"), [(0, NormKind.ACROSS_HEADS), (1, NormKind.PER_HEAD), (2, NormKind.PER_HEAD)]
+    ("barrier", "kind", "tuning"),
+    [
+        (0, NormKind.ACROSS_HEADS, None),
+        (1, NormKind.PER_HEAD, None),
+        (2, NormKind.PER_HEAD, None),
+        (0, NormKind.ACROSS_HEADS, STREAM),
+    ],
 )
 def test_run_on_a_cpu_needs_every_barrier(
-    barrier: int, kind: NormKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    barrier: int, kind: NormKind, tuning: Tuning | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    actual, expected = norm_and_rotation(kind, tmp_path / "right")
+    actual, expected = norm_and_rotation(kind, tmp_path / "right", tuning)
     torch.testing.assert_close(actual, expected)
     parts = (cuda_plan.kernel_sources() / "rope.cu").read_text().split("__syncthreads();")
-    assert len(parts) == 4
-    broken = "".join(part + ("" if i in (barrier, 3) else "__syncthreads();") for i, part in enumerate(parts))
+    assert len(parts) == 5
+    broken = "".join(part + ("" if i in (barrier, 4) else "__syncthreads();") for i, part in enumerate(parts))
     break_kernel("__syncthreads();".join(parts), broken, tmp_path, monkeypatch)
-    actual, expected = norm_and_rotation(kind, tmp_path / "built")
+    actual, expected = norm_and_rotation(kind, tmp_path / "built", tuning)
     assert not torch.allclose(actual, expected)
 
 

@@ -24,7 +24,12 @@ from dit_rope.rotation_args import RotationArgs
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = {path.name for path in (ROOT / "kernels").iterdir()}
-DATA = {"dit_rope/py.typed", "dit_rope/benchmark/report.html", "dit_rope/models/known_code.json"}
+DATA = {
+    "dit_rope/py.typed",
+    "dit_rope/backends/cuda_tuning.json",
+    "dit_rope/benchmark/report.html",
+    "dit_rope/models/known_code.json",
+}
 SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "dit_rope").rglob("*.py")} | DATA
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 
@@ -18,7 +19,8 @@ import torch
 from ..rotation_args import RotationArgs
 from ..spec import NormKind, Pairing
 from .cuda_arguments import POINTERS, Launch, pack_numbers
-from .cuda_plan import MAX_HELD, WARP, Plan, Signature, deal_threads, plan_for
+from .cuda_plan import MAX_HELD, WARP, Plan, Signature, deal_threads, plan_for, tuned_shape
+from .cuda_tuning import Tuning, device_name, tuning_for
 from .gpu_calls import (
     ACCESS_BYTES,
     COMMON,
@@ -38,6 +40,7 @@ MAX_GRID_ROWS = 65_535
 MAX_LAUNCHES = 1024
 
 _launches: dict[object, Launch] = {}
+_forced: Tuning | None = None
 
 
 def declined(xs: Sequence[torch.Tensor], args: RotationArgs, norm: NormKind | None = None) -> str | None:
@@ -98,11 +101,11 @@ def launch_of(
         args.head_rows and pointers[8] % ACCESS_BYTES,
         pointers[0] == pointers[1], pointers[4] == pointers[5],
     )  # fmt: skip
-    launch = _launches.get(key)
+    launch = _launches.get(key) if _forced is None else make_launch(xs, args, outs, norm)
     if launch is None:
         if len(_launches) >= MAX_LAUNCHES:
             _launches.clear()
-        launch = _launches[key] = _launch_of(xs, args, outs, norm)
+        launch = _launches[key] = make_launch(xs, args, outs, norm)
     return launch, POINTERS.pack(*pointers)
 
 
@@ -121,36 +124,68 @@ def _norm_key(norm: Norm, pointers: list[int]) -> tuple[object, ...]:
     return (norm.kind, norm.eps, dtypes, alignment, *[bias.dtype for bias in biases])
 
 
-def _launch_of(
-    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None
+def make_launch(
+    xs: Sequence[torch.Tensor],
+    args: RotationArgs,
+    outs: Sequence[torch.Tensor],
+    norm: Norm | None = None,
+    tuning: Tuning | None = None,
 ) -> Launch:
-    plan = plan_of(xs, args, outs, norm)
+    """The launch of one call, made anew, with the choices of ``tuning`` or with those measured for its device."""
+    plan = plan_of(xs, args, outs, norm, tuning)
     batch, tokens = batch_entries(xs, args), xs[0].shape[1]
     rows = min(batch, MAX_GRID_ROWS)
-    grid = (-(-tokens // plan.tokens), rows, -(-batch // rows))
-    return Launch(plan, grid, pack_numbers(xs, args, outs, norm, batch))
+    blocks = -(-tokens // plan.tokens) * (2 if plan.split else 1)
+    if plan.stages:  # blocks that stay, as many as the device holds at once
+        blocks = min(blocks, max(1, _processors(xs[0].device) * max(1, plan.min_blocks) // batch))
+    return Launch(plan, (blocks, rows, -(-batch // rows)), pack_numbers(xs, args, outs, norm, batch))
 
 
 def plan_of(
-    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None = None
+    xs: Sequence[torch.Tensor],
+    args: RotationArgs,
+    outs: Sequence[torch.Tensor],
+    norm: Norm | None = None,
+    tuning: Tuning | None = None,
 ) -> Plan:
     """The constants that the kernel is compiled for in one call; the call is not validated.
 
     Nothing in it depends on the number of tokens, the batch, or where in the grid a token stands.
     """
     weights, biases = ([], []) if norm is None else (norm.given, norm.added)
-    signature = _signature(Call(xs, args, norm.kind if norm else None))
-    return plan_for(
-        replace(
-            signature,
-            weights=_dtypes(weights),
-            biases=_dtypes(biases),
-            keep_still=keeps_still(xs, outs, norm),
-            alignment=_alignment([*xs, *outs]),
-            weight_alignment=_alignment([*weights, *biases]),
-            table_alignment=_alignment([args.rows]) if args.head_rows else ACCESS_BYTES,
-        )
+    signature = replace(
+        _signature(Call(xs, args, norm.kind if norm else None)),
+        weights=_dtypes(weights),
+        biases=_dtypes(biases),
+        keep_still=keeps_still(xs, outs, norm),
+        alignment=_alignment([*xs, *outs]),
+        weight_alignment=_alignment([*weights, *biases]),
+        table_alignment=_alignment([args.rows]) if args.head_rows else ACCESS_BYTES,
     )
+    tuning = tuning or _forced or tuning_for(tuned_shape(signature, device_name(xs[0].device)))
+    return plan_for(signature, tuning)
+
+
+@contextmanager
+def tuned(tuning: Tuning) -> Iterator[None]:
+    """Calls inside, on any thread, have these choices, whatever was measured; what they launch is not remembered."""
+    global _forced
+    before, _forced = _forced, tuning
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def prepare(plans: Iterable[Plan], device: torch.device) -> None:
+    """Compiles the kernels of ``plans`` side by side, so that their first calls on ``device`` need not wait for it."""
+    _launcher().prepare(plans, device)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _dtypes(tensors: Sequence[torch.Tensor]) -> tuple[torch.dtype, ...]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +68,7 @@ def run(launch: Launch, pointers: bytes, device: torch.device) -> None:
     ctypes.memmove(_state.address, pointers + launch.numbers, ARGUMENTS_SIZE)
     stream = torch.cuda.current_stream(index).cuda_stream
     (error,) = driver.cuLaunchKernel(
-        loaded.function, *launch.grid, launch.plan.threads, 1, 1, 0, stream, _state.parameters, 0
+        loaded.function, *launch.grid, launch.plan.threads, 1, 1, launch.plan.stage_bytes, stream, _state.parameters, 0
     )
     if error != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"the driver must accept a launch, got {error.name} for grid {launch.grid} of {launch.plan}")
@@ -79,6 +81,23 @@ def compile_plan(plan: Plan, arch: str) -> bytes:
         RuntimeError: NVRTC cannot compile it, with NVRTC's log.
     """
     return bytes(_compile(plan, arch).code)
+
+
+def prepare(plans: Iterable[Plan], device: torch.device) -> None:
+    """Compiles and loads kernels, side by side on all cores: NVRTC runs without Python's lock.
+
+    Raises:
+        RuntimeError: NVRTC cannot compile one; none of them is loaded then.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    arch = f"sm_{Device(index).arch}"
+    new = [plan for plan in plans if (index, plan) not in _loaded]
+    with ThreadPoolExecutor() as pool:
+        codes = list(pool.map(lambda plan: _compile(plan, arch), new))
+    with _lock, torch.cuda.device(index):
+        Device(index).set_current()
+        for plan, code in zip(new, codes, strict=True):
+            _keep(index, plan, code)
 
 
 def _compile(plan: Plan, arch: str) -> ObjectCode:
@@ -98,7 +117,19 @@ def _load(index: int, plan: Plan) -> _Loaded:
                 f"{plan.heads} heads of {plan.head_dim} {plan.data} channels during capture; make this call once "
                 "before capturing"
             )
-        code = _compile(plan, f"sm_{Device(index).arch}")
-        kernel = code.get_kernel(plan.operation)
-        loaded = _loaded[index, plan] = _Loaded(kernel, int(kernel.handle))
-        return loaded
+        return _keep(index, plan, _compile(plan, f"sm_{Device(index).arch}"))
+
+
+def _keep(index: int, plan: Plan, code: ObjectCode) -> _Loaded:
+    """Loads a kernel on the current device, with leave to have its dynamic shared memory; under the lock."""
+    kernel = code.get_kernel(plan.operation)
+    loaded = _Loaded(kernel, int(kernel.handle))
+    if plan.stage_bytes:
+        most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        (error,) = driver.cuKernelSetAttribute(most, plan.stage_bytes, loaded.function, index)
+        if error != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(
+                f"a block must have {plan.stage_bytes} bytes of shared memory, got {error.name} for {plan}"
+            )
+    _loaded[index, plan] = loaded
+    return loaded

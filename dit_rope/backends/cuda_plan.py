@@ -5,21 +5,22 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 from ..spec import MAX_AXES, NormKind
+from .cuda_tuning import DEFAULT, LOADS, STORES, Tuned, Tuning
 from .gpu_calls import ACCESS_BYTES, power_of_two
 
 WARP = 32
-# Chunks that a thread holds: as many 16-byte loads are in flight before its first store.
-THREAD_CHUNKS = 4
-# More than this many, and their weights, do not fit the registers of a thread.
+# More chunks than this many, and their weights, do not fit the registers of a thread.
 MAX_HELD = 8
-# A block is as small as one token needs, but no smaller than this, and no larger than that.
-MIN_THREADS, MAX_THREADS = 128, 512
+# A block is no larger than this.
+MAX_THREADS = 512
+# A stage begins at a multiple of this many bytes.
+STAGE_ALIGNMENT = 128
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _TYPE_NAMES = {torch.float32: "float", torch.bfloat16: "dit_rope::BFloat16", torch.float16: "dit_rope::Float16"}
@@ -60,6 +61,8 @@ class Plan:
         access, weight_access: bytes of one memory access to data, and to weights and biases.
         table_access: of one access to the table where every head has its own angles, else of one number.
         lanes, rows, tokens: threads of a block along channels, heads and tokens.
+        min_blocks, late_weights, split, loads, stores, stages: as in
+            :class:`~dit_rope.backends.cuda_tuning.Tuning`.
     """
 
     operation: str
@@ -82,6 +85,12 @@ class Plan:
     lanes: int
     rows: int
     tokens: int
+    min_blocks: int
+    late_weights: bool
+    split: bool
+    loads: str
+    stores: str
+    stages: int
 
     def __hash__(self) -> int:
         return self._hash
@@ -95,6 +104,13 @@ class Plan:
     def threads(self) -> int:
         """Threads of a block, whole warps."""
         return -(-self.tokens * self.rows * self.lanes // WARP) * WARP
+
+    @functools.cached_property
+    def stage_bytes(self) -> int:
+        """Dynamic shared memory of a block: ``Plan::stages`` times ``struct Stage`` of ``kernels/rope.cuh``."""
+        sides = [heads * self.head_dim * self.data.itemsize for heads in self.heads]
+        aligned = [-(-side // STAGE_ALIGNMENT) * STAGE_ALIGNMENT for side in sides]
+        return self.stages * (sum(aligned) + (STAGE_ALIGNMENT if len(sides) == 1 else 0))
 
     def source(self) -> str:
         """CUDA C++ of the kernel, to be compiled with the folder ``kernels/`` on its include path."""
@@ -126,6 +142,7 @@ class Plan:
             "rows": self.rows,
             "tokens": self.tokens,
             "threads": self.threads,
+            "stages": self.stages,
         }
         flags = {
             "shift": self.operation == "shift",
@@ -135,7 +152,11 @@ class Plan:
             "biased": bool(self.biases),
             "centred": self.norm is not None and self.norm.centred,
             "own_angles": self.own_angles,
+            "late_weights": self.late_weights,
+            "split": self.split,
         }
+        policies = {"Load": ("loads", LOADS.index(self.loads)), "Store": ("stores", STORES.index(self.stores))}
+        bounds_of_launch = f"Plan::threads, {self.min_blocks}" if self.min_blocks else "Plan::threads"
         lines = [
             "#include <rope.cu>",  # in quotes, it would be looked for where the process runs first
             "struct Plan {",
@@ -143,10 +164,14 @@ class Plan:
             f"  static constexpr dit_rope::Norm norm = dit_rope::{norm};",
             *(f"  static constexpr int {name} = {value};" for name, value in numbers.items()),
             *(f"  static constexpr bool {name} = {str(flag).lower()};" for name, flag in flags.items()),
+            *(
+                f"  static constexpr dit_rope::{kind}Policy {name} = dit_rope::{kind}Policy({number});"
+                for kind, (name, number) in policies.items()
+            ),
             "};",
-            f'extern "C" __global__ void __launch_bounds__(Plan::threads) {self.operation}(',
+            f'extern "C" __global__ void __launch_bounds__({bounds_of_launch}) {self.operation}(',
             "    const __grid_constant__ dit_rope::RotationArgs args) {",
-            "  __shared__ dit_rope::Shared<Plan> shared;",
+            f"  __shared__ dit_rope::{'Stream' if self.stages else ''}Shared<Plan> shared;",
             "  dit_rope::rotate_tokens(args, shared);",
             "}",
             "",
@@ -196,9 +221,10 @@ class Threads:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_for(signature: Signature) -> Plan:
-    """The plan of every call with this signature: one object for equal ones."""
-    threads = deal_threads(signature)
+def plan_for(signature: Signature, tuning: Tuning = DEFAULT) -> Plan:
+    """The plan of every call with this signature: one object for equal ones. It has of ``tuning`` what it can use."""
+    tuning = _usable(tuning, signature)
+    threads = deal_threads(signature, tuning)
     norm, data = signature.norm, signature.data
     parameters = signature.weights + signature.biases or (data,)
     return Plan(
@@ -221,25 +247,56 @@ def plan_for(signature: Signature) -> Plan:
         table_access=_table_access(signature, threads.chunk if signature.half else threads.chunk // 2),
         lanes=threads.lanes,
         rows=threads.rows,
-        tokens=_tokens(threads.rows * threads.lanes, _most_threads(signature)),
+        tokens=1 if tuning.stages else _tokens(threads.rows * threads.lanes, tuning, _most_threads(signature)),
+        min_blocks=tuning.min_blocks,
+        late_weights=tuning.late_weights,
+        split=tuning.split,
+        loads=tuning.loads,
+        stores=tuning.stores,
+        stages=tuning.stages,
     )
 
 
-def deal_threads(signature: Signature) -> Threads:
+def tuned_shape(signature: Signature, device: str) -> Tuned:
+    """What the choices for this signature are measured by, on a device of that name."""
+    if signature.norm is not None:
+        operation = "norm across heads" if signature.norm.across_heads else "norm per head"
+    else:
+        operation = "rotate in place" if signature.keep_still else "rotate"
+    return Tuned(device, operation, signature.heads, signature.head_dim, signature.data.itemsize)
+
+
+def _usable(tuning: Tuning, signature: Signature) -> Tuning:
+    """Without the choices that mean nothing to such a call, or that it must not have."""
+    across = signature.norm is not None and signature.norm.across_heads
+    split = tuning.split and len(signature.heads) == 2 and len(set(signature.heads)) == 1
+    split = split and len(set(signature.weights)) < 2 and len(set(signature.biases)) < 2
+    streams = across and not (signature.own_angles or signature.some_entries or split)
+    streams = streams and signature.alignment == ACCESS_BYTES == _chunk(signature) * signature.data.itemsize
+    return replace(
+        tuning,
+        late_weights=tuning.late_weights and across and bool(signature.weights),
+        split=split,
+        stages=tuning.stages if streams else 0,
+    )
+
+
+def deal_threads(signature: Signature, tuning: Tuning = DEFAULT) -> Threads:
     """Deals out a token so that each thread holds few chunks, of which it loads all before it stores one."""
     half, norm, pairs = signature.half, signature.norm, sum(signature.pairs)
+    heads = signature.heads[:1] if tuning.split else signature.heads
     chunk = _chunk(signature)
     width = -(-2 * pairs // chunk) * chunk if signature.keep_still else signature.head_dim
     # In half pairing every lane owns two chunks, those of the channels that do not turn too.
     lanes = pairs // chunk + -(-(width - 2 * pairs) // (2 * chunk)) if half else width // chunk
     if norm is not None and not norm.across_heads:
         lanes = power_of_two(lanes)
-    # Heads that a block works on at once: few enough threads that each holds THREAD_CHUNKS chunks.
+    # Heads that a block works on at once: few enough threads that each holds as many chunks as it should.
     limit = max(1, MAX_THREADS // lanes)
     for rows in range(1, limit + 1):
-        held = (2 if half else 1) * sum(-(-count // rows) for count in signature.heads)
+        held = (2 if half else 1) * sum(-(-count // rows) for count in heads)
         whole_warps = norm is None or not norm.across_heads or rows * lanes % WARP == 0
-        if whole_warps and held <= THREAD_CHUNKS:
+        if whole_warps and held <= tuning.thread_chunks:
             break
     return Threads(chunk, width, lanes, rows, held)
 
@@ -276,9 +333,9 @@ def _most_threads(signature: Signature) -> int:
     return MAX_THREADS // 2 if heavy else MAX_THREADS
 
 
-def _tokens(token_threads: int, most: int) -> int:
-    """Tokens of a block: enough for MIN_THREADS threads, in whole warps where those are within ``most``."""
-    least = -(-MIN_THREADS // token_threads)
+def _tokens(token_threads: int, tuning: Tuning, most: int) -> int:
+    """Tokens of a block: enough for ``tuning.min_threads``, in whole warps where those are within ``most``."""
+    least = -(-tuning.min_threads // token_threads)
     whole = math.lcm(token_threads, WARP) // token_threads
     even = -(-least // whole) * whole
     return even if even * token_threads <= most else least

@@ -72,10 +72,74 @@ inline void round_two(float& first, float& second) {
   }
 }
 
-template <typename Access>
+enum LoadPolicy { kEvictFirst, kCached, kNoAllocate, kNoAllocateEvictFirst };
+enum StorePolicy { kWriteBack, kStreaming, kPastLevelOne };
+
+// A policy changes no value.
+template <LoadPolicy, typename Access>
+inline Access load_whole(const Access* from) {
+  return __ldcs(from);
+}
+
+template <StorePolicy, typename Access>
 inline void store_whole(Access* to, const Access& value) {
   cuda_on_cpu::check(to, sizeof(Access));
   if (cuda_on_cpu::error == nullptr) std::memcpy(to, &value, sizeof value);
+}
+
+// What a GPU does while a block goes on, as late as it may: bytes are copied when the first thread waits for them, and
+// until then a stage holds NaN.
+struct Arrival {
+  unsigned long long state;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned bytes;
+};
+
+struct Arriving {
+  unsigned announced = 0, copied = 0, uses = 0;
+  std::vector<Copy> copies;
+};
+
+inline std::map<const Arrival*, Arriving> arriving;
+__shared__ unsigned char dynamic_bytes[227 << 10];
+
+inline unsigned char* dynamic_shared() {
+  return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(dynamic_bytes) + 127) / 128 * 128);
+}
+
+inline void prepare(Arrival* arrivals, int count) {
+  for (int i = 0; i < count; ++i) arriving[arrivals + i] = Arriving();
+}
+
+inline void announce(Arrival* arrival, unsigned bytes) {
+  Arriving& now = arriving[arrival];
+  if (now.announced != 0) cuda_on_cpu::fail("a stage filled before it was waited for", arrival);
+  now.announced = bytes;
+}
+
+inline void copy_bulk(void* to, const void* from, unsigned bytes, Arrival* arrival) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(to), first = reinterpret_cast<uintptr_t>(dynamic_bytes);
+  if (bytes % 16 != 0 || address % 16 != 0) cuda_on_cpu::fail("a bulk copy of broken 16 bytes", to);
+  if (address < first || address + bytes > first + sizeof dynamic_bytes) {
+    cuda_on_cpu::fail("a bulk copy outside of shared memory", to);
+  }
+  for (unsigned i = 0; i < bytes; i += 16) cuda_on_cpu::check(static_cast<const char*>(from) + i, 16);
+  if (cuda_on_cpu::error != nullptr) return;
+  std::memset(to, 0xff, bytes);
+  arriving[arrival].copies.push_back({to, from, bytes});
+  arriving[arrival].copied += bytes;
+}
+
+inline void wait_for(Arrival* arrival, unsigned parity) {
+  Arriving& now = arriving[arrival];
+  if (now.uses % 2 != parity) return;
+  if (now.announced == 0 || now.announced != now.copied) cuda_on_cpu::fail("a wait that never ends", arrival);
+  for (const Copy& copy : now.copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  now = Arriving{0, 0, now.uses + 1, {}};
 }
 
 }  // namespace dit_rope
