@@ -3,7 +3,7 @@
     python scripts/bench_kernels.py                                          # every shape, operation and peer
     python scripts/bench_kernels.py --run headline                           # what has a target, in 15 seconds
     python scripts/bench_kernels.py --shape wan-14b-720p --peers flash-attn --peer-path ~/rotary
-    python scripts/bench_kernels.py --sweep                                  # which tiles are fastest here
+    python scripts/bench_kernels.py --sweep                                  # which choices are fastest
 
 Every variant is compared with float64 on some tokens before it is timed. One that is wrong, or that cannot run, becomes
 a row with the reason in place of figures, and the others are measured; the exit code is 1 where it is one of ours.
@@ -141,7 +141,7 @@ def options_given() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=600.0, help="no operation is begun after this time")
     parser.add_argument("--results", type=Path, metavar="DIR", help="a folder for the CSV file; scripts/results")
-    parser.add_argument("--sweep", action="store_true", help="time tile choices of the CUDA kernel instead")
+    parser.add_argument("--sweep", action="store_true", help="time choices of the CUDA kernel instead")
     parser.add_argument("--rehearse", action="store_true", help="on CPU at tiny sizes; no CSV file without --results")
     options = parser.parse_args()
     options.shape = options.shape or RUNS[options.run].shapes
@@ -163,8 +163,9 @@ def main() -> None:
         sys.exit("bench_kernels.py needs a CUDA device; torch sees none")
     with torch.no_grad():
         if options.sweep:
-            sweep.run(shapes, device, options.rounds, options.rehearse)
-            return
+            rows = sweep.run(shapes, device, options.rounds, options.rehearse, options.seconds, options.results)
+            print(f"{len(rows)} rows, {sum(bool(line.get('failed')) for line in rows)} failed")
+            sys.exit(any(line.get("failed") for line in rows))
         path = result_path("kernels", device, options.results) if options.results else None
         record = Record(path, device, keep=lambda kept: kept.get("run") != options.run)
         run(shapes, options, device, record)

@@ -3,14 +3,18 @@
     python scripts/cuda_resources.py                     # all plans of tests/cuda_plans.py, all architectures
     python scripts/cuda_resources.py --check             # writes nothing; fails where a kernel has become larger
     python scripts/cuda_resources.py --check --plans rotate-wan-14b-interleaved-bfloat16 --archs sm_90
+    python scripts/cuda_resources.py --candidates        # what a sweep tries first, for sm_90, with this NVRTC
 
 ``results/cuda-resources.csv`` has one row per plan and architecture. ``--check`` compares with it: no kernel may spill,
 nor take over 8 registers more than there. Compile times are those of a machine that compiles on all of its cores.
+``results/cuda-candidates.csv`` has one row per operation, shape and choice of a sweep for each version of NVRTC that
+it was written with.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -25,13 +29,15 @@ from rich.console import Console
 from rich.progress import track
 
 from dit_rope.backends.cuda_launch import compile_plan
-from dit_rope.benchmark.results import read_csv
+from dit_rope.backends.cuda_plan import Plan
+from dit_rope.benchmark.results import environment, read_csv, write_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cuda_machine_code import ARCHS, disassemble, is_data_load, is_store, resident_threads, resources
-from cuda_plans import PLANS
+from cuda_plans import PLANS, ROWS, SWEPT, plan_for
+from gpu_checks.candidates import first_steps
 
-NAME = "cuda-resources"
+NAME, CANDIDATES = "cuda-resources", "cuda-candidates"
 MORE_REGISTERS = 8
 
 Kernel = tuple[str, str]
@@ -42,14 +48,16 @@ Result = TypeVar("Result")
 def measure(kernel: Kernel) -> dict[str, object]:
     """One row: what a plan costs on an architecture."""
     name, arch = kernel
-    plan = PLANS[name]
+    return {"plan": name, "arch": arch, **costs(PLANS[name], arch)}
+
+
+def costs(plan: Plan, arch: str) -> dict[str, object]:
+    """What a kernel costs on an architecture."""
     start = time.perf_counter()
     cubin = compile_plan(plan, arch)
     milliseconds = 1e3 * (time.perf_counter() - start)
     used, code = resources(cubin)[plan.operation], disassemble(cubin)
     return {
-        "plan": name,
-        "arch": arch,
         "registers": used.registers,
         "shared_bytes": used.shared,
         "block_threads": plan.threads,
@@ -61,6 +69,31 @@ def measure(kernel: Kernel) -> dict[str, object]:
         "cubin_bytes": len(cubin),
         "compile_ms": round(milliseconds),
         "nvrtc": nvrtc_version(),
+    }
+
+
+def candidates() -> dict[Kernel, Plan]:
+    """What a sweep tries first, by operation and shape, and by what differs from the defaults."""
+    steps = {name: first_steps(functools.partial(plan_for, ROWS[name])) for name in SWEPT}
+    return {(name, choice): plan_for(ROWS[name], tuning) for name in SWEPT for choice, tuning in steps[name].items()}
+
+
+def measure_candidate(item: tuple[Kernel, Plan]) -> dict[str, object]:
+    """One row: what a candidate costs on an H200."""
+    (name, choice), plan = item
+    row = costs(plan, "sm_90")
+    blocks = int(str(row["resident_threads"])) // plan.threads
+    loads = 0 if plan.stages else blocks * len(plan.heads) * plan.tokens * plan.heads[0] * plan.width
+    staged = max(1, plan.min_blocks) * plan.stage_bytes
+    loaded = loads * plan.data.itemsize // (2 if plan.split else 1)
+    return {
+        "plan": name,
+        "choice": choice,
+        "arch": "sm_90",
+        "blocks_of_an_sm": blocks,
+        "kilobytes_under_way": (staged or loaded) / 1000,
+        # Its count knows data by the policy of the default.
+        **{name: value for name, value in row.items() if name != "data_loads"},
     }
 
 
@@ -97,13 +130,26 @@ def show(results: Iterable[Result], total: int, what: str) -> Iterable[Result]:
     return track(results, what, total=total, transient=True, console=Console(stderr=True))
 
 
+def write_candidates() -> None:
+    """Writes the rows of all candidates with this NVRTC beside those that other versions have written."""
+    every = candidates()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = list(show(pool.map(measure_candidate, every.items()), len(every), "compiling"))
+    path = RESULTS / f"{CANDIDATES}.csv"
+    others = [row for row in read_csv(path) if row["nvrtc"] != nvrtc_version()] if path.exists() else []
+    print(write_rows(path, [*others, *({**row, **environment("cpu")} for row in rows)], {}))
+
+
 def main() -> None:
     """Measures and writes, or checks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the committed results, and write nothing")
     parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=PLANS, metavar="PLAN")
     parser.add_argument("--archs", nargs="+", default=list(ARCHS), choices=ARCHS)
+    parser.add_argument("--candidates", action="store_true", help="what a sweep tries instead of what ships")
     options = parser.parse_args()
+    if options.candidates:
+        return write_candidates()
     if not options.check and (set(options.plans), set(options.archs)) != (set(PLANS), set(ARCHS)):
         parser.error("--plans and --archs must come with --check: results hold all of them")
     kernels = [(name, arch) for name in options.plans for arch in options.archs]

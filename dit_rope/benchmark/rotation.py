@@ -119,7 +119,7 @@ def _measurements(problem: Problem, found: Variants) -> dict[str, Measurement]:
     # Autograd runs a backward on the stream of its forward, which is not the one that is captured.
     graph = problem.operation is not Operation.BACKWARD
     measurements = {}
-    for name, call in {COPY: _copy_of(problem), **found.calls}.items():
+    for name, call in {COPY: copy_of(problem), **found.calls}.items():
         try:
             each = measurement([functools.partial(call, q, k) for q, k in inputs], problem.device, moved, graph)
             each.run()
@@ -191,7 +191,7 @@ def _table_bytes(problem: Problem, name: str) -> int:
     return problem.axis_table_bytes() if _is_own(name) else problem.dense_table_bytes()
 
 
-def _copy_of(problem: Problem) -> Call:
+def copy_of(problem: Problem) -> Call:
     """A copy of what the operation moves: q and k, or the keys that a shift turns."""
     if problem.operation is not Operation.SHIFT:
         return lambda q, k: (torch.empty_like(q).copy_(q), torch.empty_like(k).copy_(k))

@@ -1,82 +1,174 @@
-"""Which division of a token among threads is fastest on this GPU, at the headline shapes."""
+"""Which choices of the CUDA kernel are fastest on this GPU: one knob after another, at the headline shapes.
+
+For each operation and shape the defaults take turns with every value of the first knob, the fastest of them with every
+value of the next, and so on; a choice is kept where it is faster by more than :data:`LEAST_GAIN`. Each is compared with
+float64 before it is timed, as a CUDA graph; one that is wrong or fails is a row with the reason. A copy of queries and
+keys is timed beside them, and a call whose positions are all negative: nothing rotates, so what is left is how the data
+move. ``scripts/write_cuda_tuning.py`` makes the table of defaults from the rows.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
-from dit_rope.backends import cuda_kernels, cuda_plan
-from dit_rope.benchmark.problems import Operation, Problem, Shape
+import torch
+
+from dit_rope import rotation
+from dit_rope.backends import cuda_kernels
+from dit_rope.backends.cuda_plan import Plan
+from dit_rope.backends.cuda_tuning import Tuning
+from dit_rope.backends.gpu_calls import Norm
+from dit_rope.benchmark.problems import EPS, Call, Operation, Problem, Shape
 from dit_rope.benchmark.results import Row
-from dit_rope.benchmark.timing import Measurement, input_sets, measurement, take_turns
+from dit_rope.benchmark.rotation import COPY, copy_of, one_line, row
+from dit_rope.benchmark.timing import Measurement, Timing, input_sets, measurement, take_turns
 from dit_rope.benchmark.variants import check_own, own
 
-from .results import table
+from .candidates import KNOBS, first_steps, name_of, neighbours
+from .results import Record, result_path, table
 
-THREAD_CHUNKS = (2, 4, 8)
-MIN_THREADS = (64, 128, 256, 512)
-OPERATIONS = (Operation.ROTATE, Operation.IN_PLACE, Operation.PER_HEAD, Operation.ACROSS_HEADS)
+OPERATIONS = (Operation.ACROSS_HEADS, Operation.ROTATE, Operation.PER_HEAD, Operation.IN_PLACE)
+STILL = "nothing rotates"
+KEPT = "kept"
+# What timings of one call differ by from run to run.
+LEAST_GAIN = 0.005
+COLUMNS = ("knob", "variant", "ms_median", "of_copy", "kept", "note")
 
 
-def run(shapes: Sequence[Shape], device: str, rounds: int, rehearse: bool = False) -> None:
-    """Prints, for every headline shape and operation, the share of the best speed that each choice reaches."""
-    for shape, operation in itertools.product([shape for shape in shapes if shape.headline], OPERATIONS):
-        rows = measure(Problem(shape, operation, device), rounds, rehearse)
+def run(
+    shapes: Sequence[Shape],
+    device: str,
+    rounds: int,
+    rehearse: bool = False,
+    seconds: float = float("inf"),
+    results: Path | None = None,
+) -> list[Row]:
+    """Tries every knob for every operation and headline shape until the time is up; returns the rows.
+
+    Args:
+        shapes: of which the headline ones are taken, the largest first.
+        device: a torch device's name.
+        rounds: timed rounds of every candidate.
+        rehearse: eager code stands for the kernels, and no times are printed.
+        seconds: no operation is begun after this time.
+        results: the folder of ``sweep-<device>.csv``, written after every operation; none if left out.
+    """
+    end = time.monotonic() + seconds
+    record = Record(result_path("sweep", device, results) if results is not None else None, device)
+    headline = sorted((shape for shape in shapes if shape.headline), key=lambda shape: -shape.elements)
+    problems = [Problem(shape, operation, device) for operation, shape in itertools.product(OPERATIONS, headline)]
+    for problem in problems:
+        if time.monotonic() > end:
+            record.add([row(problem, "cuda", note=f"not measured: {seconds:.0f} seconds were up")])
+            continue
+        new = Sweep(problem, rounds, rehearse).measure()
+        record.add(new)
         if not rehearse:
-            print(f"\n{shape.name}, {operation.value}")
-            print("\n".join(table(rows, ("thread_chunks", "min_threads", "ms_median", "of_best"))), flush=True)
+            print(f"\n{problem.shape.name}, {problem.operation.value}")
+            print("\n".join(table(new, COLUMNS)), flush=True)
+    return record.rows
 
 
-def measure(problem: Problem, rounds: int, rehearse: bool) -> list[Row]:
-    """One row for each choice, fastest first; all choices are checked, then take turns."""
-    moved = problem.data_bytes()
-    inputs = problem.inputs(input_sets(moved // 2, problem.device))
-    choices = list(itertools.product(THREAD_CHUNKS, MIN_THREADS))
-    measurements = {}
-    for choice in choices[:2] if rehearse else choices:
-        with tiles(*choice):
-            call = own(problem, "eager" if rehearse else "cuda")
-            check_own(problem, call)
-            calls = [functools.partial(call, q, k) for q, k in inputs]
-            measurements[str(choice)] = _with_tiles(choice, measurement(calls, problem.device, moved))
-    timings = take_turns(measurements, rounds)
-    best = min(timing.median for timing in timings.values())
-    rows = [
-        {
-            "thread_chunks": chunks,
-            "min_threads": threads,
-            "ms_median": timings[str((chunks, threads))].median,
-            "of_best": best / timings[str((chunks, threads))].median,
+@dataclass
+class Sweep:
+    """The sweep of one operation at one shape."""
+
+    problem: Problem
+    rounds: int
+    rehearse: bool = False
+    rows: list[Row] = field(default_factory=list)
+
+    def measure(self) -> list[Row]:
+        """One row for the copy, one for each candidate and step, and one for what is kept."""
+        kept = Tuning()
+        tried = {self.make_plan(kept)}
+        self._compile(first_steps(self.make_plan).values())
+        for knob in KNOBS:
+            candidates = neighbours(knob, kept, self.make_plan, tried)
+            if candidates:
+                self._compile(candidates)
+                kept = self._step(knob, kept, candidates)
+        return [*self.rows, self._row(KEPT, name_of(kept), kept)]
+
+    def make_plan(self, tuning: Tuning) -> Plan:
+        """The plan of the problem's call with some choices."""
+        problem = self.problem
+        q, k = (torch.empty(1, 1, x.heads, x.head_dim, dtype=problem.dtype) for x in (problem.shape, problem.shape))
+        outs = (q, k) if problem.operation.in_place else (torch.empty_like(q), torch.empty_like(k))
+        args = problem.table.args(prefix=0, inverse=False, exact=False, positions=None)
+        kind = problem.operation.norm
+        norm = None if kind is None else Norm(kind, problem.weights, EPS)
+        return cuda_kernels.plan_of((q, k), args, outs, norm, tuning)
+
+    def _step(self, knob: str, kept: Tuning, candidates: Sequence[Tuning]) -> Tuning:
+        """Times candidates beside what was kept so far; the fastest."""
+        moved, calls = self.problem.data_bytes(), {}
+        inputs = self.problem.inputs(input_sets(moved // 2, self.problem.device))
+        measurements = {}
+        if not self.rows:
+            measurements = {COPY: self._captured(copy_of(self.problem), inputs)}
+        for tuning in (kept, *candidates):
+            name = name_of(tuning)
+            try:
+                with cuda_kernels.tuned(tuning):
+                    call = own(self.problem, "eager" if self.rehearse else "cuda")
+                    check_own(self.problem, call)
+                    measurements[name] = self._captured(call, inputs)
+                    if tuning is kept:
+                        measurements[STILL] = self._captured(self._still(), inputs)
+            except Exception as error:  # a candidate that fails must not lose the others
+                self.rows.append(self._row(knob, name, tuning, note=one_line(error), failed=True))
+                continue
+            calls[name] = tuning
+        timings = take_turns(measurements, self.rounds)
+        fastest = min(calls, key=lambda name: timings[name].median, default=name_of(kept))
+        before = timings.get(name_of(kept))
+        if before is not None and timings[fastest].median > before.median * (1 - LEAST_GAIN):
+            fastest = name_of(kept)
+        for name, timing in timings.items():
+            self.rows.append(self._row(knob, name, calls.get(name), timing, kept=name == fastest))
+        return calls.get(fastest, kept)
+
+    def _still(self) -> Call:
+        """The call with no token that rotates."""
+        problem = self.problem
+        axes = len(problem.shape.dims)
+        nowhere = torch.full((1, problem.shape.grid.tokens, axes), -1, dtype=torch.int32, device=problem.device)
+        shared = {
+            "positions": nowhere,
+            "prefix": problem.shape.prefix,
+            "backend": "eager" if self.rehearse else "cuda",
         }
-        for chunks, threads in choices
-        if str((chunks, threads)) in timings
-    ]
-    return sorted(rows, key=lambda row: row["ms_median"])
+        norm = problem.operation.norm
+        if norm is None:
+            # In place, what does not rotate would not be read either.
+            return lambda q, k: rotation.rotate_qk(q, k, problem.table, **shared)
+        weights = problem.weights
+        return lambda q, k: rotation.norm_rotate_qk(q, k, problem.table, *weights, eps=EPS, norm=norm, **shared)
 
+    def _captured(self, call: Call, inputs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Measurement:
+        """Times a call as it is now, with the choices of the moment, however it is called later."""
+        device = self.problem.device
+        found = measurement([functools.partial(call, q, k) for q, k in inputs], device, 0)
+        if device.startswith("cuda") and found.timed_by != "graph replay":
+            raise RuntimeError("a candidate must be captured as a CUDA graph")
+        return found
 
-@contextmanager
-def tiles(thread_chunks: int, min_threads: int) -> Iterator[None]:
-    """Plans made inside use these constants; plans made before are forgotten, on the way in and out."""
-    before = cuda_plan.THREAD_CHUNKS, cuda_plan.MIN_THREADS
-    cuda_plan.THREAD_CHUNKS, cuda_plan.MIN_THREADS = thread_chunks, min_threads
-    _forget_plans()
-    try:
-        yield
-    finally:
-        cuda_plan.THREAD_CHUNKS, cuda_plan.MIN_THREADS = before
-        _forget_plans()
+    def _compile(self, tunings: Iterable[Tuning]) -> None:
+        if not self.rehearse:
+            cuda_kernels.prepare({self.make_plan(tuning) for tuning in tunings}, torch.device(self.problem.device))
 
-
-def _forget_plans() -> None:
-    cuda_plan.plan_for.cache_clear()
-    cuda_kernels._launches.clear()
-
-
-def _with_tiles(choice: tuple[int, int], inner: Measurement) -> Measurement:
-    def run() -> float:
-        with tiles(*choice):
-            return inner.run()
-
-    return Measurement(run, inner.timed_by)
+    def _row(self, knob: str, name: str, tuning: Tuning | None, timing: Timing | None = None, **values: object) -> Row:
+        copy = next((line["ms_median"] for line in self.rows if line["variant"] == COPY), None)
+        times: Row = {}
+        if timing is not None:
+            copy = timing.median if name == COPY else copy
+            times = {"ms_p20": timing.p20, "ms_median": timing.median, "ms_p80": timing.p80}
+            times["of_copy"] = None if copy is None else copy / timing.median
+        choices = {} if tuning is None else asdict(tuning)
+        return row(self.problem, name, knob=knob, **times, **choices, **values)
