@@ -131,7 +131,7 @@ def test_sweep_begins_with_distinct_plans_of_every_knob(name: str) -> None:
 
 
 def test_registers_for_blocks_are_those_that_the_hardware_gives_out() -> None:
-    machine_code = pytest.importorskip("cuda_machine_code", reason="it needs Triton's tools")
+    machine_code = pytest.importorskip("cuda_machine_code", reason="it needs Triton's tools", exc_type=ImportError)
     for threads in (96, 128, 192, 320, 512):
         for blocks in range(1, 2048 // threads + 1):
             registers = registers_for(blocks, threads)
@@ -155,7 +155,7 @@ COMPILED = ["split=True", "late_weights=True", "min_blocks=3", "min_blocks=2 sta
 @pytest.mark.parametrize("choice", COMPILED)
 def test_candidate_compiles_and_spills_little(choice: str) -> None:
     pytest.importorskip("cuda.core", reason="the CUDA bindings compile it", exc_type=ImportError)
-    machine_code = pytest.importorskip("cuda_machine_code", reason="it needs Triton's tools")
+    machine_code = pytest.importorskip("cuda_machine_code", reason="it needs Triton's tools", exc_type=ImportError)
     from dit_rope.backends.cuda_launch import compile_plan
 
     row = ROWS["norm-across-heads-wan-14b-interleaved-bfloat16"]

@@ -47,12 +47,12 @@ LAYERS = (
 SAME_UNIT = ("dit_rope.models", "dit_rope.benchmark", "dit_rope.cli", "dit_rope.compat")
 """Packages whose modules may import one another. Backends may not, but for what follows."""
 TRITON = ("dit_rope.backends.triton_kernels", "dit_rope.backends.triton_device")
-PLAN, ARGUMENTS, LAUNCH, CUDA = (
-    f"dit_rope.backends.cuda_{name}" for name in ("plan", "arguments", "launch", "kernels")
+TUNING, PLAN, ARGUMENTS, LAUNCH, CUDA = (
+    f"dit_rope.backends.cuda_{name}" for name in ("tuning", "plan", "arguments", "launch", "kernels")
 )
 GPU_CALLS = "dit_rope.backends.gpu_calls"
 BESIDE = {TRITON, (ARGUMENTS, PLAN), (LAUNCH, PLAN), (LAUNCH, ARGUMENTS), (CUDA, PLAN), (CUDA, ARGUMENTS)}
-BESIDE |= {("dit_rope.backends.eager", "dit_rope.backends.token_angles")}
+BESIDE |= {("dit_rope.backends.eager", "dit_rope.backends.token_angles"), (PLAN, TUNING), (CUDA, TUNING)}
 BESIDE |= {(CUDA, LAUNCH)} | {(backend, GPU_CALLS) for backend in (TRITON[0], CUDA, ARGUMENTS, PLAN)}
 """The left imports the right. What needs Triton or the CUDA bindings is a file of its own, imported only where they
 are; what both GPU backends ask of a call is written once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -114,62 +115,14 @@ class Plan:
 
     def source(self) -> str:
         """CUDA C++ of the kernel, to be compiled with the folder ``kernels/`` on its include path."""
-        given = self.weights or self.biases or (self.data,)
-        weights, biases = self.weights or given, self.biases or given
-        types = {
-            "Data": self.data,
-            "Table": self.table,
-            "QueryWeight": weights[0],
-            "KeyWeight": weights[-1],
-            "QueryBias": biases[0],
-            "KeyBias": biases[-1],
-        }
-        norm = "kNoNorm" if self.norm is None else "kAcrossHeads" if self.norm.across_heads else "kPerHead"
-        bounds = [sum(self.pairs[: axis + 1]) for axis in range(MAX_AXES - 1)]
-        numbers = {
-            "query_heads": self.heads[0],
-            "key_heads": self.heads[1] if len(self.heads) == 2 else 0,
-            "head_dim": self.head_dim,
-            "width": self.width,
-            "axes": len(self.pairs),
-            "pairs": sum(self.pairs),
-            **{f"bound{axis + 1}": bound for axis, bound in enumerate(bounds)},
-            "chunk": self.chunk,
-            "access": self.access,
-            "weight_access": self.weight_access,
-            "table_access": self.table_access,
-            "lanes": self.lanes,
-            "rows": self.rows,
-            "tokens": self.tokens,
-            "threads": self.threads,
-            "stages": self.stages,
-        }
-        flags = {
-            "shift": self.operation == "shift",
-            "half": self.half,
-            "exact": self.exact,
-            "weighted": bool(self.weights),
-            "biased": bool(self.biases),
-            "centred": self.norm is not None and self.norm.centred,
-            "own_angles": self.own_angles,
-            "late_weights": self.late_weights,
-            "split": self.split,
-        }
-        policies = {"Load": ("loads", LOADS.index(self.loads)), "Store": ("stores", STORES.index(self.stores))}
-        bounds_of_launch = f"Plan::threads, {self.min_blocks}" if self.min_blocks else "Plan::threads"
+        bounds = f"Plan::threads, {self.min_blocks}" if self.min_blocks else "Plan::threads"
         lines = [
             "#include <rope.cu>",  # in quotes, it would be looked for where the process runs first
             "struct Plan {",
-            *(f"  using {name} = {_TYPE_NAMES[dtype]};" for name, dtype in types.items()),
-            f"  static constexpr dit_rope::Norm norm = dit_rope::{norm};",
-            *(f"  static constexpr int {name} = {value};" for name, value in numbers.items()),
-            *(f"  static constexpr bool {name} = {str(flag).lower()};" for name, flag in flags.items()),
-            *(
-                f"  static constexpr dit_rope::{kind}Policy {name} = dit_rope::{kind}Policy({number});"
-                for kind, (name, number) in policies.items()
-            ),
+            *(f"  using {name} = {_TYPE_NAMES[dtype]};" for name, dtype in self._types().items()),
+            *(f"  static constexpr {kind} {name} = {value};" for kind, name, value in self._constants()),
             "};",
-            f'extern "C" __global__ void __launch_bounds__({bounds_of_launch}) {self.operation}(',
+            f'extern "C" __global__ void __launch_bounds__({bounds}) {self.operation}(',
             "    const __grid_constant__ dit_rope::RotationArgs args) {",
             f"  __shared__ dit_rope::{'Stream' if self.stages else ''}Shared<Plan> shared;",
             "  dit_rope::rotate_tokens(args, shared);",
@@ -177,6 +130,45 @@ class Plan:
             "",
         ]
         return "\n".join(lines)
+
+    def _types(self) -> dict[str, torch.dtype]:
+        """The types of the struct; where there are no weights or biases, types that nothing is read by."""
+        given = self.weights or self.biases or (self.data,)
+        weights, biases = self.weights or given, self.biases or given
+        return {
+            "Data": self.data,
+            "Table": self.table,
+            "QueryWeight": weights[0],
+            "KeyWeight": weights[-1],
+            "QueryBias": biases[0],
+            "KeyBias": biases[-1],
+        }
+
+    def _constants(self) -> Iterator[tuple[str, str, object]]:
+        """Type, name and value of every constant of the struct."""
+        norm = "kNoNorm" if self.norm is None else "kAcrossHeads" if self.norm.across_heads else "kPerHead"
+        yield "dit_rope::Norm", "norm", f"dit_rope::{norm}"
+        for kind, name, choices in (("Load", "loads", LOADS), ("Store", "stores", STORES)):
+            yield f"dit_rope::{kind}Policy", name, f"dit_rope::{kind}Policy({choices.index(getattr(self, name))})"
+        same = ("head_dim", "width", "chunk", "access", "weight_access", "table_access", "lanes", "rows", "tokens")
+        bounds = [sum(self.pairs[: axis + 1]) for axis in range(MAX_AXES - 1)]
+        numbers = {
+            "query_heads": self.heads[0],
+            "key_heads": self.heads[1] if len(self.heads) == 2 else 0,
+            "axes": len(self.pairs),
+            "pairs": sum(self.pairs),
+            **{f"bound{axis + 1}": bound for axis, bound in enumerate(bounds)},
+            **{name: getattr(self, name) for name in (*same, "threads", "stages")},
+        }
+        flags = {
+            "shift": self.operation == "shift",
+            "weighted": bool(self.weights),
+            "biased": bool(self.biases),
+            "centred": self.norm is not None and self.norm.centred,
+            **{name: getattr(self, name) for name in ("half", "exact", "own_angles", "late_weights", "split")},
+        }
+        yield from (("int", name, value) for name, value in numbers.items())
+        yield from (("bool", name, str(value).lower()) for name, value in flags.items())
 
 
 @dataclass(frozen=True)
