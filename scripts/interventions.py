@@ -1,11 +1,15 @@
 """Patched models under everything that people do to models besides, each beside an unpatched twin.
 
-    OMP_NUM_THREADS=1 nice python scripts/interventions.py --jobs 2
+    OMP_NUM_THREADS=1 nice python scripts/interventions.py --jobs 2             # some 5 hours of two cores
+    OMP_NUM_THREADS=1 nice python scripts/interventions.py --jobs 2 --share 4   # every fourth pair
 
 Every example model of ``tests/zoo`` and the Wan ones, under every intervention of ``scripts/intervention_cases``: put
 on before the patch, after it, taken off before ``undo()``, and after a patch that was undone; in exact and fast mode.
 A case must give what the unpatched twin gives under the same intervention: the same bits in exact mode, the same but
 for rounding in fast mode, the same type of error where the twin raises; after ``undo()`` the same bits and objects.
+
+``--share N`` takes one Nth of the pairs of example and intervention, evenly: each example meets one Nth of the
+interventions, another one than its neighbours, and each intervention one Nth of the examples.
 
 Writes ``interventions.csv`` (cases by intervention and outcome), ``interventions-reasons.csv`` (why cases were refused,
 not judged or not applicable) and, in the work folder, every case that is none of equal, within rounding or the same
@@ -100,12 +104,21 @@ def write(folder: Path, chosen: list[Intervention], results: Path) -> list[Row]:
     return rows
 
 
+def in_share(example: str, intervention: Intervention, share: int) -> bool:
+    """Whether a pair is of the one in ``share`` that is run."""
+    number = [one.name for one in examples()].index(example) + INTERVENTIONS.index(intervention)
+    return number % share == 0
+
+
 def run(names: list[str], chosen: list[Intervention], folder: Path, options: argparse.Namespace) -> None:
     """Runs what is missing, ``--jobs`` examples at once, and writes the tables after each."""
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where the server of forks finds what it loads first
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["interventions_preload"])
-    missing = {name: [c.name for c in chosen if c.name not in done(folder, name)] for name in names}
+    missing = {
+        name: [one.name for one in chosen if in_share(name, one, options.share) and one.name not in done(folder, name)]
+        for name in names
+    }
     waiting = [name for name in names if any(one.ranks == 1 and one.name in missing[name] for one in chosen)]
     running: dict[Any, tuple[str, Any, float]] = {}
     while waiting or running:
@@ -133,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[""], help="parts of names, or groups, of interventions to run")
     parser.add_argument("--examples", nargs="*", default=[], help="names of examples; all unless given")
+    parser.add_argument("--share", type=int, default=1, metavar="N", help="one Nth of the pairs, evenly")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help=f"the cheap interventions on {', '.join(QUICK)}")
     parser.add_argument("--results", type=Path, default=ROOT / "scripts" / "results", help="folder for the tables")
