@@ -116,6 +116,15 @@ def stream_of(device: torch.device) -> int:
     return 0 if device.type in ("cpu", "meta") else torch.accelerator.current_stream(device).stream_id
 
 
+def finish(device: torch.device) -> None:
+    """Waits for what was just made on ``device``, before it is put where calls on any stream find it.
+
+    None of those streams waits for the one that fills the memory.
+    """
+    if device.type in ("cuda", "xpu"):
+        torch.accelerator.current_stream(device).synchronize()
+
+
 def _watched() -> bool:
     """Whether every dispatch mode only watches."""
     modes = (torch._C._get_dispatch_stack_at(index) for index in range(_dispatch_modes()))
@@ -253,9 +262,8 @@ class FifoCache(Generic[Key, Value]):
             )
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
             value = build()
-        if self._across_streams and device.type in ("cuda", "xpu"):
-            # Any stream may hit this entry from now on, and none of them waits for the one that filled it.
-            torch.accelerator.current_stream(device).synchronize()
+        if self._across_streams:
+            finish(device)
         entry = _Entry(value, self._tensors_of(value))
         with self._lock:
             if self._flights.get(slot) is flight:

@@ -17,7 +17,7 @@ import torch
 
 from . import rotation
 from .backend_choice import check_backend
-from .cache import capturing, in_mode
+from .cache import capturing, finish, in_mode
 from .rotation_args import RotationArgs
 from .scaling import device_frequencies
 from .spec import RopeSpec, as_int, integer
@@ -106,6 +106,8 @@ class ShiftTable:
     def reserve(self, steps: int) -> torch.Tensor:
         """The rows, of which there are now more than ``steps``; their number doubles when it has to grow.
 
+        Rows that are new are complete when they are seen: growing waits for the device.
+
         Raises:
             ValueError: for steps that are no int of at least 0, or more than a table holds.
             RuntimeError: when it has to grow while a CUDA graph is being captured.
@@ -129,6 +131,7 @@ class ShiftTable:
                 more = self._build(have, 1 << steps.bit_length())
                 with torch.inference_mode(False):
                     grown = torch.cat((self._rows, more), dim=1)
+                finish(self.device)
                 if _graphs_read(self.device):
                     self._outgrown.append(self._rows)
                 self._rows = grown

@@ -9,13 +9,14 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_rope.cache import FifoCache
+from dit_rope.cache import FifoCache, finish
 
 CPU = torch.device("cpu")
 KIB = 256  # float32 elements in 1 KiB
@@ -367,3 +368,15 @@ def test_forked_child_waits_for_no_thread_of_its_parent(cache):
     thread.join(timeout=10)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert cache.info().entries == 2
+
+
+def test_finish_waits_for_the_current_stream_of_devices_that_have_streams(monkeypatch):
+    waited = []
+
+    def current_stream(device):
+        return SimpleNamespace(synchronize=lambda: waited.append(device.type))
+
+    monkeypatch.setattr(torch.accelerator, "current_stream", current_stream)
+    for name in ("cpu", "cuda:1", "meta", "xpu"):
+        finish(torch.device(name))
+    assert waited == ["cuda", "xpu"]

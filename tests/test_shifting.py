@@ -11,7 +11,18 @@ from tolerance import assert_within
 from torch._subclasses.fake_tensor import FakeTensorMode
 from turned_keys import BLOCK, F32, F64, TEXT, angles, int32, naively_turned, pool, turned
 
-from dit_rope import Grid, Pairing, RopeSpec, Scaling, ShiftTable, plan_eviction, rope_table, rotate, shift_keys
+from dit_rope import (
+    Grid,
+    Pairing,
+    RopeSpec,
+    Scaling,
+    ShiftTable,
+    plan_eviction,
+    rope_table,
+    rotate,
+    shift_keys,
+    shifting,
+)
 from dit_rope import rotation as rotation_module
 from dit_rope.backends import eager
 from dit_rope.rotation_args import RotationArgs
@@ -306,3 +317,17 @@ def test_lossy_keys_are_refused_unless_asked_for(dtype: torch.dtype, backend: st
     once = shift_keys(keys, TEXT, delta_frames=-3, allow_lossy=True, backend=backend)
     moved = torch.full((2, BLOCK), -3)
     assert_within(once, turned(keys, TEXT, moved), naively_turned(keys, TEXT, moved))
+
+
+def test_rows_that_are_new_are_finished_before_another_stream_can_see_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams wait for nobody; a second thread that does not grow the table takes no lock."""
+    table = ShiftTable(TEXT, step=BLOCK)
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(shifting, "finish", lambda device: seen.append(table.rows))
+    before = table.rows
+    grown = table.reserve(before.shape[1])
+    assert grown is not before
+    assert len(seen) == 1
+    assert seen[0] is before
+    assert table.reserve(before.shape[1]) is grown
+    assert len(seen) == 1
