@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .backends import cuda_kernels, eager, triton_kernels
-from .cache import in_level
-from .rotation_args import RotationArgs
+from .cache import in_level, in_mode
+from .rotation_args import Memo, RotationArgs, layout_of
 from .spec import NormKind, Pairing
 
 MODULES: dict[str, Any] = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
 BACKENDS = tuple(MODULES)
 """From the fastest to the one that takes every call; ``"auto"`` asks them in this order."""
+_MAX_REMEMBERED = 1024
+
+
+class Choice(NamedTuple):
+    """The backend of a call, and what it keeps of calls with the same layout; None where nothing must be kept."""
+
+    backend: str
+    memo: Memo | None = None
+
+
+_EAGER = Choice("eager")
+_choices: dict[object, Choice] = {}
 
 
 def check_backend(name: str) -> None:
@@ -39,7 +51,7 @@ def choose_backend(
         ValueError: an unknown backend, or one that was named and declines, with its reason.
     """
     check_backend(backend)
-    if backend == "eager" or (backend == "auto" and xs[0].device.type in ("cpu", "meta", "mps")):
+    if _is_eager(xs, backend):
         return "eager"
     if in_level():  # no kernel is run, and what is asked of tensors before one they do not answer there
         return "eager"
@@ -50,6 +62,46 @@ def choose_backend(
     if backend == "auto":
         return "eager"
     raise ValueError(f"backend must accept the call, got {backend!r}, which declines: {reason}")
+
+
+def _is_eager(xs: Sequence[torch.Tensor], backend: str) -> bool:
+    """Whether no other backend has to be asked."""
+    return backend == "eager" or (backend == "auto" and xs[0].device.type in ("cpu", "meta", "mps"))
+
+
+def remembered_choice(
+    xs: Sequence[torch.Tensor],
+    args: RotationArgs,
+    backend: str = "auto",
+    norm: NormKind | None = None,
+    eps: float = 0.0,
+    parameters: Sequence[torch.Tensor | None] = (),
+    outs: Sequence[torch.Tensor] = (),
+) -> Choice:
+    """What :func:`choose_backend` says, remembered with a memo for the backend.
+
+    Args:
+        outs: the tensors that are written to; none where those are ``xs``, or new and laid out as torch lays out.
+        xs, args, backend, norm: as there.
+        eps, parameters: of the norm; weights and then biases, if there are any, each for all of ``xs``.
+
+    Raises:
+        ValueError: as there.
+    """
+    if _is_eager(xs, backend):
+        return _EAGER
+    if in_level() or in_mode():  # whose choice is not that of other calls
+        return Choice(choose_backend(xs, args, backend, norm))
+    key = (
+        backend, args.numbers, layout_of(args.rows), layout_of(args.positions), layout_of(args.entries), norm, eps,
+        len(xs), *map(layout_of, xs), len(outs), *map(layout_of, outs), *map(layout_of, parameters),
+    )  # fmt: skip
+    found = _choices.get(key)
+    if found is None:
+        if len(_choices) >= _MAX_REMEMBERED:
+            _choices.clear()
+        found = _choices[key] = Choice(choose_backend(xs, args, backend, norm), {})
+    return found
 
 
 def explain_backends(device: str | torch.device) -> list[tuple[str, str]]:

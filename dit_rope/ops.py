@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
-from .backend_choice import MODULES, choose_backend
-from .cache import in_level, in_mode
-from .rotation_args import RotationArgs
+from .backend_choice import MODULES, remembered_choice
+from .cache import in_level, in_transform
+from .rotation_args import Memo, RotationArgs
 from .spec import NormKind, Pairing
 
 _ARGS = (
@@ -27,6 +26,10 @@ _ARGS = (
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 _NORM = "Tensor[] weights, Tensor[] biases, float eps, str norm"
 
+# Looked up once: they run in every call.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+
 library = torch.library.Library("dit_rope", "DEF")
 library.define(f"rotate(Tensor[] xs, {_ARGS}) -> Tensor[]")
 library.define(f"rotate_(Tensor(a!)[] xs, {_ARGS}) -> ()")
@@ -34,34 +37,42 @@ library.define(f"norm_rotate(Tensor[] xs, {_NORM}, {_ARGS}) -> Tensor[]")
 library.define(f"norm_rotate_(Tensor(a!)[] xs, {_NORM}, {_ARGS}) -> ()")
 
 
-def rotate(xs: Sequence[torch.Tensor], args: RotationArgs, backend: str) -> list[torch.Tensor]:
+def rotate(
+    xs: Sequence[torch.Tensor], args: RotationArgs, backend: str, memo: Memo | None = None
+) -> list[torch.Tensor]:
     """Rotates ``xs`` ``[B, S, H, D]`` into new tensors."""
-    if _needs_dispatcher(xs, args.rows):
+    if _needs_dispatcher(args.rows, *xs):
         result: list[torch.Tensor] = torch.ops.dit_rope.rotate(list(xs), *_flatten(args), backend)
         return result
-    outs = [torch.empty_like(x) for x in xs]
-    MODULES[backend].rotate(xs, args, outs)
+    outs = list(map(torch.empty_like, xs))
+    MODULES[backend].rotate(xs, args, outs, memo)
     return outs
 
 
-def rotate_(xs: Sequence[torch.Tensor], args: RotationArgs, backend: str) -> None:
+def rotate_(xs: Sequence[torch.Tensor], args: RotationArgs, backend: str, memo: Memo | None = None) -> None:
     """Rotates ``xs`` ``[B, S, H, D]`` in place."""
-    if _needs_dispatcher(xs, args.rows):
+    if _needs_dispatcher(args.rows, *xs):
         if _recorded(args):
             write_all(xs, rotate(xs, args, backend))
             return
         torch.ops.dit_rope.rotate_(list(xs), *_flatten(args), backend)
         return
-    MODULES[backend].rotate(xs, args, xs)
+    MODULES[backend].rotate(xs, args, xs, memo)
     _count_write(xs)
 
 
-def rotate_into(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], backend: str) -> None:
+def rotate_into(
+    xs: Sequence[torch.Tensor],
+    args: RotationArgs,
+    outs: Sequence[torch.Tensor],
+    backend: str,
+    memo: Memo | None = None,
+) -> None:
     """Rotates ``xs`` ``[B, S, H, D]`` into ``outs``, which backward passes and tracers do not see."""
     if in_level():
         write_all(outs, rotate(xs, args, backend))
         return
-    MODULES[backend].rotate(xs, args, outs)
+    MODULES[backend].rotate(xs, args, outs, memo)
     _count_write(outs)
 
 
@@ -73,15 +84,16 @@ def norm_rotate(
     args: RotationArgs,
     backend: str,
     biases: Sequence[torch.Tensor | None] = (),
+    memo: Memo | None = None,
 ) -> list[torch.Tensor]:
     """Norm, then rotation, of ``xs`` ``[B, S, H, D]`` into new tensors."""
     given, added = _for_all(xs, weights, norm, 1.0), _for_all(xs, biases, norm, 0.0) if biases else []
-    if _needs_dispatcher([*xs, *given, *added], args.rows):
+    if _needs_dispatcher(args.rows, *xs, *given, *added):
         norm_args = (given, added, eps, norm.value)
         result: list[torch.Tensor] = torch.ops.dit_rope.norm_rotate(list(xs), *norm_args, *_flatten(args), backend)
         return result
-    outs = [torch.empty_like(x) for x in xs]
-    MODULES[backend].norm_rotate(xs, given or weights, eps, norm, args, outs, added)
+    outs = list(map(torch.empty_like, xs))
+    MODULES[backend].norm_rotate(xs, given or weights, eps, norm, args, outs, added, memo)
     return outs
 
 
@@ -93,32 +105,31 @@ def norm_rotate_(
     args: RotationArgs,
     backend: str,
     biases: Sequence[torch.Tensor | None] = (),
+    memo: Memo | None = None,
 ) -> None:
     """Norm, then rotation, of ``xs`` ``[B, S, H, D]`` in place."""
     given, added = _for_all(xs, weights, norm, 1.0), _for_all(xs, biases, norm, 0.0) if biases else []
-    if _needs_dispatcher([*xs, *given, *added], args.rows):
+    if _needs_dispatcher(args.rows, *xs, *given, *added):
         if _recorded(args):
             write_all(xs, norm_rotate(xs, weights, eps, norm, args, backend, biases))
             return
         norm_args = (given, added, eps, norm.value)
         torch.ops.dit_rope.norm_rotate_(list(xs), *norm_args, *_flatten(args), backend)
         return
-    MODULES[backend].norm_rotate(xs, given or weights, eps, norm, args, xs, added)
+    MODULES[backend].norm_rotate(xs, given or weights, eps, norm, args, xs, added, memo)
     _count_write(xs)
 
 
-def _needs_dispatcher(tensors: Sequence[torch.Tensor], rows: torch.Tensor) -> bool:
+def _needs_dispatcher(*tensors: torch.Tensor) -> bool:
     """Whether anybody but the backend has to see the call: autograd, a tracer, a mode or a tensor subclass.
 
     The dispatcher takes longer to hand a list of tensors to Python and back than a small rotation takes.
     """
-    if in_mode() or torch._C._len_torch_dispatch_stack() > 0:
-        return True  # the second also for modes that only watch
-    if torch._C._len_torch_function_stack() > 0 or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or _dispatch_modes() > 0 or _function_modes() > 0 or in_transform():
+        return True  # modes that only watch count too
+    if not _PLAIN_TYPES.issuperset(map(type, tensors)):
         return True
-    if forward_ad._current_level >= 0 or not {type(x) for x in tensors} <= _PLAIN_TYPES:
-        return True
-    return torch.is_grad_enabled() and (rows.requires_grad or any(x.requires_grad for x in tensors))
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _recorded(args: RotationArgs) -> bool:
@@ -162,11 +173,9 @@ def _for_all(
     xs: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor | None], norm: NormKind, stand_in: float
 ) -> list[torch.Tensor]:
     """One weight or bias per tensor, or none at all; ``stand_in`` fills one where only the other tensor has it."""
-    missing = [parameter is None for parameter in parameters]
-    if not any(missing):
-        return list(parameters)  # type: ignore[arg-type]
-    if all(missing):
-        return []
+    there = [parameter for parameter in parameters if parameter is not None]
+    if not there or len(there) == len(parameters):
+        return there
     return [
         parameter
         if parameter is not None
@@ -177,7 +186,8 @@ def _for_all(
 
 def _rotate_into(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], flat: Sequence[Any]) -> None:
     args, backend = unflatten(flat)
-    MODULES[choose_backend(xs, args, backend)].rotate(xs, args, outs)
+    choice = remembered_choice(xs, args, backend)
+    MODULES[choice.backend].rotate(xs, args, outs, choice.memo)
 
 
 def _norm_rotate_into(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], flat: Sequence[Any]) -> None:
@@ -185,7 +195,8 @@ def _norm_rotate_into(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], 
     args, backend = unflatten(rest)
     norm = NormKind(name)
     given: Sequence[torch.Tensor | None] = weights or [None] * len(xs)
-    MODULES[choose_backend(xs, args, backend, norm)].norm_rotate(xs, given, eps, norm, args, outs, biases)
+    choice = remembered_choice(xs, args, backend, norm, eps, (*given, *biases))
+    MODULES[choice.backend].norm_rotate(xs, given, eps, norm, args, outs, biases, choice.memo)
 
 
 @torch.library.impl(library, "rotate", "CompositeExplicitAutograd")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,9 +11,9 @@ import torch
 
 from . import autograd as autograd  # which tells torch the derivatives of the operators
 from . import derivatives, ops
-from .backend_choice import check_backend, choose_backend
-from .cache import in_level
-from .rotation_args import RotationArgs
+from .backend_choice import Choice, check_backend, choose_backend, remembered_choice
+from .cache import in_level, in_mode
+from .rotation_args import RotationArgs, layout_of
 from .spec import NormKind
 from .tables import RopeTable
 from .validation import (
@@ -54,8 +55,8 @@ def rotate(
     Returns:
         A new tensor, or ``x`` itself when ``inplace``.
     """
-    args, name = _check(("x",), (x,), table, (prefix, suffix), positions, (inverse, exact), backend)
-    return _rotate(("x",), (x,), args, inplace, name)[0]
+    args, choice = _check(("x",), (x,), table, prefix, suffix, positions, inverse, exact, inplace, backend)
+    return _rotate(("x",), (x,), args, inplace, choice)[0]
 
 
 def rotate_qk(
@@ -81,7 +82,8 @@ def rotate_qk(
             ``prefix + table.count + suffix`` must be S.
         positions: ``[1 or B, S - prefix - suffix, axes]`` int32 rows of ``table.rows``, such as ``table.positions()``
             and ``table.positions_at(...)`` give, for tokens in another order or number than the table's; a negative row
-            does not turn. On a CPU a row of another axis is refused.
+            does not turn. On a CPU a row of another axis is refused; a tensor that is given again is looked at anew
+            after a write that torch counts, which those through ``.data`` or numpy are not.
         inverse: turn backwards.
         inplace: overwrite q and k. Refused when a gradient is wanted.
         exact: the same bits as the model's eager code gives, products rounded before they are added, in the dtype
@@ -95,8 +97,8 @@ def rotate_qk(
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
     """
-    args, name = _check(("q", "k"), (q, k), table, (prefix, suffix), positions, (inverse, exact), backend)
-    turned = _rotate(("q", "k"), (q, k), args, inplace, name)
+    args, choice = _check(("q", "k"), (q, k), table, prefix, suffix, positions, inverse, exact, inplace, backend)
+    turned = _rotate(("q", "k"), (q, k), args, inplace, choice)
     return turned[0], turned[1]
 
 
@@ -126,8 +128,8 @@ def norm_rotate(
         A new tensor, or ``x`` itself when ``inplace``.
     """
     how = (norm, eps, (weight,), () if bias is None else (bias,))
-    args, name = _check(("x",), (x,), table, (prefix, suffix), positions, (inverse, exact), backend, how)
-    return _norm_rotate(("x",), (x,), how, args, inplace, name)[0]
+    args, choice = _check(("x",), (x,), table, prefix, suffix, positions, inverse, exact, inplace, backend, how)
+    return _norm_rotate(("x",), (x,), how, args, inplace, choice)[0]
 
 
 def norm_rotate_qk(
@@ -165,8 +167,8 @@ def norm_rotate_qk(
     The other arguments, the return and the errors are those of :func:`rotate_qk`.
     """
     how = (norm, eps, (q_weight, k_weight), () if q_bias is None and k_bias is None else (q_bias, k_bias))
-    args, name = _check(("q", "k"), (q, k), table, (prefix, suffix), positions, (inverse, exact), backend, how)
-    turned = _norm_rotate(("q", "k"), (q, k), how, args, inplace, name)
+    args, choice = _check(("q", "k"), (q, k), table, prefix, suffix, positions, inverse, exact, inplace, backend, how)
+    turned = _norm_rotate(("q", "k"), (q, k), how, args, inplace, choice)
     return turned[0], turned[1]
 
 
@@ -174,11 +176,11 @@ def apply(
     xs: Sequence[torch.Tensor], args: RotationArgs, *, inplace: bool = False, backend: str = "auto"
 ) -> list[torch.Tensor]:
     """Rotates tensors whose arguments are known to fit, as hooks do; :func:`rotate_qk` checks, this does not."""
-    name = backend if torch.compiler.is_compiling() else choose_backend(xs, args, backend)
+    choice = Choice(backend) if torch.compiler.is_compiling() else remembered_choice(xs, args, backend)
     if inplace:
-        ops.rotate_(xs, args, name)
+        ops.rotate_(xs, args, choice.backend, choice.memo)
         return list(xs)
-    return ops.rotate(xs, args, name)
+    return ops.rotate(xs, args, choice.backend, choice.memo)
 
 
 def apply_into(
@@ -189,7 +191,7 @@ def apply_into(
         for out, turned in zip(outs, apply(xs, args, backend=backend), strict=True):
             out.copy_(turned)
         return
-    ops.rotate_into(xs, args, outs, choose_backend(xs, args, backend))
+    ops.rotate_into(xs, args, outs, *remembered_choice(xs, args, backend, outs=outs))
 
 
 def apply_norm(
@@ -204,65 +206,91 @@ def apply_norm(
     backend: str = "auto",
 ) -> list[torch.Tensor]:
     """Norms and rotates tensors whose arguments are known to fit, as :func:`apply` rotates them."""
-    name = backend if torch.compiler.is_compiling() else choose_backend(xs, args, backend, norm)
+    choice = Choice(backend)
+    if not torch.compiler.is_compiling():
+        choice = remembered_choice(xs, args, backend, norm, eps, (*weights, *biases))
     if inplace:
-        ops.norm_rotate_(xs, weights, eps, norm, args, name, biases)
+        ops.norm_rotate_(xs, weights, eps, norm, args, choice.backend, biases, choice.memo)
         return list(xs)
-    return ops.norm_rotate(xs, weights, eps, norm, args, name, biases)
+    return ops.norm_rotate(xs, weights, eps, norm, args, choice.backend, biases, choice.memo)
+
+
+class _Known:
+    """What is remembered of calls of one layout, found valid: their arguments but for positions, and their backend."""
+
+    __slots__ = ("args", "checked", "choice", "looks_at_rows")
+
+    def __init__(self, args: RotationArgs, choice: Choice) -> None:
+        positions = args.positions
+        self.args = replace(args, positions=None)
+        self.choice = choice
+        self.looks_at_rows = positions is not None and positions.device.type == "cpu"
+        self.checked: tuple[weakref.ref[torch.Tensor], int] | None = None
+
+    def at(self, positions: torch.Tensor, table: RopeTable) -> RotationArgs:
+        """The arguments with ``positions``, whose rows are looked at again when they are others or were written to."""
+        if self.looks_at_rows:
+            checked = self.checked
+            if checked is None or checked[0]() is not positions or checked[1] != positions._version:
+                check_rows(positions, table.blocks)
+                looked = not (positions.is_inference() or in_mode())
+                self.checked = (weakref.ref(positions), positions._version) if looked else None
+        return self.args.at(positions)
 
 
 def _check(
     names: Sequence[str],
     xs: Sequence[torch.Tensor],
     table: RopeTable,
-    around: tuple[int, int],
+    prefix: int,
+    suffix: int,
     positions: torch.Tensor | None,
-    flags: tuple[bool, bool],
+    inverse: bool,
+    exact: bool,
+    inplace: bool,
     backend: str,
     norm: _Norm | None = None,
-) -> tuple[RotationArgs, str]:
-    """The arguments of a validated call and its backend; validated once per layout, as every layer asks again."""
+) -> tuple[RotationArgs, Choice]:
+    """The arguments of a validated call and its backend, found by one key, as every layer asks again."""
     if not isinstance(table, RopeTable):
         raise TypeError(f"table must be a RopeTable, got {type(table).__name__}; make one with dit_rope.rope_table")
     if torch.compiler.is_compiling():  # the operator chooses when it runs, on real tensors
-        return _validated(names, xs, table, around, positions, flags, backend, norm), backend
-    # With the types, since True is equal to 1 and would find what was accepted of it.
-    normed = None if norm is None else (norm[0], type(norm[1]), norm[1], *map(_layout, norm[2] + norm[3]))
-    key = (*map(_layout, xs), around, _layout(positions), flags, backend, normed, *map(type, (*around, *flags)))
+        args = _validated(names, xs, table, prefix, suffix, positions, inverse, exact, inplace, backend, norm)
+        return args, Choice(backend)
+    normed = None
+    if norm is not None:
+        kind, eps, weights, biases = norm
+        normed = (kind, eps, type(eps), *map(layout_of, (*weights, *biases)))
+    key = (
+        *map(layout_of, xs), layout_of(positions), prefix, suffix, inverse, exact, inplace, backend, normed,
+        # True is equal to 1, and would find what was accepted of it.
+        type(prefix), type(suffix), type(inverse), type(exact), type(inplace),
+    )  # fmt: skip
     try:
-        found = table.validated.get(key)
+        known = table.validated.get(key)
     except TypeError:  # something that has no hash, which validation names
-        found = None
-    if found is None:
-        args = _validated(names, xs, table, around, positions, flags, backend, norm)
+        known = None
+    if known is None:
+        args = _validated(names, xs, table, prefix, suffix, positions, inverse, exact, inplace, backend, norm)
         name = choose_backend(xs, args, backend, None if norm is None or args.exact else norm[0])
-        if in_level():  # whose choice is not that of other calls
-            return args, name
+        if in_level() or in_mode():  # whose tensors and choice are not those of other calls
+            return args, Choice(name)
         if len(table.validated) >= _MAX_REMEMBERED:
             table.validated.clear()
-        found = table.validated[key] = (replace(args, positions=None), name)
-    args, name = found
-    if positions is None:
-        return args, name
-    check_rows(positions, table.blocks)
-    return args.at(positions), name
-
-
-def _layout(x: object) -> object:
-    """What validation looks at in one argument, so that nothing refused can pass as something accepted."""
-    if isinstance(x, torch.Tensor):
-        strides = x.stride() if x.layout is torch.strided else x.layout
-        return (x.shape, strides, x.dtype, x.device, x.is_neg())
-    return type(x)
+        known = table.validated[key] = _Known(args, Choice(name, {}))
+    return (known.args if positions is None else known.at(positions, table)), known.choice
 
 
 def _validated(
     names: Sequence[str],
     xs: Sequence[torch.Tensor],
     table: RopeTable,
-    around: tuple[int, int],
+    prefix: int,
+    suffix: int,
     positions: torch.Tensor | None,
-    flags: tuple[bool, bool],
+    inverse: bool,
+    exact: bool,
+    inplace: bool,
     backend: str,
     norm: _Norm | None,
 ) -> RotationArgs:
@@ -271,8 +299,7 @@ def _validated(
     if norm is not None:
         kind, eps, weights, biases = norm
         check_norm(names, xs, weights, eps, kind, biases)
-    (prefix, suffix), (inverse, exact) = around, flags
-    check_flags(inverse=inverse, exact=exact)
+    check_flags(inverse=inverse, exact=exact, inplace=inplace)
     batch, length = xs[0].shape[:2]
     check_around(length, prefix, suffix)
     count = table.count if positions is None else length - prefix - suffix
@@ -283,14 +310,13 @@ def _validated(
 
 
 def _rotate(
-    names: Sequence[str], xs: Sequence[torch.Tensor], args: RotationArgs, inplace: bool, backend: str
+    names: Sequence[str], xs: Sequence[torch.Tensor], args: RotationArgs, inplace: bool, choice: Choice
 ) -> list[torch.Tensor]:
-    check_flags(inplace=inplace)
     if inplace:
         check_inplace(names, xs)
-        ops.rotate_(xs, args, backend)
+        ops.rotate_(xs, args, choice.backend, choice.memo)
         return list(xs)
-    return ops.rotate(xs, args, backend)
+    return ops.rotate(xs, args, choice.backend, choice.memo)
 
 
 def _norm_rotate(
@@ -299,21 +325,22 @@ def _norm_rotate(
     norm: _Norm,
     args: RotationArgs,
     inplace: bool,
-    backend: str,
+    choice: Choice,
 ) -> list[torch.Tensor]:
     kind, eps, weights, biases = norm[0], float(norm[1]), *norm[2:]
-    check_flags(inplace=inplace)
     if inplace:
         check_inplace(names, xs, [parameter for parameter in (*weights, *biases) if parameter is not None])
     if args.exact:
         affine = zip(xs, weights, biases or [None] * len(xs), strict=True)
         normed = [_torch_norm(x, weight, bias, eps, kind) for x, weight, bias in affine]
-        turned = _rotate(names, normed, args, not _needs_grad(normed), backend)
+        if not torch.compiler.is_compiling():  # a norm's result may be laid out otherwise than what it is of
+            choice = remembered_choice(normed, args, choice.backend)
+        turned = _rotate(names, normed, args, not _needs_grad(normed), choice)
         return [x.copy_(y) for x, y in zip(xs, turned, strict=True)] if inplace else turned
     if inplace:
-        ops.norm_rotate_(xs, weights, eps, kind, args, backend, biases)
+        ops.norm_rotate_(xs, weights, eps, kind, args, choice.backend, biases, choice.memo)
         return list(xs)
-    return ops.norm_rotate(xs, weights, eps, kind, args, backend, biases)
+    return ops.norm_rotate(xs, weights, eps, kind, args, choice.backend, biases, choice.memo)
 
 
 def _needs_grad(xs: Sequence[torch.Tensor]) -> bool:

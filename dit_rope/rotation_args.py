@@ -4,10 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from .spec import Pairing
+
+Memo = dict[object, Any]
+"""What a backend keeps for the next call whose tensors have the same layouts and whose arguments are the same."""
+
+# Looked up once: they are needed for every tensor of every call.
+_TENSOR, _STRIDED = torch.Tensor, torch.strided
+
+
+def layout_of(x: object) -> object:
+    """What of one tensor decides whether a call is valid, which backend takes it and how: all but where it lies.
+
+    Of anything else its type, so that nothing that is refused can pass as something that was accepted.
+    """
+    if isinstance(x, _TENSOR):
+        return (x.shape, x.stride() if x.layout is _STRIDED else x.layout, x.dtype, x.device, x.is_neg())
+    return type(x)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -41,8 +41,8 @@ class RopeTable:
         token_offset: flat index, in a row-major grid of ``sizes``, of the shard's first token.
         count: tokens of the shard, padding included.
         blocks: first row of each axis in ``rows``, and the row after its last.
-        validated: layouts of calls that were found to fit the table, and their arguments and backend; kept here by
-            :mod:`dit_rope.rotation` so that they live as long as the table.
+        validated: layouts of calls that were found to fit the table, and what is remembered of each; kept here by
+            :mod:`dit_rope.rotation` so that it lives as long as the table.
         cached: whether the rows are those of spec and grid, so that dense forms come from the cache.
     """
 
@@ -56,7 +56,7 @@ class RopeTable:
     first_rows: tuple[int, ...]
     token_offset: int
     count: int
-    validated: dict[object, tuple[RotationArgs, str]] = field(default_factory=dict, init=False)
+    validated: dict[object, Any] = field(default_factory=dict, init=False)
     cached: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:

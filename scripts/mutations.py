@@ -164,8 +164,15 @@ MUTATIONS = (
     _ops("gradient-of-the-mean", "x_grad = x_grad - turned.mean(dims, keepdim=True)", "pass", file="derivatives"),
     _ops("gradient-without-weight", "turned = turned * _of_head(", "_ = turned * _of_head(", file="derivatives"),
     _ops("gradient-eps", "keepdim=True) + eps)", "keepdim=True))", file="derivatives"),
-    _ops("call-key-without-flags", "around, _layout(positions), flags,", "around, _layout(positions),", "rotation"),
-    _ops("call-key-without-prefix", "around, _layout(positions), flags,", "_layout(positions), flags,", "rotation"),
+    _ops(
+        "call-key-without-flags",
+        "prefix, suffix, inverse, exact, inplace, backend, normed,",
+        "prefix, suffix, backend, normed,",
+        "rotation",
+    ),
+    _ops(
+        "call-key-without-prefix", "layout_of(positions), prefix, suffix,", "layout_of(positions), suffix,", "rotation"
+    ),
     _ops("inplace-unchecked", "        check_inplace(names, xs)\n", "        pass\n", file="rotation"),
     # Streams and shifts.
     Mutation(

@@ -84,11 +84,11 @@ def emulated(folder: Path) -> Iterator[EmulatedKernels]:
     kernels = EmulatedKernels(folder)
     real = cuda_kernels._launch
 
-    def launch(xs: Sequence[torch.Tensor], args: Any, outs: Sequence[torch.Tensor], norm: Any) -> None:
+    def launch(xs: Sequence[torch.Tensor], args: Any, outs: Sequence[torch.Tensor], norm: Any, memo: Any) -> None:
         parameters = (*norm.weights, *norm.biases) if norm else ()
         tensors = [*xs, *outs, *parameters, args.positions, args.rows]
         kernels.ranges = [_range(tensor) for tensor in tensors if tensor is not None]
-        real(xs, args, outs, norm)
+        real(xs, args, outs, norm, memo)
 
     with (
         mock.patch.object(cuda_kernels, "_why_no_device", return_value=None),

@@ -13,7 +13,21 @@ from tolerance import assert_within
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit_rope
-from dit_rope import Grid, NormKind, RopeSpec, RopeTable, Scaling, norm_rotate_qk, ops, rope_table, rotate, rotate_qk
+from dit_rope import (
+    Grid,
+    NormKind,
+    RopeSpec,
+    RopeTable,
+    Scaling,
+    backend_choice,
+    norm_rotate,
+    norm_rotate_qk,
+    ops,
+    rope_table,
+    rotate,
+    rotate_qk,
+    rotation,
+)  # fmt: skip
 from dit_rope.backend_choice import BACKENDS, MODULES, choose_backend, explain_backends
 
 ACROSS = NormKind.ACROSS_HEADS
@@ -208,21 +222,161 @@ def test_validation_remembers_layouts_and_nothing_refused(table: RopeTable) -> N
     assert len(table.validated) <= 64
 
 
-def test_launch_is_one_object_per_layout_and_follows_the_pointers(cuda_on_cpu: object, table: RopeTable) -> None:
-    from dit_rope.backends import cuda_kernels
+class Launches:
+    """What the CUDA backend launches, and the pointers."""
 
-    def launch(xs: list[torch.Tensor], **changes: Any) -> tuple[cuda_kernels.Launch, bytes]:
-        args = replace(table.args(), **changes)
-        return cuda_kernels.launch_of(xs, args, [torch.empty_like(x) for x in xs])
+    def __init__(self, kernels: Any) -> None:
+        self.launches: list[Any] = []
+        self.pointers: list[bytes] = []
+        self._real = kernels.run
+        kernels.run = self._run
 
-    xs, ys = queries_and_keys(), queries_and_keys()
-    (first, pointers), (second, others) = launch(xs), launch(ys)
-    assert first is second
-    assert pointers != others
-    assert launch(queries_and_keys(), token_offset=1)[0] is not first
-    assert launch(queries_and_keys(), inverse=True)[0] is not first
-    assert launch([x[:, :23] for x in queries_and_keys()])[0] is not first
-    assert launch(queries_and_keys(dtype=torch.bfloat16))[0] is not first
+    def _run(self, launch: Any, pointers: bytes, device: torch.device) -> None:
+        self.launches.append(launch)
+        self.pointers.append(pointers)
+        self._real(launch, pointers, device)
+
+
+@pytest.fixture
+def launches(cuda_on_cpu: Any) -> Launches:
+    dit_rope.cache_clear()
+    backend_choice._choices.clear()
+    return Launches(cuda_on_cpu)
+
+
+def unaligned(x: torch.Tensor) -> torch.Tensor:
+    """The values, shape and strides of ``x`` at an address that 16 does not divide."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The values of ``x`` among others, as in packed queries, keys and values."""
+    return torch.stack((x, x), dim=2)[:, :, 0]
+
+
+ROWS = torch.tensor([[[1, 33, 66]]], dtype=torch.int32).expand(1, 24, 3)
+CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dtype": (torch.Tensor.bfloat16, {}),
+    "strides": (strided, {}),
+    "address": (unaligned, {}),
+    "suffix": (lambda x: torch.cat((x, x), dim=1), {"suffix": 24}),
+    "prefix": (lambda x: torch.cat((x, x), dim=1), {"prefix": 24}),
+    "batch": (lambda x: torch.cat((x, x)), {}),
+    "heads": (lambda x: torch.cat((x, x), dim=2), {}),
+    "channels": (lambda x: torch.cat((x, x), dim=3), {}),
+    "inverse": (torch.clone, {"inverse": True}),
+    "exact": (torch.clone, {"exact": True}),
+    "inplace": (torch.clone, {"inplace": True}),
+    "positions": (torch.clone, {"positions": ROWS}),
+    "positions of their own": (torch.clone, {"positions": ROWS.contiguous()}),
+}
+NORM_CHANGES: dict[str, dict[str, Any]] = {
+    "eps": {"eps": 1e-5},
+    "kind": {"norm": NormKind.LAYER_ACROSS_HEADS},
+    "weight's dtype": {"weight": torch.ones(64, dtype=torch.bfloat16)},
+    "weight's address": {"weight": unaligned(torch.ones(64))},
+    "bias": {"norm": NormKind.LAYER_ACROSS_HEADS, "bias": torch.ones(64)},
+    "without a weight": {"weight": None},
+}
+
+
+def test_calls_of_one_layout_share_a_launch_and_follow_their_tensors(launches: Launches, table: RopeTable) -> None:
+    for _ in range(3):
+        rotate_qk(*queries_and_keys(), table, backend="cuda")
+    assert len({id(launch) for launch in launches.launches}) == 1
+    assert len(set(launches.pointers)) == 3
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_a_launch_is_no_remembered_call(launches: Launches, table: RopeTable, change: str) -> None:
+    """One plain call first, so that a key without the change would find it; its result is that of a fresh start."""
+    changed, options = CHANGES[change]
+    x, shared = queries_and_keys()[0], [torch.randn(1, 24, 4, 16)]
+    rotate(x, table, backend="cuda")
+    shared.append(changed(shared[0]))
+    expected = rotate(changed(shared[0]), table, backend="eager", **options)
+    actual = rotate(shared[1], table, backend="cuda", **options)
+    assert launches.launches[1] is not launches.launches[0]
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("change", NORM_CHANGES)
+def test_whatever_changes_a_norm_is_no_remembered_call(launches: Launches, table: RopeTable, change: str) -> None:
+    x, plain = torch.randn(1, 24, 4, 16), {"norm": ACROSS, "weight": torch.rand(64) + 0.5}
+    norm_rotate(x, table, backend="cuda", **plain)
+    expected, actual = (
+        norm_rotate(x, table, backend=name, **plain | NORM_CHANGES[change]) for name in ("eager", "cuda")
+    )
+    assert launches.launches[1] is not launches.launches[0]
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("change", ["args", *CHANGES])
+def test_hooks_remember_no_other_call(launches: Launches, table: RopeTable, change: str) -> None:
+    """Nor what is written elsewhere, nor only some batch entries."""
+    changed, options = CHANGES.get(change, (torch.clone, {}))
+    x = torch.randn(1, 24, 4, 16)
+    rotation.apply([x], table.args(), backend="cuda")
+    y = changed(x)
+    options = {name: value for name, value in options.items() if name not in ("suffix", "inplace")}
+    args = replace(table.args(**options), token_offset=1) if change == "args" else table.args(**options)
+    inplace = change == "inplace"
+    (expected,) = rotation.apply([y.clone()], args, backend="eager")
+    (actual,) = rotation.apply([y], args, inplace=inplace, backend="cuda")
+    assert launches.launches[1] is not launches.launches[0]
+    torch.testing.assert_close(actual, expected)
+
+
+def test_hooks_remember_where_results_are_written(launches: Launches, table: RopeTable) -> None:
+    x, args = torch.randn(1, 24, 4, 16), table.args()
+    (expected,) = rotation.apply([x], args, backend="cuda")
+    rows = torch.empty(1, 24, 3, 4, 16)
+    for out in (*rows.unbind(2), torch.empty_like(x)):
+        rotation.apply_into([x], args, [out], backend="cuda")
+        assert torch.equal(out, expected)
+    assert len({id(launch) for launch in launches.launches}) == 3  # one of strided results, and one each of two calls
+
+
+@pytest.mark.parametrize("backend", ["cuda", "eager"])
+def test_another_table_is_no_remembered_call(launches: Launches, table: RopeTable, backend: str) -> None:
+    x = torch.randn(1, 24, 4, 16)
+    rotate(x, table, backend=backend)
+    other = rope_table(RopeSpec((8, 4, 4)), Grid(2, 3, 4, start_frame=7))
+    assert torch.equal(rotate(x, other, backend=backend), rotate(x, other, backend=backend))
+    torch.testing.assert_close(rotate(x, other, backend=backend), rotate(x, other, exact=True, backend="eager"))
+
+
+def test_remembered_calls_of_hooks_are_few(
+    launches: Launches, table: RopeTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_choice, "_MAX_REMEMBERED", 8)
+    for length in range(1, 40):
+        rotation.apply([torch.randn(1, length, 1, 16)], table.args(), backend="cuda")
+        assert 1 <= len(backend_choice._choices) <= 8
+
+
+def test_positions_are_looked_at_once_and_again_when_written_to(
+    table: RopeTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    real = rotation.check_rows
+    monkeypatch.setattr(rotation, "check_rows", lambda *a: looks.append(1) or real(*a))
+    x, positions = torch.randn(1, 24, 4, 16), ROWS.clone()
+    for _ in range(3):
+        rotate(x, table, positions=positions)
+    assert len(looks) == 1
+    rotate(x, table, positions=positions.clone())
+    assert len(looks) == 2
+    positions[0, 3, 1] = 99
+    for _ in range(2):  # what was refused is looked at again too
+        with pytest.raises(ValueError, match=r"rows of their own axis, 32 to 63 on axis 1, or negative, got 99"):
+            rotate(x, table, positions=positions)
+    with torch.inference_mode():
+        inside = ROWS.clone()
+        rotate(x, table, positions=inside)
+        inside[0, 3, 1] = 99
+        with pytest.raises(ValueError, match="rows of their own axis"):
+            rotate(x, table, positions=inside)
 
 
 @pytest.mark.parametrize("backend", ["auto", "cuda"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib.metadata
 import threading
 import time
 import weakref
@@ -95,10 +96,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(cuda_launch, "_compile", machine.compile)
     monkeypatch.setattr(cuda_launch, "_loaded", {})
     monkeypatch.setattr(cuda_launch, "_state", cuda_launch._ThreadState())
-    monkeypatch.setattr(torch.cuda, "current_device", machine.current_device)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", machine.current_device, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM + index, raising=False)
     monkeypatch.setattr(torch.cuda, "device", machine.guard)
-    stream = lambda index: SimpleNamespace(cuda_stream=STREAM + index)  # noqa: E731
-    monkeypatch.setattr(torch.cuda, "current_stream", stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: machine.capturing)
     return machine
 
@@ -171,6 +171,17 @@ def test_launch_error_names_the_error_the_grid_and_the_plan(machine: Machine) ->
         cuda_launch.run(launch, pointers, CUDA_0)
     assert str(launch.grid) in str(raised.value)
     assert str(launch.plan) in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["ILLEGAL_ADDRESS", "LAUNCH_FAILED", "MISALIGNED_ADDRESS"])
+def test_launch_error_that_an_earlier_kernel_left_says_so(machine: Machine, name: str) -> None:
+    machine.error = getattr(cuda_launch.driver.CUresult, f"CUDA_ERROR_{name}")
+    with pytest.raises(RuntimeError, match=f"{name}, which may be that of an earlier kernel; .*CUDA_LAUNCH_BLOCKING=1"):
+        cuda_launch.run(*call(), CUDA_0)
+    machine.error = cuda_launch.driver.CUresult.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(RuntimeError) as raised:
+        cuda_launch.run(*call(), CUDA_0)
+    assert "earlier" not in str(raised.value)
 
 
 def test_launch_hands_over_grid_block_stream_and_arguments(machine: Machine) -> None:
@@ -310,6 +321,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda_kernels, "_is_installed", lambda name: True)
+    monkeypatch.setattr(cuda_kernels, "_version", lambda name: "1.2.2")
     return monkeypatch
 
 
@@ -336,6 +348,31 @@ def test_declined_says_what_must_be_installed(gpu: pytest.MonkeyPatch) -> None:
     assert why_no_device(CUDA_0) == "cuda.core must be installed; pip install 'dit-rope[cuda]'"
     gpu.setattr(cuda_kernels, "_is_installed", lambda name: False)
     assert str(why_no_device(CUDA_0)).startswith("cuda.core and cuda.bindings must be installed")
+
+
+@pytest.mark.parametrize(
+    ("version", "taken"),
+    [
+        ("0.1.1", False),
+        ("0.5.1", False),
+        ("0.6.0", True),
+        ("0.10", True),
+        ("1.0.0rc1", True),
+        ("12.1", True),
+        (None, True),
+    ],
+)
+def test_declined_names_a_cuda_core_without_handles_of_kernels(
+    gpu: pytest.MonkeyPatch, version: str | None, taken: bool
+) -> None:
+    gpu.setattr(cuda_kernels, "_version", lambda name: version)
+    expected = None if taken else f"cuda-core must be at least 0.6, got {version}; pip install 'dit-rope[cuda]'"
+    assert why_no_device(CUDA_0) == expected
+
+
+def test_versions_are_those_of_installed_packages() -> None:
+    assert cuda_kernels._version("torch") == importlib.metadata.version("torch")
+    assert cuda_kernels._version("no-such-package") is None
 
 
 def test_package_that_is_not_there_counts_as_not_installed() -> None:

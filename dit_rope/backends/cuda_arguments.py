@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,11 +26,20 @@ class Launch:
         plan: the constants of the kernel.
         grid: thread blocks along x, y and z; none of y and z is past the driver's 65,535.
         numbers: ``struct RotationArgs`` of ``kernels/rope.cuh`` after the pointers.
+        shape: the grid, threads of a block along x, y and z, and bytes of its dynamic shared memory, as the driver
+            takes them; empty where there is nothing to launch.
+        functions: handles of the loaded kernel, by the index of a device; kept here by whoever launches.
     """
 
     plan: Plan
     grid: tuple[int, int, int]
     numbers: bytes
+    shape: tuple[int, ...] = field(init=False)
+    functions: dict[int, int] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        shape = (*self.grid, self.plan.threads, 1, 1, self.plan.stage_bytes)
+        object.__setattr__(self, "shape", shape if all(self.grid) else ())
 
 
 def pack_numbers(

@@ -8,7 +8,9 @@ packs what it is launched with, :mod:`dit_rope.backends.cuda_launch` compiles an
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from ..rotation_args import RotationArgs
+from ..rotation_args import Memo, RotationArgs
 from ..spec import NormKind, Pairing
 from .cuda_arguments import POINTERS, Launch, pack_numbers
 from .cuda_plan import MAX_HELD, WARP, Plan, Signature, deal_threads, plan_for, tuned_shape
@@ -34,12 +36,11 @@ from .gpu_calls import (
 )
 
 MIN_CAPABILITY = (8, 0)
+MIN_CUDA_CORE = (0, 6)
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 MAX_GRID_ROWS = 65_535
-MAX_LAUNCHES = 1024
 
-_launches: dict[object, Launch] = {}
 _forced: Tuning | None = None
 
 
@@ -51,14 +52,17 @@ def declined(xs: Sequence[torch.Tensor], args: RotationArgs, norm: NormKind | No
     return first_reason(CONSTRAINTS, Call(xs, args, norm))
 
 
-def rotate(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor]) -> None:
+def rotate(
+    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], memo: Memo | None = None
+) -> None:
     """Rotates one or two tensors ``xs[i]`` ``[B, S, H_i, D]`` into ``outs[i]``, in one launch on the current stream.
 
     Every element of ``outs`` is written; ``outs`` may be ``xs``, which are then turned in place (and must be, with
     ``args.entries``). float16, bfloat16 or float32 data; float32 arithmetic, rounded once, and with the model's own
-    roundings when ``args.exact``. The caller has made sure that :func:`declined` gives no reason.
+    roundings when ``args.exact``. The caller has made sure that :func:`declined` gives no reason. Calls that share a
+    ``memo`` must be alike in all but the addresses of their tensors, and whether they are in place.
     """
-    _launch(xs, args, outs, None)
+    _launch(xs, args, outs, None, memo)
 
 
 def norm_rotate(
@@ -69,59 +73,53 @@ def norm_rotate(
     args: RotationArgs,
     outs: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None] = (),
+    memo: Memo | None = None,
 ) -> None:
     """Norm of one or two tensors ``xs[i]`` ``[B, S, H_i, D]``, then their rotation, into ``outs[i]``, in one launch.
 
     One read and one write of the data; float32 arithmetic, rounded once. Unturned tokens and channels are normed too.
     ``weights[i]`` is ``[D]`` per head or ``[H_i * D]`` across heads, or all are None, and so is ``biases[i]``. ``outs``
-    may be ``xs``.
+    may be ``xs``; ``memo`` is as in :func:`rotate`.
     """
-    added = [_readable(bias) for bias in biases] if biases else ()
-    _launch(xs, args, outs, Norm(norm, [_readable(weight) for weight in weights], eps, added))
+    given, added = list(map(_readable, weights)), list(map(_readable, biases))
+    _launch(xs, args, outs, Norm(norm, given, eps, added), memo)
 
 
 def launch_of(
-    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None = None
+    xs: Sequence[torch.Tensor],
+    args: RotationArgs,
+    outs: Sequence[torch.Tensor],
+    norm: Norm | None = None,
+    memo: Memo | None = None,
 ) -> tuple[Launch, bytes]:
-    """The launch of one call, the same object for equal layouts, and its pointers; the call is not validated."""
-    x, y, out, y_out = xs[0], xs[-1], outs[0], outs[-1]
-    rows, positions, entries = args.rows, args.positions, args.entries
-    pointers = [x.data_ptr(), out.data_ptr(), 0, 0, y.data_ptr(), y_out.data_ptr(), 0, 0, rows.data_ptr(), 0, 0]
-    if positions is not None:
-        pointers[9] = positions.data_ptr()
-    if entries is not None:
-        pointers[10] = entries.data_ptr()
-    key = (
-        len(xs), x.dtype, x.shape, x.stride(), out.stride(), y.shape, y.stride(), y_out.stride(),
-        args.numbers, rows.shape, rows.stride(), rows.dtype,
-        None if positions is None else (positions.shape, positions.stride()),
-        None if entries is None else entries.shape,
-        None if norm is None else _norm_key(norm, pointers),
-        (pointers[0] | pointers[1] | pointers[4] | pointers[5]) % ACCESS_BYTES,
-        args.head_rows and pointers[8] % ACCESS_BYTES,
-        pointers[0] == pointers[1], pointers[4] == pointers[5],
-    )  # fmt: skip
-    launch = _launches.get(key) if _forced is None else make_launch(xs, args, outs, norm)
+    """The launch of one call, and its pointers; the call is not validated.
+
+    Calls that share a ``memo`` get one launch for each alignment of their addresses, in place and out of place.
+    """
+    x, out, y, y_out = xs[0].data_ptr(), outs[0].data_ptr(), xs[-1].data_ptr(), outs[-1].data_ptr()
+    rows = args.rows.data_ptr()
+    positions = 0 if args.positions is None else args.positions.data_ptr()
+    entries = 0 if args.entries is None else args.entries.data_ptr()
+    weight = bias = y_weight = y_bias = 0
+    if norm is not None:
+        weight, y_weight = _ends(norm.weights)
+        bias, y_bias = _ends(norm.biases)
+    pointers = POINTERS.pack(x, out, weight, bias, y, y_out, y_weight, y_bias, rows, positions, entries)
+    if memo is None or _forced is not None:
+        return make_launch(xs, args, outs, norm), pointers
+    data, parameters = (x | out | y | y_out) % ACCESS_BYTES, (weight | bias | y_weight | y_bias) % ACCESS_BYTES
+    key = (data, parameters, rows % ACCESS_BYTES, x == out, y == y_out)
+    launch = memo.get(key)
     if launch is None:
-        if len(_launches) >= MAX_LAUNCHES:
-            _launches.clear()
-        launch = _launches[key] = make_launch(xs, args, outs, norm)
-    return launch, POINTERS.pack(*pointers)
+        launch = memo[key] = make_launch(xs, args, outs, norm)
+    return launch, pointers
 
 
-def _norm_key(norm: Norm, pointers: list[int]) -> tuple[object, ...]:
-    """What tells the launch of a norm from others; puts its weights and biases into ``pointers``."""
-    weights = norm.given
-    if weights:
-        pointers[2], pointers[6] = weights[0].data_ptr(), weights[-1].data_ptr()
-    dtypes = tuple([weight.dtype for weight in weights])
-    if not norm.biases:
-        return (norm.kind, norm.eps, dtypes, (pointers[2] | pointers[6]) % ACCESS_BYTES)
-    biases = norm.added
-    if biases:
-        pointers[3], pointers[7] = biases[0].data_ptr(), biases[-1].data_ptr()
-    alignment = (pointers[2] | pointers[3] | pointers[6] | pointers[7]) % ACCESS_BYTES
-    return (norm.kind, norm.eps, dtypes, alignment, *[bias.dtype for bias in biases])
+def _ends(parameters: Sequence[torch.Tensor | None]) -> tuple[int, int]:
+    """Addresses of the first and the last weight or bias, 0 where there are none: of two, both are there or neither."""
+    if not parameters or parameters[0] is None or parameters[-1] is None:
+        return 0, 0
+    return parameters[0].data_ptr(), parameters[-1].data_ptr()
 
 
 def make_launch(
@@ -137,8 +135,8 @@ def make_launch(
     rows = min(batch, MAX_GRID_ROWS)
     blocks = -(-tokens // plan.tokens) * (2 if plan.split else 1)
     if plan.stages:  # blocks that stay, as many as the device holds at once
-        blocks = min(blocks, max(1, _processors(xs[0].device) * max(1, plan.min_blocks) // batch))
-    return Launch(plan, (blocks, rows, -(-batch // rows)), pack_numbers(xs, args, outs, norm, batch))
+        blocks = min(blocks, max(1, _processors(xs[0].device) * max(1, plan.min_blocks) // max(batch, 1)))
+    return Launch(plan, (blocks, rows, -(-batch // max(rows, 1))), pack_numbers(xs, args, outs, norm, batch))
 
 
 def plan_of(
@@ -215,12 +213,18 @@ def _signature(call: Call) -> Signature:
     )
 
 
-def _launch(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None) -> None:
-    if xs[0].numel() == 0 or batch_entries(xs, args) == 0:
-        return
+def _launch(
+    xs: Sequence[torch.Tensor],
+    args: RotationArgs,
+    outs: Sequence[torch.Tensor],
+    norm: Norm | None,
+    memo: Memo | None,
+) -> None:
     if args.entries is not None and not args.entries.is_contiguous():
         args = replace(args, entries=args.entries.contiguous())
-    _launcher().run(*launch_of(xs, args, outs, norm), xs[0].device)
+    launch, pointers = launch_of(xs, args, outs, norm, memo)
+    if launch.shape:
+        _launcher().run(launch, pointers, xs[0].device)
 
 
 @functools.cache
@@ -268,7 +272,13 @@ def _why_no_device(device: torch.device) -> str | None:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return f"compute capability must be at least {'.'.join(map(str, MIN_CAPABILITY))}, got {capability}"
     missing = [name for name in ("cuda.core", "cuda.bindings") if not _is_installed(name)]
-    return f"{' and '.join(missing)} must be installed; pip install 'dit-rope[cuda]'" if missing else None
+    if missing:
+        return f"{' and '.join(missing)} must be installed; pip install 'dit-rope[cuda]'"
+    version = _version("cuda-core")
+    if version is not None and tuple(map(int, re.findall(r"\d+", version)[:2])) < MIN_CUDA_CORE:
+        least = ".".join(map(str, MIN_CUDA_CORE))
+        return f"cuda-core must be at least {least}, got {version}; pip install 'dit-rope[cuda]'"
+    return None
 
 
 def _is_installed(name: str) -> bool:
@@ -276,6 +286,14 @@ def _is_installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # the package that holds it
         return False
+
+
+def _version(distribution: str) -> str | None:
+    """Version of a distribution, or None where its metadata is not there to tell."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 CONSTRAINTS = (

@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 
 from ..cache import in_mode
-from ..rotation_args import RotationArgs
+from ..rotation_args import Memo, RotationArgs
 from ..spec import NormKind, Pairing
 from ..tables import ANGLES, WITHOUT_FLOAT64_OR_COMPLEX
 from . import token_angles
@@ -51,10 +51,13 @@ def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: Pa
     return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
 
 
-def rotate(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor]) -> None:
+def rotate(
+    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], memo: Memo | None = None
+) -> None:
     """Rotates each ``xs[i]`` ``[B, S, H, D]`` into ``outs[i]``, which may be ``xs[i]`` itself.
 
-    Every element of ``outs`` is written; the layout of tokens and channels is that of :class:`RotationArgs`.
+    Every element of ``outs`` is written; the layout of tokens and channels is that of :class:`RotationArgs`. ``memo``
+    is what every backend takes, and of no use here.
 
     Raises:
         IndexError: a position is past the table, or an entry of ``args.entries`` past the batch.
@@ -70,6 +73,7 @@ def norm_rotate(
     args: RotationArgs,
     outs: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None] = (),
+    memo: Memo | None = None,
 ) -> None:
     """Norm of each ``xs[i]``, then its rotation, into ``outs[i]``; unturned tokens and channels are normed too.
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..rotation_args import RotationArgs
+from ..rotation_args import Memo, RotationArgs
 from ..spec import MAX_AXES, NormKind, Pairing
 from .gpu_calls import (
     ACCESS_BYTES,
@@ -64,17 +64,20 @@ def declined(xs: Sequence[torch.Tensor], args: RotationArgs, norm: NormKind | No
     return first_reason(CONSTRAINTS, Call(xs, args, norm))
 
 
-def rotate(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor]) -> None:
+def rotate(
+    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], memo: Memo | None = None
+) -> None:
     """Rotates one or two tensors ``xs[i]`` ``[B, S, H_i, D]`` into ``outs[i]``, in one launch.
 
     Every element of ``outs`` is written; ``outs`` may be ``xs``, which are then turned in place (and must be, with
     ``args.entries``). float16, bfloat16 or float32 data; float32 arithmetic, rounded once, and with the model's own
-    roundings when ``args.exact``.
+    roundings when ``args.exact``. Calls that share a ``memo`` must be alike in all but the addresses of their tensors,
+    and whether they are in place.
 
     Raises:
         ValueError: when :func:`declined` gives a reason.
     """
-    _launch(xs, args, outs, None)
+    _launch(xs, args, outs, None, memo)
 
 
 def norm_rotate(
@@ -85,17 +88,18 @@ def norm_rotate(
     args: RotationArgs,
     outs: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None] = (),
+    memo: Memo | None = None,
 ) -> None:
     """Norm of one or two tensors ``xs[i]`` ``[B, S, H_i, D]``, then their rotation, into ``outs[i]``, in one launch.
 
     One read and one write of the data; float32 arithmetic, rounded once. Unturned tokens and channels are normed too.
     ``weights[i]`` and, where there are ``biases``, ``biases[i]`` are ``[D]`` per head or ``[H_i * D]`` across heads, of
-    any float dtype, or None. ``outs`` may be ``xs``.
+    any float dtype, or None. ``outs`` may be ``xs``; ``memo`` is as in :func:`rotate`.
 
     Raises:
         ValueError: when :func:`declined` gives a reason.
     """
-    _launch(xs, args, outs, Norm(norm, weights, eps, biases))
+    _launch(xs, args, outs, Norm(norm, weights, eps, biases), memo)
 
 
 def launch_arguments(
@@ -112,7 +116,8 @@ def launch_arguments(
     tile = _tile(xs, args, width, norm)
     align = math.gcd(ACCESS_BYTES // xs[0].element_size(), *(s for x in (*xs, *outs) for s in shared_strides(x, 3)))
     arguments = {
-        **_tensor_arguments(xs, outs, norm, align),
+        **_tensors(xs, args, outs, norm),
+        **_tensor_arguments(xs, outs, align),
         **_table_arguments(args, tokens),
         **_entry_arguments(args, xs[0].shape[0]),
         "tokens": tokens,
@@ -139,17 +144,31 @@ def launch_arguments(
     return batch_entries(xs, args) * -(-tokens // tile.tokens), arguments, options
 
 
-def _launch(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None) -> None:
-    reason = declined(xs, args, norm.kind if norm else None)
-    if reason is not None:
-        raise ValueError(f"the Triton backend cannot take this call: {reason}")
-    if batch_entries(xs, args) == 0 or xs[0].shape[1] == 0:
+def _launch(
+    xs: Sequence[torch.Tensor],
+    args: RotationArgs,
+    outs: Sequence[torch.Tensor],
+    norm: Norm | None,
+    memo: Memo | None,
+) -> None:
+    key = tuple([x.data_ptr() == out.data_ptr() for x, out in zip(xs, outs, strict=True)])
+    known = None if memo is None else memo.get(key)
+    tensors = _tensors(xs, args, outs, norm)
+    if known is None:
+        reason = declined(xs, args, norm.kind if norm else None)
+        if reason is not None:
+            raise ValueError(f"the Triton backend cannot take this call: {reason}")
+        programs, arguments, options = launch_arguments(xs, args, outs, norm)
+        known = (programs, {name: value for name, value in arguments.items() if name not in tensors} | options)
+        if memo is not None:
+            memo[key] = known
+    programs, numbers = known
+    if programs == 0:
         return
     from .triton_device import norm_turn_kernel
 
-    programs, arguments, options = launch_arguments(xs, args, outs, norm)
     with _on_device(xs[0].device):
-        norm_turn_kernel[(programs,)](**arguments, **options)
+        norm_turn_kernel[(programs,)](**tensors, **numbers)
 
 
 @functools.cache
@@ -233,18 +252,25 @@ def _tile(xs: Sequence[torch.Tensor], args: RotationArgs, width: int, norm: Norm
     return _Tile(heads=tile, tokens=tokens, warps=warps, padded=padded, tail=tail)
 
 
-def _tensor_arguments(
-    xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], norm: Norm | None, align: int
+def _tensors(
+    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None
 ) -> dict[str, Any]:
-    """Pointers, strides in units of ``align`` elements, and head counts of q and k; a missing k is None."""
-    arguments: dict[str, Any] = {}
+    """The tensors that the kernel reads and writes, None for those that a call does not have."""
     weights, biases = (norm.weights, norm.biases) if norm else ((), ())
+    tensors: dict[str, Any] = {"rows": args.rows, "positions": args.positions, "entries": args.entries}
     for i, name in enumerate("qk"):
-        x, out = (xs[i], outs[i]) if i < len(xs) else (None, None)
-        arguments[name], arguments[f"{name}_out"] = x, out
+        tensors[name], tensors[f"{name}_out"] = (xs[i], outs[i]) if i < len(xs) else (None, None)
         for what, given in (("weight", weights), ("bias", biases)):
             parameter = given[i] if i < len(given) else None
-            arguments[f"{name}_{what}"] = None if parameter is None else parameter.contiguous()
+            tensors[f"{name}_{what}"] = None if parameter is None else parameter.contiguous()
+    return tensors
+
+
+def _tensor_arguments(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], align: int) -> dict[str, Any]:
+    """Strides in units of ``align`` elements, and head counts, of q and k; none of a missing k."""
+    arguments: dict[str, Any] = {}
+    for i, name in enumerate("qk"):
+        x, out = (xs[i], outs[i]) if i < len(xs) else (None, None)
         arguments[f"{name.upper()}_HEADS"] = 0 if x is None else x.shape[2]
         for side, tensor in ((name, x), (f"{name}_out", out)):
             strides = (0, 0, 0) if tensor is None else shared_strides(tensor, 3)
@@ -266,12 +292,10 @@ def _table_arguments(args: RotationArgs, tokens: int) -> dict[str, Any]:
             firsts[a], spans[a] = first, math.prod(args.sizes[a + 1 :])
     align = math.gcd(ACCESS_BYTES // args.rows.element_size(), *args.rows.stride()[:2]) if args.head_rows else 1
     return {
-        "rows": args.rows,
         "rows_plane": args.rows.stride(0) // align,
         "rows_row": args.rows.stride(1) // align,
         "head_rows": args.head_rows,
         "TABLE_ALIGN": align,
-        "positions": args.positions,
         **dict(zip(("positions_batch", "positions_token", "positions_axis"), strides, strict=True)),
         "row_count": args.rows.shape[1],
         "prefix": args.prefix,
@@ -285,7 +309,6 @@ def _table_arguments(args: RotationArgs, tokens: int) -> dict[str, Any]:
 def _entry_arguments(args: RotationArgs, batch: int) -> dict[str, Any]:
     """Which of the ``batch`` entries of the tensors turn."""
     return {
-        "entries": args.entries,
         "entries_batch": 0 if args.entries is None else args.entries.stride(0),
         "entry_count": batch,
     }
