@@ -1,11 +1,13 @@
-"""Times what Python does in one call of the CUDA backend, up to the driver: everything but compilation and the GPU.
+"""Times what the host does in one call of the CUDA backend, and in other parts of a forward pass.
 
-    python scripts/bench_host_time.py
+    python scripts/bench_host_time.py --beside DIR
     python scripts/bench_host_time.py --rope-modules
     python scripts/bench_host_time.py --attention
 
-Tensors lie on CPU and the launch itself is left out, so that this runs anywhere. ``bench_kernels.py`` times whole
-calls where there is a GPU; the driver's own launch takes some 3 us more.
+Calls go through the real cuda-core and cuda-bindings to a driver without a GPU (``tests/stub_driver.py``), so that this
+runs anywhere. Left out is what the driver itself does, some 3 us, and what torch takes for the memory and the streams
+of a GPU more than for those of a CPU. ``bench_kernels.py`` times whole calls where there is a GPU. Processes take
+turns; ``--beside`` names a checkout of another commit, whose package takes every other turn.
 
 With ``--rope-modules``: what the rope modules take whose tables depend on values that a GPU would have to be asked for.
 The models are the small ones of the tests, with few tokens, so that nearly all of it is time on the host.
@@ -18,7 +20,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -28,18 +35,17 @@ from write_model_table import EXAMPLES, reads_values
 from zoo import Example, Noise
 
 import dit_rope
-from dit_rope import Grid, NormKind, RopeSpec, rotation
-from dit_rope.backends import cuda_kernels
-from dit_rope.backends.cuda_arguments import Launch
-from dit_rope.benchmark.timing import Timing, interleave
+from dit_rope import rotation
+from dit_rope.benchmark.timing import Timing, interleave, summary
 from dit_rope.models import ADAPTERS, forward_pass, table_keys
 from dit_rope.models.class_override import unpatched_method
 from dit_rope.models.formats import Format
 from dit_rope.models.plan import make_plan
 
-CALLS = 1000
 PASSES = 1
 SOME_CALLS = 20
+ROOT = Path(__file__).resolve().parent.parent
+PROCESSES, TURNS = 15, 101
 ATTENTION = ("wan", "flux", "hunyuan-video", "qwen-image")
 BARE = "unpatched, without rotary tensors"
 OWN, BUILT, FOUND, PACKED = (
@@ -48,35 +54,6 @@ OWN, BUILT, FOUND, PACKED = (
     "patched, found again",
     "packed for the kernels",
 )
-
-
-class NoLaunch:
-    """Stands in for the module that compiles and launches."""
-
-    @staticmethod
-    def run(launch: Launch, pointers: bytes, device: torch.device) -> None:
-        """Does nothing."""
-
-
-def no_launcher() -> type[NoLaunch]:
-    """A plain function, since a mock would take as long as the call."""
-    return NoLaunch
-
-
-def cases() -> dict[str, Callable[[], object]]:
-    """Calls with one token of Wan 1.3B: time that grows with tokens is none of Python's."""
-    table = dit_rope.rope_table(RopeSpec((44, 42, 42)), Grid(1, 1, 1))
-    q, k = torch.randn(2, 1, 1, 12, 128, dtype=torch.bfloat16)
-    q, k, weight, positions = q.clone(), k.clone(), torch.ones(12 * 128, dtype=torch.bfloat16), table.positions()
-    return {
-        "rotate_qk": lambda: dit_rope.rotate_qk(q, k, table, backend="cuda"),
-        "rotate_qk in place": lambda: dit_rope.rotate_qk(q, k, table, inplace=True, backend="cuda"),
-        "rotate_qk with positions": lambda: dit_rope.rotate_qk(q, k, table, positions=positions, backend="cuda"),
-        "norm_rotate_qk": lambda: dit_rope.norm_rotate_qk(
-            q, k, table, weight, weight, norm=NormKind.ACROSS_HEADS, backend="cuda"
-        ),
-        "two empty_like": lambda: (torch.empty_like(q), torch.empty_like(k)),
-    }
 
 
 def rope_cases(example: Example) -> dict[str, Callable[[], None]]:
@@ -184,13 +161,41 @@ def attention_modules(rounds: int) -> list[dict[str, object]]:
     return rows
 
 
+def driver_calls(processes: int, beside: Path | None) -> list[dict[str, object]]:
+    """Rows for each call, over the stub of the driver, of this package and the one in ``beside``."""
+    import stub_driver
+
+    times: dict[tuple[str, str], list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        environment = stub_driver.environment(stub_driver.build(Path(folder)))
+        for _ in range(processes):
+            for root in filter(None, (beside, ROOT)):
+                command = [sys.executable, str(ROOT / "scripts" / "driver_host_time.py"), str(TURNS)]
+                done = subprocess.run(
+                    command, env=environment | {"PYTHONPATH": str(root)}, check=True, capture_output=True, text=True
+                )
+                for call, microseconds in json.loads(done.stdout).items():
+                    times.setdefault((f"commit {commit_of(root)}", call), []).extend(us / 1e3 for us in microseconds)
+    rows: list[dict[str, object]] = []
+    for package, call in times:
+        print(package, end=" ")
+        rows.append({"package": package} | row(call, summary(times[package, call]), 1))
+    return rows
+
+
+def commit_of(root: Path) -> str:
+    """The commit of a checkout."""
+    command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def run_all(calls: list[Any]) -> None:
     """One call of each."""
     for call in calls:
         call()
 
 
-def repeated(call: Callable[[], object], calls: int = CALLS) -> Callable[[], None]:
+def repeated(call: Callable[[], object], calls: int) -> Callable[[], None]:
     """``calls`` calls."""
 
     def run() -> None:
@@ -200,21 +205,11 @@ def repeated(call: Callable[[], object], calls: int = CALLS) -> Callable[[], Non
     return run
 
 
-def row(call: str, timing: Timing, calls: int = CALLS) -> dict[str, object]:
+def row(call: str, timing: Timing, calls: int) -> dict[str, object]:
     """Microseconds of one call, printed too."""
     low, median, high = (round(1e3 * ms / calls, 2) for ms in (timing.p20, timing.median, timing.p80))
     print(f"{call:30} {median:8.1f} us  [{low:.1f}, {high:.1f}]")
     return {"call": call, "us_p20": low, "us_median": median, "us_p80": high}
-
-
-def kernel_calls(rounds: int) -> list[dict[str, object]]:
-    """A row for each call of the CUDA backend."""
-    with (
-        mock.patch.object(cuda_kernels, "_why_no_device", return_value=None),
-        mock.patch.object(cuda_kernels, "_launcher", no_launcher),
-    ):
-        timings = interleave({name: repeated(call) for name, call in cases().items()}, rounds)
-    return [row(name, timing) for name, timing in timings.items()]
 
 
 @torch.no_grad()
@@ -239,6 +234,7 @@ def main() -> None:
     )
     parser.add_argument("--rope-modules", action="store_true", help="time rope modules in place of kernel calls")
     parser.add_argument("--attention", action="store_true", help="time attention modules in place of kernel calls")
+    parser.add_argument("--beside", type=Path, metavar="DIR", help="a checkout of another commit, timed as well")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.rope_modules:
@@ -246,7 +242,7 @@ def main() -> None:
     elif arguments.attention:
         print(write_results("attention-host-time-cpu", attention_modules(arguments.rounds or 101)))
     else:
-        print(write_results("host-time-cpu", kernel_calls(arguments.rounds or 15)))
+        print(write_results("host-time-cpu", driver_calls(arguments.rounds or PROCESSES, arguments.beside)))
 
 
 if __name__ == "__main__":

@@ -236,8 +236,10 @@ TABLES: Mapping[Path, tuple[Measured, ...]] = {
         Measured(
             "host time",
             "host-time-cpu",
-            "python scripts/bench_host_time.py",
-            {"call": "{call}", "microseconds (p20 to p80)": "{us_median:.1f} ({us_p20:.1f} to {us_p80:.1f})"},
+            "python scripts/bench_host_time.py --beside DIR",
+            {"microseconds of a call": "{call}"},
+            across="package",
+            cell="{us_median:.1f} ({us_p20:.1f} to {us_p80:.1f})",
         ),
         Measured(
             "rope modules on the host",
