@@ -5,7 +5,8 @@
 The choices are those of :class:`~dit_rope.backends.cuda_tuning.Tuning`, some of them together, so that every value that
 changes code is in one run. Kernels run in ``tests/cuda_emulation.py``, which lets a bulk copy arrive as late as it may.
 What it cannot see: how a GPU orders memory accesses of its threads and of its copies, and what its caches do, so cache
-policies and minimum blocks only have to compile. ``results/cuda-choices.csv`` has a row for each run. Takes half an hour.
+policies and minimum blocks only have to compile. ``results/cuda-choices.csv`` has a row for each run. It takes half an
+hour.
 """
 
 from __future__ import annotations
