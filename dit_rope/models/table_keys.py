@@ -29,6 +29,8 @@ _BOOKKEEPING = frozenset(vars(torch.nn.Module())) - {"training"} | {
     "_diffusers_hook",
     "_forward",
 }
+# Where diffusers keeps a model's configuration.
+_CONFIG = "_internal_dict"
 # Of arguments, and of what one object holds; more than that is not compared in every forward pass.
 _MOST_BYTES = 8 * 2**20
 
@@ -81,9 +83,9 @@ def _state(
     configuration.
     """
     if not parameters:
-        config = vars(target).get("_internal_dict")
+        config = vars(target).get(_CONFIG)
         return (
-            _attributes(target, writes, tensor, strict=False),
+            _attributes(target, (*writes, _CONFIG), tensor, strict=False),
             None if config is None else _tree(dict(config), tensor),
         )
     if not isinstance(target, torch.nn.Module):
