@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from dit_rope import Grid, NormKind, RopeSpec, norm_rotate_qk, rope_table, rotat
 from dit_rope.backends import cuda_kernels, cuda_launch
 from dit_rope.backends.cuda_arguments import Launch
 from dit_rope.backends.cuda_kernels import launch_of
+from dit_rope.backends.cuda_tuning import Tuning
+from dit_rope.backends.gpu_calls import Norm
 
 CUDA_0, CUDA_1 = DEVICES
 ILLEGAL_ADDRESS, OUT_OF_MEMORY, INVALID_IMAGE = 700, 2, 200
@@ -262,3 +265,47 @@ def test_garbage_collection_unloads_no_library(machine: TorchOverStub) -> None:
     gc.collect()
     cuda_launch.run(*rotation(), CUDA_0)  # over an unloaded library, the stub refuses it
     assert machine.driver.unloaded == before
+
+
+def norm_across_heads(tuning: Tuning) -> tuple[Launch, bytes]:
+    """The launch of a small norm across heads with a rotation, compiled with some choices, and its pointers."""
+    x = torch.zeros(SMALL_TENSORS, dtype=torch.bfloat16)
+    with cuda_kernels.tuned(tuning), mock.patch.object(cuda_kernels, "_processors", return_value=2):
+        return launch_of([x], SMALL, [x.clone()], Norm(NormKind.ACROSS_HEADS, [None], 1e-6))
+
+
+def test_kernel_with_stages_gets_its_shared_memory(machine: TorchOverStub) -> None:
+    each, noted = norm_across_heads(Tuning(stages=3)), Noted(machine)
+    assert each[0].plan.stage_bytes > 0
+    for _ in range(2):
+        cuda_launch.run(*each, CUDA_0)
+    assert noted.launches() == 2 * [expected(*each)]
+    assert {launch.shared for launch in machine.driver.launches(machine.driver.launched - 2)} == {
+        each[0].plan.stage_bytes
+    }
+    assert noted.calls()["cuKernelSetAttribute"] == 1
+    cuda_launch.run(*norm_across_heads(Tuning()), CUDA_0)
+    assert machine.driver.launches(machine.driver.launched - 1)[0].shared == 0
+    assert noted.calls()["cuKernelSetAttribute"] == 1
+
+
+def test_shared_memory_that_a_device_does_not_have_is_named_and_asked_for_again(machine: TorchOverStub) -> None:
+    each = norm_across_heads(Tuning(stages=2))
+    with machine.driver.failing("cuKernelSetAttribute", OUT_OF_MEMORY), pytest.raises(RuntimeError) as raised:
+        cuda_launch.run(*each, CUDA_0)
+    assert f"CUDA_ERROR_OUT_OF_MEMORY for {each[0].plan.stage_bytes} bytes of shared memory" in str(raised.value)
+    noted = Noted(machine)
+    cuda_launch.run(*each, CUDA_0)
+    assert noted.launches() == [expected(*each)]
+
+
+def test_kernels_that_were_prepared_are_only_launched(machine: TorchOverStub) -> None:
+    calls = [norm_across_heads(Tuning(stages=stages)) for stages in (0, 2, 3)]
+    cuda_launch.prepare([launch.plan for launch, _ in calls], CUDA_0)
+    noted = Noted(machine)
+    cuda_launch.prepare([launch.plan for launch, _ in calls], CUDA_0)
+    machine.capturing = True
+    for each in calls:
+        cuda_launch.run(*each, CUDA_0)
+    assert noted.launches() == [expected(*each) for each in calls]
+    assert "cuLibraryLoadData" not in noted.calls()
