@@ -81,8 +81,8 @@ def norm_rotate(
     ``weights[i]`` is ``[D]`` per head or ``[H_i * D]`` across heads, or all are None, and so is ``biases[i]``. ``outs``
     may be ``xs``; ``memo`` is as in :func:`rotate`.
     """
-    given, added = list(map(_readable, weights)), list(map(_readable, biases))
-    _launch(xs, args, outs, Norm(norm, given, eps, added), memo)
+    added = list(map(_readable, biases)) if biases else ()
+    _launch(xs, args, outs, Norm(norm, list(map(_readable, weights)), eps, added), memo)
 
 
 def launch_of(
