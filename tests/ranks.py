@@ -136,8 +136,9 @@ def _serve(rank: int, world: int, store: Path, pipe: Connection, seconds: float)
     # diffusers divides by it where it enables parallelism, and finds no accelerator here.
     torch.accelerator.device_count = lambda: 1
     torch.distributed.all_gather = functools.partial(_all_gather, torch.distributed.all_gather)
+    # Named with its device: diffusers would send sizes through the GPU that a build for CUDA may lack.
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
+        "cpu:gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
     )
     while (call := pipe.recv()) is not None:
         function, args = call

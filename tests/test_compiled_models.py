@@ -153,6 +153,11 @@ def test_in_place_operator_writes_the_inputs_of_a_compiled_function(backend: str
         dit_rope.rotate_qk(q, k, table, inplace=True)
         return q + k
 
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (
+        2,
+        10,
+    ):  # for any operator, torch's own too: tests/test_ops.py compiles for fixed shapes
+        pytest.skip("torch 2.9 cannot trace writes to views of one tensor whose shape may change")
     fast = torch.compile(step, backend=backend, dynamic=True, fullgraph=True)
     for grid in (Grid(2, 3, 4), Grid(3, 3, 5)):
         table = rope_table(SPEC, grid)

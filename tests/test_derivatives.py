@@ -291,7 +291,9 @@ def test_transforms_inside_inference_mode_and_without_gradients(exact: bool) -> 
     for mode in (torch.inference_mode(), torch.no_grad()):
         with mode:
             made, other = x.clone(), v.clone()
-            assert torch.equal(torch.func.jvp(call, (made,), (other,))[1], expected)
+            of_torch = torch.func.jvp(torch.square, (made,), (other,))[1]
+            if of_torch.any():  # torch up to 2.11 has no tangents in inference mode
+                assert torch.equal(torch.func.jvp(call, (made,), (other,))[1], expected)
             assert torch.equal(torch.func.vmap(call)(torch.stack((made, other)))[1], expected)
 
 
