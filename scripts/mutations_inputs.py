@@ -218,7 +218,7 @@ _KEYS = (
     _memo("key-without-what-it-reads", " for name in tables.reads]", " for name in ()]"),
     _memo(
         "default-device-of-tables",
-        'if tables.to_device and torch.get_default_device().type != "cpu":',
+        'if tables.to_device and _default_device().type != "cpu":',
         "if False:",
     ),
     _memo("equal-numbers-of-two-types", "return (type(value), value)", "return value"),

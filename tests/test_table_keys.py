@@ -53,6 +53,16 @@ def test_configuration_and_what_a_method_reads_are_part_of_its_key() -> None:
     check()
 
 
+def test_default_device_that_torch_cannot_name_is_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of torch 2.9: ``set_default_device(None)`` leaves an object without a device."""
+    settings = TableSettings(ModelTables("", "Built", "tables", reads=("rope",), to_device=True), ("ids",))
+    model = known(Built, "tables")()
+    memo = MemoizedMethod(model, "tables", Installed(settings, PatchState()))
+    expected = memo(torch.arange(5))
+    monkeypatch.setattr(torch, "get_default_device", lambda: None.device)
+    assert memo(torch.arange(5)) is expected
+
+
 def test_configuration_that_is_no_key_is_looked_at_in_every_call() -> None:
     model, ids = known(Built, "tables")(), torch.arange(5)
     settings = TableSettings(ModelTables("", "Built", "tables", reads=("rope",)), ("ids",))

@@ -54,7 +54,7 @@ def parts_of(
     Raises:
         Unkeyed: something that decides cannot be told from something else, or not without waiting for a device.
     """
-    if tables.to_device and torch.get_default_device().type != "cpu":
+    if tables.to_device and _default_device().type != "cpu":
         raise Unkeyed  # the cache builds outside of the default device, on which the model would have built
     parts: list[Hashable] = [_ambient(), len(args)]
     for name, value in (*zip(parameters, args, strict=False), *kwargs.items()):
@@ -71,7 +71,14 @@ def _ambient() -> Hashable:
     autocast = tuple(
         (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
     )
-    return autocast, torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision()
+    return autocast, torch.get_default_dtype(), _default_device(), torch.get_float32_matmul_precision()
+
+
+def _default_device() -> torch.device:
+    try:
+        return torch.get_default_device()
+    except AttributeError:  # torch 2.9, after set_default_device(None)
+        return torch.device("cpu")
 
 
 def _state(
