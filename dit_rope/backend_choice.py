@@ -88,6 +88,7 @@ def remembered_choice(
     Raises:
         ValueError: as there.
     """
+    check_backend(backend)
     if _is_eager(xs, backend):
         return _EAGER
     if in_level() or in_mode():  # whose choice is not that of other calls
