@@ -64,7 +64,7 @@ def test_info_shows_every_entry_of_every_cache():
 
 
 def test_no_function_remembers_tensors_on_its_own():
-    """``lru_cache`` keeps what nobody counts and nobody can clear; what it may keep are plans, specs, launches and names."""
+    """``lru_cache`` keeps what nobody counts and nobody can clear; it may keep plans, specs, launches and names."""
     allowed = {"cuda_kernels.py", "cuda_plan.py", "cuda_tuning.py", "triton_kernels.py", "fastvideo.py"}
     package = Path(dit_rope.__file__).parent
     owned = [path for path in SOURCES if path.parent in (package, package / "compat", package / "backends")]
