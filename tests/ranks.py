@@ -146,13 +146,15 @@ def _serve(rank: int, world: int, store: Path, pipe: Connection, seconds: float)
             answer = True, function(*args)
         except Exception:
             answer = False, f"rank {rank}: {traceback.format_exc()}"
-        _end_groups_within()
         pipe.send(answer)
     torch.distributed.destroy_process_group()
 
 
-def _end_groups_within() -> None:
-    """Ends what a call has made of smaller groups: each has threads that wake a hundred times a second."""
+def end_groups() -> None:
+    """Ends the smaller groups that calls have made: each has threads that wake a hundred times a second.
+
+    Meshes of these groups must not be used again, nor ones that are equal to them: DTensor remembers specs by mesh.
+    """
     for group in list(torch.distributed.distributed_c10d._world.pg_map):
         if group is not torch.distributed.group.WORLD:
             torch.distributed.destroy_process_group(group)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import wan_models
-from ranks import Ranks
+from ranks import Ranks, end_groups
 from zoo import EXAMPLES, Example, Noise
 
 import dit_rope
@@ -265,6 +265,12 @@ def wrapped(model: torch.nn.Module) -> dict[str, Any]:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     with Ranks(WORLD, tmp_path_factory.mktemp("ranks")) as started:
         yield started
+
+
+@pytest.fixture(autouse=True)
+def _groups_end(ranks: Ranks) -> Iterator[None]:
+    yield
+    ranks.run(end_groups)
 
 
 def test_every_class_that_can_be_split_is_here() -> None:
