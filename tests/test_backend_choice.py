@@ -281,8 +281,9 @@ NORM_CHANGES: dict[str, dict[str, Any]] = {
 
 
 def test_calls_of_one_layout_share_a_launch_and_follow_their_tensors(launches: Launches, table: RopeTable) -> None:
-    for _ in range(3):
-        rotate_qk(*queries_and_keys(), table, backend="cuda")
+    calls = [queries_and_keys() for _ in range(3)]  # all there at once, so that none lies where another lay
+    for q, k in calls:
+        rotate_qk(q, k, table, backend="cuda")
     assert len({id(launch) for launch in launches.launches}) == 1
     assert len(set(launches.pointers)) == 3
 
