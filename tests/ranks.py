@@ -153,8 +153,11 @@ def _serve(rank: int, world: int, store: Path, pipe: Connection, seconds: float)
 def end_groups() -> None:
     """Ends the smaller groups that calls have made: each has threads that wake a hundred times a second.
 
-    Meshes of these groups must not be used again, nor ones that are equal to them: DTensor remembers specs by mesh.
+    Meshes of these groups must not be used again, nor ones that are equal to them: DTensor remembers specs by mesh. So
+    does torch before 2.11 with flattened meshes, whose groups are left alone there.
     """
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        return
     for group in list(torch.distributed.distributed_c10d._world.pg_map):
         if group is not torch.distributed.group.WORLD:
             torch.distributed.destroy_process_group(group)
