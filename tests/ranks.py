@@ -21,7 +21,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch.distributed import device_mesh
 
 _SPLIT = ("chronoedit", "flux", "flux2", "helios", "ltx", "ltx2", "minimax_h3", "qwenimage", "wan")
 # Imported once, in a process that ranks are forked from.
@@ -162,5 +161,3 @@ def end_groups() -> None:
     for group in list(torch.distributed.distributed_c10d._world.pg_map):
         if group is not torch.distributed.group.WORLD:
             torch.distributed.destroy_process_group(group)
-    # Torch 2.9 gives a mesh what an equal one was flattened to; newer ones keep that with the mesh.
-    getattr(device_mesh._mesh_resources, "root_to_flatten_mapping", {}).clear()

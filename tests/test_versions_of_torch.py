@@ -51,6 +51,15 @@ def test_row_takes_the_place_of_its_version_and_others_stay(tmp_path: Path) -> N
     assert all(row["commit"] for row in rows)
 
 
+def test_committed_run_is_of_the_lowest_torch_declared_and_has_no_failures() -> None:
+    rows = read_csv(ROOT / "scripts" / "results" / "torch-versions.csv")
+    assert all(row["failed"] == "0" and int(row["passed"]) > 3000 for row in rows)
+    ran = [row["torch"].partition("+")[0] for row in rows]
+    assert ran == list(torch_versions.VERSIONS)
+    lowest = ".".join(torch_versions.VERSIONS[0].split(".")[:2])
+    assert f'"torch>={lowest}"' in (ROOT / "pyproject.toml").read_text()
+
+
 def test_run_that_collects_nothing_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_versions, "chosen_tests", lambda: ["tests/no_such_file.py"])
     python = Path(sys.executable)
