@@ -15,6 +15,7 @@ from .spec import NormKind, Pairing
 MODULES: dict[str, Any] = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
 BACKENDS = tuple(MODULES)
 """From the fastest to the one that takes every call; ``"auto"`` asks them in this order."""
+_NAMES = ("auto", *BACKENDS)
 _MAX_REMEMBERED = 1024
 
 
@@ -35,8 +36,8 @@ def check_backend(name: str) -> None:
     Raises:
         ValueError: naming those that there are.
     """
-    if name not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
+    if name not in _NAMES:
+        raise ValueError(f"backend must be one of {_NAMES}, got {name!r}")
 
 
 def choose_backend(
