@@ -104,10 +104,11 @@ def write(folder: Path, chosen: list[Intervention], results: Path) -> list[Row]:
     return rows
 
 
-def in_share(example: str, intervention: Intervention, share: int) -> bool:
-    """Whether a pair is of the one in ``share`` that is run."""
-    number = [one.name for one in examples()].index(example) + INTERVENTIONS.index(intervention)
-    return number % share == 0
+def share_of(example: str, chosen: list[Intervention], share: int) -> list[Intervention]:
+    """Those of the interventions that an example meets where one pair in ``share`` is run."""
+    first = [one.name for one in examples()].index(example)
+    numbers = {one.name: number for number, one in enumerate(INTERVENTIONS, first)}
+    return [one for one in chosen if numbers[one.name] % share == 0]
 
 
 def run(names: list[str], chosen: list[Intervention], folder: Path, options: argparse.Namespace) -> None:
@@ -115,10 +116,10 @@ def run(names: list[str], chosen: list[Intervention], folder: Path, options: arg
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where the server of forks finds what it loads first
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["interventions_preload"])
-    missing = {
-        name: [one.name for one in chosen if in_share(name, one, options.share) and one.name not in done(folder, name)]
-        for name in names
-    }
+    missing = {}
+    for name in names:
+        ended = done(folder, name)
+        missing[name] = [one.name for one in share_of(name, chosen, options.share) if one.name not in ended]
     waiting = [name for name in names if any(one.ranks == 1 and one.name in missing[name] for one in chosen)]
     running: dict[Any, tuple[str, Any, float]] = {}
     while waiting or running:
