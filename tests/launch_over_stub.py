@@ -309,3 +309,21 @@ def test_kernels_that_were_prepared_are_only_launched(machine: TorchOverStub) ->
         cuda_launch.run(*each, CUDA_0)
     assert noted.launches() == [expected(*each) for each in calls]
     assert "cuLibraryLoadData" not in noted.calls()
+
+
+def test_kernel_that_cannot_be_prepared_is_left_to_its_first_call(machine: TorchOverStub) -> None:
+    """One that NVRTC refuses, between two that it takes; and one that the driver refuses."""
+    calls = [norm_across_heads(Tuning(stages=stages)) for stages in (0, 3)]
+    (launch, pointers), last = norm_across_heads(Tuning(stages=2)), rotation()
+    refused = Launch(replace(launch.plan, access=3), launch.grid, launch.numbers)
+    cuda_launch.prepare([calls[0][0].plan, refused.plan, calls[1][0].plan], CUDA_0)
+    with machine.driver.failing("cuLibraryLoadData", OUT_OF_MEMORY):
+        cuda_launch.prepare([last[0].plan], CUDA_0)
+    noted = Noted(machine)
+    for each in calls:
+        cuda_launch.run(*each, CUDA_0)
+    assert "cuLibraryLoadData" not in noted.calls()
+    with pytest.raises(RuntimeError, match="the driver must compile and load Plan"):
+        cuda_launch.run(refused, pointers, CUDA_0)
+    cuda_launch.run(*last, CUDA_0)
+    assert noted.launches() == [expected(*each) for each in (*calls, last)]

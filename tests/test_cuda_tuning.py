@@ -16,7 +16,7 @@ from cuda_plans import ROWS, SWEPT, plan_for
 from dit_rope.backends import cuda_kernels, cuda_tuning
 from dit_rope.backends.cuda_plan import Plan
 from dit_rope.backends.cuda_tuning import DEFAULT, LOADS, STORES, Tuned, Tuning, read, tuning_for
-from dit_rope.benchmark.problems import SHAPES, Operation
+from dit_rope.benchmark.problems import SHAPES, Operation, Problem
 from dit_rope.benchmark.results import read_csv
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -203,6 +203,53 @@ def test_candidate_that_fails_is_a_row_with_the_reason(cuda_on_cpu: Any, monkeyp
     assert failed["variant"] == "split=True"
     assert failed["note"] == "RuntimeError: the driver must accept a launch"
     assert rows[-1]["variant"] == "default"
+
+
+def test_default_that_fails_is_replaced_by_the_first_that_does_not(
+    cuda_on_cpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "KNOBS", {"split": candidates.KNOBS["split"], "stores": candidates.KNOBS["stores"]})
+    monkeypatch.setattr(sweep, "OPERATIONS", (Operation.ROTATE,))
+    monkeypatch.setattr(cuda_on_cpu, "prepare", lambda plans, device: None, raising=False)
+    right = cuda_on_cpu.run
+
+    def run(launch: Any, pointers: bytes, device: torch.device) -> None:
+        if not launch.plan.split:
+            raise RuntimeError("refused")
+        right(launch, pointers, device)
+
+    monkeypatch.setattr(cuda_on_cpu, "run", run)
+    rows = sweep.run([SHAPES["wan-1.3b-480p"].tiny()], "cpu", 1)
+    assert [row["variant"] for row in rows if row.get("failed")] == ["default"]
+    assert rows[-1]["split"]
+
+
+@pytest.mark.parametrize("where", ["prepare", "inputs"])
+def test_operation_that_fails_is_a_row_and_the_next_is_swept(
+    where: str, cuda_on_cpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By what compiles its kernels, or for want of memory."""
+    monkeypatch.setattr(sweep, "KNOBS", {"split": candidates.KNOBS["split"]})
+    monkeypatch.setattr(sweep, "OPERATIONS", (Operation.PER_HEAD, Operation.ROTATE))
+    inputs = Problem.inputs
+
+    def prepare(plans: Any, device: torch.device) -> None:
+        if where == "prepare" and any(plan.norm for plan in plans):
+            raise MemoryError("no room")
+
+    def made(problem: Problem, sets: int) -> Any:
+        if where == "inputs" and problem.operation is Operation.PER_HEAD:
+            raise MemoryError("no room")
+        return inputs(problem, sets)
+
+    monkeypatch.setattr(cuda_on_cpu, "prepare", prepare, raising=False)
+    monkeypatch.setattr(Problem, "inputs", made)
+    rows = sweep.run([SHAPES["wan-1.3b-480p"].tiny()], "cpu", 1, results=tmp_path)
+    (failed,) = [row for row in rows if row.get("failed")]
+    assert (failed["operation"], failed["note"]) == (Operation.PER_HEAD.value, "MemoryError: no room")
+    assert (rows[-1]["operation"], rows[-1]["knob"]) == (Operation.ROTATE.value, sweep.KEPT)
+    (file,) = tmp_path.iterdir()
+    assert len(read_csv(file)) == len(rows)
 
 
 def swept_rows(tuning: Tuning, operation: str = "norm across heads, rotate") -> list[dict[str, Any]]:

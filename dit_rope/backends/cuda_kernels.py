@@ -176,7 +176,10 @@ def tuned(tuning: Tuning) -> Iterator[None]:
 
 
 def prepare(plans: Iterable[Plan], device: torch.device) -> None:
-    """Compiles the kernels of ``plans`` side by side, so that their first calls on ``device`` need not wait for it."""
+    """Compiles the kernels of ``plans`` side by side, so that their first calls on ``device`` need not wait for it.
+
+    One that fails is left to its first call, which says why.
+    """
     _launcher().prepare(plans, device)
 
 

@@ -111,19 +111,18 @@ def compile_plan(plan: Plan, arch: str) -> bytes:
 def prepare(plans: Iterable[Plan], device: torch.device) -> None:
     """Compiles and loads kernels, side by side on all cores: NVRTC runs without Python's lock.
 
-    Raises:
-        RuntimeError: NVRTC cannot compile one; none of them is loaded then.
+    One that fails is left to its first call, which says why.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     arch = f"sm_{Device(index).arch}"
     new = [plan for plan in plans if (index, plan) not in _loaded]
     with ThreadPoolExecutor() as pool:
-        codes = list(pool.map(lambda plan: _compile(plan, arch), new))
+        compiling = {plan: pool.submit(_compile, plan, arch) for plan in new}
     with _lock, torch.cuda.device(index):
         Device(index).set_current()
-        for plan, code in zip(new, codes, strict=True):
-            with _explained(f"load {plan}"):
-                _loaded[index, plan] = _on_device(index, plan, code)
+        for plan, code in compiling.items():
+            with contextlib.suppress(Exception):  # of NVRTC or the driver
+                _loaded[index, plan] = _on_device(index, plan, code.result())
 
 
 def _compile(plan: Plan, arch: str) -> ObjectCode:

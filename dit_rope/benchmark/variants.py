@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,17 +62,28 @@ def own_exact(problem: Problem, backend: str) -> Call:
     return call
 
 
+def own_still(problem: Problem, backend: str) -> Call:
+    """The problem's call, out of place, at positions that are all negative: everything but the rotation is done."""
+    size = (1, problem.shape.grid.tokens, len(problem.shape.dims))
+    nowhere = torch.full(size, -1, dtype=torch.int32, device=problem.device)
+    # In place, what does not rotate would not be read either.
+    out_of_place = replace(problem, operation=Operation.ROTATE) if problem.operation.in_place else problem
+    return _forward(out_of_place, backend, positions=nowhere)
+
+
 def _assert_bits(out: torch.Tensor, bits: torch.Tensor, name: str) -> None:
     if not torch.equal(out, bits):
         wrong = int((out != bits).sum())
         raise AssertionError(f"expected the bits of the eager code, got {wrong} other elements of {name}")
 
 
-def _forward(problem: Problem, backend: str, exact: bool = False) -> Call:
+def _forward(problem: Problem, backend: str, exact: bool = False, positions: torch.Tensor | None = None) -> Call:
     table, norm = problem.table, problem.operation.norm
-    exact = exact or problem.operation is Operation.EXACT
+    if problem.operation is Operation.POSITIONS:
+        positions = table.positions()
     shared: dict[str, Any] = {
-        "exact": exact,
+        "positions": positions,
+        "exact": exact or problem.operation is Operation.EXACT,
         "prefix": problem.shape.prefix,
         "inplace": problem.operation.in_place,
         "backend": backend,
@@ -79,8 +91,7 @@ def _forward(problem: Problem, backend: str, exact: bool = False) -> Call:
     if norm is not None:
         weights = problem.weights
         return lambda q, k: rotation.norm_rotate_qk(q, k, table, *weights, eps=EPS, norm=norm, **shared)
-    positions = table.positions() if problem.operation is Operation.POSITIONS else None
-    return lambda q, k: rotation.rotate_qk(q, k, table, positions=positions, **shared)
+    return lambda q, k: rotation.rotate_qk(q, k, table, **shared)
 
 
 def _backward(problem: Problem, backend: str) -> Call:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from dit_rope import rotation
 from dit_rope.backends import cuda_kernels
 from dit_rope.backends.cuda_plan import Plan
 from dit_rope.backends.cuda_tuning import Tuning
@@ -27,7 +26,7 @@ from dit_rope.benchmark.problems import EPS, Call, Operation, Problem, Shape
 from dit_rope.benchmark.results import Row
 from dit_rope.benchmark.rotation import COPY, copy_of, one_line, row
 from dit_rope.benchmark.timing import Measurement, Timing, input_sets, measurement, take_turns
-from dit_rope.benchmark.variants import check_own, own
+from dit_rope.benchmark.variants import check_own, own, own_still
 
 from .candidates import KNOBS, first_steps, name_of, neighbours
 from .results import Record, result_path, table
@@ -66,7 +65,11 @@ def run(
         if time.monotonic() > end:
             record.add([row(problem, "cuda", note=f"not measured: {seconds:.0f} seconds were up")])
             continue
-        new = Sweep(problem, rounds, rehearse).measure()
+        sweep = Sweep(problem, rounds, rehearse)
+        try:
+            new = sweep.measure()
+        except Exception as error:  # such as memory that is used up: what was measured stays, and the others follow
+            new = [*sweep.rows, row(problem, "cuda", note=one_line(error), failed=True)]
         record.add(new)
         if not rehearse:
             print(f"\n{problem.shape.name}, {problem.operation.value}")
@@ -82,6 +85,11 @@ class Sweep:
     rounds: int
     rehearse: bool = False
     rows: list[Row] = field(default_factory=list)
+
+    @property
+    def backend(self) -> str:
+        """Which backend is called."""
+        return "eager" if self.rehearse else "cuda"
 
     def measure(self) -> list[Row]:
         """One row for the copy, one for each candidate and step, and one for what is kept."""
@@ -116,11 +124,14 @@ class Sweep:
             name = name_of(tuning)
             try:
                 with cuda_kernels.tuned(tuning):
-                    call = own(self.problem, "eager" if self.rehearse else "cuda")
+                    call = own(self.problem, self.backend)
                     check_own(self.problem, call)
-                    measurements[name] = self._captured(call, inputs)
+                    new = {name: call}
                     if tuning is kept:
-                        measurements[STILL] = self._captured(self._still(), inputs)
+                        new[STILL] = own_still(self.problem, self.backend)
+                # With its choices whenever it is called: a graph keeps them, a host clock calls it anew.
+                tuned = cuda_kernels.tuned(tuning)
+                measurements |= {each: self._captured(tuned(one), inputs) for each, one in new.items()}
             except Exception as error:  # a candidate that fails must not lose the others
                 self.rows.append(self._row(knob, name, tuning, note=one_line(error), failed=True))
                 continue
@@ -134,25 +145,8 @@ class Sweep:
             self.rows.append(self._row(knob, name, calls.get(name), timing, kept=name == fastest))
         return calls.get(fastest, kept)
 
-    def _still(self) -> Call:
-        """The call with no token that rotates."""
-        problem = self.problem
-        axes = len(problem.shape.dims)
-        nowhere = torch.full((1, problem.shape.grid.tokens, axes), -1, dtype=torch.int32, device=problem.device)
-        shared = {
-            "positions": nowhere,
-            "prefix": problem.shape.prefix,
-            "backend": "eager" if self.rehearse else "cuda",
-        }
-        norm = problem.operation.norm
-        if norm is None:
-            # In place, what does not rotate would not be read either.
-            return lambda q, k: rotation.rotate_qk(q, k, problem.table, **shared)
-        weights = problem.weights
-        return lambda q, k: rotation.norm_rotate_qk(q, k, problem.table, *weights, eps=EPS, norm=norm, **shared)
-
     def _captured(self, call: Call, inputs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Measurement:
-        """Times a call as it is now, with the choices of the moment, however it is called later."""
+        """How to time a call, on a GPU without the time that the host takes for it."""
         device = self.problem.device
         found = measurement([functools.partial(call, q, k) for q, k in inputs], device, 0)
         if device.startswith("cuda") and found.timed_by != "graph replay":
