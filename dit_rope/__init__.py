@@ -1,16 +1,21 @@
 """Rotary position embedding for diffusion transformers: each table built once, each rotation one pass."""
 
-from .eviction import plan_eviction
 from .patching import Patch, UnsupportedModelError, patch, unpatch
-from .rolling_cache import RollingCache
 from .rotation import norm_rotate, norm_rotate_qk, rotate, rotate_qk
-from .scaling import known_scalings, register_scaling, rotary_dim, scaling_from_config
-from .scaling_types import AxisFrequencies
-from .shifting import ShiftTable, shift_keys
 from .spec import Fusion, Grid, NormKind, Pairing, RopeSpec, Scaling, Shard
-from .streaming import PositionPolicy, RopeStream
-from .table_caches import cache_clear, cache_configure, cache_info
-from .tables import RopeTable, rope_table
+from .streaming import PositionPolicy, RollingCache, RopeStream, ShiftTable, plan_eviction, shift_keys
+from .tables import (
+    AxisFrequencies,
+    RopeTable,
+    cache_clear,
+    cache_configure,
+    cache_info,
+    known_scalings,
+    register_scaling,
+    rope_table,
+    rotary_dim,
+    scaling_from_config,
+)
 
 __version__ = "0.1.0"
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .patching import Patch, patch
-from .table_caches import cache_clear, cache_info
+from .tables.caches import cache_clear, cache_info
 
 WARM_UP_STEPS = 2
 SIDES = ("unpatched", "patched")

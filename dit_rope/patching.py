@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from .backend_choice import check_backend
+from .hooks.plan import Options, Plan, make_plan, restore
+from .hooks.report import describe
 from .models import ADAPTERS, ModelAdapter
-from .models.plan import Options, Plan, make_plan, restore
-from .patch_report import describe
+from .rotation.choice import check_backend
 from .spec import Fusion, Scalings
 
 _BY_CLASS = {adapter.model: adapter for adapter in ADAPTERS}

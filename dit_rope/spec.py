@@ -79,8 +79,8 @@ ScalingValue = float | int | bool | tuple[float, ...] | None
 class Scaling:
     """A frequency scaling of one axis, by the name of its type and its options: make one with :meth:`of`.
 
-    The types are those of :func:`~dit_rope.known_scalings`; :mod:`dit_rope.scaling_types` has formulas and options.
-    Whether a type is known and takes the options is checked when a table is made.
+    The types are those of :func:`~dit_rope.known_scalings`; :mod:`dit_rope.tables.scaling_types` has formulas and
+    options. Whether a type is known and takes the options is checked when a table is made.
 
     ``parameters`` is a sorted tuple of (name, value) pairs, so that equal scalings are equal and hashable.
 

@@ -2,7 +2,7 @@
 // they are turned, and how they are written.
 //
 // It says in CUDA what dit_rope/rotation_args.py says in Python. Element offsets of tokens and heads are 64-bit, offsets
-// inside a head 32-bit. A kernel is compiled for a Plan: a struct of constants that dit_rope/backends/cuda_plan.py
+// inside a head 32-bit. A kernel is compiled for a Plan: a struct of constants that dit_rope/rotation/backends/cuda_plan.py
 // writes from the shapes and dtypes of a call; everything that varies with length, position or address is an argument.
 
 #pragma once

@@ -35,12 +35,13 @@ from write_model_table import EXAMPLES, reads_values
 from zoo import Example, Noise
 
 import dit_rope
-from dit_rope import rotation
 from dit_rope.benchmark.timing import Timing, interleave, summary
-from dit_rope.models import ADAPTERS, forward_pass, table_keys
-from dit_rope.models.class_override import unpatched_method
-from dit_rope.models.formats import Format
-from dit_rope.models.plan import make_plan
+from dit_rope.hooks import forward_pass, table_keys
+from dit_rope.hooks.class_override import unpatched_method
+from dit_rope.hooks.formats import Format
+from dit_rope.hooks.plan import make_plan
+from dit_rope.models import ADAPTERS
+from dit_rope.rotation import api as rotation
 
 PASSES = 1
 SOME_CALLS = 20

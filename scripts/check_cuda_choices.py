@@ -2,7 +2,7 @@
 
     python scripts/check_cuda_choices.py
 
-The choices are those of :class:`~dit_rope.backends.cuda_tuning.Tuning`, some of them together, so that every value that
+The choices are those of ``Tuning`` in ``backends/cuda_tuning.py``, some of them together, so that every value that
 changes code is in one run. Kernels run in ``tests/cuda_emulation.py``, which lets a bulk copy arrive as late as it may.
 What it cannot see: how a GPU orders memory accesses of its threads and of its copies, and what its caches do, so cache
 policies and minimum blocks only have to compile. ``results/cuda-choices.csv`` has a row for each run. It takes half an
@@ -17,9 +17,8 @@ import time
 from pathlib import Path
 
 from benchmarking import write_results
+from dit_rope.rotation.backends.cuda_tuning import LOADS, STORES, Tuning
 from gpu_checks.candidates import name_of
-
-from dit_rope.backends.cuda_tuning import LOADS, STORES, Tuning
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from contract_calls import run_contract

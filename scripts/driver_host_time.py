@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from torch_over_stub import STREAM, TorchOverStub, over_stub
 
 import dit_rope
-from dit_rope import Grid, NormKind, RopeSpec, rotation
+from dit_rope import Grid, NormKind, RopeSpec
+from dit_rope.rotation import api as rotation
 
 CALLS = 50
 

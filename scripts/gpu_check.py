@@ -137,7 +137,7 @@ def missing(findings: Sequence[Finding]) -> dict[str, Missing]:
 
 def backends(device: str) -> list[tuple[str, str]]:
     """Which backend is chosen on a device, and why the others are not."""
-    from dit_rope.backend_choice import explain_backends
+    from dit_rope.rotation.choice import explain_backends
 
     try:
         return [(f"backend {name}", said) for name, said in explain_backends(device)]

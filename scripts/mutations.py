@@ -46,7 +46,7 @@ def _eager(name: str, old: str, new: str, file: str = "eager") -> Mutation:
 
 
 def _angles(name: str, old: str, new: str) -> Mutation:
-    return Mutation(name, "dit_rope/backends/eager.py", old, new, ("tests/test_cache_attack.py",), "angles")
+    return Mutation(name, "dit_rope/rotation/backends/eager.py", old, new, ("tests/test_cache_attack.py",), "angles")
 
 
 def _ops(name: str, old: str, new: str, file: str = "ops") -> Mutation:
@@ -54,7 +54,7 @@ def _ops(name: str, old: str, new: str, file: str = "ops") -> Mutation:
 
 
 def _shift(name: str, old: str, new: str, k: str) -> Mutation:
-    return Mutation(name, "dit_rope/shifting.py", old, new, ("tests/test_shifting.py",), k)
+    return Mutation(name, "dit_rope/streaming/shift.py", old, new, ("tests/test_shifting.py",), k)
 
 
 MUTATIONS = (
@@ -177,7 +177,7 @@ MUTATIONS = (
     # Streams and shifts.
     Mutation(
         "stream-start-of-the-table",
-        "dit_rope/streaming.py",
+        "dit_rope/streaming/stream.py",
         "positions[0] - table.grid.start_frame",
         "positions[0] - table.grid.start_frame + 1",
         _STREAM,
@@ -185,7 +185,7 @@ MUTATIONS = (
     ),
     Mutation(
         "sinks-follow-one-too-far",
-        "dit_rope/streaming.py",
+        "dit_rope/streaming/stream.py",
         "moved = tuple(range(oldest - sinks, oldest))",
         "moved = tuple(range(oldest - sinks + 1, oldest + 1))",
         _STREAM,
@@ -193,7 +193,7 @@ MUTATIONS = (
     ),
     Mutation(
         "ring-starts-at-the-sinks",
-        "dit_rope/streaming.py",
+        "dit_rope/streaming/stream.py",
         "(frame - self.sink_frames) % ring",
         "frame % ring",
         _STREAM,

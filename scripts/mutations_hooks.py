@@ -162,7 +162,7 @@ _KNOWN_CODE = (
         "if not all(_is_of(function, name) for _, name, function in found):",
         "if False:",
     ),
-    Mutation("report-remembers", "dit_rope/patch_report.py", "    plan = plan.now()\n", "    pass\n", _KNOWN),
+    Mutation("report-remembers", "dit_rope/hooks/report.py", "    plan = plan.now()\n", "    pass\n", _KNOWN),
     _known(
         "report-of-a-rope-module-that-was-replaced",
         "plan",

@@ -274,7 +274,7 @@ _PASSES = (
     _packed("packed-by-the-id-of-a-tensor", "same = all(of() is tensor for", "same = all(True for"),
     Mutation(
         "packed-tables-gather",
-        "dit_rope/models/packed_tables.py",
+        "dit_rope/hooks/packed_tables.py",
         "_MOST_PACKED = 16",
         "_MOST_PACKED = 10**9",
         ("tests/test_cache_attack.py",),

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 from benchmarking import write_results
+from dit_rope.tables.axes import ROW_BLOCK
 
 from dit_rope import Grid, RopeSpec, Shard, cache_clear, rope_table, rotate_qk
-from dit_rope.axis_tables import ROW_BLOCK
 from dit_rope.benchmark.timing import interleave
 
 SPEC = RopeSpec((44, 42, 42))

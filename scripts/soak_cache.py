@@ -32,11 +32,12 @@ from benchmarking import write_results
 from matplotlib import pyplot
 
 import dit_rope
-from dit_rope import Grid, Pairing, RopeSpec, Scaling, Shard, tables
-from dit_rope.models import formats
-from dit_rope.models.adapter import EVERY, ModelTables
-from dit_rope.models.class_override import PatchState, override_method, release_all
-from dit_rope.models.rope_modules import RopeOverride, TableSettings, forget
+from dit_rope import Grid, Pairing, RopeSpec, Scaling, Shard
+from dit_rope.hooks import formats
+from dit_rope.hooks.adapter import EVERY, ModelTables
+from dit_rope.hooks.class_override import PatchState, override_method, release_all
+from dit_rope.hooks.rope_modules import RopeOverride, TableSettings, forget
+from dit_rope.tables import table as tables
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from known_classes import known

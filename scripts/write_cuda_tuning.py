@@ -2,7 +2,7 @@
 
     python scripts/write_cuda_tuning.py scripts/results/sweep-nvidia-h200.csv
 
-``dit_rope/backends/cuda_tuning.json`` gets one entry for each operation and shape that was swept, with the choices that
+``backends/cuda_tuning.json`` gets one entry for each operation and shape that was swept, with the choices that
 differ from the defaults; entries of other devices stay. Shapes whose sweep found nothing faster than the defaults have
 no entry.
 """
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dit_rope.rotation.backends.cuda_tuning import DEFAULT, FILE, Tuning, read
 from gpu_checks.sweep import KEPT
 
-from dit_rope.backends.cuda_tuning import DEFAULT, FILE, Tuning, read
 from dit_rope.benchmark.problems import Operation
 from dit_rope.benchmark.results import Row, read_csv
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes ``dit_rope/models/known_code.json``: digests of the diffusers code that patches were written against.
+"""Writes ``dit_rope/hooks/known_code.json``: digests of the diffusers code that patches were written against.
 
 Run it after an adapter was written or checked against a version of diffusers, whose tests must pass: what it finds in
 the installed diffusers becomes known code. ``--keep`` adds to what the file holds, so that several versions are known.
@@ -16,12 +16,12 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+from dit_rope.hooks.adapter import Rotations
+from dit_rope.hooks.fused_norms import KNOWN_NORMS
+from dit_rope.hooks.known_code import Walk, source_digest
 from dit_rope.models import ADAPTERS, ModelAdapter
-from dit_rope.models.adapter import Rotations
-from dit_rope.models.fused_norms import KNOWN_NORMS
-from dit_rope.models.known_code import Walk, source_digest
 
-TARGET = Path(__file__).parent.parent / "dit_rope" / "models" / "known_code.json"
+TARGET = Path(__file__).parent.parent / "dit_rope" / "hooks" / "known_code.json"
 
 
 class Collection(Walk):

@@ -12,8 +12,8 @@ import re
 import sys
 from pathlib import Path
 
+from dit_rope.hooks.adapter import EVERY
 from dit_rope.models import ADAPTERS, ModelAdapter
-from dit_rope.models.adapter import EVERY
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import wan_models

@@ -192,7 +192,7 @@ def test_rotate_offsets_are_64_bit(dim: str) -> None:
 def test_rotate_takes_more_batch_entries_than_one_dimension_of_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's y dimension is limited; here to 2, so that the grid has a block past the last entry."""
     if BACKEND == "cuda":
-        monkeypatch.setattr("dit_rope.backends.cuda_kernels.MAX_GRID_ROWS", 2)
+        monkeypatch.setattr("dit_rope.rotation.backends.cuda_kernels.MAX_GRID_ROWS", 2)
     case = Case(batch=7, tokens=5, positions=(7, 5))
     xs = case.tensors()
     check_rotation(xs, case.args(), poisoned(xs))

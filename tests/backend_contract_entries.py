@@ -169,7 +169,7 @@ def test_entries_without_positions_stand_on_the_grid() -> None:
 def test_entries_may_be_more_than_one_dimension_of_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in ``backend_contract.py``; the block past the last entry has the number of one that is not listed."""
     if BACKEND == "cuda":
-        monkeypatch.setattr("dit_rope.backends.cuda_kernels.MAX_GRID_ROWS", 2)
+        monkeypatch.setattr("dit_rope.rotation.backends.cuda_kernels.MAX_GRID_ROWS", 2)
     Shift(replace(POOL, positions=(3, 4), prefix=1, count=4), entries=(4, 1, 5)).check()
 
 

@@ -123,7 +123,7 @@ def random_wan(random_wan_folder: Path, one_thread: None) -> Any:
 @pytest.fixture
 def rotations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the rotations that patched models run."""
-    from dit_rope import rotation
+    from dit_rope.rotation import api as rotation
 
     ran: list[str] = []
     for name in ("apply", "apply_norm"):

@@ -2,8 +2,8 @@
 
 The environment chooses: ``DIT_ROPE_BACKEND`` is eager (the default), triton or cuda, ``DIT_ROPE_DEVICE`` is cpu (the
 default) or cuda. On a CPU Triton needs TRITON_INTERPRET=1, and the CUDA kernels run in ``cuda_emulation.py``.
-``DIT_ROPE_TUNING`` is JSON of the choices of :class:`~dit_rope.backends.cuda_tuning.Tuning` that CUDA kernels are
-compiled with, where it is set.
+``DIT_ROPE_TUNING`` is JSON of the choices of ``cuda_tuning.Tuning`` that CUDA kernels are compiled with, where it is
+set.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from dit_rope.rotation.backends import cuda_kernels, eager, triton_kernels
+from dit_rope.rotation.backends.cuda_tuning import Tuning
 from oracle import norm as norm_oracle
 from oracle import rotate as rotate_oracle
 from tolerance import assert_within
 
-from dit_rope.backends import cuda_kernels, eager, triton_kernels
-from dit_rope.backends.cuda_tuning import Tuning
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.spec import NormKind, Pairing
 

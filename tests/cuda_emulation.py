@@ -18,10 +18,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-
-from dit_rope.backends import cuda_kernels
-from dit_rope.backends.cuda_arguments import Launch
-from dit_rope.backends.cuda_plan import Plan, kernel_sources
+from dit_rope.rotation.backends import cuda_kernels
+from dit_rope.rotation.backends.cuda_arguments import Launch
+from dit_rope.rotation.backends.cuda_plan import Plan, kernel_sources
 
 HERE = Path(__file__).resolve().parent
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-shared", "-fPIC")
@@ -40,7 +39,7 @@ extern "C" const char* run(const unsigned* grid, int threads, const void* args, 
 
 
 class EmulatedKernels:
-    """Stands in for :mod:`dit_rope.backends.cuda_launch`; keeps what it builds in ``folder``."""
+    """Stands in for :mod:`dit_rope.rotation.backends.cuda_launch`; keeps what it builds in ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

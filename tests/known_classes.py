@@ -5,10 +5,10 @@ from __future__ import annotations
 from types import FunctionType
 from typing import Any
 
-from dit_rope.models import known_code
-from dit_rope.models.adapter import ModelTables
-from dit_rope.models.class_override import PatchState, override_method
-from dit_rope.models.rope_modules import RopeOverride, TableSettings
+from dit_rope.hooks import known_code
+from dit_rope.hooks.adapter import ModelTables
+from dit_rope.hooks.class_override import PatchState, override_method
+from dit_rope.hooks.rope_modules import RopeOverride, TableSettings
 
 
 class _Own(known_code.Walk):

@@ -12,7 +12,7 @@ from compiled_graphs import named, tensors
 from zoo import Noise
 
 import dit_rope
-from dit_rope.models.class_override import Override
+from dit_rope.hooks.class_override import Override
 
 # Turns in norms, in projections, by a rebound function, and by a processor of ours.
 NORMS, PROJECTIONS, REBOUND, PROCESSOR = "wan", "hunyuan-video-no-norm", "hidream", "ideogram4"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from dit_rope.rotation.choice import BACKENDS, MODULES, choose_backend, explain_backends
 from oracle import rms_norm
 from oracle import rotate as rotate_oracle
 from tolerance import assert_within
@@ -19,16 +20,15 @@ from dit_rope import (
     RopeSpec,
     RopeTable,
     Scaling,
-    backend_choice,
     norm_rotate,
     norm_rotate_qk,
-    ops,
     rope_table,
     rotate,
     rotate_qk,
-    rotation,
-)  # fmt: skip
-from dit_rope.backend_choice import BACKENDS, MODULES, choose_backend, explain_backends
+)
+from dit_rope.rotation import api as rotation
+from dit_rope.rotation import choice as backend_choice  # fmt: skip
+from dit_rope.rotation import ops
 
 ACROSS = NormKind.ACROSS_HEADS
 

@@ -13,12 +13,12 @@ import typer
 from typer.testing import CliRunner, Result
 
 import dit_rope
-from dit_rope import rotation
 from dit_rope.benchmark import end_to_end
 from dit_rope.benchmark.end_to_end import ARCHITECTURES, VARIANTS, Mismatch, Step, architecture_step, measure_step
 from dit_rope.benchmark.results import read_csv
 from dit_rope.benchmark.step_profile import KINDS, ROPE, shares
 from dit_rope.benchmark.timing import Timing
+from dit_rope.rotation import api as rotation
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import bench_end_to_end

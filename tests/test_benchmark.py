@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import dit_rope
-from dit_rope import Grid, Pairing, cli, rotation
+from dit_rope import Grid, Pairing, cli
 from dit_rope.benchmark import operator_counts, rope_modules, table_building, timing
 from dit_rope.benchmark import rotation as rotation_section
 from dit_rope.benchmark import run as benchmark_run
@@ -23,6 +23,7 @@ from dit_rope.benchmark.reference import Expectation, assert_within
 from dit_rope.benchmark.results import Row, environment, read_csv, write_csv
 from dit_rope.benchmark.sections import Settings, Wrong
 from dit_rope.benchmark.timing import interleave, summary
+from dit_rope.rotation import api as rotation
 
 TINY = Settings("cpu", rounds=3, quick=True)
 SECTIONS = ("tables", "rotation", "operators", "step")

@@ -21,19 +21,19 @@ from typing import Any
 
 import pytest
 import torch
+from dit_rope.rotation.backends import eager
+from dit_rope.tables.table import MODEL_TABLES
 from known_classes import known, memoize
 from test_cache import CPU, in_threads
 
 import dit_rope
 from dit_rope import Grid, Pairing, RopeSpec, cache
-from dit_rope.backends import eager
 from dit_rope.cache import FifoCache
-from dit_rope.models import formats
-from dit_rope.models.adapter import EVERY, ModelTables
-from dit_rope.models.class_override import Installed, PatchState
-from dit_rope.models.rope_modules import MemoizedMethod, TableSettings
+from dit_rope.hooks import formats
+from dit_rope.hooks.adapter import EVERY, ModelTables
+from dit_rope.hooks.class_override import Installed, PatchState
+from dit_rope.hooks.rope_modules import MemoizedMethod, TableSettings
 from dit_rope.rotation_args import RotationArgs
-from dit_rope.tables import MODEL_TABLES
 
 THREADS = 64
 LOOKUPS = int(os.environ.get("DIT_ROPE_ATTACK", "300"))

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from dit_rope.rotation.choice import explain_backends
 from typer.testing import CliRunner
 
 import dit_rope
 from dit_rope import cli
-from dit_rope.backend_choice import explain_backends
 from dit_rope.models import ADAPTERS
 
 COMMANDS = ("demo", "inspect", "bench", "doctor")

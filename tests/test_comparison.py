@@ -76,13 +76,13 @@ def test_compare_leaves_the_pipeline_unpatched(random_wan):
 
 def test_compare_notices_a_difference(random_wan, monkeypatch):
     """A patch whose tables are wrong: every sine has the other sign."""
-    real = dit_rope.models.rope_modules.axis_rows
+    real = dit_rope.hooks.rope_modules.axis_rows
 
     def mirrored(*args):
         cos, sin = real(*args)
         return torch.stack((cos, -sin))
 
-    monkeypatch.setattr(dit_rope.models.rope_modules, "axis_rows", mirrored)
+    monkeypatch.setattr(dit_rope.hooks.rope_modules, "axis_rows", mirrored)
     result = compare(random_wan, REQUEST)
     assert result.max_difference > 0
     assert min(result.ssim) < 1

@@ -11,7 +11,6 @@ import torch
 from serving import angles_at, assert_rotated, cos_sin_cache, frequencies, one_thread  # noqa: F401
 
 import dit_rope
-from dit_rope import scaling
 from dit_rope.compat import angles, flashinfer
 from dit_rope.compat.flashinfer import (
     apply_llama31_rope,
@@ -22,6 +21,7 @@ from dit_rope.compat.flashinfer import (
     apply_rope_with_cos_sin_cache_inplace,
     ragged_positions,
 )
+from dit_rope.tables import scaling
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 

@@ -14,9 +14,10 @@ from serving import HEAD_SIZES, HEADS, assert_rotated, cos_sin_cache, naive, one
 from torch.profiler import ProfilerActivity, profile
 
 import dit_rope
-from dit_rope import ops, rotation
 from dit_rope.compat.dense import cache_rows, one_axis_args, prepare_cached
 from dit_rope.compat.vllm import rotary_embedding
+from dit_rope.rotation import api as rotation
+from dit_rope.rotation import ops
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F16, F16)]
@@ -287,7 +288,7 @@ def test_kernel_reads_the_cache_where_it_lies() -> None:
     pytest.importorskip("triton", exc_type=ImportError)
     program = """
 import torch
-from dit_rope.backends import triton_kernels
+from dit_rope.rotation.backends import triton_kernels
 from dit_rope.compat.vllm import rotary_embedding
 torch.manual_seed(0)
 for table in (torch.float32, torch.float16):

@@ -22,7 +22,8 @@ from ranks import Ranks, end_groups
 from zoo import EXAMPLES, Example, Noise
 
 import dit_rope
-from dit_rope.models import ADAPTERS, rotating_norms
+from dit_rope.hooks import rotating_norms
+from dit_rope.models import ADAPTERS
 
 WORLD = 4
 

@@ -20,8 +20,8 @@ from dit_rope import Grid, NormKind, RopeSpec
 from dit_rope.benchmark import operator_counts
 from dit_rope.benchmark.operator_counter import Count, OperatorCounter, stored_bytes
 from dit_rope.benchmark.results import read_csv
+from dit_rope.hooks.plan import make_plan
 from dit_rope.models import ADAPTERS
-from dit_rope.models.plan import make_plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 

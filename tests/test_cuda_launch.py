@@ -21,10 +21,11 @@ from gpu_call_cases import SMALL, WRONG_ARGUMENTS, WRONG_TENSORS
 
 pytest.importorskip("cuda.core", exc_type=ImportError)
 
-from dit_rope.backends import cuda_kernels, cuda_launch
-from dit_rope.backends.cuda_arguments import ARGUMENTS_SIZE, Launch
-from dit_rope.backends.cuda_kernels import MAX_GRID_ROWS, launch_of
-from dit_rope.backends.cuda_plan import Plan
+from dit_rope.rotation.backends import cuda_kernels, cuda_launch
+from dit_rope.rotation.backends.cuda_arguments import ARGUMENTS_SIZE, Launch
+from dit_rope.rotation.backends.cuda_kernels import MAX_GRID_ROWS, launch_of
+from dit_rope.rotation.backends.cuda_plan import Plan
+
 from dit_rope.spec import NormKind, Pairing
 
 STREAM = 77

@@ -13,9 +13,9 @@ import pytest
 import torch
 from cuda_plans import ROWS, SWEPT, plan_for
 
-from dit_rope.backends import cuda_kernels, cuda_tuning
-from dit_rope.backends.cuda_plan import Plan
-from dit_rope.backends.cuda_tuning import DEFAULT, LOADS, STORES, Tuned, Tuning, read, tuning_for
+from dit_rope.rotation.backends import cuda_kernels, cuda_tuning
+from dit_rope.rotation.backends.cuda_plan import Plan
+from dit_rope.rotation.backends.cuda_tuning import DEFAULT, LOADS, STORES, Tuned, Tuning, read, tuning_for
 from dit_rope.benchmark.problems import SHAPES, Operation, Problem
 from dit_rope.benchmark.results import read_csv
 
@@ -156,7 +156,7 @@ COMPILED = ["split=True", "late_weights=True", "min_blocks=3", "min_blocks=2 sta
 def test_candidate_compiles_and_spills_little(choice: str) -> None:
     pytest.importorskip("cuda.core", reason="the CUDA bindings compile it", exc_type=ImportError)
     machine_code = pytest.importorskip("cuda_machine_code", reason="it needs Triton's tools", exc_type=ImportError)
-    from dit_rope.backends.cuda_launch import compile_plan
+    from dit_rope.rotation.backends.cuda_launch import compile_plan
 
     row = ROWS["norm-across-heads-wan-14b-interleaved-bfloat16"]
     plan = plan_for(row, first_steps(lambda tuning: plan_for(row, tuning))[choice])

@@ -17,9 +17,10 @@ import torch
 from typer.testing import CliRunner
 
 import dit_rope
-from dit_rope import cli, scaling_types
+from dit_rope import cli
 from dit_rope.benchmark.results import read_csv
 from dit_rope.models import ADAPTERS
+from dit_rope.tables import scaling_types
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -12,10 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zoo import Noise
 
 import dit_rope
-from dit_rope.models.adapter import Layout, Rotations, Tokens
-from dit_rope.models.formats import HEAD_HALVES, INTERLEAVED, Format
-from dit_rope.models.heads import fits
-from dit_rope.models.packed_tables import PackedTable, pack
+from dit_rope.hooks.adapter import Layout, Rotations, Tokens
+from dit_rope.hooks.formats import HEAD_HALVES, INTERLEAVED, Format
+from dit_rope.hooks.heads import fits
+from dit_rope.hooks.packed_tables import PackedTable, pack
 from dit_rope.spec import Pairing
 
 CPU = torch.device("cpu")

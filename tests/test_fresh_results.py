@@ -10,8 +10,8 @@ from compiled_graphs import named
 from test_known_code import run
 
 import dit_rope
-from dit_rope.models import fused_norms
-from dit_rope.models.fused_norms import fused_norm, makes_fresh_results
+from dit_rope.hooks import fused_norms
+from dit_rope.hooks.fused_norms import fused_norm, makes_fresh_results
 
 
 @pytest.fixture(autouse=True)

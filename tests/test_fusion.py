@@ -11,8 +11,8 @@ from zoo import EXAMPLES, Example, Noise
 
 import dit_rope
 from dit_rope import Fusion, Scaling
-from dit_rope import rotation as rotation_module
-from dit_rope.models.class_override import Override
+from dit_rope.hooks.class_override import Override
+from dit_rope.rotation import api as rotation_module
 
 NAMES = ("hunyuan-video", "flux", "ltx-padded", "qwen-image", "kandinsky5")
 FUSIONS = pytest.mark.parametrize("fuse", Fusion, ids=lambda fuse: fuse.value)

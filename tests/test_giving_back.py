@@ -10,7 +10,7 @@ import wan_models
 from test_patching import forward, state_of
 
 import dit_rope
-from dit_rope.models.class_override import Override
+from dit_rope.hooks.class_override import Override
 
 
 @pytest.fixture(autouse=True)

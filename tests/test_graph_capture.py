@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import wan_models
+from dit_rope.streaming.shift import ShiftTable
 from zoo import EXAMPLES, Noise
 
 import dit_rope
-from dit_rope import Grid, RopeSpec, rope_table, shifting
+from dit_rope import Grid, RopeSpec, rope_table
 from dit_rope.cache import FifoCache
-from dit_rope.models import formats, forward_pass
-from dit_rope.shifting import ShiftTable
+from dit_rope.hooks import formats, forward_pass
+from dit_rope.streaming import shift as shifting
 
 GPU = torch.device("cuda:0")
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import EXAMPLES, Example, Noise
 
 import dit_rope
-from dit_rope.models import rope_modules
+from dit_rope.hooks import rope_modules
 
 BY_NAME = {example.name: example for example in EXAMPLES}
 SYNCING = ("qwen-image-21", "lumina2", "omnigen")

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dit_rope.tables.dense_memory import MAX_DENSE_BYTES
+from dit_rope.tables.scaling_types import TYPES
 from wrong_arguments import GRID, HUGE, SPEC, WRONG, calls, every_argument, normal, wrong_argument_outcome
 
 import dit_rope
 from dit_rope import Grid, NormKind, Pairing, RopeSpec, Scaling, Shard, rope_table
 from dit_rope.compat import fastvideo, flashinfer
-from dit_rope.dense_memory import MAX_DENSE_BYTES
-from dit_rope.scaling_types import TYPES
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_the_limit_of_dense_forms_is_where_it_says(monkeypatch: pytest.MonkeyPat
     spec, grid = RopeSpec((4,)), Grid(50)
     size = sum(part.nbytes for part in rope_table(spec, grid).cos_sin())
     dit_rope.cache_clear()
-    monkeypatch.setattr("dit_rope.dense_memory.MAX_DENSE_BYTES", size)
+    monkeypatch.setattr("dit_rope.tables.dense_memory.MAX_DENSE_BYTES", size)
     rope_table(spec, grid).cos_sin()
     with pytest.raises(ValueError, match=f"at most {size:,} bytes"):
         rope_table(spec, Grid(51)).cos_sin()

@@ -16,7 +16,7 @@ from twins import BEFORE_AND_AFTER, Act, Outcome, assert_like, attentions, check
 from zoo import Noise
 
 import dit_rope
-from dit_rope.models.class_override import unpatched_class
+from dit_rope.hooks.class_override import unpatched_class
 
 WHEN = pytest.mark.parametrize("when", BEFORE_AND_AFTER)
 MODE = pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])

@@ -19,7 +19,7 @@ from twins import BEFORE_AND_AFTER, Outcome, assert_like, attentions, check, run
 from zoo import Noise
 
 import dit_rope
-from dit_rope.models.class_override import INSTALLED, Override
+from dit_rope.hooks.class_override import INSTALLED, Override
 
 WHEN = pytest.mark.parametrize("when", BEFORE_AND_AFTER)
 MODE = pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
@@ -196,7 +196,7 @@ def test_processor_shared_by_all_attention_modules() -> None:
 
 def test_tables_go_with_the_model() -> None:
     """One that dies patched, without an undo."""
-    from dit_rope.table_caches import cache_info
+    from dit_rope.tables.caches import cache_info
 
     model = named("hunyuan-video").build()
     dit_rope.patch(model)

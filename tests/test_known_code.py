@@ -13,12 +13,12 @@ from known_classes import known, memoize
 from zoo import Noise
 
 import dit_rope
+from dit_rope.hooks.adapter import ModelTables
+from dit_rope.hooks.attention import why_unknown
+from dit_rope.hooks.class_override import copy_of
+from dit_rope.hooks.known_code import Guard, guard_of
+from dit_rope.hooks.rope_modules import why_not_memoized
 from dit_rope.models import flux, wan
-from dit_rope.models.adapter import ModelTables
-from dit_rope.models.attention import why_unknown
-from dit_rope.models.class_override import copy_of
-from dit_rope.models.known_code import Guard, guard_of
-from dit_rope.models.rope_modules import why_not_memoized
 
 
 @pytest.fixture(autouse=True)

@@ -23,20 +23,23 @@ MODULES = {
 
 LAYERS = (
     ("dit_rope.spec", "dit_rope.cache"),
-    ("dit_rope.scaling_types",),
-    ("dit_rope.scaling", "dit_rope.rotation_args"),
-    ("dit_rope.axis_tables", "dit_rope.dense_memory", "dit_rope.layout", "dit_rope.validation"),
-    ("dit_rope.table_caches", "dit_rope.dense_tables"),
+    ("dit_rope.tables.scaling_types",),
+    ("dit_rope.tables.scaling", "dit_rope.rotation_args"),
+    ("dit_rope.tables.axes", "dit_rope.tables.dense_memory", "dit_rope.tables.shards", "dit_rope.validation"),
+    ("dit_rope.tables.caches", "dit_rope.tables.dense"),
+    ("dit_rope.tables.table",),
     ("dit_rope.tables",),
-    ("dit_rope.backends",),
-    ("dit_rope.derivatives",),
-    ("dit_rope.backend_choice",),
-    ("dit_rope.ops",),
-    ("dit_rope.autograd",),
+    ("dit_rope.rotation.backends",),
+    ("dit_rope.rotation.derivatives",),
+    ("dit_rope.rotation.choice",),
+    ("dit_rope.rotation.ops",),
+    ("dit_rope.rotation.autograd",),
+    ("dit_rope.rotation.api",),
     ("dit_rope.rotation",),
-    ("dit_rope.streaming", "dit_rope.shifting", "dit_rope.eviction", "dit_rope.compat", "dit_rope.models"),
-    ("dit_rope.rolling_cache",),
-    ("dit_rope.patch_report",),
+    ("dit_rope.streaming.stream", "dit_rope.streaming.shift", "dit_rope.streaming.eviction"),
+    ("dit_rope.streaming.rolling_cache",),
+    ("dit_rope.streaming", "dit_rope.compat", "dit_rope.hooks"),
+    ("dit_rope.models",),
     ("dit_rope.patching",),
     ("dit_rope.comparison", "dit_rope"),
     ("dit_rope.benchmark",),
@@ -44,15 +47,19 @@ LAYERS = (
     ("dit_rope.__main__",),
 )
 """From the bottom up: a module imports from below its own layer, never from beside it."""
-SAME_UNIT = ("dit_rope.models", "dit_rope.benchmark", "dit_rope.cli", "dit_rope.compat")
+SAME_UNIT = ("dit_rope.hooks", "dit_rope.models", "dit_rope.benchmark", "dit_rope.cli", "dit_rope.compat")
 """Packages whose modules may import one another. Backends may not, but for what follows."""
-TRITON = ("dit_rope.backends.triton_kernels", "dit_rope.backends.triton_device")
+TRITON = ("dit_rope.rotation.backends.triton_kernels", "dit_rope.rotation.backends.triton_device")
 TUNING, PLAN, ARGUMENTS, LAUNCH, CUDA = (
-    f"dit_rope.backends.cuda_{name}" for name in ("tuning", "plan", "arguments", "launch", "kernels")
+    f"dit_rope.rotation.backends.cuda_{name}" for name in ("tuning", "plan", "arguments", "launch", "kernels")
 )
-GPU_CALLS = "dit_rope.backends.gpu_calls"
+GPU_CALLS = "dit_rope.rotation.backends.gpu_calls"
 BESIDE = {TRITON, (ARGUMENTS, PLAN), (LAUNCH, PLAN), (LAUNCH, ARGUMENTS), (CUDA, PLAN), (CUDA, ARGUMENTS)}
-BESIDE |= {("dit_rope.backends.eager", "dit_rope.backends.token_angles"), (PLAN, TUNING), (CUDA, TUNING)}
+BESIDE |= {
+    ("dit_rope.rotation.backends.eager", "dit_rope.rotation.backends.token_angles"),
+    (PLAN, TUNING),
+    (CUDA, TUNING),
+}
 BESIDE |= {(CUDA, LAUNCH)} | {(backend, GPU_CALLS) for backend in (TRITON[0], CUDA, ARGUMENTS, PLAN)}
 """The left imports the right. What needs Triton or the CUDA bindings is a file of its own, imported only where they
 are; what both GPU backends ask of a call is written once."""
@@ -61,6 +68,7 @@ HOME = {
     "triton": TRITON,
     "cuda": (LAUNCH,),
     "diffusers": (
+        "dit_rope.hooks",
         "dit_rope.models",
         "dit_rope.patching",
         "dit_rope.comparison",
@@ -79,7 +87,7 @@ HOME = {
 """Packages that only these modules import."""
 LAZY = ("diffusers", "transformers", "jinja2", "matplotlib", "skimage", "PIL")
 """Imported inside functions, so that nobody who does without them needs them or waits for them."""
-NO_EINOPS = ("dit_rope.ops", "dit_rope.rotation", "dit_rope.rotation_args", "dit_rope.backends")
+NO_EINOPS = ("dit_rope.rotation.ops", "dit_rope.rotation.api", "dit_rope.rotation_args", "dit_rope.rotation.backends")
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -122,10 +130,11 @@ def within(module: str, homes: tuple[str, ...]) -> bool:
 
 
 def layer(module: str) -> int:
-    for rank, homes in reversed(list(enumerate(LAYERS))):
-        if module in homes or within(module, tuple(home for home in homes if home != "dit_rope")):
-            return rank
-    raise AssertionError(f"{module} has no layer: give it one in LAYERS and in docs/design.md")
+    """The rank of the longest name that the module is, or is within; of ``dit_rope`` only what it is itself."""
+    ranks = {home: rank for rank, homes in enumerate(LAYERS) for home in homes}
+    homes = [home for home in ranks if module == home or (home != "dit_rope" and within(module, (home,)))]
+    assert homes, f"{module} has no layer: give it one in LAYERS and in docs/design.md"
+    return ranks[max(homes, key=len)]
 
 
 def offences(name: str, source: str, is_package: bool = False) -> list[str]:
@@ -141,7 +150,7 @@ def offences(name: str, source: str, is_package: bool = False) -> list[str]:
             found.append(f"{name} imports {top}, which belongs in {HOME[top]}")
         elif top in LAZY and eager:
             found.append(f"{name} imports {top} when it is imported itself")
-        elif top == "einops" and within(name, NO_EINOPS) and name != "dit_rope.backends.eager":
+        elif top == "einops" and within(name, NO_EINOPS) and name != "dit_rope.rotation.backends.eager":
             found.append(f"{name} imports einops on the kernel path")
     return found
 
@@ -156,22 +165,24 @@ def test_module_imports_only_what_its_layer_may(name):
     ("name", "source"),
     [
         ("dit_rope.spec", "from .cache import FifoCache"),
-        ("dit_rope.tables", "from . import rotation"),
-        ("dit_rope.tables", "def f():\n    from .rotation import rotate"),
-        ("dit_rope.backends.eager", "from . import triton_kernels"),
-        ("dit_rope.backends.triton_device", "from .triton_kernels import rotate"),
-        ("dit_rope.backends.gpu_calls", "from .cuda_kernels import Plan"),
-        ("dit_rope.backends.cuda_launch", "from .cuda_kernels import launch_of"),
-        ("dit_rope.backends.cuda_plan", "def f():\n    from . import cuda_arguments"),
-        ("dit_rope.backends.eager", "importlib.import_module('..ops', __package__)"),
-        ("dit_rope.backends.cuda_kernels", "from .triton_kernels import rotate"),
-        ("dit_rope.backends.cuda_kernels", "from cuda.core import Device"),
-        ("dit_rope.rotation", "import dit_rope"),
+        ("dit_rope.tables.table", "from .. import rotation"),
+        ("dit_rope.tables.table", "def f():\n    from ..rotation import rotate"),
+        ("dit_rope.tables.table", "from . import cache_clear"),
+        ("dit_rope.hooks.plan", "from ..models import ADAPTERS"),
+        ("dit_rope.rotation.backends.eager", "from . import triton_kernels"),
+        ("dit_rope.rotation.backends.triton_device", "from .triton_kernels import rotate"),
+        ("dit_rope.rotation.backends.gpu_calls", "from .cuda_kernels import Plan"),
+        ("dit_rope.rotation.backends.cuda_launch", "from .cuda_kernels import launch_of"),
+        ("dit_rope.rotation.backends.cuda_plan", "def f():\n    from . import cuda_arguments"),
+        ("dit_rope.rotation.backends.eager", "importlib.import_module('..ops', __package__)"),
+        ("dit_rope.rotation.backends.cuda_kernels", "from .triton_kernels import rotate"),
+        ("dit_rope.rotation.backends.cuda_kernels", "from cuda.core import Device"),
+        ("dit_rope.rotation.api", "import dit_rope"),
         ("dit_rope.compat.fastvideo", "from ..patching import patch"),
         ("dit_rope.comparison", "from . import cli"),
-        ("dit_rope.ops", "import triton"),
-        ("dit_rope.ops", "import einops"),
-        ("dit_rope.tables", "import diffusers"),
+        ("dit_rope.rotation.ops", "import triton"),
+        ("dit_rope.rotation.ops", "import einops"),
+        ("dit_rope.tables.table", "import diffusers"),
         ("dit_rope.patching", "from diffusers import DiffusionPipeline"),
         ("dit_rope.patching", "if True:\n    import diffusers.models"),
         ("dit_rope.benchmark.figures", "from matplotlib.figure import Figure"),

@@ -11,10 +11,11 @@ import torch
 from zoo import EXAMPLES, Example, Noise
 
 import dit_rope
-from dit_rope import rotation as rotation_module
-from dit_rope.models import ADAPTERS, attention, rotating_norms
-from dit_rope.models.packed_tables import UnfitTable
+from dit_rope.hooks import attention, rotating_norms
+from dit_rope.hooks.packed_tables import UnfitTable
+from dit_rope.models import ADAPTERS
 from dit_rope.patching import adapter_of
+from dit_rope.rotation import api as rotation_module
 
 DTYPES = [torch.float32, torch.bfloat16]
 PATCHED = [example for example in EXAMPLES if any(adapter.matches(example.model_class) for adapter in ADAPTERS)]

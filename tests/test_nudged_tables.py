@@ -14,10 +14,10 @@ from compiled_graphs import named
 from twins import BEFORE_AND_AFTER, attentions, check, run
 
 import dit_rope
-from dit_rope import rotation
-from dit_rope.models.formats import AXES
-from dit_rope.models.packed_tables import Align, PackedTable, axis_form_of, axis_rows, pack
+from dit_rope.hooks.formats import AXES
+from dit_rope.hooks.packed_tables import Align, PackedTable, axis_form_of, axis_rows, pack
 from dit_rope.patching import adapter_of
+from dit_rope.rotation import api as rotation
 from dit_rope.spec import Pairing
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ from compiled_graphs import named, tensors
 from zoo import Noise
 
 import dit_rope
-from dit_rope.models.class_override import Override
-from dit_rope.models.rope_modules import MemoizedMethod
+from dit_rope.hooks.class_override import Override
+from dit_rope.hooks.rope_modules import MemoizedMethod
 
 # Axis tables; memo and norms; projections; rebound; a method of the model; complex; processor of ours; own seam.
 KINDS = (

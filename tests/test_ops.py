@@ -19,12 +19,12 @@ from dit_rope import (
     RopeTable,
     norm_rotate,
     norm_rotate_qk,
-    ops,
     rope_table,
     rotate,
     rotate_qk,
-    rotation,
 )
+from dit_rope.rotation import api as rotation
+from dit_rope.rotation import ops
 from dit_rope.rotation_args import RotationArgs
 
 

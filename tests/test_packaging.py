@@ -15,20 +15,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from dit_rope.rotation.backends import cuda_kernels, cuda_plan
+from dit_rope.rotation.backends.gpu_calls import Norm
 
 import dit_rope
 from dit_rope import NormKind, Pairing
-from dit_rope.backends import cuda_kernels, cuda_plan
-from dit_rope.backends.gpu_calls import Norm
 from dit_rope.rotation_args import RotationArgs
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = {path.name for path in (ROOT / "kernels").iterdir()}
 DATA = {
     "dit_rope/py.typed",
-    "dit_rope/backends/cuda_tuning.json",
+    "dit_rope/rotation/backends/cuda_tuning.json",
     "dit_rope/benchmark/report.html",
-    "dit_rope/models/known_code.json",
+    "dit_rope/hooks/known_code.json",
 }
 SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "dit_rope").rglob("*.py")} | DATA
 
@@ -77,7 +77,7 @@ def install(what: list[str | Path], folder: Path) -> Path:
 PROBE = """
 import importlib.metadata, importlib.util, sys
 import dit_rope
-from dit_rope.backends.cuda_plan import kernel_sources
+from dit_rope.rotation.backends.cuda_plan import kernel_sources
 print(dit_rope.__file__)
 print(dit_rope.__version__, importlib.metadata.version("dit-rope"))
 print(*sorted(path.name for path in kernel_sources().iterdir()))

@@ -11,12 +11,12 @@ import torch
 import wan_models
 
 import dit_rope
-from dit_rope import rotation
-from dit_rope.models import formats
-from dit_rope.models.class_override import add_hooks
-from dit_rope.models.formats import AXES, INTERLEAVED
-from dit_rope.models.forward_pass import BeginPass, EndPass, current_pass
-from dit_rope.models.packed_tables import Align, PackedTable, axis_form_of, is_known
+from dit_rope.hooks import formats
+from dit_rope.hooks.class_override import add_hooks
+from dit_rope.hooks.formats import AXES, INTERLEAVED
+from dit_rope.hooks.forward_pass import BeginPass, EndPass, current_pass
+from dit_rope.hooks.packed_tables import Align, PackedTable, axis_form_of, is_known
+from dit_rope.rotation import api as rotation
 
 CPU = torch.device("cpu")
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -236,7 +236,7 @@ def test_pass_ends_with_the_forward_also_in_an_error(error: type[Exception] | No
 
 @pytest.mark.parametrize("of", [formats.INTERLEAVED, formats.HALF, formats.MATRICES])
 def test_table_that_holds_one_pair_s_values_in_two_ways_is_none_of_ours(of: formats.Format) -> None:
-    from dit_rope.models.packed_tables import UnfitTable
+    from dit_rope.hooks.packed_tables import UnfitTable
 
     angles = torch.rand(1, 5, 1, 4)
     rotary = of.join(angles.cos(), angles.sin())

@@ -23,7 +23,7 @@ import wan_models
 
 import dit_rope
 from dit_rope.benchmark.results import read_csv
-from dit_rope.models.class_override import Override
+from dit_rope.hooks.class_override import Override
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 

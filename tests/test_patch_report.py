@@ -16,7 +16,7 @@ from compiled_graphs import named
 from twins import attentions, check, run
 
 import dit_rope
-from dit_rope.models.class_override import unpatched_class
+from dit_rope.hooks.class_override import unpatched_class
 
 
 @pytest.fixture(autouse=True)

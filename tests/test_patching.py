@@ -14,10 +14,10 @@ import wan_models
 
 import dit_rope
 from dit_rope import patching
-from dit_rope import rotation as rotation_module
+from dit_rope.hooks import plan as plan_module
+from dit_rope.hooks.class_override import Override
 from dit_rope.models import ADAPTERS
-from dit_rope.models import plan as plan_module
-from dit_rope.models.class_override import Override
+from dit_rope.rotation import api as rotation_module
 
 DTYPES = [torch.float32, torch.bfloat16]
 

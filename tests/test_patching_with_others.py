@@ -13,9 +13,9 @@ import wan_models
 from zoo import EXAMPLES, Example
 
 import dit_rope
-from dit_rope import rotation
-from dit_rope.models.formats import AXES
-from dit_rope.models.packed_tables import Align
+from dit_rope.hooks.formats import AXES
+from dit_rope.hooks.packed_tables import Align
+from dit_rope.rotation import api as rotation
 
 DTYPES = [torch.float32, torch.bfloat16]
 

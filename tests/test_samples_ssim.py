@@ -112,13 +112,13 @@ def with_axis_frozen(axis: int):
 
 def rotating(monkeypatch, change):
     """Passes the arguments of every rotation through ``change``; returns the list of those it saw."""
-    real, seen = dit_rope.rotation.apply, []
+    real, seen = dit_rope.rotation.api.apply, []
 
     def apply(xs, args, **options):
         seen.append(args)
         return real(xs, change(args), **options)
 
-    monkeypatch.setattr(dit_rope.rotation, "apply", apply)
+    monkeypatch.setattr(dit_rope.rotation.api, "apply", apply)
     return seen
 
 

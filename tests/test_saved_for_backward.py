@@ -22,9 +22,9 @@ from dit_rope import (
     rope_table,
     rotate,
     rotate_qk,
-    rotation,
 )
 from dit_rope.compat import flashinfer, huggingface, vllm
+from dit_rope.rotation import api as rotation
 from dit_rope.rotation_args import RotationArgs
 
 MODES = pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])

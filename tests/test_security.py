@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 import typer
+from dit_rope.rotation.backends import cuda_plan, triton_kernels
 from safetensors.torch import load_file
 
 from dit_rope import comparison
-from dit_rope.backends import cuda_plan, triton_kernels
 from dit_rope.cli import demo, inspect
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,7 +204,7 @@ def test_cuda_sources_are_those_of_the_package_and_compiling_leaves_nothing_on_d
     assert cuda_plan.kernel_sources() in (ROOT / "kernels", ROOT / "dit_rope" / "_kernels")
     program = """
 import os, pathlib, torch
-from dit_rope.backends import cuda_kernels, cuda_launch
+from dit_rope.rotation.backends import cuda_kernels, cuda_launch
 from dit_rope import Grid, RopeSpec, rope_table
 x = torch.empty(1, 8, 2, 16, dtype=torch.bfloat16)
 plan = cuda_kernels.plan_of([x], rope_table(RopeSpec((8, 4, 4)), Grid(2, 2, 2)).args(), [x])

@@ -16,7 +16,7 @@ import torch
 from compiled_graphs import inputs_of, named, tensors
 
 import dit_rope
-from dit_rope.models.class_override import Override
+from dit_rope.hooks.class_override import Override
 
 # Memo of a module, of the model's own arguments, of a method; rebound; complex; axis tables.
 FAMILIES = ("wan", "hunyuan-video", "flux", "joyimage", "anyflow-far", "qwen-image")

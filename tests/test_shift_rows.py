@@ -16,17 +16,8 @@ import torch
 from tolerance import assert_within
 from turned_keys import BLOCK, F64, int32, naively_turned, pool, turned
 
-from dit_rope import (
-    Pairing,
-    RopeSpec,
-    Scaling,
-    ShiftTable,
-    cache_clear,
-    cache_info,
-    plan_eviction,
-    shift_keys,
-    shifting,
-)
+from dit_rope import Pairing, RopeSpec, Scaling, ShiftTable, cache_clear, cache_info, plan_eviction, shift_keys
+from dit_rope.streaming import shift as shifting
 
 TEXT, VIDEO = RopeSpec((16,)), RopeSpec((8, 6, 6), pairing=Pairing.HALF)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dit_rope import PositionPolicy, RollingCache, RopeSpec, RopeStream, Scaling, cache_clear, streaming
+from dit_rope import PositionPolicy, RollingCache, RopeSpec, RopeStream, Scaling, cache_clear
+from dit_rope.streaming import stream as streaming
 
 SPEC, SIZE = RopeSpec((8, 6, 6)), (2, 3)
 OF_TWO = (1, 12, 2, 20)

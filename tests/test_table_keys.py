@@ -7,10 +7,10 @@ import torch
 from known_classes import known, memoize
 
 import dit_rope
-from dit_rope.models import table_keys
-from dit_rope.models.adapter import ModelTables
-from dit_rope.models.class_override import Installed, PatchState
-from dit_rope.models.rope_modules import MemoizedMethod, TableSettings
+from dit_rope.hooks import table_keys
+from dit_rope.hooks.adapter import ModelTables
+from dit_rope.hooks.class_override import Installed, PatchState
+from dit_rope.hooks.rope_modules import MemoizedMethod, TableSettings
 
 
 @pytest.fixture(autouse=True)

@@ -12,18 +12,8 @@ import torch
 from oracle import full_grid_table
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from dit_rope import (
-    Grid,
-    Pairing,
-    RopeSpec,
-    Scaling,
-    Shard,
-    cache_clear,
-    cache_configure,
-    cache_info,
-    rope_table,
-    tables,
-)
+from dit_rope import Grid, Pairing, RopeSpec, Scaling, Shard, cache_clear, cache_configure, cache_info, rope_table
+from dit_rope.tables import table as tables
 
 WAN = RopeSpec(dims=(44, 42, 42))
 SMALL = RopeSpec(dims=(8, 6, 4))

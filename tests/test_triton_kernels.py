@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from contract_calls import run_contract
+from dit_rope.rotation.backends import triton_kernels
 from gpu_call_cases import SMALL, WRONG_ARGUMENTS, WRONG_TENSORS
 
-from dit_rope.backends import triton_kernels
 from dit_rope.spec import NormKind
 
 HERE = Path(__file__).resolve().parent
@@ -58,7 +58,7 @@ def test_declined_says_that_triton_is_missing(x: torch.Tensor, monkeypatch: pyte
 def test_declined_does_not_import_triton_for_a_tensor_on_cpu() -> None:
     program = (
         "import sys, torch\n"
-        "from dit_rope.backends import triton_kernels\n"
+        "from dit_rope.rotation.backends import triton_kernels\n"
         "from dit_rope.rotation_args import RotationArgs\n"
         "from dit_rope.spec import Pairing\n"
         "args = RotationArgs(torch.zeros(2, 1, 1), None, (1,), (1,), (0,), 0, 0, 1, Pairing.HALF, False, False)\n"

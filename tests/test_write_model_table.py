@@ -13,7 +13,8 @@ from test_context_parallel import BY_NAME, CASES
 from zoo import EXAMPLES, Noise
 
 import dit_rope
-from dit_rope.models import ADAPTERS, table_keys
+from dit_rope.hooks import table_keys
+from dit_rope.models import ADAPTERS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 

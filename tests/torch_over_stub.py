@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from unittest import mock
 
 import torch
+from dit_rope.rotation.backends import cuda_kernels, cuda_launch
+from dit_rope.rotation.backends.cuda_arguments import ARGUMENTS_SIZE
 from stub_driver import Driver
-
-from dit_rope.backends import cuda_kernels, cuda_launch
-from dit_rope.backends.cuda_arguments import ARGUMENTS_SIZE
 
 STREAM = 0x51
 DEVICES = tuple(torch.device("cuda", index) for index in range(2))
@@ -52,7 +51,7 @@ class TorchOverStub:
 
 
 class OnFirstDevice:
-    """Stands in for :mod:`dit_rope.backends.cuda_launch`: launches calls of tensors on the CPU on a GPU."""
+    """Stands in for :mod:`dit_rope.rotation.backends.cuda_launch`: launches calls of tensors on the CPU on a GPU."""
 
     @staticmethod
     def run(launch: cuda_launch.Launch, pointers: bytes, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..models.plan import Plan, RotationPlan, make_plan
+from ..hooks.plan import Plan, RotationPlan, make_plan
 from ..patching import adapter_of, patch
 from ..spec import Fusion
 from .architectures import ARCHITECTURES, Architecture, Noise

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from ..models.formats import Format
-from ..models.plan import Plan, make_plan
+from ..hooks.formats import Format
+from ..hooks.plan import Plan, make_plan
 from ..patching import adapter_of, patch
-from ..table_caches import cache_clear
+from ..tables.caches import cache_clear
 from .architectures import ARCHITECTURES, Architecture, Noise
 from .operator_counter import Count, OperatorCounter
 from .results import Row

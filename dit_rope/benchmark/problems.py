@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from ..spec import Grid, NormKind, Pairing, RopeSpec
-from ..tables import RopeTable, rope_table
+from ..tables.table import RopeTable, rope_table
 from .reference import Expectation
 
 Tensors = tuple[torch.Tensor, torch.Tensor]

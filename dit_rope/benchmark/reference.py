@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..backends import eager
+from ..rotation.backends import eager
 from ..spec import NormKind, Pairing
-from ..tables import RopeTable
+from ..tables.table import RopeTable
 
 # A peer rounds where its own code does: after the norm, its weight and the rotation, or after every product.
 PEER_ROUNDINGS = 3

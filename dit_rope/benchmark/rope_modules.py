@@ -15,7 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..patching import patch
-from ..table_caches import cache_clear
+from ..tables.caches import cache_clear
 from .results import Row
 from .sections import Case, Settings, Wrong
 from .table_building import cold, held_bytes, repeated

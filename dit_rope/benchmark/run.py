@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from ..table_caches import cache_clear
+from ..tables.caches import cache_clear
 from . import operator_counts, rope_modules, rotation, table_building
 from .end_to_end import ARCHITECTURES, Mismatch, architecture_step, measure_step
 from .results import Row

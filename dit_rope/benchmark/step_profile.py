@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ..models.plan import Plan
+from ..hooks.plan import Plan
 
 KINDS = ("attention", "matrix products", "tables", "rotation", "q and k norms", "other norms", "elementwise", "rest")
 """The shares, in order. ``rotation`` is whatever is computed element by element between the norms of queries and keys

@@ -15,8 +15,8 @@ import torch
 
 from ..compat.fastvideo import get_rotary_pos_embed
 from ..spec import Grid, RopeSpec
-from ..table_caches import cache_clear, cache_info
-from ..tables import RopeTable, rope_table
+from ..tables.caches import cache_clear, cache_info
+from ..tables.table import RopeTable, rope_table
 from .results import Row
 from .sections import Case, Settings, Wrong
 from .timing import Timing, interleave

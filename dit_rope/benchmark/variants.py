@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .. import rotation, shifting
+from ..rotation import api as rotation
+from ..streaming import shift as shifting
 from .peers import model
 from .problems import EPS, Call, Operation, Problem, Tensors, Unavailable
 from .reference import sample

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from ..backend_choice import explain_backends
-from ..backends.cuda_plan import kernel_sources
+from ..rotation.backends.cuda_plan import kernel_sources
+from ..rotation.choice import explain_backends
 
 GPU_PACKAGES = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "triton")
 PACKAGES = ("torch", *GPU_PACKAGES, "diffusers", "transformers", "accelerate", "peft", "einops")

@@ -14,11 +14,11 @@ import torch
 import typer
 
 from .. import patching
+from ..hooks.report import declared
 from ..models import ADAPTERS
-from ..patch_report import declared
-from ..scaling import scaling_from_config
-from ..scaling_types import TYPES
 from ..spec import Scaling, Scalings
+from ..tables.scaling import scaling_from_config
+from ..tables.scaling_types import TYPES
 from .model_frequencies import EmptyOnMeta, frequencies_of
 from .options import parse_sizes
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..layout import Layout
 from ..spec import Grid, RopeSpec, Shard
+from ..tables.shards import Layout
 from .model_frequencies import ModelFrequencies, Sizes
 
 SUFFIXES = (".svg", ".png")

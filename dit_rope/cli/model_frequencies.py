@@ -19,13 +19,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..axis_tables import ROW_BLOCK
+from ..hooks.adapter import ModelTables
+from ..hooks.formats import Format
 from ..models import ModelAdapter
-from ..models.adapter import ModelTables
-from ..models.formats import Format
-from ..scaling import axis_frequencies
-from ..scaling_types import AxisFrequencies
 from ..spec import Scalings
+from ..tables.axes import ROW_BLOCK
+from ..tables.scaling import axis_frequencies
+from ..tables.scaling_types import AxisFrequencies
 
 Sizes = tuple[int, int, int]
 """Tokens along frame, height and width."""
@@ -90,7 +90,7 @@ class ModelFrequencies:
         return self.token_bytes * math.prod(sizes)
 
     def axis_bytes(self, sizes: Sizes) -> int:
-        """Memory of the rows of its axes, as :class:`~dit_rope.tables.RopeTable` packs them."""
+        """Memory of the rows of its axes, as :class:`~dit_rope.tables.table.RopeTable` packs them."""
         rows = sum(-(-axis.size(sizes) // ROW_BLOCK) * ROW_BLOCK for axis in self.axes)
         return 2 * rows * max(len(axis.pairs) for axis in self.axes) * self.number_bytes
 

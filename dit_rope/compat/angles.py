@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import torch
 
-from ..axis_tables import ROW_BLOCK
 from ..cache import in_mode
-from ..scaling import device_frequencies
 from ..spec import Grid, RopeSpec, as_int, integer
-from ..tables import rope_table
+from ..tables.axes import ROW_BLOCK
+from ..tables.scaling import device_frequencies
+from ..tables.table import rope_table
 from .dense import check_position_tensor
 
 Ints = torch.Tensor | Sequence[int]

@@ -9,9 +9,9 @@ from numbers import Real
 
 import torch
 
-from ..layout import MAX_POSITION
 from ..spec import FREQUENCY_DTYPES, MAX_AXES, Grid, Pairing, RopeSpec, Shard, integer
-from ..tables import dense_table
+from ..tables.shards import MAX_POSITION
+from ..tables.table import dense_table
 from ..validation import check_flags
 
 

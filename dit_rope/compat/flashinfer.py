@@ -18,8 +18,8 @@ import sys
 
 import torch
 
-from .. import rotation
-from ..backend_choice import check_backend
+from ..rotation import api as rotation
+from ..rotation.choice import check_backend
 from ..spec import Pairing, RopeSpec, Scaling, as_int, plain
 from ..validation import check_flags, check_inplace, check_tensors
 from .angles import Ints, ragged_positions, token_rows

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import rotation
+from ..rotation import api as rotation
 from ..rotation_args import RotationArgs
 from ..spec import as_int
 from ..validation import DTYPES, check_flags, check_tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import rotation
+from ..rotation import api as rotation
 from ..validation import check_inplace
 from .dense import prepare_cached
 

@@ -1,7 +1,7 @@
 """Which diffusers models can be patched: one adapter per class, in one tuple."""
 
+from ..hooks.adapter import ModelAdapter
 from .ace_step import ACE_STEP
-from .adapter import ModelAdapter
 from .allegro import ALLEGRO
 from .anyflow import ANYFLOW, ANYFLOW_FAR
 from .cogvideox import COGVIDEOX, CONSISID

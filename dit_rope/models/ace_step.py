@@ -6,8 +6,8 @@ Attention to the text is of the same class, and does not rotate. Source: ``ace_s
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, Rotated, Rotations
-from .formats import HALF
+from ..hooks.adapter import Layout, ModelAdapter, Rotated, Rotations
+from ..hooks.formats import HALF
 
 ACE_STEP = ModelAdapter(
     "diffusers.models.transformers.ace_step_transformer.AceStepTransformer1DModel",

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from ..hooks.adapter import Layout, ModelAdapter, Rotations
+from ..hooks.formats import Format, Pair, repeat
+from ..hooks.packed_tables import Align, PackedTable, leave_unless
 from ..rotation_args import RotationArgs
 from ..spec import Pairing
-from .adapter import Layout, ModelAdapter, Rotations
-from .formats import Format, Pair, repeat
-from .packed_tables import Align, PackedTable, leave_unless
 
 _AXES = 3
 

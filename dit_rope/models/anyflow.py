@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotated, Rotations
+from ..hooks.formats import COMPLEX_BHSD, Format, Pair
 from ..spec import Pairing
-from .adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotated, Rotations
-from .formats import COMPLEX_BHSD, Format, Pair
 
 _TRANSFORMERS = "diffusers.models.transformers"
 

@@ -7,9 +7,9 @@ Sources: ``cogvideox_transformer_3d.py``, ``consisid_transformer_3d.py`` and ``a
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, Rotated, Rotations
-from .formats import INTERLEAVED
-from .packed_tables import Align
+from ..hooks.adapter import Layout, ModelAdapter, Rotated, Rotations
+from ..hooks.formats import INTERLEAVED
+from ..hooks.packed_tables import Align
 
 
 def _adapter(model: str, *processors: str) -> ModelAdapter:

@@ -8,9 +8,9 @@ diffusers 0.42.1.
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Rounds
-from .formats import HALF
-from .packed_tables import Align
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Rounds
+from ..hooks.formats import HALF
+from ..hooks.packed_tables import Align
 
 
 def _adapter(model: str, rope: str, layout: Layout, processors: tuple[str, ...]) -> ModelAdapter:

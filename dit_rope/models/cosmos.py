@@ -6,8 +6,8 @@ diffusers 0.42.1.
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotations
-from .formats import HALF
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.formats import HALF
 
 
 def _adapter(model: str, blocks: str) -> ModelAdapter:

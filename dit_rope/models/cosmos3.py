@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
+from ..hooks.formats import Format, Pair, four_dims, halves, repeat
+from ..hooks.packed_tables import leave_unless
 from ..spec import Pairing
-from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
-from .formats import Format, Pair, four_dims, halves, repeat
-from .packed_tables import leave_unless
 
 
 def _split(rotary: Any) -> list[Pair]:

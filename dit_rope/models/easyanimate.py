@@ -7,9 +7,9 @@ device in every rotation. Source: ``transformer_easyanimate.py`` of diffusers 0.
 
 from __future__ import annotations
 
-from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotated, Rotations
-from .formats import INTERLEAVED
-from .packed_tables import Align
+from ..hooks.adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotated, Rotations
+from ..hooks.formats import INTERLEAVED
+from ..hooks.packed_tables import Align
 
 EASYANIMATE = ModelAdapter(
     "diffusers.models.transformers.transformer_easyanimate.EasyAnimateTransformer3DModel",

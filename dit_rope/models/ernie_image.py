@@ -6,7 +6,7 @@ angles. Source: ``transformer_ernie_image.py`` of diffusers 0.42.1.
 
 from __future__ import annotations
 
-from .adapter import ModelAdapter, ModelTables
+from ..hooks.adapter import ModelAdapter, ModelTables
 
 ERNIE_IMAGE = ModelAdapter(
     "diffusers.models.transformers.transformer_ernie_image.ErnieImageTransformer2DModel",

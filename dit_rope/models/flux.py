@@ -7,9 +7,9 @@ rotate is the end of the table, what those of the text rotate its start. Source:
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
-from .formats import INTERLEAVED
-from .packed_tables import Align
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
+from ..hooks.formats import INTERLEAVED
+from ..hooks.packed_tables import Align
 
 TEXT_THEN_IMAGE = {
     "norm_q": Rotated(align=Align.END),

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .adapter import QK, Layout, ModelAdapter, ModelTables, Rotated, Rotations
+from ..hooks.adapter import QK, Layout, ModelAdapter, ModelTables, Rotated, Rotations
+from ..hooks.formats import INTERLEAVED
 from .flux import TEXT_AND_IMAGE, TEXT_THEN_IMAGE
-from .formats import INTERLEAVED
 
 
 def _rotations(blocks: str, attention: str, rotated: Mapping[str, Rotated], *processors: str) -> Rotations:

@@ -9,9 +9,9 @@ of Bria 3.2. Sources, all in diffusers 0.42.1: ``transformer_bria.py``, ``transf
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.formats import INTERLEAVED
 from .flux import TEXT_AND_IMAGE, TEXT_THEN_IMAGE
-from .formats import INTERLEAVED
 
 
 def _rotations(blocks: str, attention: str, processor: str) -> Rotations:

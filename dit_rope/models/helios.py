@@ -7,8 +7,8 @@ in attention modules that do not rotate. Source: ``transformer_helios.py`` of di
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotations
-from .formats import STACKED
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.formats import STACKED
 
 HELIOS = ModelAdapter(
     "diffusers.models.transformers.transformer_helios.HeliosTransformer3DModel",

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotated, Rotations, Rounds, Tokens
-from .formats import MATRICES
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotated, Rotations, Rounds, Tokens
+from ..hooks.formats import MATRICES
 
 
 def _head_dim(attention: Any) -> int:

@@ -6,8 +6,8 @@ The sequence holds the image alone. Queries rotate in the attention to the text 
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, Rotated, Rotations
-from .formats import INTERLEAVED
+from ..hooks.adapter import Layout, ModelAdapter, Rotated, Rotations
+from ..hooks.formats import INTERLEAVED
 
 # Guidance by perturbed attention computes part of the batch without queries and keys; tables have no batch dimension.
 _PROCESSORS = (

@@ -11,8 +11,8 @@ Sources, all in diffusers 0.42.1: ``transformer_hunyuan_video.py``, ``transforme
 
 from __future__ import annotations
 
-from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotations
-from .formats import INTERLEAVED
+from ..hooks.adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.formats import INTERLEAVED
 
 
 def _adapter(model: str, tables: tuple[ModelTables, ...], processor: str) -> ModelAdapter:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations
-from .formats import HALF, Pair, four_dims
-from .packed_tables import leave_unless
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations
+from ..hooks.formats import HALF, Pair, four_dims
+from ..hooks.packed_tables import leave_unless
 
 
 def _attend_unrotated(

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
+from ..hooks.formats import INTERLEAVED, Format, Pair
 from ..spec import Pairing
-from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
-from .formats import INTERLEAVED, Format, Pair
 
 
 class _ImageAlone(Format):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotated, Rotations, Rounds, Tokens
-from .formats import MATRICES
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotated, Rotations, Rounds, Tokens
+from ..hooks.formats import MATRICES
 
 _TRANSFORMERS = "diffusers.models.transformers"
 _QK = {"query_norm": Rotated(table=0), "key_norm": Rotated(table=1)}

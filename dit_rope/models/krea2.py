@@ -6,8 +6,8 @@ rotate. Source: ``transformer_krea2.py`` of diffusers 0.42.1.
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotations
-from .formats import INTERLEAVED
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.formats import INTERLEAVED
 
 KREA2 = ModelAdapter(
     "diffusers.models.transformers.transformer_krea2.Krea2Transformer2DModel",

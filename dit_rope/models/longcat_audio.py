@@ -6,8 +6,8 @@ In the attention to the prompt, queries rotate by the positions of the sound and
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
-from .formats import HALF
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
+from ..hooks.formats import HALF
 
 
 def _rotations(attention: str, processor: str, *rotary: str) -> Rotations:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
-from .formats import CHANNELS, HEAD_HALVES
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
+from ..hooks.formats import CHANNELS, HEAD_HALVES
 
 LTX = ModelAdapter(
     "diffusers.models.transformers.transformer_ltx.LTXVideoTransformer3DModel",

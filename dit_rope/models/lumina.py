@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from einops import rearrange
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations
-from .formats import COMPLEX
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations
+from ..hooks.formats import COMPLEX
 
 
 def _patches(rope: Any, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor]:

@@ -6,8 +6,8 @@ dtype of the data, to which cos and sin are rounded. Source: ``transformer_minim
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotations
-from .formats import HALF_NARROWED
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.formats import HALF_NARROWED
 
 MINIMAX_H3 = ModelAdapter(
     "diffusers.models.transformers.transformer_minimax_h3.MiniMaxH3Transformer3DModel",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .adapter import Layout, ModelAdapter, Rebound, Rotations
-from .formats import HALF_NARROWED
+from ..hooks.adapter import Layout, ModelAdapter, Rebound, Rotations
+from ..hooks.formats import HALF_NARROWED
 
 
 def _head_dim(attention: Any) -> int:

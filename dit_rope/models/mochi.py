@@ -7,8 +7,8 @@ tables belong to the backward pass: they are built anew, and the rotation is lef
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotations
-from .formats import HEAD_PAIRS
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.formats import HEAD_PAIRS
 
 MOCHI = ModelAdapter(
     "diffusers.models.transformers.transformer_mochi.MochiTransformer3DModel",

@@ -6,8 +6,8 @@ per head. Source: ``transformer_motif_video.py`` of diffusers 0.42.1.
 
 from __future__ import annotations
 
-from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotated, Rotations
-from .formats import INTERLEAVED
+from ..hooks.adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotated, Rotations
+from ..hooks.formats import INTERLEAVED
 
 MOTIF_VIDEO = ModelAdapter(
     "diffusers.models.transformers.transformer_motif_video.MotifVideoTransformer3DModel",

@@ -7,8 +7,8 @@ diffusers 0.42.1.
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotations
-from .formats import HALF
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.formats import HALF
 
 OMNIGEN = ModelAdapter(
     "diffusers.models.transformers.transformer_omnigen.OmniGenTransformer2DModel",

@@ -5,8 +5,8 @@ Source: ``transformer_prx.py`` of diffusers 0.42.1.
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations
-from .formats import MATRICES
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations
+from ..hooks.formats import MATRICES
 
 PRX = ModelAdapter(
     "diffusers.models.transformers.transformer_prx.PRXTransformer2DModel",

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .adapter import QK, Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
-from .formats import COMPLEX
+from ..hooks.adapter import QK, Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
+from ..hooks.formats import COMPLEX
 
 _TEXT_APART = {
     "norm_q": Rotated(table=0),

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from .adapter import EVERY, Layout, ModelAdapter, ModelTables, Rebound, Rotations
-from .class_override import unpatched_class
-from .formats import CHANNELS, COMPLEX_BHSD, HEAD_HALVES
+from ..hooks.adapter import EVERY, Layout, ModelAdapter, ModelTables, Rebound, Rotations
+from ..hooks.class_override import unpatched_class
+from ..hooks.formats import CHANNELS, COMPLEX_BHSD, HEAD_HALVES
 from .ltx import turns_halves, turns_neighbours
 
 _TRANSFORMERS = "diffusers.models.transformers"

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotated, Rotations, Tokens
+from ..hooks.formats import HALF, Format, Pair, four_dims
+from ..hooks.packed_tables import Align
 from ..spec import Pairing
-from .adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotated, Rotations, Tokens
-from .formats import HALF, Format, Pair, four_dims
-from .packed_tables import Align
 
 
 def _head_dim(attention: Any) -> int:

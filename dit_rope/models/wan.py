@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from ..hooks.adapter import EVERY, AxisForm, FrameRows, Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.formats import AXES
 from ..spec import RopeSpec
-from .adapter import EVERY, AxisForm, FrameRows, Layout, ModelAdapter, ModelTables, Rotations
-from .formats import AXES
 
 
 def _spec(rope: Any) -> RopeSpec:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from ..hooks.adapter import Layout, ModelAdapter, Rebound, Rotations
+from ..hooks.formats import Format, Pair
 from ..spec import Pairing
-from .adapter import Layout, ModelAdapter, Rebound, Rotations
-from .formats import Format, Pair
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ both models may hold the same attention. Sources, all in diffusers 0.42.1: ``tra
 
 from __future__ import annotations
 
-from .adapter import Layout, ModelAdapter, Rotations
-from .formats import COMPLEX
+from ..hooks.adapter import Layout, ModelAdapter, Rotations
+from ..hooks.formats import COMPLEX
 
 _TABLES = (
     "tables: rope_embedder gathers them from rows it keeps, and the model splits, pads and joins what it gathers "

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from dit_rope.backends.cuda_plan import WARP, Plan
-from dit_rope.backends.cuda_tuning import LOADS, STORES, Tuning
+from dit_rope.rotation.backends.cuda_plan import WARP, Plan
+from dit_rope.rotation.backends.cuda_tuning import LOADS, STORES, Tuning
 
 # Registers of an SM's four partitions, which share no warps, given to threads in steps; shared memory of an SM.
 PARTITION_REGISTERS, PARTITIONS, REGISTER_STEP = 16_384, 4, 8

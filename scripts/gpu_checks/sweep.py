@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from dit_rope.rotation.backends import cuda_kernels
+from dit_rope.rotation.backends.cuda_plan import Plan
+from dit_rope.rotation.backends.cuda_tuning import Tuning
+from dit_rope.rotation.backends.gpu_calls import Norm
 
-from dit_rope.backends import cuda_kernels
-from dit_rope.backends.cuda_plan import Plan
-from dit_rope.backends.cuda_tuning import Tuning
-from dit_rope.backends.gpu_calls import Norm
 from dit_rope.benchmark.problems import EPS, Call, Operation, Problem, Shape
 from dit_rope.benchmark.results import Row
 from dit_rope.benchmark.rotation import COPY, copy_of, one_line, row

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import dit_rope
-from dit_rope import rotation
 from dit_rope.models import ADAPTERS
+from dit_rope.rotation import api as rotation
 
 from . import judge
 from .core import Intervention, NotApplicable, Stopped, Subject

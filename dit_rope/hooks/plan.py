@@ -1,0 +1,346 @@
+"""What a patch replaces in one model, and what it leaves to it: looked up before, and again whenever somebody asks."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import operator
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..spec import Fusion, RopeSpec
+from ..tables.scaling import axis_frequencies
+from .adapter import ModelAdapter, ModelTables, Rotations
+from .attention import AttentionOverride, ProcessorOverride, why_unknown
+from .class_override import (
+    INSTALLED,
+    Installed,
+    Override,
+    PatchState,
+    add_hooks,
+    install,
+    installed,
+    is_bypassed,
+    override_method,
+    refresh_signature,
+    release,
+    release_all,
+    unpatched_class,
+)
+from .forward_pass import BeginPass, EndPass
+from .known_code import guard_of
+from .rope_modules import MemoizedMethod, RopeOverride, TableSettings, why_not_memoized
+from .rotating_norms import AttentionSettings, rotating_modules
+
+# Names under which wrappers hold the module that they wrap: torch.compile, activation checkpointing, FSDP and DDP.
+_WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a patched model computes, as :func:`dit_rope.patch` takes it; ``scaling`` may be a function."""
+
+    exact: bool | None = None
+    backend: str = "auto"
+    scaling: Any = None
+    fuse: Fusion = Fusion.NORM_AND_ROTATION
+
+
+@dataclass(frozen=True)
+class TablesPlan:
+    """A declaration of tables, and the object it is about."""
+
+    tables: ModelTables
+    target: Any
+
+    @property
+    def builder(self) -> str:
+        """The class name that the object has without a patch."""
+        return unpatched_class(self.target).__name__
+
+    def why_left(self, patched: bool = False) -> str | None:
+        """Why the object's own code builds its tables in every forward pass; None where they are memoized.
+
+        ``patched`` tells whether an override should be in place.
+        """
+        if patched and self.tables.path and not isinstance(self.target, Override):
+            return f"{self.tables.path} was replaced after the patch; undo it and patch again"
+        if self.tables.path and self.tables.method == "forward" and is_bypassed(self.target):
+            return f"another library has replaced the forward of {self.tables.path}"
+        return why_not_memoized(self.target, self.tables)
+
+
+@dataclass(frozen=True)
+class RotationPlan:
+    """One attention module, and its declaration."""
+
+    rotations: Rotations
+    path: str
+    attention: torch.nn.Module
+
+    @property
+    def holder(self) -> Any:
+        """What holds the code that attends: the processor, or the module itself."""
+        return getattr(self.attention, "processor", None) if self.rotations.processors else self.attention
+
+    @property
+    def method(self) -> str:
+        """The method of :attr:`holder` that attends."""
+        return "__call__" if self.rotations.processors else "forward"
+
+    @property
+    def names(self) -> list[str]:
+        """The norms and projections of the module that rotate."""
+        return [name for name, _ in rotating_modules(self.attention, self.rotations)]
+
+    def modules(self) -> list[tuple[str, torch.nn.Module]]:
+        """Names and modules of the norms and projections that rotate."""
+        return [(name, getattr(self.attention, name)) for name in self.names]
+
+    def why_left(self, patched: bool) -> str | None:
+        """Why the model's own code rotates here; ``patched`` tells whether an override should be in place."""
+        declared, holder = self.rotations, self.holder
+        if holder is None:
+            return "it has no processor"
+        reason = why_unknown(holder, guard_of(unpatched_class(holder), self.method), declared)
+        if reason is not None:
+            return reason
+        if declared.rotated and not self.names:
+            return f"it has none of {', '.join(declared.rotated)}"
+        if not declared.processors and is_bypassed(holder):
+            return "another library has replaced its forward"
+        if patched and not installed(self.attention):
+            return "it was replaced after the patch; undo it and patch again"
+        if patched and not isinstance(holder, Override):
+            return "its processor was replaced, and is patched before the next forward pass"
+        weight = next((x for x in self.attention.parameters() if x.is_floating_point()), None)
+        if weight is not None and weight.dtype is torch.float64:
+            return "its weights are float64, in which it rotates by itself"
+        return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything one model's patch is about."""
+
+    name: str
+    model: torch.nn.Module
+    adapter: ModelAdapter
+    tables: tuple[TablesPlan, ...]
+    rotations: tuple[RotationPlan, ...]
+    state: PatchState = field(default_factory=PatchState, compare=False)
+
+    def now(self) -> Plan:
+        """The same plan of the model as it is at this moment, in which anything may have been exchanged."""
+        return replace(
+            self, tables=_all_tables(self.model, self.adapter), rotations=_all_rotations(self.model, self.adapter)
+        )
+
+    def scaled_spec(self, options: Options) -> RopeSpec | None:
+        """The rotation that a scaling asks for; None without one, or where a function chooses it.
+
+        Raises:
+            TypeError, ValueError: for a scaling that the model's axes cannot have.
+        """
+        if options.scaling is None:
+            return None
+        grid = next((each for each in self.tables if each.tables.axes is not None), None)
+        if grid is None:
+            raise ValueError(
+                f"scaling must be None for {self.adapter.model_class}, which builds its own tables, "
+                f"got {options.scaling!r}"
+            )
+        reason = grid.why_left()
+        if reason is not None:
+            raise ValueError(
+                f"scaling must be None where dit_rope does not know the code that builds tables, got "
+                f"{options.scaling!r} for {grid.tables.path} of {self.name}: {reason}"
+            )
+        assert grid.tables.axes is not None
+        spec = grid.tables.axes.spec(grid.target)
+        if callable(options.scaling):
+            return None
+        spec = spec.with_scaling(options.scaling)
+        for axis in range(len(spec.dims)):
+            axis_frequencies(spec, axis)
+        return spec
+
+    def apply(self, scaled: RopeSpec | None, options: Options) -> None:
+        """Replaces what the plan names; ``scaled`` is :meth:`scaled_spec` of ``options``."""
+        for each in self.tables:
+            self._apply_tables(each, scaled, options)
+        fuses_norm = options.fuse is Fusion.NORM_AND_ROTATION
+        for rotation in self.rotations:
+            settings = AttentionSettings(rotation.rotations, options.exact, options.backend, fuses_norm)
+            install_rotation(rotation.attention, settings, self.state)
+        install(self.model, None, self.state)
+        add_hooks(self.model, BeginPass(prepare_attention), EndPass())
+
+    def _apply_tables(self, each: TablesPlan, scaled: RopeSpec | None, options: Options) -> None:
+        tables, target = each.tables, each.target
+        if each.why_left() is not None:
+            return
+        parameters = tuple(inspect.signature(getattr(target, tables.method)).parameters)
+        axes = tables.axes
+        spec = None if axes is None else axes.spec(target)
+        choose = options.scaling if axes is not None and callable(options.scaling) else None
+        settings = TableSettings(tables, parameters, spec, scaled if axes is not None else None, choose)
+        if tables.path:
+            _override(target, RopeOverride, settings, self.state, tables.method)
+        elif tables.method not in vars(target):
+            vars(target)[tables.method] = MemoizedMethod(target, tables.method, Installed(settings, self.state))
+
+    def restore(self) -> None:
+        """Takes out what this plan put in, and nothing else, wherever it is by now."""
+        self.state.active = False
+        for ref in self.state.objects:
+            target = ref()
+            if target is not None:
+                release(target, self.state)
+        # A block may have been exchanged for a copy of itself, and the copy is patched too.
+        for module in self.model.modules():
+            for target in list(_changeable(module)):
+                record: Installed | None = getattr(target, "__dict__", {}).get(INSTALLED)
+                for state in [] if record is None else list(record.states):
+                    if state.origin is self.state.origin:
+                        state.active = False
+                        release(target, state)
+        for name, value in list(vars(self.model).items()):
+            if isinstance(value, MemoizedMethod) and self.state in value.record.states:
+                del vars(self.model)[name]
+
+
+def install_rotation(attention: Any, settings: AttentionSettings, state: PatchState) -> None:
+    """Patches one attention module: its processor where it is one that its declaration knows, or its own forward."""
+    if settings.rotations.processors:
+        install(attention, settings, state)
+        adopt_processor(attention)
+    elif not is_bypassed(attention):
+        _override(attention, AttentionOverride, settings, state, "forward")
+
+
+def adopt_processor(attention: Any) -> None:
+    """Overrides the call of the processor that a patched attention module has now, if it is a known one."""
+    record = installed(attention)
+    processor = getattr(attention, "processor", None)
+    if record is None or processor is None or not isinstance(record.settings, AttentionSettings):
+        return
+    cls = unpatched_class(processor)
+    if why_unknown(processor, guard_of(cls, "__call__"), record.settings.rotations) is None:
+        for state in record.states:
+            _override(processor, ProcessorOverride, None, state, "__call__")
+        _register(type(processor), cls)
+
+
+def _register(made: type, cls: type) -> None:
+    """Lets diffusers' registry of processors, which layer skipping asks by class, know ``made`` as it knows ``cls``."""
+    try:
+        from diffusers.hooks._helpers import AttentionProcessorRegistry as Registry
+    except ImportError:  # an older diffusers
+        return
+    with contextlib.suppress(ValueError):  # it does not know this one
+        Registry.register(made, Registry.get(cls))
+
+
+def _override(target: Any, override: type[Override], settings: object, state: PatchState, method: str) -> None:
+    """As :func:`override_method`; an object that cannot change its class keeps it."""
+    try:
+        override_method(target, override, settings, state, method)
+    except TypeError:
+        release(target, state)
+
+
+def prepare_attention(model: torch.nn.Module) -> None:
+    """Before each forward pass: processors that were set since the patch are patched too, if they are known."""
+    record = installed(model)
+    for state in record.states if record is not None else ():
+        for ref in list(state.objects):
+            target = ref()
+            if isinstance(target, torch.nn.Module) and "processor" in vars(target):
+                processor = vars(target)["processor"]
+                if isinstance(processor, Override):
+                    refresh_signature(processor)
+                if installed(processor) is None:
+                    adopt_processor(target)
+
+
+def restore(model: torch.nn.Module) -> None:
+    """Takes out of ``model`` whatever any patch put in, and nothing else."""
+    for module in model.modules():
+        for target in list(_changeable(module)):
+            record: Installed | None = getattr(target, "__dict__", {}).get(INSTALLED)
+            if record is not None or isinstance(target, Override):
+                if record is not None and module is model and target is model:
+                    for state in record.states:
+                        state.active = False
+                release_all(target)
+        for name, value in list(vars(module).items()):
+            if isinstance(value, MemoizedMethod):
+                del vars(module)[name]
+
+
+def is_patched(model: torch.nn.Module) -> bool:
+    """Whether a patch of ``model``, or of the model that it is a copy of, is in force."""
+    return installed(model) is not None
+
+
+def _changeable(module: torch.nn.Module) -> Iterator[object]:
+    """What of ``module`` a patch may have changed: itself, and what hangs on it without being a module."""
+    return itertools.chain((module,), vars(module).values())
+
+
+def make_plan(name: str, model: torch.nn.Module, adapter: ModelAdapter) -> Plan:
+    """Finds in ``model`` everything that ``adapter`` declares.
+
+    Raises:
+        ValueError: it is patched already.
+    """
+    if is_patched(model):
+        raise ValueError(
+            f"{name} must not be patched already; undo its patch, or call dit_rope.unpatch on a copy of one"
+        )
+    return Plan(name, model, adapter, _all_tables(model, adapter), _all_rotations(model, adapter))
+
+
+def _all_tables(model: torch.nn.Module, adapter: ModelAdapter) -> tuple[TablesPlan, ...]:
+    return tuple(each for declared in adapter.tables if (each := _find_tables(model, declared)) is not None)
+
+
+def _all_rotations(model: torch.nn.Module, adapter: ModelAdapter) -> tuple[RotationPlan, ...]:
+    return tuple(each for declared in adapter.rotations for each in _find_rotations(model, declared))
+
+
+def _find_tables(model: torch.nn.Module, declared: ModelTables) -> TablesPlan | None:
+    try:
+        target = operator.attrgetter(declared.path)(model) if declared.path else model
+    except AttributeError:
+        return None
+    return None if target is None else TablesPlan(declared, target)
+
+
+def _find_rotations(model: torch.nn.Module, declared: Rotations) -> Iterator[RotationPlan]:
+    pattern = re.compile(declared.attention)
+    for path, module in model.named_modules():
+        inner = path.rpartition(".")[2]
+        if inner not in _WRAPPED and getattr(module, "_orig_mod", None) is not None:
+            continue  # a compiled module, whose own one comes next
+        if pattern.fullmatch(plain_path(path)) and (declared.when is None or _is_meant(declared, model, module)):
+            yield RotationPlan(declared, path, module)
+
+
+def _is_meant(declared: Rotations, model: torch.nn.Module, attention: torch.nn.Module) -> bool:
+    assert declared.when is not None
+    try:
+        return declared.when(model, attention)
+    except AttributeError:  # a module of another kind stands there
+        return False
+
+
+def plain_path(path: str) -> str:
+    """``path`` without the names under which wrappers hold the module that they wrap."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPED)

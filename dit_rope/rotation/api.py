@@ -1,0 +1,365 @@
+"""Rotates queries and keys: checks the arguments, chooses a backend, and calls one operator."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ..cache import in_level, in_mode
+from ..rotation_args import RotationArgs, layout_of
+from ..spec import NormKind
+from ..tables.table import RopeTable
+from ..validation import (
+    check_around,
+    check_flags,
+    check_inplace,
+    check_norm,
+    check_positions,
+    check_rows,
+    check_tensors,
+    check_token_count,
+)
+from . import (
+    derivatives,
+    ops,
+)
+from .choice import Choice, check_backend, choose_backend, remembered_choice
+
+# Layouts of calls that are remembered as valid, per table; a model has a few.
+_MAX_REMEMBERED = 64
+
+_Parameters = tuple[torch.Tensor | None, ...]
+_Norm = tuple[NormKind, float, _Parameters, _Parameters]
+"""Kind, eps, and the weights and biases of each tensor; no biases at all where every one of them is None."""
+
+
+def rotate(
+    x: torch.Tensor,
+    table: RopeTable,
+    *,
+    prefix: int = 0,
+    suffix: int = 0,
+    positions: torch.Tensor | None = None,
+    inverse: bool = False,
+    inplace: bool = False,
+    exact: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Rotates one tensor, as :func:`rotate_qk` does two.
+
+    Args:
+        x: ``[B, S, H, D]``, last dim contiguous, any outer strides; the rest as in :func:`rotate_qk`.
+
+    Returns:
+        A new tensor, or ``x`` itself when ``inplace``.
+    """
+    args, choice = _check(("x",), (x,), table, prefix, suffix, positions, inverse, exact, inplace, backend)
+    return _rotate(("x",), (x,), args, inplace, choice)[0]
+
+
+def rotate_qk(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    table: RopeTable,
+    *,
+    prefix: int = 0,
+    suffix: int = 0,
+    positions: torch.Tensor | None = None,
+    inverse: bool = False,
+    inplace: bool = False,
+    exact: bool = False,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotates queries and keys by the positions of a token grid (RoFormer, arXiv:2104.09864), in one launch.
+
+    Args:
+        q, k: ``[B, S, H, D]``, each with its own H, last dim contiguous, any outer strides; float32, float16,
+            bfloat16 or float64. Channels past the table's rotary_dim do not turn.
+        table: from :func:`~dit_rope.rope_table`, on the same device, shared by the batch.
+        prefix, suffix: tokens before and after the grid's (text) that do not turn;
+            ``prefix + table.count + suffix`` must be S.
+        positions: ``[1 or B, S - prefix - suffix, axes]`` int32 rows of ``table.rows``, such as ``table.positions()``
+            and ``table.positions_at(...)`` give, for tokens in another order or number than the table's; a negative row
+            does not turn. On a CPU a row of another axis is refused; a tensor that is given again is looked at anew
+            after a write that torch counts, which those through ``.data`` or numpy are not.
+        inverse: turn backwards.
+        inplace: overwrite q and k. Refused when a gradient is wanted.
+        exact: the same bits as the model's eager code gives, products rounded before they are added, in the dtype
+            that the data and the table promote to. Else float32 arithmetic (float64 for float64 data), rounded once.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"eager"``; one that is named is used or refused. Under
+            torch.func and dual numbers it is torch's own operations that rotate, whatever the backend.
+
+    Returns:
+        New tensors ``(q, k)``, or the same objects when ``inplace``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value.
+    """
+    args, choice = _check(("q", "k"), (q, k), table, prefix, suffix, positions, inverse, exact, inplace, backend)
+    turned = _rotate(("q", "k"), (q, k), args, inplace, choice)
+    return turned[0], turned[1]
+
+
+def norm_rotate(
+    x: torch.Tensor,
+    table: RopeTable,
+    weight: torch.Tensor | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    norm: NormKind = NormKind.PER_HEAD,
+    prefix: int = 0,
+    suffix: int = 0,
+    positions: torch.Tensor | None = None,
+    inverse: bool = False,
+    inplace: bool = False,
+    exact: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Norms and rotates one tensor, as :func:`norm_rotate_qk` does two.
+
+    Args:
+        x: ``[B, S, H, D]``, last dim contiguous, any outer strides.
+        weight, bias: ``[D]`` per head, ``[H * D]`` across heads, or None; the rest as in :func:`norm_rotate_qk`.
+
+    Returns:
+        A new tensor, or ``x`` itself when ``inplace``.
+    """
+    how = (norm, eps, (weight,), () if bias is None else (bias,))
+    args, choice = _check(("x",), (x,), table, prefix, suffix, positions, inverse, exact, inplace, backend, how)
+    return _norm_rotate(("x",), (x,), how, args, inplace, choice)[0]
+
+
+def norm_rotate_qk(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    table: RopeTable,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    *,
+    q_bias: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    norm: NormKind = NormKind.PER_HEAD,
+    prefix: int = 0,
+    suffix: int = 0,
+    positions: torch.Tensor | None = None,
+    inverse: bool = False,
+    inplace: bool = False,
+    exact: bool = False,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norms every token of queries and keys, then rotates them, in one launch; in exact mode the norm comes apart.
+
+    The norm is an RMSNorm (Zhang and Sennrich, arXiv:1910.07467), or, of a layer kind, a LayerNorm (Ba, Kiros and
+    Hinton, arXiv:1607.06450): the mean is subtracted, the variance is biased, the bias comes after the weight.
+
+    Args:
+        q_weight, k_weight: ``[D]`` per head, ``[H * D]`` across heads, or None.
+        q_bias, k_bias: of the same shapes, or None; of a LayerNorm alone.
+        eps: added to the mean of squares, or to the variance.
+        norm: which norm, and what one mean is taken over.
+        exact: ``torch.nn.functional.rms_norm`` or ``layer_norm`` first, then the exact rotation. Else norm and
+            rotation in float32 (float64 for float64 data), rounded once at the end.
+
+    The other arguments, the return and the errors are those of :func:`rotate_qk`.
+    """
+    how = (norm, eps, (q_weight, k_weight), () if q_bias is None and k_bias is None else (q_bias, k_bias))
+    args, choice = _check(("q", "k"), (q, k), table, prefix, suffix, positions, inverse, exact, inplace, backend, how)
+    turned = _norm_rotate(("q", "k"), (q, k), how, args, inplace, choice)
+    return turned[0], turned[1]
+
+
+def apply(
+    xs: Sequence[torch.Tensor], args: RotationArgs, *, inplace: bool = False, backend: str = "auto"
+) -> list[torch.Tensor]:
+    """Rotates tensors whose arguments are known to fit, as hooks do; :func:`rotate_qk` checks, this does not."""
+    choice = Choice(backend) if torch.compiler.is_compiling() else remembered_choice(xs, args, backend)
+    if inplace:
+        ops.rotate_(xs, args, choice.backend, choice.memo)
+        return list(xs)
+    return ops.rotate(xs, args, choice.backend, choice.memo)
+
+
+def apply_into(
+    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], *, backend: str = "auto"
+) -> None:
+    """Rotates ``xs`` into tensors that are there already, such as a cache; as :func:`apply`, and without gradients."""
+    if torch.compiler.is_compiling():
+        for out, turned in zip(outs, apply(xs, args, backend=backend), strict=True):
+            out.copy_(turned)
+        return
+    ops.rotate_into(xs, args, outs, *remembered_choice(xs, args, backend, outs=outs))
+
+
+def apply_norm(
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor | None],
+    eps: float,
+    norm: NormKind,
+    args: RotationArgs,
+    *,
+    biases: Sequence[torch.Tensor | None] = (),
+    inplace: bool = False,
+    backend: str = "auto",
+) -> list[torch.Tensor]:
+    """Norms and rotates tensors whose arguments are known to fit, as :func:`apply` rotates them."""
+    choice = Choice(backend)
+    if not torch.compiler.is_compiling():
+        choice = remembered_choice(xs, args, backend, norm, eps, (*weights, *biases))
+    if inplace:
+        ops.norm_rotate_(xs, weights, eps, norm, args, choice.backend, biases, choice.memo)
+        return list(xs)
+    return ops.norm_rotate(xs, weights, eps, norm, args, choice.backend, biases, choice.memo)
+
+
+class _Known:
+    """What is remembered of calls of one layout, found valid: their arguments but for positions, and their backend."""
+
+    __slots__ = ("args", "checked", "choice", "looks_at_rows")
+
+    def __init__(self, args: RotationArgs, choice: Choice) -> None:
+        positions = args.positions
+        self.args = replace(args, positions=None)
+        self.choice = choice
+        self.looks_at_rows = positions is not None and positions.device.type == "cpu"
+        self.checked: tuple[weakref.ref[torch.Tensor], int] | None = None
+
+    def at(self, positions: torch.Tensor, table: RopeTable) -> RotationArgs:
+        """The arguments with ``positions``, whose rows are looked at again when they are others or were written to."""
+        if self.looks_at_rows:
+            checked = self.checked
+            if checked is None or checked[0]() is not positions or checked[1] != positions._version:
+                check_rows(positions, table.blocks)
+                looked = not (positions.is_inference() or in_mode())
+                self.checked = (weakref.ref(positions), positions._version) if looked else None
+        return self.args.at(positions)
+
+
+def _check(
+    names: Sequence[str],
+    xs: Sequence[torch.Tensor],
+    table: RopeTable,
+    prefix: int,
+    suffix: int,
+    positions: torch.Tensor | None,
+    inverse: bool,
+    exact: bool,
+    inplace: bool,
+    backend: str,
+    norm: _Norm | None = None,
+) -> tuple[RotationArgs, Choice]:
+    """The arguments of a validated call and its backend, found by one key, as every layer asks again."""
+    if not isinstance(table, RopeTable):
+        raise TypeError(f"table must be a RopeTable, got {type(table).__name__}; make one with dit_rope.rope_table")
+    if torch.compiler.is_compiling():  # the operator chooses when it runs, on real tensors
+        args = _validated(names, xs, table, prefix, suffix, positions, inverse, exact, inplace, backend, norm)
+        return args, Choice(backend)
+    normed = None
+    if norm is not None:
+        kind, eps, weights, biases = norm
+        normed = (kind, eps, type(eps), *map(layout_of, (*weights, *biases)))
+    key = (
+        *map(layout_of, xs), layout_of(positions), prefix, suffix, inverse, exact, inplace, backend, normed,
+        # True is equal to 1, and would find what was accepted of it.
+        type(prefix), type(suffix), type(inverse), type(exact), type(inplace),
+    )  # fmt: skip
+    try:
+        known = table.validated.get(key)
+    except TypeError:  # something that has no hash, which validation names
+        known = None
+    if known is None:
+        args = _validated(names, xs, table, prefix, suffix, positions, inverse, exact, inplace, backend, norm)
+        name = choose_backend(xs, args, backend, None if norm is None or args.exact else norm[0])
+        if in_level() or in_mode():  # whose tensors and choice are not those of other calls
+            return args, Choice(name)
+        if len(table.validated) >= _MAX_REMEMBERED:
+            table.validated.clear()
+        known = table.validated[key] = _Known(args, Choice(name, {}))
+    return (known.args if positions is None else known.at(positions, table)), known.choice
+
+
+def _validated(
+    names: Sequence[str],
+    xs: Sequence[torch.Tensor],
+    table: RopeTable,
+    prefix: int,
+    suffix: int,
+    positions: torch.Tensor | None,
+    inverse: bool,
+    exact: bool,
+    inplace: bool,
+    backend: str,
+    norm: _Norm | None,
+) -> RotationArgs:
+    check_backend(backend)
+    check_tensors(names, xs, table.spec.rotary_dim, table.device)
+    if norm is not None:
+        kind, eps, weights, biases = norm
+        check_norm(names, xs, weights, eps, kind, biases)
+    check_flags(inverse=inverse, exact=exact, inplace=inplace)
+    batch, length = xs[0].shape[:2]
+    check_around(length, prefix, suffix)
+    count = table.count if positions is None else length - prefix - suffix
+    check_token_count(names[0], length, prefix, count, suffix)
+    if positions is not None:
+        check_positions(positions, batch, count, len(table.sizes), table.device)
+    return table.args(prefix=prefix, inverse=inverse, exact=exact, positions=positions)
+
+
+def _rotate(
+    names: Sequence[str], xs: Sequence[torch.Tensor], args: RotationArgs, inplace: bool, choice: Choice
+) -> list[torch.Tensor]:
+    if inplace:
+        check_inplace(names, xs)
+        ops.rotate_(xs, args, choice.backend, choice.memo)
+        return list(xs)
+    return ops.rotate(xs, args, choice.backend, choice.memo)
+
+
+def _norm_rotate(
+    names: Sequence[str],
+    xs: Sequence[torch.Tensor],
+    norm: _Norm,
+    args: RotationArgs,
+    inplace: bool,
+    choice: Choice,
+) -> list[torch.Tensor]:
+    kind, eps, weights, biases = norm[0], float(norm[1]), *norm[2:]
+    if inplace:
+        check_inplace(names, xs, [parameter for parameter in (*weights, *biases) if parameter is not None])
+    if args.exact:
+        affine = zip(xs, weights, biases or [None] * len(xs), strict=True)
+        normed = [_torch_norm(x, weight, bias, eps, kind) for x, weight, bias in affine]
+        if not torch.compiler.is_compiling():  # a norm's result may be laid out otherwise than what it is of
+            choice = remembered_choice(normed, args, choice.backend)
+        turned = _rotate(names, normed, args, not _needs_grad(normed), choice)
+        return [x.copy_(y) for x, y in zip(xs, turned, strict=True)] if inplace else turned
+    if inplace:
+        ops.norm_rotate_(xs, weights, eps, kind, args, choice.backend, biases, choice.memo)
+        return list(xs)
+    return ops.norm_rotate(xs, weights, eps, kind, args, choice.backend, biases, choice.memo)
+
+
+def _needs_grad(xs: Sequence[torch.Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in xs)
+
+
+def _torch_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, norm: NormKind
+) -> torch.Tensor:
+    """The norm as torch has it, which is what models call; torch's LayerNorm takes one dtype, the widest given."""
+    flat = x.flatten(2) if norm.across_heads else x
+    if norm.centred:
+        wide = functools.reduce(torch.promote_types, (t.dtype for t in (weight, bias) if t is not None), x.dtype)
+        weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+        if in_level():  # torch's own LayerNorm gives wrong gradients of its tangents
+            return derivatives.normed(x.to(wide), weight, bias, eps, norm).to(x.dtype)
+        normed = torch.nn.functional.layer_norm(flat.to(wide), flat.shape[-1:], weight, bias, eps).to(x.dtype)
+    else:
+        normed = torch.nn.functional.rms_norm(flat, flat.shape[-1:], weight, eps)
+    return normed.view(x.shape)

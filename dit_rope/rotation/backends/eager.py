@@ -1,0 +1,336 @@
+"""The rotation in plain PyTorch: the readable reference on every device, and the fast path on CPU.
+
+On CPU the work is cut into chunks of tokens whose scratch stays in the caches, so that data crosses memory once.
+An interleaved pair is one complex number: a rotation multiplies it by cos + i sin, which PyTorch does in one
+vectorised pass. In exact mode that pass will not do, because compilers fuse the multiplies and adds of its scalar
+tail: the two products are formed by two complex multiplies with cos + 0 i and 0 + i sin. One operand of each sum in
+those is zero, so the result is the correctly rounded product whether fused or not, and the sum that follows rounds as
+the model's code does. (A zero may come out with the other sign; infinities come out as NaN.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from einops import rearrange
+
+from ...cache import in_mode
+from ...rotation_args import Memo, RotationArgs
+from ...spec import NormKind, Pairing
+from ...tables.table import ANGLES, WITHOUT_FLOAT64_OR_COMPLEX
+from . import token_angles
+from .token_angles import dense_angles as dense_angles
+
+# Bytes of one chunk of tokens on CPU, in the arithmetic dtype: scratch of that size stays in the level 3 cache, and
+# what a chunk costs in Python is little beside its work. Without scratch a chunk only has to keep its angles there.
+CHUNK_BYTES = 1 << 22
+DIRECT_CHUNK_BYTES = 1 << 24
+
+
+def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: Pairing) -> torch.Tensor:
+    """Rotates ``x`` as diffusers' Wan code does, in differentiable PyTorch that any compiler can trace.
+
+    The source of the roundings is ``WanAttnProcessor`` in diffusers 0.42.1 ``transformer_wan.py``: products and sums
+    in the dtype that x and the tables promote to, then one cast to the dtype of x.
+
+    Args:
+        x: ``[B, S, H, D]``.
+        cos, sin: ``[B or 1, S, 1 or H, pairs]``; channels past ``2 * pairs`` are returned as they are.
+        pairing: which channels turn together.
+
+    Returns:
+        A new ``[B, S, H, D]`` tensor in the dtype of x.
+    """
+    turning, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+    pattern = "b s h (p two)" if pairing is Pairing.INTERLEAVED else "b s h (two p)"
+    x1, x2 = rearrange(turning, f"{pattern} -> two b s h p", two=2).unbind(0)
+    turned = torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos))
+    out = rearrange(turned, f"two b s h p -> {pattern}").type_as(x)
+    return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
+
+
+def rotate(
+    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], memo: Memo | None = None
+) -> None:
+    """Rotates each ``xs[i]`` ``[B, S, H, D]`` into ``outs[i]``, which may be ``xs[i]`` itself.
+
+    Every element of ``outs`` is written; the layout of tokens and channels is that of :class:`RotationArgs`. ``memo``
+    is what every backend takes, and of no use here.
+
+    Raises:
+        IndexError: a position is past the table, or an entry of ``args.entries`` past the batch.
+    """
+    _run(xs, args, outs, norm=None)
+
+
+def norm_rotate(
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor | None],
+    eps: float,
+    norm: NormKind,
+    args: RotationArgs,
+    outs: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None] = (),
+    memo: Memo | None = None,
+) -> None:
+    """Norm of each ``xs[i]``, then its rotation, into ``outs[i]``; unturned tokens and channels are normed too.
+
+    Arithmetic is float32 (float64 for float64 data) and rounded once. Weights and biases are ``[D]`` per head,
+    ``[H * D]`` across heads, or None; no ``biases`` at all are as many Nones.
+
+    Raises:
+        IndexError: as :func:`rotate`.
+    """
+    _run(xs, replace(args, exact=False), outs, norm=_Norm(norm, eps, weights, biases or [None] * len(xs)))
+
+
+class _Norm:
+    """The norm of a chunk of tokens, in the arithmetic dtype.
+
+    RMSNorm is that of Zhang and Sennrich (arXiv:1910.07467), LayerNorm that of Ba, Kiros and Hinton (arXiv:1607.06450).
+    """
+
+    def __init__(
+        self,
+        kind: NormKind,
+        eps: float,
+        weights: Sequence[torch.Tensor | None],
+        biases: Sequence[torch.Tensor | None],
+    ) -> None:
+        self.kind = kind
+        self.dims = (-2, -1) if kind.across_heads else (-1,)
+        self.eps = eps
+        self.weights = weights
+        self.biases = biases
+        self._squares = torch.empty(0)
+
+    def __call__(self, x: torch.Tensor, index: int, out: torch.Tensor) -> torch.Tensor:
+        """``x`` ``[B, n, H, D]`` of tensor number ``index``, normed into ``out``, which must not be x."""
+        squares = out
+        if self.kind.centred:  # the mean first, since a difference of two large means would lose the variance
+            x = torch.sub(x, x.mean(self.dims, keepdim=True), out=out)
+            squares = self._scratch_like(x)
+        scale = torch.mul(x, x, out=squares).mean(self.dims, keepdim=True).add_(self.eps).rsqrt_()
+        torch.mul(x, scale, out=out)
+        weight, bias = self.weights[index], self.biases[index]
+        if weight is not None:
+            out.mul_(self._of_head(weight, x))
+        if bias is not None:
+            out.add_(self._of_head(bias, x))
+        return out
+
+    def _of_head(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return parameter.view(x.shape[-2:]) if self.kind.across_heads else parameter
+
+    def _scratch_like(self, x: torch.Tensor) -> torch.Tensor:
+        """Memory for the squares of ``x``, the same for every chunk."""
+        if self._squares.numel() < x.numel() or self._squares.device != x.device:
+            self._squares = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
+        return self._squares[: x.numel()].view(x.shape)
+
+
+class _Turn:
+    """The angles of the tokens that turn, and how channels are multiplied by them.
+
+    ``tables`` are ``[B or 1, count, 1, pairs]``, or ``[B or 1, count, heads, pairs]`` where every head has its own: one
+    complex table in fast mode, two in exact mode, or real cos and sin where pairs are not adjacent, the arithmetic is
+    16-bit, or the device has no complex numbers.
+    """
+
+    def __init__(self, args: RotationArgs, dtype: torch.dtype, heads: int) -> None:
+        if args.exact:
+            self.dtype = torch.promote_types(dtype, args.rows.dtype)
+        else:
+            self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.args = args
+        self.heads = heads if args.head_rows else 1
+        self.width = 2 * sum(args.pairs)
+        self.adjacent = args.pairing is Pairing.INTERLEAVED
+        self.complex = (
+            self.adjacent
+            and self.dtype in (torch.float32, torch.float64)
+            and args.rows.device.type not in WITHOUT_FLOAT64_OR_COMPLEX
+        )
+        self.exact_complex = self.complex and args.exact
+        found, number = self._remembered(), 1 if self.complex and not args.exact else 2
+        self.tables = found[:number]
+        self.still = found[number] if len(found) > number else None
+        self.count = self.tables[0].shape[1]
+
+    def _remembered(self) -> Sequence[torch.Tensor]:
+        """The tables, from the cache on CPU, where every layer of a model asks for them again.
+
+        Not those of positions on one axis: they take one gather, and who serves text brings new positions to each call.
+        With angles for each head they do: that gather is as large as the data.
+        """
+        args = self.args
+        once = len(args.pairs) == 1 and args.positions is not None and not args.head_rows
+        if once or args.rows.device.type != "cpu" or args.rows.is_inference() or in_mode():
+            return self._gathered()
+        where = (args.pairs, args.sizes, args.first_rows, args.token_offset, args.count, args.head_rows, self.heads)
+        told = (_identity(args.rows), _values(args.positions))
+        key = (told, where, args.pairing, args.inverse, self.exact_complex, self.dtype)
+        # The rows go in with the tables: their memory stays theirs, and a write to them is noticed.
+        return ANGLES.get(key, args.rows.device, lambda: [*self._gathered(), args.rows.detach()])[:-1]
+
+    def _gathered(self) -> list[torch.Tensor]:
+        """The tables, and after them, where some pairs of some tokens do not turn, which channels those are."""
+        args = self.args
+        indices = token_angles.row_indices(args, self.heads)
+        table, rows = token_angles.needed_rows(args.rows, indices)
+        cos, sin = token_angles.identity_row(table.to(self.dtype)).unbind(0)
+        sin = -sin if args.inverse else sin
+        if not self.complex:
+            tables: tuple[torch.Tensor, ...] = (cos, sin)
+        elif self.exact_complex:
+            zero = torch.zeros_like(cos)
+            tables = (torch.complex(cos, zero), torch.complex(zero, sin))
+        else:
+            tables = (torch.complex(cos, sin),)
+        gathered = [torch.cat(token_angles.gather(table, rows, args.pairs), dim=-1) for table in tables]
+        first = indices[:, :, :1]  # the negative rows of one head are those of all
+        # On other devices than a CPU a look at them would be a wait.
+        if not token_angles.may_keep_values(args) or (first.device.type == "cpu" and not bool((first < 0).any())):
+            return gathered
+        return [*gathered, token_angles.unturned_channels(first, args)]
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, start: int, stop: int, scratch: torch.Tensor) -> None:
+        """Turns the tokens ``start <= j < stop``, ``x`` ``[B, n, H, width]``, into ``out``, which may be x."""
+        if self.still is None:
+            self._turn(x, out, start, stop, scratch)
+            return
+        kept = x.clone() if x.data_ptr() == out.data_ptr() else x
+        self._turn(x, out, start, stop, scratch)
+        # By (1, 0) an infinity would make its partner NaN, and a negative zero would lose its sign.
+        out.copy_(torch.where(self.still[:, start:stop], kept, out))
+
+    def _turn(self, x: torch.Tensor, out: torch.Tensor, start: int, stop: int, scratch: torch.Tensor) -> None:
+        tables = self.tables
+        if stop - start != self.count:
+            tables = [table[:, start:stop] for table in tables]
+        if self.heads > x.shape[2]:
+            tables = [table[:, :, : x.shape[2]] for table in tables]
+        if not self.complex:
+            self._turn_real(x, out, *tables)
+            return
+        source, target = _as_complex(x), _as_complex(out)
+        if self.exact_complex:
+            across = torch.mul(source, tables[1], out=_as_complex(scratch[:, : stop - start]))
+            torch.mul(source, tables[0], out=target).add_(across)
+        else:
+            torch.mul(source, tables[0], out=target)
+
+    def _turn_real(self, x: torch.Tensor, out: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        if self.adjacent:
+            (x1, x2), (out1, out2) = (t.unflatten(-1, (-1, 2)).unbind(-1) for t in (x, out))
+        else:
+            (x1, x2), (out1, out2) = (t.chunk(2, dim=-1) for t in (x, out))
+        if self.args.exact:
+            turned1, turned2 = x1 * cos - x2 * sin, x1 * sin + x2 * cos
+        else:
+            turned1 = (x1 * cos).addcmul_(x2, sin, value=-1)
+            turned2 = (x1 * sin).addcmul_(x2, cos)
+        out1.copy_(turned1)
+        out2.copy_(turned2)
+
+
+def _run(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: _Norm | None) -> None:
+    if args.entries is not None:
+        _run_entries(xs, args.entries.long(), replace(args, entries=None), norm)
+        return
+    turn = _Turn(args, xs[0].dtype, max(xs[0].shape[2], xs[-1].shape[2]))
+    turning = slice(args.prefix, args.prefix + turn.count)
+    for index, (x, out) in enumerate(zip(xs, outs, strict=True)):
+        if turn.count == x.shape[1]:
+            _turn_tokens(x, out, turn, norm, index)
+            continue
+        for still in (slice(0, turning.start), slice(turning.stop, None)):
+            _copy_still(x[:, still], out[:, still], turn.dtype, norm, index)
+        _turn_tokens(x[:, turning], out[:, turning], turn, norm, index)
+
+
+def _run_entries(xs: Sequence[torch.Tensor], entries: torch.Tensor, args: RotationArgs, norm: _Norm | None) -> None:
+    """Turns some batch entries of ``xs`` in place, which are gathered, turned together, and put back."""
+    picked = [x.index_select(0, entries) for x in xs]
+    _run(picked, args, picked, norm)
+    for x, turned in zip(xs, picked, strict=True):
+        x.index_copy_(0, entries, turned)
+
+
+def _copy_still(x: torch.Tensor, out: torch.Tensor, dtype: torch.dtype, norm: _Norm | None, index: int) -> None:
+    """Tokens that do not turn: normed, or copied."""
+    if x.shape[1] == 0:
+        return
+    if norm is not None:
+        wide = x.to(dtype)
+        out.copy_(norm(wide, index, torch.empty_like(wide)))
+    elif x.data_ptr() != out.data_ptr():
+        out.copy_(x)
+
+
+def _turn_tokens(x: torch.Tensor, out: torch.Tensor, turn: _Turn, norm: _Norm | None, index: int) -> None:
+    """The turning tokens ``[B, n, H, D]`` of tensor number ``index``, chunk by chunk."""
+    width = turn.width
+    direct_in, direct_out = norm is None and _readable(x, turn), _readable(out, turn)
+    in_place = x.data_ptr() == out.data_ptr()
+    scratch_free = direct_in and direct_out and not turn.exact_complex
+    step = _chunk_tokens(x, turn.dtype, DIRECT_CHUNK_BYTES if scratch_free else CHUNK_BYTES)
+    shape = (x.shape[0], min(step, x.shape[1]), *x.shape[2:])
+    wide = across = x  # stand-ins: what needs scratch replaces them
+    if not (direct_in and direct_out):
+        even = (*shape[:3], shape[3] + shape[3] % 2)  # complex numbers start at even channels
+        wide = torch.empty(even, dtype=turn.dtype, device=x.device)[..., : shape[3]]
+    if turn.exact_complex:
+        across = torch.empty((*shape[:3], width), dtype=turn.dtype, device=x.device)
+    for start in range(0, x.shape[1], step):
+        stop = min(start + step, x.shape[1])
+        whole = stop - start == x.shape[1]
+        source, target = (x, out) if whole else (x[:, start:stop], out[:, start:stop])
+        if norm is not None:
+            source = norm(source.to(turn.dtype), index, wide[:, : stop - start])
+        elif not direct_in:
+            source = wide[:, : stop - start].copy_(source)
+        turned = target[..., :width] if direct_out else wide[:, : stop - start, :, :width]
+        turn(source[..., :width], turned, start, stop, across)
+        if not direct_out:
+            target[..., :width].copy_(turned)
+        if width < x.shape[-1] and not (in_place and norm is None):
+            target[..., width:].copy_(source[..., width:])
+
+
+def _readable(x: torch.Tensor, turn: _Turn) -> bool:
+    """Whether the arithmetic can read and write ``x`` where it lies: as it is, or as complex numbers."""
+    if not turn.complex:
+        return turn.args.exact or x.dtype == turn.dtype
+    even = all(stride % 2 == 0 for stride in x.stride()[:-1])
+    return x.dtype == turn.dtype and x.stride(-1) == 1 and even and x.storage_offset() % 2 == 0
+
+
+def _identity(x: torch.Tensor) -> tuple[object, ...]:
+    """What tells ``x`` from every other tensor while an alias of it is held.
+
+    The storage, not its address alone: another tensor may lie over the same memory of a numpy array, with other values
+    and a version of its own.
+    """
+    return (x.untyped_storage()._cdata, x.data_ptr(), x.shape, x.stride(), x.dtype)
+
+
+def _values(positions: torch.Tensor | None) -> object:
+    """Positions as what they say: whoever makes them may do so anew in each call, over memory that was rewritten.
+
+    A few bytes a token, beside hundreds of its angles.
+    """
+    return None if positions is None else (tuple(positions.shape), positions.numpy().tobytes())
+
+
+def _chunk_tokens(x: torch.Tensor, dtype: torch.dtype, chunk_bytes: int) -> int:
+    """Tokens of ``x`` ``[B, n, H, D]`` in one chunk; all of them on devices without caches to mind."""
+    if x.device.type != "cpu":
+        return max(1, x.shape[1])
+    return max(1, chunk_bytes // max(1, x.shape[0] * x.shape[2] * x.shape[3] * dtype.itemsize))
+
+
+def _as_complex(x: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))

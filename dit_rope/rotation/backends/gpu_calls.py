@@ -1,0 +1,174 @@
+"""What the GPU backends have in common: a call, what must hold of it, and which of its tokens turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ...rotation_args import RotationArgs
+from ...spec import MAX_AXES, NormKind
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_TENSORS = 2
+MAX_HEAD_DIM = 512
+# The widest memory access of one thread.
+ACCESS_BYTES = 16
+# Token numbers are int32 in the kernels; a program may count one block past the last token.
+MAX_TOKENS = 2**31 - 4096
+
+
+class Norm(NamedTuple):
+    """The norm before the rotation: which one, one weight (or None) per tensor, eps, and as many biases or none."""
+
+    kind: NormKind
+    weights: Sequence[torch.Tensor | None]
+    eps: float
+    biases: Sequence[torch.Tensor | None] = ()
+
+    @property
+    def given(self) -> list[torch.Tensor]:
+        """The weights that are not None."""
+        return [weight for weight in self.weights if weight is not None]
+
+    @property
+    def added(self) -> list[torch.Tensor]:
+        """The biases that are not None."""
+        return [bias for bias in self.biases if bias is not None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One rotation of ``xs`` ``[B, S, H_i, D]``, after a norm of kind ``norm`` unless that is None."""
+
+    xs: Sequence[torch.Tensor]
+    args: RotationArgs
+    norm: NormKind | None
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """One thing a backend asks of a call, and what to say where it does not hold."""
+
+    holds: Callable[[Call], bool]
+    reason: Callable[[Call], str]
+
+
+def first_reason(constraints: Sequence[Constraint], call: Call) -> str | None:
+    """The reason of the first constraint that does not hold, in order, since a later one may need an earlier."""
+    for constraint in constraints:
+        if not constraint.holds(call):
+            return constraint.reason(call)
+    return None
+
+
+def batch_entries(xs: Sequence[torch.Tensor], args: RotationArgs) -> int:
+    """How many batch entries turn."""
+    return int(xs[0].shape[0] if args.entries is None else args.entries.shape[0])
+
+
+def keeps_still(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], norm: Norm | None) -> bool:
+    """In place and without a norm, what does not turn is neither read nor written."""
+    return norm is None and all(x.data_ptr() == out.data_ptr() for x, out in zip(xs, outs, strict=True))
+
+
+def shared_strides(x: torch.Tensor, dims: int) -> tuple[int, ...]:
+    """Strides of the first ``dims`` dims; 0 where the size is 1: nobody steps by it, and it cannot cost alignment."""
+    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:dims], x.stride()[:dims], strict=True))
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least ``n``, for ``n`` at least 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def dense_last(x: torch.Tensor) -> bool:
+    """Whether channels are neighbours in memory."""
+    return x.shape[-1] == 1 or x.stride(-1) == 1
+
+
+def turning_tokens(args: RotationArgs, tokens: int) -> int:
+    """How many tokens after the prefix turn, of a sequence of ``tokens``: no padding, nothing past the grid."""
+    turning = min(args.count, tokens - args.prefix)
+    if args.positions is None:
+        turning = min(turning, math.prod(args.sizes) - args.token_offset)
+    return max(turning, 0)
+
+
+def _last_token(args: RotationArgs) -> int:
+    return max(args.token_offset + args.count, math.prod(args.sizes))
+
+
+COMMON = (
+    Constraint(
+        lambda call: 1 <= len(call.xs) <= MAX_TENSORS,
+        lambda call: f"it takes 1 to {MAX_TENSORS} tensors, got {len(call.xs)}",
+    ),
+    Constraint(
+        lambda call: call.xs[0].dtype in DTYPES,
+        lambda call: f"dtype must be float16, bfloat16 or float32, got {call.xs[0].dtype}",
+    ),
+    Constraint(
+        lambda call: call.xs[-1].dtype == call.xs[0].dtype,
+        lambda call: f"tensors must share a dtype, got {[x.dtype for x in call.xs]}",
+    ),
+    Constraint(
+        lambda call: call.args.rows.dtype in (torch.float32, call.xs[0].dtype),
+        lambda call: f"tables must be float32 or of the data's dtype {call.xs[0].dtype}, got {call.args.rows.dtype}",
+    ),
+    Constraint(
+        lambda call: all(map(dense_last, call.xs)),
+        lambda call: f"the last dim must be contiguous, got strides {[x.stride() for x in call.xs]}",
+    ),
+    Constraint(
+        lambda call: dense_last(call.args.rows),
+        lambda call: f"the last dim of the tables must be contiguous, got strides {call.args.rows.stride()}",
+    ),
+    Constraint(
+        lambda call: call.args.positions is None or call.args.positions.dtype == torch.int32,
+        lambda call: f"positions must be int32, got {_dtype_of(call.args.positions)}",
+    ),
+    Constraint(
+        lambda call: call.args.entries is None or call.args.entries.dtype == torch.int32,
+        lambda call: f"entries must be int32, got {_dtype_of(call.args.entries)}",
+    ),
+    Constraint(
+        lambda call: call.args.entries is None or call.args.head_rows == 0,
+        lambda call: f"entries must turn by angles that all heads share, got head_rows {call.args.head_rows}",
+    ),
+    Constraint(
+        lambda call: min(call.xs[0].shape[2], call.xs[-1].shape[2]) > 0,
+        lambda call: "tensors must have at least one head",
+    ),
+    Constraint(
+        lambda call: 1 <= len(call.args.pairs) <= MAX_AXES,
+        lambda call: f"it takes 1 to {MAX_AXES} axes, got {len(call.args.pairs)}",
+    ),
+    Constraint(
+        lambda call: call.xs[0].shape[3] <= MAX_HEAD_DIM,
+        lambda call: f"head dim must be at most {MAX_HEAD_DIM}, got {call.xs[0].shape[3]}",
+    ),
+    Constraint(
+        lambda call: 2 <= 2 * sum(call.args.pairs) <= call.xs[0].shape[3],
+        lambda call: f"rotary_dim must be 2 to the head dim {call.xs[0].shape[3]}, got {2 * sum(call.args.pairs)}",
+    ),
+    Constraint(
+        lambda call: call.xs[0].shape[1] <= MAX_TOKENS,
+        lambda call: f"tokens must be at most {MAX_TOKENS}, got {call.xs[0].shape[1]}",
+    ),
+    Constraint(
+        lambda call: call.args.positions is not None or _last_token(call.args) <= MAX_TOKENS,
+        lambda call: f"grid tokens must be at most {MAX_TOKENS}, got {_last_token(call.args)}",
+    ),
+    Constraint(
+        lambda call: call.norm is None or not call.args.exact,
+        lambda call: "exact mode covers the rotation, not a norm before it",
+    ),
+)
+
+
+def _dtype_of(x: torch.Tensor | None) -> torch.dtype | None:
+    return None if x is None else x.dtype

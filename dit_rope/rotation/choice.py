@@ -1,0 +1,120 @@
+"""Which backend takes a call, and why each other does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..cache import in_level, in_mode
+from ..rotation_args import Memo, RotationArgs, layout_of
+from ..spec import NormKind, Pairing
+from .backends import cuda_kernels, eager, triton_kernels
+
+MODULES: dict[str, Any] = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
+BACKENDS = tuple(MODULES)
+"""From the fastest to the one that takes every call; ``"auto"`` asks them in this order."""
+_NAMES = ("auto", *BACKENDS)
+_MAX_REMEMBERED = 1024
+
+
+class Choice(NamedTuple):
+    """The backend of a call, and what it keeps of calls with the same layout; None where nothing must be kept."""
+
+    backend: str
+    memo: Memo | None = None
+
+
+_EAGER = Choice("eager")
+_choices: dict[object, Choice] = {}
+
+
+def check_backend(name: str) -> None:
+    """Refuses what is no backend's name, nor ``"auto"``.
+
+    Raises:
+        ValueError: naming those that there are.
+    """
+    if name not in _NAMES:
+        raise ValueError(f"backend must be one of {_NAMES}, got {name!r}")
+
+
+def choose_backend(
+    xs: Sequence[torch.Tensor], args: RotationArgs, backend: str = "auto", norm: NormKind | None = None
+) -> str:
+    """The name of the backend that takes the call.
+
+    ``"auto"`` takes the first of :data:`BACKENDS` that accepts; on CPU that is eager, as Triton's interpreter is for
+    tests.
+
+    Raises:
+        ValueError: an unknown backend, or one that was named and declines, with its reason.
+    """
+    check_backend(backend)
+    if _is_eager(xs, backend):
+        return "eager"
+    if in_level():  # no kernel is run, and what is asked of tensors before one they do not answer there
+        return "eager"
+    for name in BACKENDS[:-1] if backend == "auto" else (backend,):
+        reason = MODULES[name].declined(xs, args, norm)
+        if reason is None:
+            return name
+    if backend == "auto":
+        return "eager"
+    raise ValueError(f"backend must accept the call, got {backend!r}, which declines: {reason}")
+
+
+def _is_eager(xs: Sequence[torch.Tensor], backend: str) -> bool:
+    """Whether no other backend has to be asked."""
+    return backend == "eager" or (backend == "auto" and xs[0].device.type in ("cpu", "meta", "mps"))
+
+
+def remembered_choice(
+    xs: Sequence[torch.Tensor],
+    args: RotationArgs,
+    backend: str = "auto",
+    norm: NormKind | None = None,
+    eps: float = 0.0,
+    parameters: Sequence[torch.Tensor | None] = (),
+    outs: Sequence[torch.Tensor] = (),
+) -> Choice:
+    """What :func:`choose_backend` says, remembered with a memo for the backend.
+
+    Args:
+        outs: the tensors that are written to; none where those are ``xs``, or new and laid out as torch lays out.
+        xs, args, backend, norm: as there.
+        eps, parameters: of the norm; weights and then biases, if there are any, each for all of ``xs``.
+
+    Raises:
+        ValueError: as there.
+    """
+    check_backend(backend)
+    if _is_eager(xs, backend):
+        return _EAGER
+    if in_level() or in_mode():  # whose choice is not that of other calls
+        return Choice(choose_backend(xs, args, backend, norm))
+    key = (
+        backend, args.numbers, layout_of(args.rows), layout_of(args.positions), layout_of(args.entries), norm, eps,
+        len(xs), *map(layout_of, xs), len(outs), *map(layout_of, outs), *map(layout_of, parameters),
+    )  # fmt: skip
+    found = _choices.get(key)
+    if found is None:
+        if len(_choices) >= _MAX_REMEMBERED:
+            _choices.clear()
+        found = _choices[key] = Choice(choose_backend(xs, args, backend, norm), {})
+    return found
+
+
+def explain_backends(device: str | torch.device) -> list[tuple[str, str]]:
+    """Each backend's name and either ``"chosen"`` or why not, for a bfloat16 call on ``device``."""
+    target = torch.device(device)
+    x = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=target)
+    rows = torch.zeros(2, 1, 32, device=target)
+    args = RotationArgs(rows, None, (32,), (1,), (0,), 0, 0, 1, Pairing.INTERLEAVED, False, False)
+    chosen = choose_backend([x], args)
+    lines = []
+    for name in BACKENDS:
+        reason = None if name == "eager" else MODULES[name].declined([x], args)
+        lines.append((name, "chosen" if name == chosen else reason or "works here, but another is faster"))
+    return lines

@@ -1,0 +1,165 @@
+"""The rotation in torch's own operations, for whoever differentiates or batches it, and its backward formulas.
+
+A backend's kernel has no tangent and no batching rule. Under torch.func and under dual numbers the rotation is
+therefore these few operations of torch, of which every derivative is torch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from ..rotation_args import RotationArgs
+from ..spec import NormKind, Pairing
+from .backends import eager, token_angles
+
+
+def is_batched_gradient(x: torch.Tensor) -> bool:
+    """Whether ``x`` is several gradients in one (``is_grads_batched``), by a way of batching older than torch.func."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(x))
+
+
+def rotated(x: torch.Tensor, args: RotationArgs) -> torch.Tensor:
+    """``x`` ``[B, S, H, D]`` rotated, the numbers of :func:`.eager.rotate`, as a new tensor."""
+    if args.entries is not None:
+        entries = args.entries.long()
+        turned = rotated(x.index_select(0, entries), replace(args, entries=None))
+        return x.index_copy(0, entries, turned)
+    cos, sin = token_angles.dense_angles(args, *x.shape[1:3])
+    if args.exact:
+        out = eager.reference(x, cos, sin, args.pairing)
+    else:
+        wide = _wide(x.dtype)
+        out = eager.reference(x.to(wide), cos.to(wide), sin.to(wide), args.pairing).to(x.dtype)
+    return _in_order_of(_with_still(x, out, args), x)
+
+
+def norm_rotated(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    norm: NormKind,
+    args: RotationArgs,
+) -> torch.Tensor:
+    """``x`` ``[B, S, H, D]`` normed and rotated, as :func:`.eager.norm_rotate` does, a new tensor."""
+    if args.entries is not None:
+        entries = args.entries.long()
+        turned = norm_rotated(x.index_select(0, entries), weight, bias, eps, norm, replace(args, entries=None))
+        return x.index_copy(0, entries, turned)
+    wide = normed(x, weight, bias, eps, norm)
+    return _in_order_of(rotated(wide, replace(args, exact=False)).to(x.dtype), x)
+
+
+def normed(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, norm: NormKind
+) -> torch.Tensor:
+    """The norm of ``x`` ``[B, S, H, D]`` in float32, or float64 for float64 data."""
+    wide = _wide(x.dtype)
+    out = _normed(x.to(wide), eps, norm)[0]
+    if weight is not None:
+        out = out * _of_head(weight.to(wide), x, norm)
+    if bias is not None:
+        out = out + _of_head(bias.to(wide), x, norm)
+    return out
+
+
+def gradient(grad: torch.Tensor, args: RotationArgs) -> torch.Tensor:
+    """Gradient ``[B, S, H, D]`` of the rotation, in the layout of ``grad``; differentiable in its turn.
+
+    The roundings in exact mode are those of autograd through :func:`.eager.reference`: each product is
+    cast to the dtype of the data before the two are added, since each of them is the gradient of one use of a channel.
+    Only such operations as the batching of ``is_grads_batched`` has too.
+    """
+    cos, sin = token_angles.dense_angles(args, *grad.shape[1:3])
+    if args.exact:
+        wide, rounded = torch.promote_types(grad.dtype, cos.dtype), grad.dtype
+    else:
+        wide = rounded = _wide(grad.dtype)
+        cos, sin = cos.to(wide), sin.to(wide)
+    pairs, interleaved = cos.shape[-1], args.pairing is Pairing.INTERLEAVED
+    turning = grad[..., : 2 * pairs] if 2 * pairs < grad.shape[-1] else grad
+    shape = turning.shape
+    dim = -1 if interleaved else -2
+    first, second = turning.reshape(*shape[:-1], *((pairs, 2) if interleaved else (2, pairs))).to(wide).unbind(dim)
+    channels = (
+        (first * cos).to(rounded) + (second * sin).to(rounded),
+        (second * cos).to(rounded) - (first * sin).to(rounded),
+    )
+    out = torch.stack(channels, dim=dim).reshape(shape).to(grad.dtype)
+    if 2 * pairs < grad.shape[-1]:
+        out = torch.cat((out, grad[..., 2 * pairs :]), dim=-1)
+    # Sums that upstream's code forms of it later add up in an order that follows from where its numbers lie.
+    return torch.empty_like(grad).copy_(_with_still(grad, out, args))
+
+
+def norm_gradient(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias_dtype: torch.dtype | None,
+    grad: torch.Tensor,
+    eps: float,
+    norm: NormKind,
+    turn_back: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of x, weight and bias of a norm with rotation; ``turn_back`` is the inverse rotation.
+
+    With n = x / rms(x): dx = (dn - n mean(dn n)) / rms(x), where dn is the gradient turned back, times weight. In a
+    LayerNorm x is first less its mean, and so is the result: dx = (dn - mean(dn) - n mean(dn n)) / rms(x - mean(x)).
+    Formed in float32 (float64 for float64 data) and rounded once.
+    """
+    wide = _wide(x.dtype)
+    dims = _dims(norm)
+    turned = turn_back(grad.to(wide))
+    values, scale = _normed(x.to(wide), eps, norm)
+    summed = (0, 1) if norm.across_heads else (0, 1, 2)
+    weight_grad = bias_grad = None
+    if bias_dtype is not None:
+        bias_grad = turned.sum(summed).reshape(-1).to(bias_dtype)
+    if weight is not None:
+        weight_grad = (turned * values).sum(summed).reshape(-1).to(weight.dtype)
+        turned = turned * _of_head(weight.to(wide), x, norm)
+    x_grad = turned - values * (turned * values).mean(dims, keepdim=True)
+    if norm.centred:
+        x_grad = x_grad - turned.mean(dims, keepdim=True)
+    return (scale * x_grad).to(x.dtype), weight_grad, bias_grad
+
+
+def _normed(x: torch.Tensor, eps: float, norm: NormKind) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x``, less its mean in a LayerNorm, over its root mean square; and one over that."""
+    dims = _dims(norm)
+    values = x - x.mean(dims, keepdim=True) if norm.centred else x
+    scale = torch.rsqrt(values.square().mean(dims, keepdim=True) + eps)
+    return values * scale, scale
+
+
+def _dims(norm: NormKind) -> tuple[int, ...]:
+    return (-2, -1) if norm.across_heads else (-1,)
+
+
+def _of_head(parameter: torch.Tensor, x: torch.Tensor, norm: NormKind) -> torch.Tensor:
+    return parameter.view(x.shape[2:]) if norm.across_heads else parameter
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _with_still(x: torch.Tensor, out: torch.Tensor, args: RotationArgs) -> torch.Tensor:
+    """``out`` with the channels of ``x`` that keep their values, infinities and NaNs next to others too."""
+    still = token_angles.still_channels(args, x.shape[1])
+    if still is None:
+        return out
+    further = x.shape[-1] - still.shape[-1]
+    return torch.where(torch.nn.functional.pad(still, (0, further), value=True) if further else still, x, out)
+
+
+def _in_order_of(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``out``, its dims in memory one after another as those of ``x`` are, as ``empty_like`` would have them."""
+    if x.is_contiguous():
+        return out.contiguous()
+    strides = x.stride()
+    order = sorted(range(x.ndim), key=lambda dim: -strides[dim])
+    return out.permute(order).contiguous().permute([order.index(dim) for dim in range(x.ndim)])

@@ -1,0 +1,162 @@
+"""The rolling window of keys and values of one layer of a causal video transformer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..rotation import api as rotation
+from ..spec import integer
+from ..validation import DTYPES, check_memory
+from .stream import Chunk, PositionPolicy, RopeStream, runs, uncompiled
+
+_MOST = 2**20
+"""Of anything but tokens; sizes past it are mistakes, and their product might not be a number that torch has."""
+
+
+class Window(NamedTuple):
+    """What a chunk attends to: the frames that are kept and its own.
+
+    ``keys`` ``[B, frames * tokens, H, D]``, rotated, and ``values`` are in the order in which the cache holds frames,
+    which is not that of time; ``positions``, one per frame in that order, are what the keys were rotated at.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: tuple[int, ...]
+
+
+class RollingCache:
+    """Keys and values of one layer: a window of frames in memory that is allocated once and never moved.
+
+    Sinks have the first slots; the other frames go round a ring, so that a new frame overwrites the oldest. Forwards of
+    one chunk write the same slots: what the last of them wrote stays.
+
+    Args:
+        stream: whose chunks are appended.
+        batch, heads, head_dim: of the keys.
+        value_dim: channels of a value's head; ``head_dim`` when None.
+        dtype: of keys and values.
+
+    Attributes:
+        rotated_frames: frames of keys rotated so far, by which policies are compared.
+    """
+
+    def __init__(
+        self,
+        stream: RopeStream,
+        *,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        if not isinstance(stream, RopeStream):
+            raise TypeError(f"stream must be a RopeStream, got {type(stream).__name__}")
+        named = {"batch": batch, "heads": heads, "head_dim": head_dim}
+        named["value_dim"] = head_dim if value_dim is None else value_dim
+        batch, heads, head_dim, value_dim = (integer(name, value, 1) for name, value in named.items())
+        for name, value in named.items():
+            if value > _MOST:
+                raise ValueError(f"{name} must be at most {_MOST}, got {value}")
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
+        if head_dim < stream.spec.rotary_dim:
+            raise ValueError(f"head_dim must be at least the spec's {stream.spec.rotary_dim} channels, got {head_dim}")
+        tokens = stream.window_frames * stream.frame_tokens
+        self.stream = stream
+        self.rotated_frames = 0
+        self._keys = torch.empty(batch, tokens, heads, head_dim, dtype=dtype, device=stream.device)
+        self._values = torch.empty(batch, tokens, heads, value_dim, dtype=dtype, device=stream.device)
+        self._raw_sinks = self._scratch = None
+        if stream.policy is PositionPolicy.SINK_FOLLOW and stream.sink_frames:
+            self._raw_sinks = torch.empty_like(self._keys[:, : stream.sink_frames * stream.frame_tokens])
+        if stream.policy is PositionPolicy.WINDOW_RELATIVE:
+            self._scratch = stream.scratch(self._keys)
+        self._resets = stream.resets
+        self._end = 0  # frames of the stream that this cache has seen
+        self._sinks_at: tuple[int, ...] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Memory of this cache alone, all there from the start; layers share scratch under ``WINDOW_RELATIVE``."""
+        sinks = 0 if self._raw_sinks is None else self._raw_sinks.nbytes
+        return self._keys.nbytes + self._values.nbytes + sinks
+
+    @uncompiled
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> Window:
+        """Takes the chunk's keys, not yet rotated, and values; gives what its queries attend to.
+
+        Args:
+            keys, values: ``[B, frames * tokens, H, D]`` of the cache's sizes and dtype, frame after frame.
+
+        Returns:
+            Views of the cache's memory, good until the next call; under ``WINDOW_RELATIVE`` the keys are good until the
+            next call on any cache of the stream.
+
+        Raises:
+            RuntimeError: no chunk has begun, or this cache missed one.
+            TypeError, ValueError: naming the argument and the sizes.
+        """
+        stream, chunk = self.stream, self.stream.chunk
+        self._check(chunk, keys, values)
+        if self._resets != stream.resets:
+            self._resets, self._end, self._sinks_at = stream.resets, 0, None
+        if self._end not in (chunk.start_frame, chunk.start_frame + chunk.frames):
+            raise RuntimeError(
+                f"the cache must be given every chunk, got frame {chunk.start_frame} after {self._end} frames; append "
+                "in every layer before commit(), or reset() the stream"
+            )
+        with torch.no_grad():
+            for slot, first, count in chunk.slots:
+                new = slice(first * stream.frame_tokens, (first + count) * stream.frame_tokens)
+                self._take(slot, chunk.positions[first : first + count], keys[:, new], values[:, new])
+            if chunk.moved_sinks is not None and chunk.moved_sinks != self._sinks_at and self._raw_sinks is not None:
+                self._rotate(self._raw_sinks, chunk.moved_sinks, self._keys[:, : self._raw_sinks.shape[1]])
+                self._sinks_at = chunk.moved_sinks
+            window = self._rotated_window(chunk)
+        self._end = chunk.start_frame + chunk.frames
+        filled = len(chunk.window) * stream.frame_tokens
+        return Window(window[:, :filled], self._values[:, :filled], chunk.window)
+
+    def _take(self, slot: int, positions: tuple[int, ...], keys: torch.Tensor, values: torch.Tensor) -> None:
+        tokens = self.stream.frame_tokens
+        place = slice(slot * tokens, (slot + len(positions)) * tokens)
+        self._values[:, place] = values
+        if self._scratch is not None:
+            self._keys[:, place] = keys
+        else:
+            self._rotate(keys, positions, self._keys[:, place])
+        sinks = min(slot + len(positions), self.stream.sink_frames) - slot
+        if self._raw_sinks is not None and sinks > 0:
+            self._raw_sinks[:, slot * tokens : (slot + sinks) * tokens] = keys[:, : sinks * tokens]
+
+    def _rotated_window(self, chunk: Chunk) -> torch.Tensor:
+        if self._scratch is None:
+            return self._keys
+        tokens = self.stream.frame_tokens
+        for position, slot, count in runs(list(chunk.window)):
+            place = slice(slot * tokens, (slot + count) * tokens)
+            self._rotate(self._keys[:, place], tuple(range(position, position + count)), self._scratch[:, place])
+        return self._scratch
+
+    def _rotate(self, keys: torch.Tensor, positions: tuple[int, ...], out: torch.Tensor) -> None:
+        rotation.apply_into([keys], self.stream.args(positions), [out], backend=self.stream.backend)
+        self.rotated_frames += len(positions)
+
+    def _check(self, chunk: Chunk, keys: torch.Tensor, values: torch.Tensor) -> None:
+        for name, x, cache in (("keys", keys, self._keys), ("values", values, self._values)):
+            expected = (cache.shape[0], chunk.frames * self.stream.frame_tokens, *cache.shape[2:])
+            if not isinstance(x, torch.Tensor) or x.dtype != cache.dtype or x.device != cache.device:
+                got = f"{x.dtype} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
+                raise TypeError(f"{name} must be {cache.dtype} on {cache.device}, got {got}")
+            if tuple(x.shape) != expected:
+                raise ValueError(
+                    f"{name} must be {expected}, [B, {chunk.frames} frames * {self.stream.frame_tokens} tokens, H, D], "
+                    f"got {tuple(x.shape)}"
+                )
+            check_memory(name, x)
+            if torch.is_grad_enabled() and x.requires_grad:
+                raise ValueError(f"{name} must not require grad, got a tensor that does; stream under torch.no_grad()")
