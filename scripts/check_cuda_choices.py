@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 
 from benchmarking import write_results
-from dit_rope.rotation.backends.cuda_tuning import LOADS, STORES, Tuning
 from gpu_checks.candidates import name_of
+
+from dit_rope.rotation.backends.cuda_tuning import LOADS, STORES, Tuning
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from contract_calls import run_contract

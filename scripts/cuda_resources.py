@@ -25,12 +25,12 @@ from typing import TypeVar
 
 from benchmarking import RESULTS, write_results
 from cuda.bindings import nvrtc
-from dit_rope.rotation.backends.cuda_launch import compile_plan
-from dit_rope.rotation.backends.cuda_plan import Plan
 from rich.console import Console
 from rich.progress import track
 
 from dit_rope.benchmark.results import environment, read_csv, write_rows
+from dit_rope.rotation.backends.cuda_launch import compile_plan
+from dit_rope.rotation.backends.cuda_plan import Plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cuda_machine_code import ARCHS, disassemble, is_data_load, is_store, resident_threads, resources

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 from benchmarking import write_results
-from dit_rope.tables.axes import ROW_BLOCK
 
 from dit_rope import Grid, RopeSpec, Shard, cache_clear, rope_table, rotate_qk
 from dit_rope.benchmark.timing import interleave
+from dit_rope.tables.axes import ROW_BLOCK
 
 SPEC = RopeSpec((44, 42, 42))
 HEADS, MEASURED_HEADS = 40, 2

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dit_rope.rotation.backends.cuda_tuning import DEFAULT, FILE, Tuning, read
 from gpu_checks.sweep import KEPT
 
 from dit_rope.benchmark.problems import Operation
 from dit_rope.benchmark.results import Row, read_csv
+from dit_rope.rotation.backends.cuda_tuning import DEFAULT, FILE, Tuning, read
 
 OPERATIONS = {
     Operation.ROTATE.value: "rotate",

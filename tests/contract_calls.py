@@ -23,12 +23,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from dit_rope.rotation.backends import cuda_kernels, eager, triton_kernels
-from dit_rope.rotation.backends.cuda_tuning import Tuning
 from oracle import norm as norm_oracle
 from oracle import rotate as rotate_oracle
 from tolerance import assert_within
 
+from dit_rope.rotation.backends import cuda_kernels, eager, triton_kernels
+from dit_rope.rotation.backends.cuda_tuning import Tuning
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.spec import NormKind, Pairing
 

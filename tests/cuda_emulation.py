@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+
 from dit_rope.rotation.backends import cuda_kernels
 from dit_rope.rotation.backends.cuda_arguments import Launch
 from dit_rope.rotation.backends.cuda_plan import Plan, kernel_sources

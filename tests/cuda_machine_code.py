@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+
 from dit_rope.rotation.backends.cuda_plan import WARP, Plan
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")

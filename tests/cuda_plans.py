@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from dit_rope.rotation.backends.cuda_kernels import plan_of
 from dit_rope.rotation.backends.cuda_plan import Plan
 from dit_rope.rotation.backends.cuda_tuning import Tuning
 from dit_rope.rotation.backends.gpu_calls import Norm
-
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.spec import NormKind, Pairing
 

@@ -15,15 +15,15 @@ from unittest import mock
 
 import pytest
 import torch
+from gpu_call_cases import SMALL
+from torch_over_stub import DEVICES, STREAM, TorchOverStub, over_stub
+
+from dit_rope import Grid, NormKind, RopeSpec, norm_rotate_qk, rope_table, rotate_qk
 from dit_rope.rotation.backends import cuda_kernels, cuda_launch
 from dit_rope.rotation.backends.cuda_arguments import Launch
 from dit_rope.rotation.backends.cuda_kernels import launch_of
 from dit_rope.rotation.backends.cuda_tuning import Tuning
 from dit_rope.rotation.backends.gpu_calls import Norm
-from gpu_call_cases import SMALL
-from torch_over_stub import DEVICES, STREAM, TorchOverStub, over_stub
-
-from dit_rope import Grid, NormKind, RopeSpec, norm_rotate_qk, rope_table, rotate_qk
 
 CUDA_0, CUDA_1 = DEVICES
 ILLEGAL_ADDRESS, OUT_OF_MEMORY, INVALID_IMAGE = 700, 2, 200

@@ -16,13 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from dit_rope.tables.scaling_types import ROUNDED_POSITIONS
 from hypothesis import strategies as st
 from oracle import rms_norm
 from oracle import rotate as rotate_oracle
 
 import dit_rope
 from dit_rope import Grid, NormKind, Pairing, RopeSpec, RopeTable, Scaling, Shard
+from dit_rope.tables.scaling_types import ROUNDED_POSITIONS
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 RIGHT, REFUSED = "right", "refused"

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dit_rope.tables.scaling import axis_frequencies
 
 from dit_rope import Grid, Pairing, RopeSpec, Scaling, Shard, cache_clear, cache_configure, cache_info, rope_table
 from dit_rope.cache import FifoCache
+from dit_rope.tables.scaling import axis_frequencies
 
 WAN = RopeSpec(dims=(44, 42, 42))
 SMALL = RopeSpec(dims=(8, 6, 4))

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from dit_rope.rotation.choice import BACKENDS, MODULES, choose_backend, explain_backends
 from oracle import rms_norm
 from oracle import rotate as rotate_oracle
 from tolerance import assert_within
@@ -29,6 +28,7 @@ from dit_rope import (
 from dit_rope.rotation import api as rotation
 from dit_rope.rotation import choice as backend_choice  # fmt: skip
 from dit_rope.rotation import ops
+from dit_rope.rotation.choice import BACKENDS, MODULES, choose_backend, explain_backends
 
 ACROSS = NormKind.ACROSS_HEADS
 

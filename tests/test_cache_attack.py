@@ -21,8 +21,6 @@ from typing import Any
 
 import pytest
 import torch
-from dit_rope.rotation.backends import eager
-from dit_rope.tables.table import MODEL_TABLES
 from known_classes import known, memoize
 from test_cache import CPU, in_threads
 
@@ -33,7 +31,9 @@ from dit_rope.hooks import formats
 from dit_rope.hooks.adapter import EVERY, ModelTables
 from dit_rope.hooks.class_override import Installed, PatchState
 from dit_rope.hooks.rope_modules import MemoizedMethod, TableSettings
+from dit_rope.rotation.backends import eager
 from dit_rope.rotation_args import RotationArgs
+from dit_rope.tables.table import MODEL_TABLES
 
 THREADS = 64
 LOOKUPS = int(os.environ.get("DIT_ROPE_ATTACK", "300"))

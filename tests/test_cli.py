@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit_rope.rotation.choice import explain_backends
 from typer.testing import CliRunner
 
 import dit_rope
 from dit_rope import cli
 from dit_rope.models import ADAPTERS
+from dit_rope.rotation.choice import explain_backends
 
 COMMANDS = ("demo", "inspect", "bench", "doctor")
 DEMO = ("--prompt", "a", "--steps", "2", "--frames", "5", "--size", "32x48", "--device", "cpu")

@@ -39,13 +39,13 @@ from cuda_machine_code import (
     resources,
 )
 from cuda_plans import MODEL_ROWS, OPTIONS, PLANS, ROWS, is_possible, uncovered_pairs
+
+from dit_rope.benchmark.results import read_csv
 from dit_rope.rotation.backends.cuda_arguments import ARGUMENTS_SIZE
 from dit_rope.rotation.backends.cuda_kernels import plan_of
 from dit_rope.rotation.backends.cuda_launch import compile_plan
 from dit_rope.rotation.backends.cuda_plan import Plan, kernel_sources
 from dit_rope.rotation.backends.gpu_calls import Norm
-
-from dit_rope.benchmark.results import read_csv
 from dit_rope.spec import NormKind, Pairing
 
 # Resident threads of an SM for the models' calls, and for any: what was compiled, rounded down. A thread has 64 bytes

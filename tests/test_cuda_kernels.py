@@ -9,9 +9,9 @@ import cuda_emulation
 import pytest
 import torch
 from contract_calls import run_contract
+
 from dit_rope.rotation.backends import cuda_kernels, cuda_plan, eager
 from dit_rope.rotation.backends.cuda_tuning import Tuning
-
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.spec import NormKind, Pairing
 

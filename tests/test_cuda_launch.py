@@ -25,7 +25,6 @@ from dit_rope.rotation.backends import cuda_kernels, cuda_launch
 from dit_rope.rotation.backends.cuda_arguments import ARGUMENTS_SIZE, Launch
 from dit_rope.rotation.backends.cuda_kernels import MAX_GRID_ROWS, launch_of
 from dit_rope.rotation.backends.cuda_plan import Plan
-
 from dit_rope.spec import NormKind, Pairing
 
 STREAM = 77

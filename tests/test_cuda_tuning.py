@@ -13,11 +13,11 @@ import pytest
 import torch
 from cuda_plans import ROWS, SWEPT, plan_for
 
+from dit_rope.benchmark.problems import SHAPES, Operation, Problem
+from dit_rope.benchmark.results import read_csv
 from dit_rope.rotation.backends import cuda_kernels, cuda_tuning
 from dit_rope.rotation.backends.cuda_plan import Plan
 from dit_rope.rotation.backends.cuda_tuning import DEFAULT, LOADS, STORES, Tuned, Tuning, read, tuning_for
-from dit_rope.benchmark.problems import SHAPES, Operation, Problem
-from dit_rope.benchmark.results import read_csv
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from gpu_checks import candidates, sweep

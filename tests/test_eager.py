@@ -10,13 +10,13 @@ import oracle
 import pytest
 import torch
 from contract_calls import run_contract
-from dit_rope.rotation.backends import eager
 from tolerance import assert_within
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dit_rope
 from dit_rope import Grid, NormKind, Pairing, RopeSpec, RopeTable, rope_table
+from dit_rope.rotation.backends import eager
 from dit_rope.rotation_args import RotationArgs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dit_rope.tables.scaling_types import ROUNDED_POSITIONS
 
 from dit_rope import Grid, Pairing, RopeSpec, Scaling, Shard, rope_table, rotate, shift_keys
+from dit_rope.tables.scaling_types import ROUNDED_POSITIONS
 
 F32, F64 = torch.float32, torch.float64
 SPECS = {

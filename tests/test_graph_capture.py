@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import wan_models
-from dit_rope.streaming.shift import ShiftTable
 from zoo import EXAMPLES, Noise
 
 import dit_rope
@@ -19,6 +18,7 @@ from dit_rope import Grid, RopeSpec, rope_table
 from dit_rope.cache import FifoCache
 from dit_rope.hooks import formats, forward_pass
 from dit_rope.streaming import shift as shifting
+from dit_rope.streaming.shift import ShiftTable
 
 GPU = torch.device("cuda:0")
 CPU = torch.device("cpu")

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dit_rope.tables.dense_memory import MAX_DENSE_BYTES
-from dit_rope.tables.scaling_types import TYPES
 from wrong_arguments import GRID, HUGE, SPEC, WRONG, calls, every_argument, normal, wrong_argument_outcome
 
 import dit_rope
 from dit_rope import Grid, NormKind, Pairing, RopeSpec, Scaling, Shard, rope_table
 from dit_rope.compat import fastvideo, flashinfer
+from dit_rope.tables.dense_memory import MAX_DENSE_BYTES
+from dit_rope.tables.scaling_types import TYPES
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dit_rope.tables.table import MODEL_TABLES
 from known_classes import known, memoize
 from zoo import EXAMPLES, Noise
 
 import dit_rope
 from dit_rope.hooks.adapter import ModelTables
+from dit_rope.tables.table import MODEL_TABLES
 
 FLUX = next(example for example in EXAMPLES if example.name == "flux")
 HUNYUAN_VIDEO = next(example for example in EXAMPLES if example.name == "hunyuan-video")

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit_rope.rotation.backends import cuda_kernels, cuda_plan
-from dit_rope.rotation.backends.gpu_calls import Norm
 
 import dit_rope
 from dit_rope import NormKind, Pairing
+from dit_rope.rotation.backends import cuda_kernels, cuda_plan
+from dit_rope.rotation.backends.gpu_calls import Norm
 from dit_rope.rotation_args import RotationArgs
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import wan_models
-from dit_rope.tables.scaling import axis_frequencies
 from every_scaling import every_scaling
 
 import dit_rope
 from dit_rope import RopeSpec, Scaling
+from dit_rope.tables.scaling import axis_frequencies
 
 TRAINED_FRAMES = 32
 LONGER = 40

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from dit_rope.tables.shards import grid_coordinates
 
 from dit_rope import Grid, RopeSpec, RopeTable, Scaling, Shard, norm_rotate_qk, rope_table, rotate
+from dit_rope.tables.shards import grid_coordinates
 
 SPEC = RopeSpec((8, 4, 4))
 SPECS = {

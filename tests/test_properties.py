@@ -10,15 +10,15 @@ import kernel_properties
 import properties
 import pytest
 import torch
-from dit_rope.rotation.backends import token_angles
-from dit_rope.tables.table import RopeTable
 from hypothesis import HealthCheck, given, settings
 from properties import F32, RIGHT, RotationDraw, TableDraw
 
 from dit_rope import Grid, Pairing, RopeSpec
 from dit_rope.benchmark.results import read_csv
 from dit_rope.rotation import api as rotation
+from dit_rope.rotation.backends import token_angles
 from dit_rope.streaming import shift as shifting
+from dit_rope.tables.table import RopeTable
 
 few = settings(
     max_examples=100, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)

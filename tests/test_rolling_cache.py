@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from dit_rope.streaming.rolling_cache import Window
 from stream_by_definition import StreamByDefinition
 from tolerance import assert_within, bound
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_rope import PositionPolicy, RollingCache, RopeSpec, RopeStream, cache_clear, shift_keys
+from dit_rope.streaming.rolling_cache import Window
 
 DIMS, SIZE, TOKENS = (8, 6, 6), (2, 3), 6
 SPEC, WAN = RopeSpec(DIMS), RopeSpec((44, 42, 42))

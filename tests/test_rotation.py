@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dit_rope.rotation.choice import choose_backend, explain_backends
 
 import dit_rope
 from dit_rope import Grid, NormKind, Pairing, RopeSpec, RopeTable, norm_rotate, norm_rotate_qk, rotate, rotate_qk
+from dit_rope.rotation.choice import choose_backend, explain_backends
 
 H, D = 3, 10
 

@@ -13,12 +13,12 @@ import torch
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.transformers.transformer_cosmos import CosmosRotaryPosEmbed
 from diffusers.models.transformers.transformer_kandinsky import Kandinsky5RoPE3D
-from dit_rope.tables.scaling import axis_frequencies, register_scaling, scaled_frequencies, scaling_from_config
-from dit_rope.tables.scaling_types import base_frequencies, intrinsic_pair
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dit_rope import AxisFrequencies, Grid, Pairing, RopeSpec, Scaling, cache_clear, known_scalings, rope_table
+from dit_rope.tables.scaling import axis_frequencies, register_scaling, scaled_frequencies, scaling_from_config
+from dit_rope.tables.scaling_types import base_frequencies, intrinsic_pair
 
 LLAMA3 = {
     "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from dit_rope.tables.scaling import axis_frequencies
 from every_scaling import every_scaling
 
 from dit_rope import Grid, Pairing, RopeSpec, RopeStream, ShiftTable, known_scalings, rope_table, rotate_qk
+from dit_rope.tables.scaling import axis_frequencies
 
 SCALINGS = every_scaling(pairs=4)
 GRID = Grid(5, 3, 4, start_frame=2)

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 import typer
-from dit_rope.rotation.backends import cuda_plan, triton_kernels
 from safetensors.torch import load_file
 
 from dit_rope import comparison
 from dit_rope.cli import demo, inspect
+from dit_rope.rotation.backends import cuda_plan, triton_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 # What people do to models includes pickling them, and a forked child answers its parent so: these two read back what

@@ -7,13 +7,13 @@ from unittest import mock
 import oracle
 import pytest
 import torch
-from dit_rope.rotation.backends import eager
 from tolerance import assert_within
 from torch._subclasses.fake_tensor import FakeTensorMode
 from turned_keys import BLOCK, F32, F64, TEXT, angles, int32, naively_turned, pool, turned
 
 from dit_rope import Grid, Pairing, RopeSpec, Scaling, ShiftTable, plan_eviction, rope_table, rotate, shift_keys
 from dit_rope.rotation import api as rotation_module
+from dit_rope.rotation.backends import eager
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.streaming import shift as shifting
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dit_rope.streaming.eviction import EvictionPlan
 from tolerance import assert_within
 from turned_keys import BLOCK, F32, F64, int32, naively_turned, pool, turned
 
 from dit_rope import Pairing, RopeSpec, ShiftTable, plan_eviction, shift_keys
+from dit_rope.streaming.eviction import EvictionPlan
 
 SIN_4, COS_4 = 0.75680249, -0.65364362
 PLANS = {

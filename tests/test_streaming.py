@@ -7,7 +7,6 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from dit_rope.streaming.stream import Chunk, runs
 from torch._dynamo.testing import CompileCounter
 
 from dit_rope import (
@@ -22,6 +21,7 @@ from dit_rope import (
     rotate,
     rotate_qk,
 )
+from dit_rope.streaming.stream import Chunk, runs
 
 SIZE, TOKENS = (2, 3), 6
 SPEC, WAN = RopeSpec((8, 6, 6)), RopeSpec((44, 42, 42))

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from dit_rope.rotation.backends.gpu_calls import Norm
-from dit_rope.rotation.backends.triton_kernels import launch_arguments
 from gpu_call_cases import COGVIDEOX, LAYOUTS, LTX, MOCHI, OWN_ANGLES, WAN, meta
 
+from dit_rope.rotation.backends.gpu_calls import Norm
+from dit_rope.rotation.backends.triton_kernels import launch_arguments
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.spec import NormKind, Pairing
 
@@ -28,10 +28,11 @@ triton = pytest.importorskip("triton", exc_type=ImportError)
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
-from dit_rope.rotation.backends.triton_device import norm_turn_kernel  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
+from dit_rope.rotation.backends.triton_device import norm_turn_kernel  # noqa: E402
 
 HALF = replace(WAN, pairing=Pairing.HALF)
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from contract_calls import run_contract
-from dit_rope.rotation.backends import triton_kernels
 from gpu_call_cases import SMALL, WRONG_ARGUMENTS, WRONG_TENSORS
 
+from dit_rope.rotation.backends import triton_kernels
 from dit_rope.spec import NormKind
 
 HERE = Path(__file__).resolve().parent

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from unittest import mock
 
 import torch
+from stub_driver import Driver
+
 from dit_rope.rotation.backends import cuda_kernels, cuda_launch
 from dit_rope.rotation.backends.cuda_arguments import ARGUMENTS_SIZE
-from stub_driver import Driver
 
 STREAM = 0x51
 DEVICES = tuple(torch.device("cuda", index) for index in range(2))

@@ -6,9 +6,9 @@ from typing import Any
 
 import oracle
 import torch
-from dit_rope.rotation.backends import eager
 
 from dit_rope import Pairing, RopeSpec
+from dit_rope.rotation.backends import eager
 
 F32, F64 = torch.float32, torch.float64
 BLOCK = 4

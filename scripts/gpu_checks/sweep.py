@@ -17,16 +17,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from dit_rope.rotation.backends import cuda_kernels
-from dit_rope.rotation.backends.cuda_plan import Plan
-from dit_rope.rotation.backends.cuda_tuning import Tuning
-from dit_rope.rotation.backends.gpu_calls import Norm
 
 from dit_rope.benchmark.problems import EPS, Call, Operation, Problem, Shape
 from dit_rope.benchmark.results import Row
 from dit_rope.benchmark.rotation import COPY, copy_of, one_line, row
 from dit_rope.benchmark.timing import Measurement, Timing, input_sets, measurement, take_turns
 from dit_rope.benchmark.variants import check_own, own, own_still
+from dit_rope.rotation.backends import cuda_kernels
+from dit_rope.rotation.backends.cuda_plan import Plan
+from dit_rope.rotation.backends.cuda_tuning import Tuning
+from dit_rope.rotation.backends.gpu_calls import Norm
 
 from .candidates import KNOBS, first_steps, name_of, neighbours
 from .results import Record, result_path, table
