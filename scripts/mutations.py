@@ -20,12 +20,12 @@ _STREAM = ("tests/test_streaming.py", "tests/test_rolling_cache.py")
 _NO_COMPILE = "not compile and not opcheck"
 
 
-def _tables(name: str, old: str, new: str, file: str = "tables") -> Mutation:
+def _tables(name: str, old: str, new: str, file: str = "tables/table") -> Mutation:
     return Mutation(name, f"dit_rope/{file}.py", old, new, _CORE, _QUICK)
 
 
 def _dense(name: str, old: str, new: str) -> Mutation:
-    return _tables(name, old, new, "dense_tables")
+    return _tables(name, old, new, "tables/dense")
 
 
 def _key_without(field: str, kind: str) -> Mutation:
@@ -33,7 +33,7 @@ def _key_without(field: str, kind: str) -> Mutation:
     return _dense(f"key-without-{field}", f"    {field}: {kind}\n", new)
 
 
-def _scaling(name: str, old: str, new: str, file: str = "scaling") -> Mutation:
+def _scaling(name: str, old: str, new: str, file: str = "tables/scaling") -> Mutation:
     return Mutation(name, f"dit_rope/{file}.py", old, new, _SCALING, _QUICK)
 
 
@@ -42,7 +42,7 @@ def _cache(name: str, old: str, new: str) -> Mutation:
 
 
 def _eager(name: str, old: str, new: str, file: str = "eager") -> Mutation:
-    return Mutation(name, f"dit_rope/backends/{file}.py", old, new, _EAGER, f"{_NO_COMPILE} and not contract")
+    return Mutation(name, f"dit_rope/rotation/backends/{file}.py", old, new, _EAGER, f"{_NO_COMPILE} and not contract")
 
 
 def _angles(name: str, old: str, new: str) -> Mutation:
@@ -50,7 +50,7 @@ def _angles(name: str, old: str, new: str) -> Mutation:
 
 
 def _ops(name: str, old: str, new: str, file: str = "ops") -> Mutation:
-    return Mutation(name, f"dit_rope/{file}.py", old, new, _OPS, _NO_COMPILE)
+    return Mutation(name, f"dit_rope/rotation/{file}.py", old, new, _OPS, _NO_COMPILE)
 
 
 def _shift(name: str, old: str, new: str, k: str) -> Mutation:
@@ -73,28 +73,37 @@ MUTATIONS = (
     _tables("positions-of-the-first-axis", "+ table.first_rows[axis]", "+ table.first_rows[0]"),
     _dense("complex-sign", "return torch.complex(cos, sin)", "return torch.complex(cos, -sin)"),
     _tables("token-offset-dropped", "token_offset=self.token_offset,", "token_offset=0,"),
-    _tables("ceil-to-floor", "count = -(-grid.tokens // shard.world)", "count = grid.tokens // shard.world", "layout"),
     _tables(
-        "axis-shard-forgets-the-start-frame", "starts[axis] + shard.rank * size", "shard.rank * size", file="layout"
+        "ceil-to-floor", "count = -(-grid.tokens // shard.world)", "count = grid.tokens // shard.world", "tables/shards"
     ),
-    _tables("axes-reversed", "return coordinates[::-1]", "return coordinates", file="layout"),
-    _tables("start-frame-off-by-one", "starts = (grid.start_frame, *", "starts = (grid.start_frame + 1, *", "layout"),
-    _tables("all-padding-holds-a-token", "return max(0, min(self.count", "return max(1, min(self.count", "layout"),
-    _tables("whole-whatever-the-count", "self.token_offset == 0 and self.count", "self.count", file="layout"),
-    _tables("start-frame-on-every-axis", "grid.start_frame if axis == 0 else 0", "grid.start_frame", "axis_tables"),
-    _tables("block-of-rows-too-short", "(start + size) // ROW_BLOCK", "(start + size - 1) // ROW_BLOCK", "axis_tables"),
-    _tables("magnitude-dropped", "table = table * frequencies.magnitude", "pass", file="axis_tables"),
+    _tables(
+        "axis-shard-forgets-the-start-frame",
+        "starts[axis] + shard.rank * size",
+        "shard.rank * size",
+        file="tables/shards",
+    ),
+    _tables("axes-reversed", "return coordinates[::-1]", "return coordinates", file="tables/shards"),
+    _tables(
+        "start-frame-off-by-one", "starts = (grid.start_frame, *", "starts = (grid.start_frame + 1, *", "tables/shards"
+    ),
+    _tables(
+        "all-padding-holds-a-token", "return max(0, min(self.count", "return max(1, min(self.count", "tables/shards"
+    ),
+    _tables("whole-whatever-the-count", "self.token_offset == 0 and self.count", "self.count", file="tables/shards"),
+    _tables("start-frame-on-every-axis", "grid.start_frame if axis == 0 else 0", "grid.start_frame", "tables/axes"),
+    _tables("block-of-rows-too-short", "(start + size) // ROW_BLOCK", "(start + size - 1) // ROW_BLOCK", "tables/axes"),
+    _tables("magnitude-dropped", "table = table * frequencies.magnitude", "pass", file="tables/axes"),
     _tables(
         "axis-key-without-dtype",
         "AxisKey(frequencies.numbers, first, stop, dtype)",
         "AxisKey(frequencies.numbers, first, stop, torch.float32)",
-        file="axis_tables",
+        file="tables/axes",
     ),
     _tables(
         "axis-key-without-first-row",
         "AxisKey(frequencies.numbers, first, stop, dtype)",
         "AxisKey(frequencies.numbers, 0, stop - first, dtype)",
-        file="axis_tables",
+        file="tables/axes",
     ),
     # Scaling.
     _scaling("interpolation-in-place-of-scale", "found.position_scale * spec.interpolation", "spec.interpolation"),
@@ -105,11 +114,13 @@ MUTATIONS = (
         "ntk-exponent",
         "float(theta * factor ** (dim / (dim - 2)))",
         "float(theta * factor ** (dim / (dim + 2)))",
-        file="scaling_types",
+        file="tables/scaling_types",
     ),
-    _scaling("dynamic-growth", "* ratio - (factor - 1.0)", "* ratio - factor", file="scaling_types"),
-    _scaling("frequency-sign", "1.0 / (theta**exponents)", "theta**exponents", file="scaling_types"),
-    _scaling("longrope-lists-swapped", "if seq_len > length else", "if seq_len <= length else", file="scaling_types"),
+    _scaling("dynamic-growth", "* ratio - (factor - 1.0)", "* ratio - factor", file="tables/scaling_types"),
+    _scaling("frequency-sign", "1.0 / (theta**exponents)", "theta**exponents", file="tables/scaling_types"),
+    _scaling(
+        "longrope-lists-swapped", "if seq_len > length else", "if seq_len <= length else", file="tables/scaling_types"
+    ),
     _scaling("scaling-of-another-axis", "return self.scaling[axis] if", "return self.scaling[-1 - axis] if", "spec"),
     # The cache.
     _cache("hit-without-version", "if tensor._version != version:", "if False:"),
@@ -168,12 +179,10 @@ MUTATIONS = (
         "call-key-without-flags",
         "prefix, suffix, inverse, exact, inplace, backend, normed,",
         "prefix, suffix, backend, normed,",
-        "rotation",
+        "api",
     ),
-    _ops(
-        "call-key-without-prefix", "layout_of(positions), prefix, suffix,", "layout_of(positions), suffix,", "rotation"
-    ),
-    _ops("inplace-unchecked", "        check_inplace(names, xs)\n", "        pass\n", file="rotation"),
+    _ops("call-key-without-prefix", "layout_of(positions), prefix, suffix,", "layout_of(positions), suffix,", "api"),
+    _ops("inplace-unchecked", "        check_inplace(names, xs)\n", "        pass\n", file="api"),
     # Streams and shifts.
     Mutation(
         "stream-start-of-the-table",

@@ -9,11 +9,11 @@ _MEMO = ("tests/test_model_tables.py", "tests/test_table_keys.py")
 _FITTING = ("tests/test_fitting_tables.py",)
 
 
-def _memo(name: str, old: str, new: str, file: str = "table_keys") -> Mutation:
+def _memo(name: str, old: str, new: str, file: str = "hooks/table_keys") -> Mutation:
     return fault(name, file, old, new, _MEMO)
 
 
-def _packed(name: str, old: str, new: str, file: str = "packed_tables") -> Mutation:
+def _packed(name: str, old: str, new: str, file: str = "hooks/packed_tables") -> Mutation:
     return fault(name, file, old, new, ("tests/test_packed_tables.py",))
 
 
@@ -25,83 +25,87 @@ def _fitting(name: str, file: str, old: str, new: str) -> Mutation:
 _FITS = (
     _fitting(
         "any-number-of-tokens",
-        "adapter",
+        "hooks/adapter",
         "return bool(0 < count <= rows if self.at_least else 0 < count == rows)",
         "return True",
     ),
-    _fitting("longer-tables", "adapter", "else 0 < count == rows)", "else 0 < count <= rows)"),
-    _fitting("one-row-tables", "adapter", "else 0 < count == rows)", "else 0 < count == rows or rows == 1)"),
-    _fitting("no-argument-fits", "adapter", "return self.optional", "return True"),
-    _fitting("tokens-of-both", "adapter", "counts[0] if self.first_of else sum(counts)", "sum(counts)"),
+    _fitting("longer-tables", "hooks/adapter", "else 0 < count == rows)", "else 0 < count <= rows)"),
+    _fitting("one-row-tables", "hooks/adapter", "else 0 < count == rows)", "else 0 < count == rows or rows == 1)"),
+    _fitting("no-argument-fits", "hooks/adapter", "return self.optional", "return True"),
+    _fitting("tokens-of-both", "hooks/adapter", "counts[0] if self.first_of else sum(counts)", "sum(counts)"),
     _fitting(
         "batch-of-the-table",
-        "heads",
+        "hooks/heads",
         "table.batch not in samples or ",
         "",
     ),
-    _fitting("one-sample-for-all", "heads", "(batch,) if declared.format.every_sample else (1, batch)", "(1, batch)"),
+    _fitting(
+        "one-sample-for-all", "hooks/heads", "(batch,) if declared.format.every_sample else (1, batch)", "(1, batch)"
+    ),
     _fitting(
         "heads-of-the-table",
-        "heads",
+        "hooks/heads",
         " or table.heads not in ((count,) if declared.format.every_head else (1, count))",
         "",
     ),
-    _fitting("one-head-for-all", "heads", "(count,) if declared.format.every_head else (1, count)", "(1, count)"),
-    _fitting("narrower-tables", "heads", "else table.head_dim == width", "else table.head_dim <= width"),
-    _fitting("wider-tables", "heads", "return table.head_dim <= width if", "return True if"),
-    _fitting("doubled-not-compared", "formats", "if self.doubled is not None and not is_known(tensors):", "if False:"),
+    _fitting("one-head-for-all", "hooks/heads", "(count,) if declared.format.every_head else (1, count)", "(1, count)"),
+    _fitting("narrower-tables", "hooks/heads", "else table.head_dim == width", "else table.head_dim <= width"),
+    _fitting("wider-tables", "hooks/heads", "return table.head_dim <= width if", "return True if"),
+    _fitting(
+        "doubled-not-compared", "hooks/formats", "if self.doubled is not None and not is_known(tensors):", "if False:"
+    ),
     _fitting(
         "wide-tables-in-exact-mode",
-        "formats",
+        "hooks/formats",
         "_WIDE = frozenset({torch.float64, torch.complex128})",
         "_WIDE = frozenset[torch.dtype]()",
     ),
     _fitting(
         "gradient-of-the-table-lost",
-        "formats",
+        "hooks/formats",
         "return not (rotary.requires_grad and torch.is_grad_enabled())",
         "return True",
     ),
     _fitting(
         "rest-not-looked-at",
-        "rotating_norms",
+        "hooks/rotating_norms",
         "if self._rotated.rest_is_identity and not table.rest_is_identity(heads.shape[1]):",
         "if False:",
     ),
     _fitting(
         "rest-without-sines",
-        "packed_tables",
+        "hooks/packed_tables",
         "bool((cos == 1).all()) and not bool(sin.any())",
         "bool((cos == 1).all())",
     ),
     _fitting(
         "exact-gradients-taken-over",
-        "attention",
+        "hooks/attention",
         "if exact and _wants_gradients(attn, arguments):",
         "if False:",
     ),
     _fitting(
         "exact-gradients-of-parameters",
-        "attention",
+        "hooks/attention",
         "return any(inputs) or any(parameter.requires_grad for parameter in attn.parameters())",
         "return any(inputs)",
     ),
     _fitting(
         "exact-gradients-of-a-function",
-        "attention",
+        "hooks/attention",
         "grad = torch.is_grad_enabled() and any(x.requires_grad for x in xs)",
         "grad = False",
     ),
     _fitting(
         "function-rotates-whatever-it-is-given",
-        "attention",
+        "hooks/attention",
         "if not all(x.ndim == 4 and fits(x, table, declared) and x.shape[1] == table.tokens for x in heads):",
         "if False:",
     ),
-    _fitting("heads-not-asked", "rotating_norms", " or not fits(heads, table, declared):", ":"),
+    _fitting("heads-not-asked", "hooks/rotating_norms", " or not fits(heads, table, declared):", ":"),
     fault(
         "weight-decides-the-dtype",
-        "fused_norms",
+        "hooks/fused_norms",
         "decides = not norm.keeps_dtype and any(tensor.dtype != dtype for tensor in given)",
         "decides = False",
         ("tests/test_fresh_results.py",),
@@ -109,7 +113,7 @@ _FITS = (
     ),
     fault(
         "data-and-table-promote",
-        "ideogram4",
+        "models/ideogram4",
         "leave_unless(query.dtype == key.dtype == value.dtype == promoted)",
         "pass",
         ("tests/test_fitting_tables.py",),
@@ -118,86 +122,92 @@ _FITS = (
     # How models hand tables over, packed.
     of_models(
         "align-start",
-        "packed_tables",
+        "hooks/packed_tables",
         "first = self.tokens - count if align is Align.END",
         "first = 0 if align is Align.END",
         "flux-batched-ids or chroma",
     ),
     of_models(
         "prefix-at-the-start",
-        "packed_tables",
+        "hooks/packed_tables",
         "prefix=length - count if align is Align.END else 0",
         "prefix=0",
         "cogvideox",
     ),
-    of_models("head-rows-ignored", "packed_tables", "head_rows=self.head_rows,", "head_rows=0,", "mochi or ltx2-inter"),
+    of_models(
+        "head-rows-ignored", "hooks/packed_tables", "head_rows=self.head_rows,", "head_rows=0,", "mochi or ltx2-inter"
+    ),
     of_models(
         "stride-of-heads",
-        "packed_tables",
+        "hooks/packed_tables",
         "pairing, tokens if heads > 1 else 0, heads",
         "pairing, 1 if heads > 1 else 0, heads",
         "mochi or ltx2-inter",
     ),
-    of_models("stride-of-the-batch", "packed_tables", "mul_(heads * tokens)", "mul_(tokens)", "ltx2 or ltx-unscaled"),
+    of_models(
+        "stride-of-the-batch", "hooks/packed_tables", "mul_(heads * tokens)", "mul_(tokens)", "ltx2 or ltx-unscaled"
+    ),
     of_models(
         "matrix-transposed",
-        "formats",
+        "hooks/formats",
         "rotary[..., 1, 0].float()",
         "rotary[..., 0, 1].float()",
         "kandinsky5 or hidream",
     ),
-    of_models("conjugate", "formats", "four_dims(each.imag).float()", "-four_dims(each.imag).float()", "qwen"),
+    of_models("conjugate", "hooks/formats", "four_dims(each.imag).float()", "-four_dims(each.imag).float()", "qwen"),
     of_models(
         "first-table-for-all",
-        "rotating_norms",
+        "hooks/rotating_norms",
         "call.tables[min(rotated.table, len(call.tables) - 1)]",
         "call.tables[0]",
         "qwen or joyimage or ltx2",
     ),
     of_models(
         "fast-where-exact",
-        "rotating_norms",
+        "hooks/rotating_norms",
         "self._rotated.align, call.exact)",
         "self._rotated.align, not call.exact)",
         "flux",
     ),
     of_models(
         "norm-not-rounded",
-        "rotating_norms",
+        "hooks/rotating_norms",
         "if call.exact and declared.rounds is not None:",
         "if False:",
         "kandinsky or cogview4 or glm or hidream",
     ),
     of_models(
         "result-not-rounded",
-        "rotating_norms",
+        "hooks/rotating_norms",
         "            result = result.to(declared.result)\n",
         "            pass\n",
         "kandinsky or ideogram4 or krea2 or joyimage",
     ),
     of_models(
         "table-not-narrowed",
-        "attention",
+        "hooks/attention",
         "if exact and form.narrows:\n        tables =",
         "if False:\n        tables =",
         "minimax",
     ),
     of_models(
         "text-at-the-end",
-        "flux",
+        "models/flux",
         '"norm_added_q": Rotated(align=Align.START)',
         '"norm_added_q": Rotated(align=Align.END)',
         "flux or chroma",
     ),
-    of_models("key-by-the-query-table", "ltx", '"norm_k": Rotated(table=1)', '"norm_k": Rotated(table=0)', "ltx2"),
+    of_models(
+        "key-by-the-query-table", "models/ltx", '"norm_k": Rotated(table=1)', '"norm_k": Rotated(table=0)', "ltx2"
+    ),
     of_models(
         "text-by-the-image-table",
-        "qwen_image",
+        "models/qwen_image",
         '"norm_added_q": Rotated(table=1)',
         '"norm_added_q": Rotated(table=0)',
         "qwen",
     ),
-    of_models("krea2-weight", "fused_norms", "module.weight + 1.0", "module.weight", "krea2"),
+    of_models("krea2-weight", "hooks/fused_norms", "module.weight + 1.0", "module.weight", "krea2"),
 )
 
 _KEYS = (
@@ -235,31 +245,33 @@ _KEYS = (
         "        raise Unkeyed  # the tables belong to one backward pass\n",
         "        pass\n",
     ),
-    _memo("tokens-are-equal", "self.number = next(_token_numbers)", "self.number = 0", "rope_modules"),
+    _memo("tokens-are-equal", "self.number = next(_token_numbers)", "self.number = 0", "hooks/rope_modules"),
     _memo(
         "entries-outlive-the-module",
         "weakref.finalize(self, _forget, self.number).atexit = False",
         "pass",
-        "rope_modules",
+        "hooks/rope_modules",
     ),
     _memo(
         "inference-tensors-kept",
         "return leaf.clone() if leaf.is_inference() else leaf",
         "return leaf",
-        "rope_modules",
+        "hooks/rope_modules",
     ),
-    _memo("writes-not-put-back", "            setattr(target, name, value)\n", "            pass\n", "rope_modules"),
+    _memo(
+        "writes-not-put-back", "            setattr(target, name, value)\n", "            pass\n", "hooks/rope_modules"
+    ),
     _memo(
         "undo-keeps-entries",
         "isinstance(key, _Key) and key.token == token",
         "False",
-        "rope_modules",
+        "hooks/rope_modules",
     ),
     _memo(
         "undo-drops-the-entries-of-others",
         "isinstance(key, _Key) and key.token == token",
         "isinstance(key, _Key)",
-        "rope_modules",
+        "hooks/rope_modules",
     ),
 )
 
@@ -293,13 +305,13 @@ _PASSES = (
     _packed("packed-without-comparing", " and all(map(_equal, built, found.tables)):", ":"),
     _packed("recalled-without-version", " or same._version != version:", ":"),
     _packed("recalled-by-the-id-of-a-tensor", "if same is None or same is not tensor or", "if"),
-    _packed("recalled-in-the-next-pass", "next(_numbers), {}", "next(_numbers), _current.packed", "forward_pass"),
-    _packed("passes-of-one-number", "next(_numbers)", "1", "forward_pass"),
+    _packed("recalled-in-the-next-pass", "next(_numbers), {}", "next(_numbers), _current.packed", "hooks/forward_pass"),
+    _packed("passes-of-one-number", "next(_numbers)", "1", "hooks/forward_pass"),
     _packed(
         "pass-never-ends",
         'Ends the pass."""\n        if not torch.compiler.is_compiling():',
         'Ends the pass."""\n        if False:',
-        "forward_pass",
+        "hooks/forward_pass",
     ),
 )
 
