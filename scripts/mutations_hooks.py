@@ -71,7 +71,12 @@ _AXIS_FORMS = (
         "if whole is None:",
     ),
     _packed("cosines-and-sines-of-other-tokens", " or any(place != places[0] for place in places)", ""),
-    _packed("wan-axes", "dims=(head_dim - 2 * side, side, side)", "dims=(side, side, head_dim - 2 * side)", file="models/wan"),
+    _packed(
+        "wan-axes",
+        "dims=(head_dim - 2 * side, side, side)",
+        "dims=(side, side, head_dim - 2 * side)",
+        file="models/wan",
+    ),
     fault(
         "edit-frame-off-by-one", "models/wan", "frames=(0, skip - 1)", "frames=(0, skip - 2)", _SCALING, "edit_frames"
     ),

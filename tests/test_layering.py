@@ -29,6 +29,7 @@ LAYERS = (
     ("dit_rope.tables.caches", "dit_rope.tables.dense"),
     ("dit_rope.tables.table",),
     ("dit_rope.tables",),
+    ("dit_rope.scaling_types",),
     ("dit_rope.rotation.backends",),
     ("dit_rope.rotation.derivatives",),
     ("dit_rope.rotation.choice",),
