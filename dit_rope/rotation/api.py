@@ -23,10 +23,8 @@ from ..validation import (
     check_tensors,
     check_token_count,
 )
-from . import (
-    derivatives,
-    ops,
-)
+from . import autograd as autograd  # which tells torch the derivatives of the operators
+from . import derivatives, ops
 from .choice import Choice, check_backend, choose_backend, remembered_choice
 
 # Layouts of calls that are remembered as valid, per table; a model has a few.
