@@ -184,7 +184,7 @@ def _only(check: Check, wanted: Callable[[str], bool]) -> Check | None:
 
 def taken_over(earlier: Path, folder: Path) -> list[Row]:
     """Copies the figures of an earlier run to ``folder``, and gives its rows of checks that passed."""
-    from dit_rope.benchmark.results import read_csv
+    from benchmarks.results import read_csv
 
     if not (earlier / CSV).exists():
         sys.exit(f"--after must be a folder with the {CSV} of an earlier run, got {earlier}")
@@ -206,10 +206,9 @@ def announced(parts: Sequence[Part], seconds: float) -> list[str]:
 
 def judged(folder: Path) -> list[Result]:
     """One result for each target, from the figures that are in ``folder``; what is missing is said to be."""
+    from benchmarks.results import read_csv
     from gpu_checks.results import result_path
     from gpu_checks.targets import judge
-
-    from dit_rope.benchmark.results import read_csv
 
     path = result_path("kernels", "cuda", folder)
     words = {True: PASSED, False: FAILED, None: LEFT_OUT}

@@ -7,6 +7,9 @@ import typer
 from .. import __version__
 from . import bench, demo, doctor, inspect
 
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Arguments and options that a command does not read itself, ``--help`` among them."""
+
 app = typer.Typer(
     name="dit-rope",
     help="Rotary position embedding for diffusion transformers: see it work, measure it, ask what it would do.",
@@ -17,7 +20,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.run)
 app.command("inspect")(inspect.run)
-app.command("bench")(bench.run)
+app.command("bench", add_help_option=False, context_settings=_PASSED_ON)(bench.run)
 app.command("doctor")(doctor.run)
 
 

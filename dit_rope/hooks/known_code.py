@@ -2,10 +2,10 @@
 
 A patch takes over a rotation or a table only from code that it knows: the method of an attention processor or of a
 rope module, the functions and methods which that calls, and the norms. ``known_code.json`` holds a digest of the source
-of each of them, under the name by which the code that calls it finds it; ``scripts/write_known_code.py`` writes it.
-Names and classes prove nothing: people write processors of the same name, wrap and compile functions, and assign to
-modules and classes at any time. So the objects found under these names are compared again in every call, which costs
-a dictionary lookup each.
+of each of them, under the name by which the code that calls it finds it; ``scripts/pages/write_known_code.py`` writes
+it. Names and classes prove nothing: people write processors of the same name, wrap and compile functions, and assign to
+modules and classes at any time. So the objects found under these names are compared again in every call, which costs a
+dictionary lookup each.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``scripts/gpu_check.py`` and ``scripts/bench_kernels.py`` are made of.
+"""What ``scripts/gpu_check.py`` and ``scripts/measure/bench_kernels.py`` are made of.
 
 Importing it puts the checkout, its scripts and its tests on the module path, so that nothing has to be installed.
 """
@@ -7,6 +7,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PATHS = tuple(str(folder) for folder in (ROOT, ROOT / "scripts", ROOT / "tests"))
+PATHS = tuple(str(folder) for folder in (ROOT, ROOT / "scripts", ROOT / "tests" / "support"))
 
 sys.path[:0] = [path for path in PATHS if path not in sys.path]

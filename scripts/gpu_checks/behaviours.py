@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 
 import dit_rope
+from benchmarks.reference import Expectation
 from dit_rope import Grid, NormKind, Pairing, RopeSpec, RopeTable
-from dit_rope.benchmark.reference import Expectation
 
 from .profiling import device_work
 

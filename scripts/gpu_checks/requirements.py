@@ -111,7 +111,7 @@ def _found(module: str, distribution: str | None = None) -> Callable[[], str]:
 
 def _peers() -> str:
     """Which peers are there, without importing them: some start compilers or contexts on import."""
-    from dit_rope.benchmark.peers import MODULES
+    from benchmarks.peers import MODULES
 
     found = [name for name, modules in MODULES.items() if any(map(_is_there, modules))]
     if not found:

@@ -9,10 +9,8 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarking import RESULTS
-
-from dit_rope.benchmark.results import Row, read_csv, write_rows
-from dit_rope.benchmark.results import environment as machine_and_versions
+from benchmarks.results import RESULTS, Row, read_csv, write_rows
+from benchmarks.results import environment as machine_and_versions
 
 __all__ = ["RESULTS", "Record", "driver_version", "environment", "result_path", "table"]
 

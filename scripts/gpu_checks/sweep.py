@@ -4,7 +4,7 @@ For each operation and shape the defaults take turns with every value of the fir
 value of the next, and so on; a choice is kept where it is faster by more than :data:`LEAST_GAIN`. Each is compared with
 float64 before it is timed, as a CUDA graph; one that is wrong or fails is a row with the reason. A copy of queries and
 keys is timed beside them, and a call whose positions are all negative: nothing rotates, so what is left is how the data
-move. ``scripts/write_cuda_tuning.py`` makes the table of defaults from the rows.
+move. ``scripts/gpu_checks/write_cuda_tuning.py`` makes the table of defaults from the rows.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from dit_rope.benchmark.problems import EPS, Call, Operation, Problem, Shape
-from dit_rope.benchmark.results import Row
-from dit_rope.benchmark.rotation import COPY, copy_of, one_line, row
-from dit_rope.benchmark.timing import Measurement, Timing, input_sets, measurement, take_turns
-from dit_rope.benchmark.variants import check_own, own, own_still
+from benchmarks.problems import EPS, Call, Operation, Problem, Shape
+from benchmarks.results import Row
+from benchmarks.rotation import COPY, copy_of, one_line, row
+from benchmarks.timing import Measurement, Timing, input_sets, measurement, take_turns
+from benchmarks.variants import check_own, own, own_still
 from dit_rope.rotation.backends import cuda_kernels
 from dit_rope.rotation.backends.cuda_plan import Plan
 from dit_rope.rotation.backends.cuda_tuning import Tuning

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # so that what is missing can be listed where torch is
-    from dit_rope.benchmark.results import Row
+    from benchmarks.results import Row
 
 HEADLINE = ("wan-1.3b-480p", "wan-14b-720p", "hunyuan-video-720p")
 BACKEND = "cuda"

@@ -20,15 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import wan_models
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import dit_rope
-from dit_rope.benchmark.architectures import ARCHITECTURES
-from dit_rope.benchmark.results import Row
-from dit_rope.benchmark.rotation import one_line
-from dit_rope.benchmark.timing import measurement, take_turns
+import wan_models
+from benchmarks.architectures import ARCHITECTURES
+from benchmarks.results import Row
+from benchmarks.rotation import one_line
+from benchmarks.timing import measurement, take_turns
 
 from .results import RESULTS, Record, result_path, table
 

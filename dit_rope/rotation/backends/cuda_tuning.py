@@ -1,7 +1,7 @@
 """Choices of the CUDA kernel that change its speed and not its result, and which are fastest where it was measured.
 
-``cuda_tuning.json`` holds the choices by device and shape. ``scripts/write_cuda_tuning.py`` writes it from what
-``scripts/gpu_checks/sweep.py`` has measured; what it does not name keeps the defaults of :class:`Tuning`.
+``cuda_tuning.json`` holds the choices by device and shape. ``scripts/gpu_checks/write_cuda_tuning.py`` writes it from
+what ``scripts/gpu_checks/sweep.py`` has measured; what it does not name keeps the defaults of :class:`Tuning`.
 """
 
 from __future__ import annotations

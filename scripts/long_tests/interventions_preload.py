@@ -1,0 +1,22 @@
+"""What every process of ``interventions.py`` is forked with."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import diffusers
+import peft
+import torch
+import torch._dynamo
+import torch._inductor.config
+from diffusers import hooks
+
+from long_tests.intervention_cases import INTERVENTIONS
+from long_tests.intervention_cases.zoo_examples import examples
+
+torch.set_num_threads(1)
+torch.compile(torch.abs, backend="aot_eager")(torch.ones(2))  # imports what compilation needs
+
+__all__ = ["INTERVENTIONS", "diffusers", "examples", "hooks", "peft", "torch"]

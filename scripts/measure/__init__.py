@@ -1,0 +1,1 @@
+"""Programs that measure one thing each: times, counts, errors. ``make bench`` runs ``scripts/benchmarks``."""

@@ -1,0 +1,74 @@
+"""Times calls of the CUDA backend, ``cuLaunchKernel`` included, in a process that runs over the stub of the driver.
+
+``bench_host_time.py`` runs it. Prints one line of JSON: for each case the microseconds of one call, turn by
+turn.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+import dit_rope
+from dit_rope import Grid, NormKind, RopeSpec
+from dit_rope.rotation import api as rotation
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
+
+from torch_over_stub import STREAM, TorchOverStub, over_stub
+
+CALLS = 50
+
+
+def cases() -> dict[str, Callable[[], object]]:
+    """Calls with one token of Wan 1.3B, for whose host time the number of tokens is nothing; and a patched norm's."""
+    table = dit_rope.rope_table(RopeSpec((44, 42, 42)), Grid(1, 1, 1))
+    q, k = (x.clone() for x in torch.randn(2, 1, 1, 12, 128, dtype=torch.bfloat16))
+    weight, positions, args = torch.ones(12 * 128, dtype=torch.bfloat16), table.positions(), table.args()
+    across = NormKind.ACROSS_HEADS
+    return {
+        "rotate_qk": lambda: dit_rope.rotate_qk(q, k, table, backend="cuda"),
+        "rotate_qk in place": lambda: dit_rope.rotate_qk(q, k, table, inplace=True, backend="cuda"),
+        "rotate_qk with positions": lambda: dit_rope.rotate_qk(q, k, table, positions=positions, backend="cuda"),
+        "norm_rotate_qk": lambda: dit_rope.norm_rotate_qk(q, k, table, weight, weight, norm=across, backend="cuda"),
+        "rotation of a hook": lambda: rotation.apply([q], args, backend="cuda"),
+        "norm and rotation of a hook": lambda: rotation.apply_norm([q], [weight], 1e-6, across, args, backend="cuda"),
+        "two empty_like": lambda: (torch.empty_like(q), torch.empty_like(k)),
+    }
+
+
+def as_before(fake: TorchOverStub) -> AbstractContextManager[object]:
+    """What versions of the package ask of torch that ``--beside`` may name and this one does not."""
+    stream = SimpleNamespace(cuda_stream=STREAM)
+    return mock.patch.multiple(torch.cuda, current_device=fake.device, current_stream=lambda index: stream)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Turns of all cases, the first of which is not counted."""
+    torch.set_num_threads(1)
+    turns = int(sys.argv[1])
+    with over_stub() as fake, as_before(fake):
+        calls = cases()
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for turn in range(turns + 1):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                for _ in range(CALLS):
+                    call()
+                if turn:
+                    times[name].append(1e6 * (time.perf_counter() - start) / CALLS)
+    print(json.dumps(times))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""How much of queries and keys a patch takes over: each part left to the model gives the model's own bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import dit_rope
+import wan_models
+from dit_rope import Fusion, Scaling
+from dit_rope.hooks.class_override import Override
+from dit_rope.rotation import api as rotation_module
+from zoo import EXAMPLES, Example, Noise
+
+NAMES = ("hunyuan-video", "flux", "ltx-padded", "qwen-image", "kandinsky5")
+FUSIONS = pytest.mark.parametrize("fuse", Fusion, ids=lambda fuse: fuse.value)
+BY_NAME = pytest.mark.parametrize("name", ["wan", "chronoedit", *NAMES])
+
+
+@pytest.fixture(autouse=True)
+def _quiet(one_thread: None) -> None:
+    dit_rope.cache_clear()
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, Any]:
+    """A model, and a function that runs it."""
+    if name in wan_models.MODELS:
+        model = wan_models.build(name, dtype)
+        return model, lambda: [wan_models.forward(model, dtype, frames=2)]
+    example: Example = next(one for one in EXAMPLES if one.name == name)
+    other = example.build(dtype)
+    inputs = example.inputs(other, Noise(dtype))
+    leaves = torch.utils._pytree.tree_leaves
+    return other, lambda: [leaf for leaf in leaves(example.run(other, inputs)) if isinstance(leaf, torch.Tensor)]
+
+
+def run(forward: Any) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return forward()
+
+
+def same(ours: list[torch.Tensor], own: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, own, strict=True))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the rotations that patched models run."""
+    ran: list[str] = []
+    for name in ("apply", "apply_norm"):
+        real = getattr(rotation_module, name)
+        monkeypatch.setattr(
+            rotation_module, name, lambda *a, name=name, real=real, **k: ran.append(name) or real(*a, **k)
+        )
+    return ran
+
+
+@FUSIONS
+@BY_NAME
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_exact_mode_gives_the_bits_of_the_model_whatever_is_fused(name: str, dtype: torch.dtype, fuse: Fusion) -> None:
+    model, forward = build(name, dtype)
+    expected = run(forward)
+    with dit_rope.patch(model, exact=True, fuse=fuse):
+        for _ in range(2):
+            assert same(run(forward), expected)
+    assert same(run(forward), expected)
+
+
+@BY_NAME
+def test_nothing_fused_builds_tables_once_and_leaves_attention_alone(name: str, launches: list[str]) -> None:
+    model, forward = build(name)
+    expected = run(forward)
+    with dit_rope.patch(model, exact=False, fuse=Fusion.NOTHING) as handle:
+        launches.clear()
+        assert same(run(forward), expected)
+        first = dit_rope.cache_info()
+        assert same(run(forward), expected)
+        second = dit_rope.cache_info()
+        assert not launches
+        assert second.tables.misses == first.tables.misses
+        assert second.models.misses == first.models.misses
+        assert second.tables.hits + second.models.hits > first.tables.hits + first.models.hits
+        seams = {path for path, module in model.named_modules() if isinstance(module, Override)}
+        assert seams == {found.tables.path for plan in handle._plans for found in plan.tables}
+        assert not any(len(module._forward_pre_hooks) for path, module in model.named_modules() if path)
+        assert "left alone: norm and rotation of queries and keys, as fuse asks" in handle.report()
+        assert "norm and rotate" not in handle.report()
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan-video", "flux", "ltx-padded", "qwen-image"])
+def test_rotation_leaves_the_norm_to_the_model(name: str, launches: list[str]) -> None:
+    model, forward = build(name)
+    ran = {}
+    for fuse in (Fusion.ROTATION, Fusion.NORM_AND_ROTATION):
+        with dit_rope.patch(model, exact=False, fuse=fuse):
+            launches.clear()
+            run(forward)
+            ran[fuse] = list(launches)
+    assert set(ran[Fusion.ROTATION]) == {"apply"}
+    assert set(ran[Fusion.NORM_AND_ROTATION]) == {"apply_norm"}
+    assert len(ran[Fusion.ROTATION]) == len(ran[Fusion.NORM_AND_ROTATION])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "norm and rotation in fast mode, rotation in exact mode"),
+        ({"exact": False}, "norm and rotation"),
+        ({"exact": True}, "rotation; norms are the model's own in exact mode"),
+        ({"fuse": Fusion.ROTATION}, "rotation, as fuse asks; norms are the model's own"),
+    ],
+)
+def test_report_says_what_is_fused(options: dict[str, Any], said: str) -> None:
+    with dit_rope.patch(wan_models.build("wan"), **options) as handle:
+        assert f"  fused: {said}\n" in handle.report()
+
+
+def test_report_says_where_there_is_no_norm_to_fuse() -> None:
+    model, _ = build("stable-audio")
+    with dit_rope.patch(model, exact=False) as handle:
+        assert "  fused: rotation; there is no norm before it\n" in handle.report()
+
+
+def test_nothing_fused_scales_dense_tables() -> None:
+    model = wan_models.build("wan")
+    scaling = Scaling.of("linear", factor=2.0)
+    with dit_rope.patch(model, scaling=scaling):
+        expected = run(lambda: [wan_models.forward(model)])
+    assert not same(run(lambda: [wan_models.forward(model)]), expected)
+    for given in (scaling, lambda: scaling):
+        with dit_rope.patch(model, scaling=given, fuse=Fusion.NOTHING):
+            assert same(run(lambda: [wan_models.forward(model)]), expected)
+
+
+def test_nothing_fused_compiles_with_scaled_tables() -> None:
+    model = wan_models.build("wan")
+    with dit_rope.patch(model, scaling=Scaling.of("linear", factor=2.0), fuse=Fusion.NOTHING):
+        expected = run(lambda: [wan_models.forward(model)])
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert same(run(lambda: [wan_models.forward(compiled)]), expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("fuse", ["rotation", None, True])
+def test_patch_refuses_a_fuse_that_is_no_fusion(fuse: Any) -> None:
+    model = wan_models.build("wan")
+    with pytest.raises(TypeError, match=r"fuse must be a Fusion, got "):
+        dit_rope.patch(model, fuse=fuse)
+    assert not any(isinstance(module, Override) for module in model.modules())

@@ -1,0 +1,135 @@
+"""What decides the tables of a model is their key: what is read beside the arguments, and what is on a device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dit_rope
+from dit_rope.hooks import table_keys
+from dit_rope.hooks.adapter import ModelTables
+from dit_rope.hooks.class_override import Installed, PatchState
+from dit_rope.hooks.rope_modules import MemoizedMethod, TableSettings
+from known_classes import known, memoize
+
+
+@pytest.fixture(autouse=True)
+def _quiet(one_thread: None) -> None:
+    dit_rope.cache_clear()
+
+
+class Built(torch.nn.Module):
+    """A model that builds its tables in a method of its own, of its configuration and of what another module holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._internal_dict = {"theta": 2.0}
+        self.unlike = object()
+        self.rope = torch.nn.Module()
+        self.rope.register_buffer("scale", torch.tensor([1.0, 3.0]))
+        self.rope.frequency = 2.0
+
+    def tables(self, ids: torch.Tensor) -> torch.Tensor:
+        return ids.float()[:, None] * self.rope.scale * self.rope.frequency * self._internal_dict["theta"]
+
+
+def test_configuration_and_what_a_method_reads_are_part_of_its_key() -> None:
+    model, ids = known(Built, "tables")(), torch.arange(5)
+    settings = TableSettings(ModelTables("", "Built", "tables", reads=("rope",)), ("ids",))
+    memo = MemoizedMethod(model, "tables", Installed(settings, PatchState()))
+
+    def check() -> None:
+        assert torch.equal(memo(ids), model.tables(ids))
+        assert memo(ids) is memo(ids)
+
+    check()
+    model._internal_dict = {"theta": 3.0}
+    check()
+    model.rope.scale.mul_(2)
+    check()
+    model.rope.scale.numpy()[:] = 7.0
+    check()
+    model.rope.frequency = 5.0
+    check()
+
+
+def test_default_device_that_torch_cannot_name_is_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of torch 2.9: ``set_default_device(None)`` leaves an object without a device."""
+    settings = TableSettings(ModelTables("", "Built", "tables", reads=("rope",), to_device=True), ("ids",))
+    model = known(Built, "tables")()
+    memo = MemoizedMethod(model, "tables", Installed(settings, PatchState()))
+    expected = memo(torch.arange(5))
+    monkeypatch.setattr(torch, "get_default_device", lambda: None.device)
+    assert memo(torch.arange(5)) is expected
+
+
+def test_configuration_that_is_no_key_is_looked_at_in_every_call() -> None:
+    model, ids = known(Built, "tables")(), torch.arange(5)
+    settings = TableSettings(ModelTables("", "Built", "tables", reads=("rope",)), ("ids",))
+    memo = MemoizedMethod(model, "tables", Installed(settings, PatchState()))
+    for theta in (2.0, 3.0, 5.0):
+        model._internal_dict = {"theta": theta, "scheduler": object()}
+        assert torch.equal(memo(ids), model.tables(ids))
+    assert dit_rope.cache_info().models.entries == 0
+
+
+def test_arguments_of_the_same_numbers_in_other_shapes_are_told_apart() -> None:
+    class Shaped(torch.nn.Module):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return ids.float().cos()
+
+    rope, ids = known(Shaped)(), torch.arange(6)
+    memoize(rope, ModelTables("rope", "Shaped"), ("ids",))
+    shapes = [(6,), (2, 3), (3, 2), (1, 6)]
+    assert [tuple(rope(ids.view(shape)).shape) for shape in shapes] == shapes
+
+
+def test_tables_that_are_moved_are_not_kept_where_the_default_device_decides_them() -> None:
+    class Made(torch.nn.Module):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return torch.ones(3)
+
+    rope, ids = known(Made)(), torch.arange(3)
+    memoize(rope, ModelTables("rope", "Made", to_device=True), ("ids",))
+    for _ in range(2):
+        with torch.device("meta"):
+            assert rope(ids).device.type == "meta"
+        assert rope(ids).device.type == "cpu"
+
+
+def test_what_building_writes_is_put_back() -> None:
+    """A miss leaves no more behind than a hit, which does not run."""
+
+    class Writes(torch.nn.Module):
+        seen = 0
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            self.seen = len(ids)
+            return ids.float()
+
+    rope = known(Writes)()
+    rope.seen = 77
+    memoize(rope, ModelTables("rope", "Writes", writes=("seen",)), ("ids",))
+    for ids in (torch.arange(3), torch.arange(4), torch.arange(3)):
+        rope(ids)
+        assert rope.seen == 77
+    assert dit_rope.cache_info().models.hits == 1  # what it writes is not what it reads
+
+
+def test_buffer_on_a_device_is_known_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its memory and the writes to it, without a look at what it holds; the entry keeps it."""
+    buffer, other = torch.arange(6.0), torch.arange(6.0)
+    monkeypatch.setattr(torch.Tensor, "device", property(lambda self: torch.device("cuda", 0)), raising=False)
+    held: list[torch.Tensor] = []
+    key = table_keys._by_value_or_as_held(held, buffer)
+    assert table_keys._by_value_or_as_held(held, buffer) == key
+    assert table_keys._by_value_or_as_held(held, other) != key
+    assert [each.data_ptr() for each in held] == [each.data_ptr() for each in (buffer, buffer, other)]
+    buffer.mul_(2)
+    written = table_keys._by_value_or_as_held(held, buffer)
+    assert written != key
+    buffer.data = buffer.clone()  # as offloading does, which counts no write
+    assert table_keys._by_value_or_as_held(held, buffer) != written
+    for unknown in (buffer.clone().requires_grad_(), torch.nn.Parameter(buffer)):
+        with pytest.raises(table_keys.Unkeyed):
+            table_keys._by_value_or_as_held(held, unknown)

@@ -1,0 +1,230 @@
+"""The benchmark of whole steps: every variant is there, compared before it is timed, and shares add up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner, Result
+
+import dit_rope
+from benchmarks import end_to_end
+from benchmarks.end_to_end import ARCHITECTURES, VARIANTS, Mismatch, Step, architecture_step, measure_step
+from benchmarks.results import read_csv
+from benchmarks.step_profile import KINDS, ROPE, shares
+from benchmarks.timing import Timing
+from dit_rope.rotation import api as rotation
+from measure import bench_end_to_end
+
+SMALL: dict[str, dict[str, Any]] = {
+    "wan-1.3b": {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "text_dim": 16},
+    "hunyuan-video": {
+        "num_attention_heads": 2, "attention_head_dim": 16, "mlp_ratio": 1.0, "text_embed_dim": 16,
+        "pooled_projection_dim": 8, "rope_axes_dim": (2, 6, 8), "num_refiner_layers": 1,
+    },
+    "flux": {
+        "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 8, "joint_attention_dim": 16,
+        "pooled_projection_dim": 8, "axes_dims_rope": (4, 4, 8),
+    },
+    "ltx": {
+        "in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 16,
+        "cross_attention_dim": 32, "caption_channels": 16,
+    },
+    "qwen-image": {
+        "in_channels": 16, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 32,
+        "joint_attention_dim": 16, "axes_dims_rope": (8, 12, 12),
+    },
+}  # fmt: skip
+NAMES = ["unpatched", *(variant.name for variant in VARIANTS), "without rope"]
+BY_NAME = pytest.mark.parametrize("name", SMALL)
+
+
+@pytest.fixture(autouse=True)
+def _quiet(one_thread: None) -> None:
+    dit_rope.cache_clear()
+
+
+def small_step(name: str, dtype: torch.dtype = torch.float32) -> Step:
+    return architecture_step(ARCHITECTURES[name], layers=1, dtype=dtype, grid=(2, 3, 4), text=6, config=SMALL[name])
+
+
+@pytest.fixture
+def step() -> Step:
+    return small_step("wan-1.3b")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@BY_NAME
+def test_step_is_measured_in_every_variant(name: str, dtype: torch.dtype) -> None:
+    step, calls = small_step(name, dtype), []
+    rows = measure_step(step, rounds=3, advance=lambda: calls.append(1))
+    assert [row["variant"] for row in rows] == NAMES
+    assert len(calls) == end_to_end.runs(step, 3, compiled=False)
+    own = rows[0]["ms_median"]
+    for row in rows:
+        assert 0 < row["ms_p20"] <= row["ms_median"] <= row["ms_p80"]
+        assert row["ratio"] == pytest.approx(own / row["ms_median"])
+        assert row["ratio_at_most"] == rows[-1]["ratio"]
+        assert row["default"] is (row["variant"] == "tables, rotation exact")
+        assert (row["ms_first"] is not None) is row["default"]
+        assert row["verdict"] in ("", "faster", "slower", "no difference")
+
+
+@BY_NAME
+def test_shares_of_a_step_add_up_and_find_every_kind(name: str) -> None:
+    step = small_step(name)
+    found = shares(step.plans(), step.run, "cpu")
+    assert list(found) == list(KINDS)
+    assert sum(found.values()) == pytest.approx(1)
+    assert all(share > 0 for share in found.values()), found
+    assert not any("forward" in vars(module) for module in step.models[0].modules())
+
+
+def test_without_rope_norms_and_turns_nothing(step: Step) -> None:
+    attention = end_to_end._twins(step, compiled=False)["without rope"].models[0].blocks[0].attn1
+    x, tables, given = torch.randn(1, 24, 48), (torch.ones(1, 24, 1, 24),) * 2, []
+    assert attention.norm_q(x) is x
+    attention.processor = lambda *args, **kwargs: given.append((args[1:], kwargs)) or x
+    attention(x, None, None, tables)
+    attention(x, None, None, rotary_emb=tables)
+    assert given == [((x, None, None, None), {})] * 2
+
+
+def test_twins_share_parameters_and_leave_the_step_unpatched(step: Step) -> None:
+    twins = end_to_end._twins(step, compiled=False)
+    own = {id(parameter) for parameter in step.models[0].parameters()}
+    for twin in twins.values():
+        assert {id(parameter) for parameter in twin.models[0].parameters()} == own
+    dit_rope.patch(step.models[0]).undo()
+
+
+@pytest.mark.parametrize("name", ["apply", "apply_norm"])
+def test_wrong_output_gives_no_figures(step: Step, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = getattr(rotation, name), []
+    monkeypatch.setattr(rotation, name, lambda *a, **k: [2 * x for x in real(*a, **k)])
+    with pytest.raises(Mismatch, match="must"):
+        measure_step(step, rounds=3, advance=lambda: calls.append(1))
+    assert not calls
+
+
+def test_fast_mode_may_not_miss_the_rotation(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation, "apply_norm", lambda xs, *a, **k: xs)
+    with pytest.raises(Mismatch, match=r"tables, norm and rotation must be within .* got"):
+        measure_step(step, rounds=3)
+
+
+def test_verdict_says_where_a_variant_loses() -> None:
+    own = Timing(9.0, 10.0, 11.0)
+    assert end_to_end.verdict(own, Timing(12.0, 13.0, 14.0)) == "slower"
+    assert end_to_end.verdict(own, Timing(6.0, 7.0, 8.0)) == "faster"
+    assert end_to_end.verdict(own, Timing(8.0, 9.5, 10.5)) == "no difference"
+
+
+def test_whole_run_builds_tables_in_its_first_pass_only() -> None:
+    rows = [
+        {"variant": "unpatched", "ms_median": 10.0, "ms_first": None},
+        {"variant": "patched", "ms_median": 8.0, "ms_first": 12.0},
+    ]
+    own, patched = end_to_end.whole_run(rows, 4)
+    assert own["run_ms"] is own["run_ratio"] is None
+    assert patched["run_ms"] == 12 + 3 * 8
+    assert patched["run_ratio"] == pytest.approx(40 / 36)
+
+
+@pytest.mark.parametrize(
+    ("name", "guided", "passes"),
+    [("wan-1.3b", True, (2, 1)), ("wan-1.3b", False, (1, 1)), ("ltx", True, (1, 2)), ("flux", True, (1, 1))],
+)
+def test_guidance_is_as_the_pipeline_does_it(name: str, guided: bool, passes: tuple[int, int]) -> None:
+    assert ARCHITECTURES[name].guided(guided) == passes
+
+
+def test_compiled_step_has_the_models_own_code(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, resets = torch.compiler.reset, []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1) or real())
+    rows = measure_step(step, rounds=3, compiled=True)
+    assert resets == [1]  # so that the limit of recompilations is its own
+    assert [row["variant"] for row in rows] == ["unpatched", "tables, rotation exact"]
+    assert rows[0]["share_rope"] is None
+    torch._dynamo.reset()
+
+
+def test_pipeline_step_records_the_calls_of_one_step(random_wan: Any) -> None:
+    size = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 8}
+    guided = end_to_end.pipeline_step(random_wan, **size, guidance_scale=4.0, unknown=1)
+    plain = end_to_end.pipeline_step(random_wan, **size, guidance_scale=1.0)
+    assert (len(guided.calls), len(plain.calls)) == (2, 1)
+    assert guided.models == (random_wan.transformer,)
+    assert not random_wan.transformer._forward_pre_hooks
+    assert [row["variant"] for row in measure_step(guided, rounds=3)] == NAMES
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Small architectures for the script, and a folder for what it writes."""
+    monkeypatch.setattr("benchmarks.results.RESULTS", tmp_path)
+    for name, architecture in ARCHITECTURES.items():
+        config = {**architecture.config, **SMALL[name]}
+        monkeypatch.setitem(ARCHITECTURES, name, replace(architecture, config=config, text=6))
+    return tmp_path
+
+
+def script(*args: str) -> Result:
+    app = typer.Typer()
+    app.command()(bench_end_to_end.main)
+    return CliRunner().invoke(app, [*args, "--threads", "1", "--rounds", "3", "--no-compile"])
+
+
+def test_script_writes_every_variant_of_every_run(results: Path) -> None:
+    done = script("wan-1.3b", "ltx", "--grid", "2x3x4", "--dtype", "float32")
+    assert done.exit_code == 0, done.output
+    rows = read_csv(results / "end-to-end-cpu.csv")
+    assert [row["variant"] for row in rows] == 4 * NAMES
+    runs = {(row["model"], row["steps"], row["guided"], row["batch"], row["passes"]) for row in rows}
+    assert runs == {
+        ("wan-1.3b", "50", "True", "1", "100"),
+        ("wan-1.3b", "4", "False", "1", "4"),
+        ("ltx", "50", "True", "2", "50"),
+        ("ltx", "4", "False", "1", "4"),
+    }
+    for row in rows:
+        assert sum(float(row[f"share_{kind.replace(' ', '_')}"]) for kind in KINDS) == pytest.approx(1, rel=1e-4)
+        rope = sum(float(row[f"share_{kind.replace(' ', '_')}"]) for kind in ROPE)
+        assert float(row["share_rope"]) == pytest.approx(rope, rel=1e-4)
+    assert "times as fast" in done.output
+
+
+def test_script_prints_no_figures_and_fails_where_outputs_differ(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rotation, "apply", lambda xs, *a, **k: xs)
+    done = script("wan-1.3b", "--grid", "2x3x4", "--dtype", "float32")
+    assert done.exit_code != 0
+    assert "no figures" in done.output
+    assert "times as fast" not in done.output
+    assert not list(results.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["no-such-model"], "must be of wan-1.3b"),
+        (["wan-1.3b", "--grid", "2x3"], "must be FRAMESxHEIGHTxWIDTH"),
+        (["wan-1.3b", "--grid", "2x3x4", "--released"], "must not stand beside --released"),
+        (["wan-1.3b", "--layers", "0"], "should be greater than or equal to 1"),
+        (["wan-1.3b", "--dtype", "int8"], "int8"),
+    ],
+    ids=["target", "grid", "released", "layers", "dtype"],
+)
+def test_script_refuses_bad_arguments(
+    results: Path, args: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = script(*args)
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.replace("│", " ").split())
+    assert not list(results.iterdir())

@@ -1,0 +1,129 @@
+"""How many graphs torch.compile makes of a model, which tests and a script compare with and without the patch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._dynamo.testing
+from torch._dynamo.utils import counters
+
+import dit_rope
+import wan_models
+from zoo import EXAMPLES, Example, Noise
+
+
+def _wan_inputs(model: Any, noise: Noise) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(1, 4, 3, 8, 12),
+        "encoder_hidden_states": noise(1, 12, 16),
+        "timestep": torch.tensor([500]),
+    }
+
+
+WAN = Example(
+    "wan",
+    "diffusers.models.transformers.transformer_wan.WanTransformer3DModel",
+    {**wan_models._COMMON, "in_channels": 4, "out_channels": 4},
+    _wan_inputs,
+)
+"""The model whose rope module gets axis tables of ours."""
+
+
+def named(name: str) -> Example:
+    """The example of that name, :data:`WAN` included."""
+    return next(example for example in (WAN, *EXAMPLES) if example.name == name)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one compiled model came to.
+
+    Attributes:
+        graphs: how many there were after each call.
+        breaks: why graphs were broken.
+        outputs: of each call.
+    """
+
+    graphs: tuple[int, ...]
+    breaks: frozenset[str]
+    outputs: list[list[torch.Tensor]]
+
+
+def tensors(output: Any) -> list[torch.Tensor]:
+    """Every tensor in the output of a model."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
+def inputs_of(example: Example, model: torch.nn.Module, times: int = 1) -> dict[str, Any]:
+    """Inputs whose image, video or sound is ``times`` as wide or long as the example's.
+
+    Raises:
+        ValueError: it is not known how to widen them.
+    """
+    inputs = example.inputs(model, Noise(torch.float32))
+    hidden = inputs.get("hidden_states")
+    if times == 1:
+        return inputs
+    if isinstance(hidden, list):
+        return {**inputs, "hidden_states": [torch.cat([one] * times, dim=-1) for one in hidden]}
+    if not isinstance(hidden, torch.Tensor):
+        raise ValueError(f"{example.name} must take hidden_states that are tensors")
+    if "img_shapes" in inputs or "img_ids" in inputs:
+        return {**inputs, "hidden_states": torch.cat([hidden] * times, dim=1), **_wider_image(inputs, times)}
+    if hidden.ndim < 4:
+        raise ValueError(f"{example.name} must take an image, a video or positions, got {list(hidden.shape)}")
+    return {**inputs, "hidden_states": torch.cat([hidden] * times, dim=-1)}
+
+
+def _wider_image(inputs: dict[str, Any], times: int) -> dict[str, Any]:
+    """Shapes or ids of images side by side."""
+    if "img_ids" in inputs:
+        ids = inputs["img_ids"]
+        return {"img_ids": torch.cat([ids + 100 * number for number in range(times)], dim=-2)}
+    return {
+        "img_shapes": [
+            [(f, h, w * times) for f, h, w in each] if isinstance(each, list) else (*each[:2], each[2] * times)
+            for each in inputs["img_shapes"]
+        ]
+    }
+
+
+def compiled(
+    example: Example,
+    times: Sequence[int] = (1,),
+    *,
+    patched: bool,
+    blocks: bool = False,
+    exact: bool | None = True,
+    backend: str = "eager",
+    **options: Any,
+) -> Compiled:
+    """Compiles a new model of ``example``, or its repeated blocks, and calls it at each width."""
+    torch._dynamo.reset()
+    counters.clear()
+    dit_rope.cache_clear()
+    model = example.build()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    if patched:
+        dit_rope.patch(model, exact=exact)
+    run: Any = model
+    if blocks:
+        model.compile_repeated_blocks(backend=counter, **options)
+    else:
+        run = torch.compile(model, backend=counter, **options)
+    graphs, outputs = [], []
+    with torch.no_grad():
+        for each in times:
+            outputs.append(tensors(example.run(run, inputs_of(example, model, each))))
+            graphs.append(counter.frame_count)
+    return Compiled(tuple(graphs), frozenset(counters["graph_break"]), outputs)
+
+
+def equal(ours: Compiled, theirs: Compiled) -> bool:
+    """Whether all outputs have the same bits."""
+    return all(
+        len(a) == len(b) and all(map(torch.equal, a, b)) for a, b in zip(ours.outputs, theirs.outputs, strict=True)
+    )
