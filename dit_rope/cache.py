@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
@@ -13,6 +14,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 WITHOUT_FLOAT64_OR_COMPLEX = frozenset({"mps", "npu"})
 """Kinds of devices."""
@@ -23,6 +26,7 @@ Value = TypeVar("Value")
 # Looked up once: they run at every hit.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_transforms = torch._C._functorch.peek_interpreter_stack
+_function_modes = torch._C._len_torch_function_stack
 _jit_tracing = torch._C._get_tracing_state
 
 
@@ -97,8 +101,11 @@ def in_level() -> bool:
 
 
 def in_transform() -> bool:
-    """Whether somebody differentiates, batches or records torch's operations: :func:`in_level`, or torch.jit."""
-    return in_level() or _jit_tracing() is not None
+    """Whether somebody differentiates, batches, records or replaces torch's operations.
+
+    That is :func:`in_level`, torch.jit, or a torch function mode that is no default device and does not only watch.
+    """
+    return in_level() or _jit_tracing() is not None or (_function_modes() > 0 and _replaces_functions())
 
 
 # torch.compile takes the answers of the moment it traces. torch's decorator for this would import dynamo.
@@ -131,6 +138,14 @@ def _watched() -> bool:
     return all(getattr(mode, "only_watches", False) for mode in modes)
 
 
+def _replaces_functions() -> bool:
+    """Whether a torch function mode may change what is computed."""
+    return not all(
+        isinstance(mode, DeviceContext) or getattr(mode, "only_watches", False)
+        for mode in _get_current_function_mode_stack()
+    )
+
+
 class FifoCache(Generic[Key, Value]):
     """Keeps what ``build`` returned per key and device, the oldest entry leaving first; a hit protects nothing.
 
@@ -150,6 +165,7 @@ class FifoCache(Generic[Key, Value]):
         tensors_of: the tensors a value holds, whose bytes count and whose mutation is watched.
         across_streams: an entry may be hit from other streams than built it, so that a build on a GPU is waited for;
             where keys name their stream, nobody has to.
+        in_default_device: builds run in the default device of their caller, which keys have to name.
 
     Raises:
         ValueError: for caps that are not positive.
@@ -162,8 +178,10 @@ class FifoCache(Generic[Key, Value]):
         max_bytes: int,
         tensors_of: Callable[[Value], Iterable[torch.Tensor]],
         across_streams: bool = True,
+        in_default_device: bool = False,
     ) -> None:
         self.name = name
+        self._in_default_device = in_default_device
         self._tensors_of = tensors_of
         self._across_streams = across_streams
         self._lock = threading.RLock()
@@ -260,7 +278,8 @@ class FifoCache(Generic[Key, Value]):
                 f"the {self.name} cache must not build on {device} while a CUDA graph is being captured: its "
                 "memory would belong to the graph; ask for the table once before the capture"
             )
-        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+        functions = contextlib.nullcontext() if self._in_default_device else torch._C.DisableTorchFunction()
+        with torch.inference_mode(False), torch.no_grad(), functions:
             value = build()
         if self._across_streams:
             finish(device)

@@ -20,8 +20,8 @@ def from_checkout(module: str, command: str) -> ModuleType:
     """
     if not (SCRIPTS / module.partition(".")[0]).is_dir():
         raise typer.BadParameter(
-            f"dit-rope {command} must run from a checkout of the repository, whose folder scripts/ does the work, "
-            f"got an installed package in {SCRIPTS.parent}; clone the repository and run pip install -e '.[bench]' in it"
+            f"dit-rope {command} must run from a checkout of the repository, whose scripts/ do the work, "
+            f"got an installed package in {SCRIPTS.parent}; clone the repository, and pip install -e '.[bench]' there"
         )
     if str(SCRIPTS) not in sys.path:
         sys.path.insert(0, str(SCRIPTS))

@@ -30,7 +30,9 @@ TABLES: FifoCache[Hashable, HoldsTensors | torch.Tensor] = FifoCache("table", 16
 # What the eager backend expands of tables on CPU.
 ANGLES: FifoCache[Hashable, Sequence[torch.Tensor]] = FifoCache("angle", 8, 64 * 2**20, lambda tensors: tensors)
 # What rope modules of patched models build themselves, and what their keys hold.
-MODEL_TABLES: FifoCache[Hashable, HoldsTensors] = FifoCache("model table", 64, 2**30, _tensors_of, across_streams=False)
+MODEL_TABLES: FifoCache[Hashable, HoldsTensors] = FifoCache(
+    "model table", 64, 2**30, _tensors_of, across_streams=False, in_default_device=True
+)
 # Rows of the angles by which whole keys are shifted, one for each shift that is in no table.
 SHIFTS: FifoCache[Hashable, torch.Tensor] = FifoCache("shift", 256, 2**20, _tensors_of)
 

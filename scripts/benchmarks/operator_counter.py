@@ -158,6 +158,8 @@ class OperatorCounter(TorchDispatchMode):
 class _WholeFunctions(TorchFunctionMode):
     """Sees functions that are one kernel on CUDA, or none of our concern, before they fall into parts."""
 
+    only_watches = True
+
     def __init__(self, counter: OperatorCounter) -> None:
         super().__init__()
         self.counter = counter

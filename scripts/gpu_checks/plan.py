@@ -19,7 +19,7 @@ FIRST_BEHAVIOURS = ("small-shapes", "graph-replay", "two-threads", "one-kernel")
 """Say whether the kernels of a backend run at all."""
 OTHER_BEHAVIOURS = ("two-streams", "long-sequence-and-batch", "past-2^31-elements", "torch-compile")
 WAN_BEHAVIOUR = "wan-without-copies"
-CONTRACT = tuple(str(path) for path in sorted((ROOT / "tests").glob("backend_contract*.py")))
+CONTRACT = tuple(str(path) for path in sorted((ROOT / "tests" / "backends").glob("backend_contract*.py")))
 
 # Seconds, all estimates: nothing has been measured on a GPU yet.
 # Importing torch and making a CUDA context, which every check does.
@@ -158,7 +158,7 @@ def _gpu_tests() -> Check:
 def gpu_test_files() -> list[str]:
     """The files whose tests have the marker ``gpu`` or take the fixture ``device``; reading the others takes longer."""
     marked = re.compile(r"mark\.gpu\b|\bdef \w+\([^)]*\bdevice\b")
-    return [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if marked.search(path.read_text())]
+    return [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if marked.search(path.read_text())]
 
 
 def _workers() -> tuple[str, ...]:
@@ -167,7 +167,7 @@ def _workers() -> tuple[str, ...]:
 
 
 def _benchmark(name: str, needs: Sequence[str], *options: str) -> Check:
-    script = str(ROOT / "scripts" / "bench_kernels.py")
+    script = str(ROOT / "scripts" / "measure" / "bench_kernels.py")
     return Check(name, (sys.executable, script, *options), 0, needs, shown=True)
 
 

@@ -116,7 +116,7 @@ def run(names: list[str], chosen: list[Intervention], folder: Path, options: arg
     """Runs what is missing, ``--jobs`` examples at once, and writes the tables after each."""
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # where the server of forks finds what it loads first
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["interventions_preload"])
+    context.set_forkserver_preload(["long_tests.interventions_preload"])
     missing = {}
     for name in names:
         ended = done(folder, name)

@@ -2,7 +2,8 @@
 
     git -C DIFFUSERS archive COMMIT tests | tar x -C CHECKOUT
     cd CHECKOUT
-    PYTHONPATH=DIT_ROPE/scripts python -m pytest -p patch_on_construction tests/models/transformers/test_*_wan.py
+    export PYTHONPATH=DIT_ROPE/scripts/long_tests
+    python -m pytest -p patch_on_construction tests/models/transformers/test_*_wan.py
 
 A model is patched when the ``__init__`` of its own class returns, before any test sees it, so that loading, saving,
 training, LoRA, offloading and compiling all meet a patched model. What ``dit_rope.patch`` refuses stays as it is; the

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.results import write_results
 
-SCRIPTS = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent
 FILES = ["tests/models/transformers/test_*.py", "tests/models/controlnets/test_*.py"]
 MODES: tuple[Literal["plain", "patched"], ...] = ("plain", "patched")
 
@@ -80,7 +80,7 @@ class Runs:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", ".", file]
         command += ["-p", "patch_on_construction", *(["--leave-plain"] if mode == "plain" else [])]
         command += [f"--junitxml={partial.resolve()}"]
-        paths = [str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
         with log.open("w") as output:
             try:

@@ -1,7 +1,7 @@
 """What the launch path must do over any version of cuda-core and cuda-bindings, with a stub below as the driver.
 
 ``test_launch_over_stub.py`` runs this file with the installed versions,
-``scripts/long_tests/test_cuda_core_versions.py`` with others. cuda-core, cuda-bindings and NVRTC are the real ones.
+``scripts/long_tests/cuda_core_versions.py`` with others. cuda-core, cuda-bindings and NVRTC are the real ones.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def test_bench_refuses_a_file_as_its_folder(tmp_path):
 
 
 def test_bench_without_its_packages_says_how_to_get_them(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli.bench, "REQUIRED", ("jinja2", "surely_not_installed"))
+    monkeypatch.setattr("benchmarks.__main__.REQUIRED", ("jinja2", "surely_not_installed"))
     result = invoke("bench", "--out", tmp_path / "out", "--device", "cpu")
     assert result.exit_code == 2
     assert "surely_not_installed must be installed: pip install 'dit-rope[bench]'" in result.output
@@ -218,3 +218,13 @@ def test_demo_refuses(arguments, tmp_path):
     assert result.exit_code == 2
     assert arguments[0] in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [("bench",), ("inspect", "WanTransformer3DModel", "--plot", "a.svg")])
+def test_commands_of_a_checkout_say_where_to_get_it(monkeypatch, tmp_path, arguments):
+    monkeypatch.setattr(cli.checkout, "SCRIPTS", tmp_path / "site-packages" / "scripts")
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert f"dit-rope {arguments[0]}" in result.output
+    assert "must run from a checkout of the repository" in result.output
+    assert "clone the repository" in result.output

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_context_parallel import counted_turns, example_of, run, same, wrapped
 
 import dit_rope
+from split_models import counted_turns, example_of, run, same, wrapped
 
 
 def offloaded_by_accelerate(model: Any) -> None:

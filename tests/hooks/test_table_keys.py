@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -95,6 +97,41 @@ def test_tables_that_are_moved_are_not_kept_where_the_default_device_decides_the
         with torch.device("meta"):
             assert rope(ids).device.type == "meta"
         assert rope(ids).device.type == "cpu"
+
+
+def test_tables_are_built_on_the_default_device_of_the_call() -> None:
+    class Made(torch.nn.Module):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return torch.ones(3) * 2
+
+    rope, ids = known(Made)(), torch.arange(3)
+    memoize(rope, ModelTables("rope", "Made"), ("ids",))
+    for _ in range(2):
+        with torch.device("meta"):
+            assert rope(ids).device.type == "meta"
+        assert rope(ids).device.type == "cpu"
+
+
+class HalvedCosines(torch.overrides.TorchFunctionMode):
+    """Changes what a function of torch computes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result / 2 if func is torch.Tensor.cos else result
+
+
+def test_torch_function_mode_has_its_effect_and_leaves_none() -> None:
+    class Cosines(torch.nn.Module):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return ids.float().cos()
+
+    rope, ids = known(Cosines)(), torch.arange(3)
+    memoize(rope, ModelTables("rope", "Cosines"), ("ids",))
+    expected = ids.float().cos()
+    for _ in range(2):
+        with HalvedCosines():
+            assert torch.equal(rope(ids), expected / 2)
+        assert torch.equal(rope(ids), expected)
 
 
 def test_what_building_writes_is_put_back() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_context_parallel import BY_NAME, counted_turns, error, groups_of, run, same, wrapped
 
 import dit_rope
 from ranks import Ranks
+from split_models import BY_NAME, counted_turns, error, groups_of, run, same, wrapped
 from zoo import Example
 
 WORLD = 4

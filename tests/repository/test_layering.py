@@ -43,12 +43,11 @@ LAYERS = (
     ("dit_rope.models",),
     ("dit_rope.patching",),
     ("dit_rope.comparison", "dit_rope"),
-    ("benchmarks",),
     ("dit_rope.cli",),
     ("dit_rope.__main__",),
 )
 """From the bottom up: a module imports from below its own layer, never from beside it."""
-SAME_UNIT = ("dit_rope.hooks", "dit_rope.models", "benchmarks", "dit_rope.cli", "dit_rope.compat")
+SAME_UNIT = ("dit_rope.hooks", "dit_rope.models", "dit_rope.cli", "dit_rope.compat")
 """Packages whose modules may import one another. Backends may not, but for what follows."""
 TRITON = ("dit_rope.rotation.backends.triton_kernels", "dit_rope.rotation.backends.triton_device")
 TUNING, PLAN, ARGUMENTS, LAUNCH, CUDA = (
@@ -73,14 +72,13 @@ HOME = {
         "dit_rope.models",
         "dit_rope.patching",
         "dit_rope.comparison",
-        "benchmarks",
         "dit_rope.cli",
     ),
     "transformers": (),
     "typer": ("dit_rope.cli",),
     "rich": ("dit_rope.cli",),
-    "jinja2": ("benchmarks",),
-    "matplotlib": ("benchmarks", "dit_rope.cli"),
+    "jinja2": (),
+    "matplotlib": (),
     "skimage": ("dit_rope.comparison",),
     "PIL": ("dit_rope.comparison",),
     "numpy": ("dit_rope.comparison", "dit_rope.cli"),
@@ -186,8 +184,6 @@ def test_module_imports_only_what_its_layer_may(name):
         ("dit_rope.tables.table", "import diffusers"),
         ("dit_rope.patching", "from diffusers import DiffusionPipeline"),
         ("dit_rope.patching", "if True:\n    import diffusers.models"),
-        ("benchmarks.figures", "from matplotlib.figure import Figure"),
-        ("benchmarks.rotation", "from ..cli import options"),
     ],
 )
 def test_layering_check_notices(name, source):
@@ -271,7 +267,7 @@ def test_tests_skip_packages_that_cannot_be_imported_whole():
     """``cuda.core`` without ``cuda.bindings`` is there and raises ImportError, which pytest does not skip by itself."""
     calls = [
         ast.unparse(node)
-        for path in sorted((ROOT / "tests").glob("*.py"))
+        for path in sorted((ROOT / "tests").rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip"
     ]

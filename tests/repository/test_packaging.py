@@ -27,7 +27,6 @@ KERNELS = {path.name for path in (ROOT / "kernels").iterdir()}
 DATA = {
     "dit_rope/py.typed",
     "dit_rope/rotation/backends/cuda_tuning.json",
-    "scripts/benchmarks/report.html",
     "dit_rope/hooks/known_code.json",
 }
 SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "dit_rope").rglob("*.py")} | DATA

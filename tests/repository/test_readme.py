@@ -175,7 +175,7 @@ def test_generate_video_program_writes_a_video(loads_random_pipeline, monkeypatc
     out = tmp_path / "video.mp4"
     options = ["--model", "a/model", "--steps", "2", "--height", "32", "--width", "48", "--frames", "5"]
     monkeypatch.setattr("sys.argv", ["generate_video.py", *options, "--device", "cpu", "--out", str(out)])
-    runpy.run_path(str(ROOT / "scripts" / "generate_video.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "samples" / "generate_video.py"), run_name="__main__")
     assert loads_random_pipeline == ["a/model"]
     assert out.stat().st_size > 0
     assert f"wrote {out}" in capsys.readouterr().out

@@ -24,7 +24,7 @@ from dit_rope.rotation.backends import cuda_plan, triton_kernels
 ROOT = Path(__file__).resolve().parents[2]
 # What people do to models includes pickling them, and a forked child answers its parent so: these two read back what
 # they have just written.
-PICKLES = [ROOT / "scripts" / "intervention_cases" / name for name in ("copies.py", "forked.py")]
+PICKLES = [ROOT / "scripts" / "long_tests" / "intervention_cases" / name for name in ("copies.py", "forked.py")]
 SOURCES = sorted(
     path
     for folder in ("dit_rope", "scripts", "samples")

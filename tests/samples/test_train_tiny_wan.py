@@ -9,7 +9,7 @@ from pathlib import Path
 
 import dit_rope
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train_tiny_wan.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "tiny_wan" / "train_tiny_wan.py"
 
 
 def test_smoke_run_writes_a_pipeline_that_loads_and_can_be_patched(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ import pytest
 from benchmarks import results
 from benchmarks.results import Row, read_csv, write_rows
 
+ROOT = Path(__file__).resolve().parents[2]
 TIMES = 10
 
 
 def killed(program: str, folder: Path) -> list[tuple[str, int]]:
     """The signal and exit status of a whole run, and of those that were killed."""
-    command = [sys.executable, str(Path(__file__).with_name("killed_runs.py")), program, str(folder), str(TIMES)]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "killed_runs.py"), program, str(folder), str(TIMES)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr

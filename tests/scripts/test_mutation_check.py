@@ -22,6 +22,8 @@ PROGRAM = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {scripts!r})
+from long_tests.mutation import Mutation
+from long_tests.mutation_check import check
 made = lambda name, old, new, why="": Mutation(name, "tiny.py", old, new, ("test_tiny.py",), equivalent=why)
 mutations = [{mutations}]
 root, work = Path({root!r}), Path({work!r})
@@ -46,10 +48,12 @@ def test_committed_run_caught_every_mutation() -> None:
 def test_programs_import_one_another_in_one_direction() -> None:
     """Together they would be two modules with two classes of one name, one of them ``__main__``."""
     names = ("mutation", "mutations", "mutations_hooks", "mutations_inputs")
-    sources = {name: (ROOT / "scripts" / f"{name}.py").read_text() for name in names}
-    assert not any(re.search(r"(from|import) mutation_check", source) for source in sources.values())
+    sources = {name: (ROOT / "scripts" / "long_tests" / f"{name}.py").read_text() for name in names}
+    assert not any(re.search(r"(from|import) (long_tests\.)?mutation_check", source) for source in sources.values())
     assert "import mutation" not in sources["mutation"]
-    assert not re.search(r"(from|import) mutations\b", sources["mutations_hooks"] + sources["mutations_inputs"])
+    assert not re.search(
+        r"(from|import) (long_tests\.)?mutations\b", sources["mutations_hooks"] + sources["mutations_inputs"]
+    )
 
 
 def test_there_are_many_mutations_of_many_modules() -> None:

@@ -6,13 +6,13 @@ import re
 
 import pytest
 import torch
-from test_context_parallel import BY_NAME, CASES
 
 import dit_rope
 import wan_models
 from dit_rope.hooks import table_keys
 from dit_rope.models import ADAPTERS
 from pages import write_model_table
+from split_models import BY_NAME, CASES
 from zoo import EXAMPLES, Noise
 
 

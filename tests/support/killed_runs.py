@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
 import gpu_check
 from gpu_checks import plan, results
 from gpu_checks.runner import Check, Part

@@ -150,6 +150,7 @@ class Intervention:
         changes: results must differ from those of a model that is left alone, at least on one example.
         dtype: of the weights and inputs.
         rounded: the coarsest dtype that results are rounded to, where it is not ``dtype``.
+        roundings: how many of them results may be off.
         reversible: it can be taken off again, and leaves every object as it was.
         undo_reaches: what is called after ``undo()`` is what was patched, no copy of it, and holds nothing that was
             computed while it was.
@@ -165,6 +166,7 @@ class Intervention:
     changes: bool = False
     dtype: torch.dtype = torch.float32
     rounded: torch.dtype | None = None
+    roundings: int = 64
     reversible: bool = True
     undo_reaches: bool = True
     halved: bool = False

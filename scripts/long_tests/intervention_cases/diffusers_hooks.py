@@ -127,7 +127,11 @@ for _kind in ("blocks", "attentions", "norms", "projections", "ropes"):
 def _skipping(**options: bool) -> Any:
     def put(subject: Subject) -> None:
         from diffusers.hooks import LayerSkipConfig, apply_layer_skip
+        from diffusers.hooks._helpers import TransformerBlockRegistry
 
+        # What the process knows of a block's arguments since an earlier call decides which error a missing one is.
+        for metadata in TransformerBlockRegistry._registry.values():
+            metadata._cached_parameter_indices = None
         subject.each("blocks")
         fqn = subject.parts.blocks[0].rpartition(".")[0]
         apply_layer_skip(subject.model, LayerSkipConfig(indices=[0], fqn=fqn, **options))

@@ -58,16 +58,16 @@ def raised_by_us(error: BaseException) -> bool:
     return "dit_rope" in Path(trace.tb_frame.f_code.co_filename).parts and " must " in str(error)
 
 
-def compared(ours: list[Step], theirs: list[Step], exact: bool, rounded: torch.dtype) -> tuple[str, str]:
-    """The worst outcome of these steps, and what it was."""
+def compared(ours: list[Step], theirs: list[Step], exact: bool, bound: float) -> tuple[str, str]:
+    """The worst outcome of these steps, and what it was; ``bound`` is relative to the largest value of a tensor."""
     if len(ours) != len(theirs):
         return DIFFERENT, f"{len(ours)} steps of {len(theirs)}"
-    found = [_one(a, b, exact, rounded) for a, b in zip(ours, theirs, strict=True)]
+    found = [_one(a, b, exact, bound) for a, b in zip(ours, theirs, strict=True)]
     worst = max(found, key=lambda one: OUTCOMES.index(one[0]))
     return worst[0], f"step {found.index(worst)}: {worst[1]}" if worst[1] else ""
 
 
-def _one(ours: Step, theirs: Step, exact: bool, rounded: torch.dtype) -> tuple[str, str]:
+def _one(ours: Step, theirs: Step, exact: bool, bound: float) -> tuple[str, str]:
     if ours.error or theirs.error:
         what = f"{ours.error or 'runs'}: {ours.message}; unpatched {theirs.error or 'runs'}: {theirs.message}"
         if ours.error == theirs.error:
@@ -81,11 +81,11 @@ def _one(ours: Step, theirs: Step, exact: bool, rounded: torch.dtype) -> tuple[s
         return DIFFERENT, f"{_described(ours)}; unpatched {_described(theirs)}"
     if all(map(same, ours.tensors, theirs.tensors)):
         return EQUAL, ""
-    return _differing(ours, theirs, exact, rounded)
+    return _differing(ours, theirs, exact, bound)
 
 
-def _differing(ours: Step, theirs: Step, exact: bool, rounded: torch.dtype) -> tuple[str, str]:
-    worst, bound = "", 64 * torch.finfo(rounded).eps
+def _differing(ours: Step, theirs: Step, exact: bool, bound: float) -> tuple[str, str]:
+    worst = ""
     # Small gradients are sums of large ones that cancel, whose rounding they keep.
     least = 0.01 * max((_scale(x) for x in theirs.tensors if x.is_floating_point()), default=0.0)
     for number, (a, b) in enumerate(zip(ours.tensors, theirs.tensors, strict=True)):

@@ -120,6 +120,12 @@ class _Functions(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _OtherCosines(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result * 0.5 if func in (torch.cos, torch.Tensor.cos, torch.polar) else result
+
+
 class _Dispatch(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -132,6 +138,7 @@ def _counted_flops() -> Any:
 
 
 intervention("torch function mode")(_in_context(_Functions, False))
+intervention("torch function mode that halves cosines")(_in_context(_OtherCosines, False))
 intervention("torch dispatch mode")(_in_context(_Dispatch, False))
 intervention("flops counted")(_in_context(_counted_flops, False))
 intervention("profiler", quick=False)(

@@ -182,22 +182,23 @@ def _patched_or_refused(subject: Subject, patch: Patching, run: _Run) -> Any:
     return None
 
 
-def rounded_to(example: AnyExample, intervention: Intervention) -> torch.dtype:
-    """The coarsest dtype that queries and keys are rounded to."""
+def bound_of(example: AnyExample, intervention: Intervention) -> float:
+    """How far results may be off where only roundings differ, relative to the largest value of a tensor.
+
+    It is counted in roundings of the coarsest dtype that queries and keys are rounded to.
+    """
     found = [intervention.rounded or intervention.dtype, torch.float32]
     if intervention.dtype == torch.float64:
-        return torch.float32  # the tables of most
+        return intervention.roundings * torch.finfo(torch.float32).eps  # of the tables of most
     cls = parts_of(example).classes[""]
     model = f"{cls.__module__}.{cls.__qualname__}"
     for adapter in ADAPTERS:
         if adapter.model == model:
             found += [result for each in adapter.rotations if (result := getattr(each, "result", None))]
-    return max(found, key=lambda dtype: torch.finfo(dtype).eps)
+    return intervention.roundings * max(torch.finfo(dtype).eps for dtype in found)
 
 
-def judged(
-    run: _Run, twin: _Run, when: str, exact: bool, rounded: torch.dtype, undo_reaches: bool = True
-) -> tuple[str, str]:
+def judged(run: _Run, twin: _Run, when: str, exact: bool, bound: float, undo_reaches: bool = True) -> tuple[str, str]:
     """The worst of the rounds, and of what was left behind."""
     found = []
     names = ("patched", "after undo", "taken off")
@@ -206,7 +207,7 @@ def judged(
             continue
         undone = number > 0 and when != "taken off first" and undo_reaches
         bitwise = exact or run.refused or run.failed or undone
-        outcome, what = judge.compared(ours, theirs, bool(bitwise), rounded)
+        outcome, what = judge.compared(ours, theirs, bool(bitwise), bound)
         found.append((outcome, f"{names[number]}, {what}" if what else ""))
     left = judge.left_behind(run.objects, twin.objects)
     if left:
@@ -236,7 +237,7 @@ def rows_of(
             yield row("", "", judge.NOT_JUDGED, f"unpatched: {type(error).__name__}: {str(error)[:200]}")
             return
         changed = _changed(example, intervention, twin) if intervention.changes else None
-        rounded = rounded_to(example, intervention)
+        bound = bound_of(example, intervention)
         for when in orders:
             if when == "taken off first" and not intervention.reversible:
                 continue
@@ -244,7 +245,7 @@ def rows_of(
                 twin = twin_of(example, intervention, warm=True)
             for mode in modes_of(example, intervention, when):
                 exact = MODES[mode]
-                yield _row(example, intervention, (when, mode, exact), twin, rounded, patch, changed)
+                yield _row(example, intervention, (when, mode, exact), twin, bound, patch, changed)
 
 
 def modes_of(example: AnyExample, intervention: Intervention, when: str) -> tuple[str, ...]:
@@ -258,7 +259,7 @@ def modes_of(example: AnyExample, intervention: Intervention, when: str) -> tupl
 
 
 def _row(
-    example: AnyExample, intervention: Intervention, how: tuple[str, str, bool], twin: _Run, rounded: torch.dtype,
+    example: AnyExample, intervention: Intervention, how: tuple[str, str, bool], twin: _Run, bound: float,
     patch: Patching, changed: bool | None,
 ) -> Row:  # fmt: skip
     when, mode, exact = how
@@ -267,7 +268,7 @@ def _row(
         run = patched(example, intervention, when, exact, patch)
     except (Exception, Stopped) as error:
         return row(judge.CRASHED, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}")
-    outcome, detail = judged(run, twin, when, exact, rounded, intervention.undo_reaches)
+    outcome, detail = judged(run, twin, when, exact, bound, intervention.undo_reaches)
     if outcome in judge.SILENT and _nondeterministic(example, intervention, twin, when == "again"):
         outcome, detail = judge.NOT_JUDGED, "two unpatched twins differ"
     return row(outcome, detail, run.turned)
@@ -275,7 +276,7 @@ def _row(
 
 def _nondeterministic(example: AnyExample, intervention: Intervention, twin: _Run, warm: bool) -> bool:
     other = twin_of(example, intervention, warm)
-    found = [judge.compared(a, b, True, torch.float32)[0] for a, b in zip(other.rounds, twin.rounds, strict=True)]
+    found = [judge.compared(a, b, True, 0.0)[0] for a, b in zip(other.rounds, twin.rounds, strict=True)]
     return any(outcome not in (judge.EQUAL, judge.SAME_ERROR) for outcome in found)
 
 
@@ -283,5 +284,5 @@ def _changed(example: AnyExample, intervention: Intervention, twin: _Run) -> boo
     """Whether the intervention changes what the unpatched model gives, or makes it raise."""
     subject = subject_of(example, intervention)
     alone = steps(subject, ROUNDS[0])
-    outcomes = (judge.compared([a], [b], True, torch.float32)[0] for a, b in zip(twin.rounds[0], alone, strict=True))
+    outcomes = (judge.compared([a], [b], True, 0.0)[0] for a, b in zip(twin.rounds[0], alone, strict=True))
     return any(outcome != judge.EQUAL for outcome in outcomes)

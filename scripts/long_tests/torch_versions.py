@@ -1,6 +1,6 @@
 """Runs the tests under other versions of torch than the one that `constraints.txt` pins.
 
-    python scripts/long_tests/test_torch_versions.py [--torch 2.9.1 --torch 2.11.0] [--work-dir DIR] [-- -n 4]
+    python scripts/long_tests/torch_versions.py [--torch 2.9.1 --torch 2.11.0] [--work-dir DIR] [-- -n 4]
 
 Each version gets a virtual environment of its own, with the packages that this torch brings and everything else as
 `constraints.txt` pins it. Torch's builds from PyPI are for CUDA on Linux: several GB for each version, which is why
@@ -32,28 +32,24 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "scripts" / "results" / "torch-versions.csv"
 # The lowest that is declared, and one between it and the one that CI runs.
 VERSIONS = ("2.9.1", "2.11.0")
-_TEXT = "reads files of the repository, whatever torch is"
-_PROGRAM = "is about a program of scripts/, or of the command line"
 LEFT_OUT = {
-    **dict.fromkeys(("docs", "layering", "mutation_check", "packaging", "readme", "security"), _TEXT),
-    **dict.fromkeys(("write_measured_tables", "write_model_table", "known_code"), _TEXT),
-    **dict.fromkeys(("bench_end_to_end", "benchmark", "cli", "comparison", "count_operators", "gpu_check"), _PROGRAM),
-    **dict.fromkeys(("inspect_plot", "interventions", "patch_on_construction", "scale_out", "stream_video"), _PROGRAM),
+    "repository": "reads files of the repository, whatever torch is",
+    "scripts": "is about a program of scripts/",
+    "cli": "is about a program of the command line",
+    "samples": "compares files that the pinned torch made",
+    "hooks/test_known_code.py": "reads the source of diffusers, whatever torch is",
     **dict.fromkeys(
-        ("gallery", "samples_ssim", "train_tiny_wan", "versions_of_torch"), "compares files that the pinned torch made"
+        [f"backends/test_{name}.py" for name in ("cuda_compile", "cuda_kernels", "triton_compile")],
+        "is about compilers that torch does not have",
     ),
-    **dict.fromkeys(("cuda_compile", "cuda_kernels", "triton_compile"), "is about compilers that torch does not have"),
 }
-"""Test files without ``test_`` and ``.py``, and why their outcome does not depend on the version of torch."""
+"""Folders and files of ``tests/`` whose outcome does not depend on the version of torch, and why."""
 
 
 def chosen_tests() -> list[str]:
     """Every test file that runs."""
-    return [
-        str(path.relative_to(ROOT))
-        for path in sorted((ROOT / "tests").glob("test_*.py"))
-        if path.stem.removeprefix("test_") not in LEFT_OUT
-    ]
+    files = [path.relative_to(ROOT / "tests") for path in sorted((ROOT / "tests").rglob("test_*.py"))]
+    return [f"tests/{path}" for path in files if str(path) not in LEFT_OUT and path.parts[0] not in LEFT_OUT]
 
 
 def constraints(pins: str, installed: Sequence[str]) -> list[str]:

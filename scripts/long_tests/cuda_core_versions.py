@@ -1,7 +1,7 @@
 """Runs the tests of the launch path over versions of cuda-core and cuda-bindings, and writes what became of them.
 
-    python scripts/long_tests/test_cuda_core_versions.py
-    python scripts/long_tests/test_cuda_core_versions.py --pair 1.0.1 13.2.0
+    python scripts/long_tests/cuda_core_versions.py
+    python scripts/long_tests/cuda_core_versions.py --pair 1.0.1 13.2.0
 
 Needs a C compiler and a network or a cache of pip's, and no GPU: the driver is the stub of
 ``tests/support/stub_driver.py``. Each pair is installed into a temporary folder that comes before the environment's own
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"
 import stub_driver
 from benchmarks.results import Row, write_results
 
-TESTS = Path(stub_driver.__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 PAIRS = (
     ("0.5.1", "13.0.3"),
     ("0.6.0", "13.0.3"),
@@ -46,12 +46,12 @@ def tried(core: str, bindings: str) -> Row:
         names = [f"cuda-core=={core}", f"cuda-bindings=={bindings}"]
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(packages), *names]
         subprocess.run(pip, check=True)
-        paths = {"PYTHONPATH": ":".join(map(str, (packages, TESTS.parent, TESTS)))}
+        paths = {"PYTHONPATH": ":".join(map(str, (packages, ROOT, ROOT / "tests" / "support")))}
         environment = stub_driver.environment(stub) | paths
         subprocess.run([sys.executable, "-c", BUILD, str(stub)], env=environment, check=True)
         command = [sys.executable, "-m", "pytest", "-q", "-rs", "--color=no", "-p", "no:cacheprovider"]
         done = subprocess.run(
-            [*command, "launch_over_stub.py"], cwd=TESTS, env=environment, capture_output=True, text=True
+            [*command, "tests/backends/launch_over_stub.py"], cwd=ROOT, env=environment, capture_output=True, text=True
         )
     for number, what in re.findall(r"(\d+) (passed|failed|skipped)", done.stdout.splitlines()[-1]):
         counts[what] = int(number)
