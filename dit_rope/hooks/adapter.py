@@ -136,6 +136,7 @@ class Rotated:
         projection: what rotates where the attention module has no such norm; its result is ``[B, S, H * D]``.
         repeats: the processor may call it any number of times, none included, and rotates each result.
         rest_is_identity: the rest of a longer table must be rows that rotate nothing: no other norm takes them.
+        only_with: the submodule without which an attention module does not need this norm; None where it always does.
     """
 
     table: int = 0
@@ -143,6 +144,7 @@ class Rotated:
     projection: str | None = None
     repeats: bool = False
     rest_is_identity: bool = False
+    only_with: str | None = None
 
 
 QK: Mapping[str, Rotated] = {"norm_q": Rotated(projection="to_q"), "norm_k": Rotated(projection="to_k")}

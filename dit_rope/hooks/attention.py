@@ -24,7 +24,7 @@ from .class_override import INSTALLED, Installed, Override, copy_of, unpatched_c
 from .heads import as_given, as_heads, fits, rotate_heads
 from .known_code import Guard, guard_of
 from .packed_tables import Align, UnfitTable
-from .rotating_norms import DTYPES, AttentionSettings, RotatedCall, rotating_modules
+from .rotating_norms import DTYPES, AttentionSettings, RotatedCall, rotating_modules, why_incomplete
 
 _PROJECTIONS = frozenset({"to_q", "to_k"})
 
@@ -69,7 +69,7 @@ def _rotated_call(
 ) -> Any:
     """The call with rotating norms, or with a rotating function; _LEFT where the model's own code has to run."""
     holder = attn if processor is None else processor
-    if why_unknown(holder, guard, settings.rotations) is not None:
+    if why_unknown(holder, guard, settings.rotations) or why_incomplete(attn, settings.rotations):
         return _LEFT
     run = _with_rotating_norms if settings.rotations.rotated else _with_rotating_function
     try:

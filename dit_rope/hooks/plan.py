@@ -35,7 +35,7 @@ from .class_override import (
 from .forward_pass import BeginPass, EndPass
 from .known_code import guard_of
 from .rope_modules import MemoizedMethod, RopeOverride, TableSettings, why_not_memoized
-from .rotating_norms import AttentionSettings, rotating_modules
+from .rotating_norms import AttentionSettings, rotating_modules, why_incomplete
 
 # Names under which wrappers hold the module that they wrap: torch.compile, activation checkpointing, FSDP and DDP.
 _WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -110,8 +110,9 @@ class RotationPlan:
         reason = why_unknown(holder, guard_of(unpatched_class(holder), self.method), declared)
         if reason is not None:
             return reason
-        if declared.rotated and not self.names:
-            return f"it has none of {', '.join(declared.rotated)}"
+        reason = why_incomplete(self.attention, declared)
+        if reason is not None:
+            return reason
         if not declared.processors and is_bypassed(holder):
             return "another library has replaced its forward"
         if patched and not installed(self.attention):

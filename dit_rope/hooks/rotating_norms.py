@@ -45,6 +45,17 @@ def rotating_modules(attn: Any, declared: Rotations) -> list[tuple[str, Rotated]
     return found
 
 
+def why_incomplete(attn: Any, declared: Rotations) -> str | None:
+    """Why the norms that ``attn`` has cannot rotate all its queries and keys; None where they can."""
+    modules = vars(attn)["_modules"]
+    for name, rotated in declared.rotated.items():
+        if modules.get(name) is not None or (rotated.projection and modules.get(rotated.projection) is not None):
+            continue
+        if rotated.only_with is None or modules.get(rotated.only_with) is not None:
+            return f"it has no {name}"
+    return None
+
+
 class RotatedCall:
     """One call of an attention module: its tables, and which of its norms have not been called yet."""
 

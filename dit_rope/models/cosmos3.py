@@ -84,7 +84,7 @@ COSMOS3 = ModelAdapter(
             rotated={
                 "norm_q": Rotated(0),
                 "norm_k": Rotated(0),
-                "k_norm_und_for_gen": Rotated(0),
+                "k_norm_und_for_gen": Rotated(0, only_with="k_norm_und_for_gen"),
                 "norm_added_q": Rotated(1),
                 "norm_added_k": Rotated(1),
             },

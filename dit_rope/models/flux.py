@@ -14,8 +14,8 @@ from ..hooks.packed_tables import Align
 TEXT_THEN_IMAGE = {
     "norm_q": Rotated(align=Align.END),
     "norm_k": Rotated(align=Align.END),
-    "norm_added_q": Rotated(align=Align.START),
-    "norm_added_k": Rotated(align=Align.START),
+    "norm_added_q": Rotated(align=Align.START, only_with="add_q_proj"),
+    "norm_added_k": Rotated(align=Align.START, only_with="add_k_proj"),
 }
 _POS_EMBED = ModelTables("pos_embed", "FluxPosEmbed")
 # Single blocks are given both in one sequence.
