@@ -190,6 +190,22 @@ def test_layering_check_notices(name, source):
     assert offences(name, source)
 
 
+def unit(module: str) -> str:
+    """What of the package's folder the module is, or is in."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def test_picture_of_the_layers_shows_every_module_above_all_that_it_imports() -> None:
+    page = (ROOT / "docs" / "design.md").read_text()
+    lines = page.partition("## The map")[2].partition("```text\n")[2].partition("```")[0].splitlines()
+    floors = {name: floor for floor, line in enumerate(reversed(lines)) for name in line.split()}
+    assert set(floors) == {unit(module) for module in MODULES}
+    for name, path in MODULES.items():
+        for module, _ in imports(name, path.read_text(), path.name == "__init__.py"):
+            inside = module.split(".")[0] == "dit_rope" and unit(module) != unit(name)
+            assert not inside or floors[unit(module)] < floors[unit(name)], f"{name} imports {module}"
+
+
 def test_no_two_modules_beside_one_another_import_each_other():
     """However long the way round: what may be imported of a unit's own modules has an order."""
     below = {above: [module for other, module in BESIDE if other == above] for above, _ in BESIDE}
