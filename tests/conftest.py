@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+import dit_rope
+from dit_rope.tables.scaling_types import TYPES
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -22,8 +25,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _shared_state() -> Iterator[None]:
+    """Seeds torch; restores the limits of the caches and the registered scaling types after the test."""
     torch.manual_seed(0)
+    info, types = dit_rope.cache_info(), dict(TYPES)
+    yield
+    TYPES.clear()
+    TYPES.update(types)
+    dit_rope.cache_configure(
+        max_entries=info.tables.max_entries,
+        max_bytes=info.tables.max_bytes,
+        max_model_entries=info.models.max_entries,
+        max_model_bytes=info.models.max_bytes,
+    )
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -118,6 +132,21 @@ def random_wan(random_wan_folder: Path, one_thread: None) -> Any:
     pipe = diffusers.DiffusionPipeline.from_pretrained(random_wan_folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def loads_random_pipeline(monkeypatch: pytest.MonkeyPatch, random_wan: Any) -> list[str]:
+    """``from_pretrained`` loads the random pipeline; returns the names of the models that it is called with."""
+    import diffusers
+
+    names: list[str] = []
+
+    def from_pretrained(model: Any, **_options: Any) -> Any:
+        names.append(str(model))
+        return random_wan
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained)
+    return names
 
 
 @pytest.fixture

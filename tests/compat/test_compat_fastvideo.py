@@ -217,7 +217,6 @@ def test_cache_is_capped_in_bytes():
     for start in range(8):
         embed(start_frame=start)
     assert cache_info().tables.bytes <= 200_000
-    cache_configure(max_bytes=256 * 2**20)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
 import tomllib
 import unicodedata
-import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,16 @@ import dit_rope
 from benchmarks.results import read_csv
 from dit_rope import cli
 from dit_rope.models import ADAPTERS
-from dit_rope.tables import scaling_types
 from pages import write_measured_tables, write_model_table
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
+RESULTS = ROOT / "scripts" / "results"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 SAMPLES = sorted((ROOT / "samples").rglob("README.md"))
 PAGES = DOCS + TOP + SAMPLES
+README = (ROOT / "README.md").read_text()
+COMPAT = (ROOT / "docs" / "compat.md").read_text()
 MODELS = (ROOT / "docs" / "models.md").read_text()
 STREAMING = (ROOT / "docs" / "streaming.md").read_text()
 
@@ -43,7 +43,7 @@ def name_of(page: Path) -> str:
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return [code for found, code in CODE.findall(page.read_text()) if found == language]
+    return [code for word, code in CODE.findall(page.read_text()) if word == language]
 
 
 def anchors(page: Path) -> set[str]:
@@ -53,29 +53,23 @@ def anchors(page: Path) -> set[str]:
     return {heading.strip().replace(" ", "-") for heading in kept}
 
 
-@pytest.fixture
-def state_put_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Runs in a folder of its own; caps of the caches and registered scalings are afterwards as they were."""
-    before = dit_rope.cache_info()
-    monkeypatch.chdir(tmp_path)
-    with unittest.mock.patch.dict(scaling_types.TYPES):
-        yield
-    dit_rope.cache_configure(
-        max_entries=before.tables.max_entries,
-        max_bytes=before.tables.max_bytes,
-        max_model_entries=before.models.max_entries,
-        max_model_bytes=before.models.max_bytes,
-    )
-
-
 @pytest.mark.parametrize("page", [page for page in DOCS + SAMPLES if blocks(page, "python")], ids=name_of)
-@pytest.mark.usefixtures("one_thread", "state_put_back")
-def test_code_of_every_page_runs_in_order(page: Path, random_wan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever pipeline a page loads, it gets the random one."""
-    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *_given, **_options: random_wan)
+def test_code_of_every_page_runs_in_order(
+    page: Path,
+    random_wan: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In an empty folder; every pipeline that a page loads is the random one; lists are printed as comments state."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *_args, **_kwargs: random_wan)
     namespace: dict[str, Any] = {}
     for block in blocks(page, "python"):
         exec(compile(block, name_of(page), "exec"), namespace)
+    printed = capsys.readouterr().out.splitlines()
+    for stated in re.findall(r"^print\(.*\)  # (\[.*\])$", page.read_text(), flags=re.MULTILINE):
+        assert stated in printed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -103,9 +97,9 @@ def test_commands_that_every_page_names_exist(page: Path) -> None:
     text = "\n".join(spans)
     known = {command.name: command for command in cli.app.registered_commands}
     options = {name: CliRunner().invoke(cli.app, [name or "", "--help"]).output for name in known}
-    for command, given in re.findall(r"\bdit-rope (\w+)([^\n#]*)", text):
+    for command, arguments in re.findall(r"\bdit-rope (\w+)([^\n#]*)", text):
         assert command in known
-        assert [option for option in re.findall(r"(--[\w-]+)", given) if option not in options[command]] == []
+        assert [option for option in re.findall(r"(--[\w-]+)", arguments) if option not in options[command]] == []
     goals = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"(?:^|\s)make ([a-z]+)\b", text, flags=re.MULTILINE)) <= goals
     scripts = re.findall(r"python ((?:scripts|samples)/\S+\.py)", text)
@@ -144,6 +138,8 @@ def test_api_page_has_every_public_name() -> None:
 def test_tables_of_models_are_those_of_the_adapters() -> None:
     again = write_model_table.with_section(MODELS, write_model_table.compatibility(), "compatibility")
     assert write_model_table.with_section(again, write_model_table.left_alone()) == MODELS
+    assert write_model_table.with_section(README, write_model_table.rows()) == README
+    assert all(f"| `{adapter.model_class}` |" in README for adapter in ADAPTERS)
 
 
 def test_numbers_of_classes_are_those_of_the_adapters() -> None:
@@ -165,7 +161,7 @@ def test_adapter_of_the_models_page_is_the_one_in_use() -> None:
 
 
 def test_drift_of_the_streaming_page_is_the_measured_one() -> None:
-    measured = {(row["dtype"], row["shifts"]): row for row in read_csv(ROOT / "scripts" / "results" / "key-drift.csv")}
+    measured = {(row["dtype"], row["shifts"]): row for row in read_csv(RESULTS / "key-drift.csv")}
     lines = re.findall(r"^\| ([\d,]+) \| (.*) \|$", STREAMING, flags=re.MULTILINE)
     assert len(lines) == 6
     for shifts, cells in lines:
@@ -177,6 +173,32 @@ def test_drift_of_the_streaming_page_is_the_measured_one() -> None:
             single["relative_error"],
             brain["relative_error_from_raw"],
         ]
+
+
+def test_functions_of_the_compat_page_exist() -> None:
+    rows = re.findall(r"^\| `compat\.(\w+)` \| (.*?) \|", COMPAT, flags=re.MULTILINE)
+    assert len(rows) == 4
+    for name, functions in rows:
+        names = re.findall(r"`(\w+)`", functions)
+        module = importlib.import_module(f"dit_rope.compat.{name}")
+        both = "`_inplace`" in functions
+        rotations = [name for name in names if name.startswith("apply_rope") or name.startswith("apply_llama")]
+        names = [name for name in names if name != "_inplace"] + [f"{name}_inplace" for name in rotations if both]
+        assert names
+        assert [name for name in names if not callable(getattr(module, name, None))] == []
+
+
+def test_errors_of_the_compat_page_are_the_measured_ones() -> None:
+    measured = {(row["last position"], row["source"]): row for row in read_csv(RESULTS / "long-context-error.csv")}
+    head, *rows = re.findall(r"^\| (up to position|[\d,]+) \| (.*) \|$", COMPAT, flags=re.MULTILINE)
+    sources = head[1].split(" | ")
+    stated = {
+        (last.replace(",", ""), source): cell
+        for last, cells in rows
+        for source, cell in zip(sources, cells.split(" | "), strict=True)
+    }
+    assert stated == {key: f"{row['error of cos, sin']}, {row['error of a vector']}" for key, row in measured.items()}
+    assert {last for last, _ in stated} >= {"100000", "1000000"}
 
 
 def test_drift_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,24 +17,7 @@ import dit_rope
 from dit_rope import Grid, NormKind, Pairing, RopeSpec, Scaling, Shard, rope_table
 from dit_rope.compat import fastvideo, flashinfer
 from dit_rope.tables.dense_memory import MAX_DENSE_BYTES
-from dit_rope.tables.scaling_types import TYPES
 from wrong_arguments import GRID, HUGE, SPEC, WRONG, calls, every_argument, normal, wrong_argument_outcome
-
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    """Some calls that go through change what all tests share: caps of the caches, and registered scalings."""
-    info, types = dit_rope.cache_info(), dict(TYPES)
-    yield
-    TYPES.clear()
-    TYPES.update(types)
-    dit_rope.cache_configure(
-        max_entries=info.tables.max_entries,
-        max_bytes=info.tables.max_bytes,
-        max_model_entries=info.models.max_entries,
-        max_model_bytes=info.models.max_bytes,
-    )
-
 
 # Sizes.
 

@@ -22,9 +22,7 @@ GRID_1D = Grid(40)
 @pytest.fixture(autouse=True)
 def _empty_caches():
     cache_clear()
-    before = cache_info().tables
     yield
-    cache_configure(max_entries=before.max_entries, max_bytes=before.max_bytes)
     cache_clear()
 
 

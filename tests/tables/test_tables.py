@@ -24,7 +24,6 @@ GRID = Grid(3, 4, 5)
 def _empty_caches():
     cache_clear()
     yield
-    cache_configure(max_entries=16, max_bytes=256 * 2**20)
     cache_clear()
 
 
