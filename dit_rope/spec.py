@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import enum
 import math
-import numbers
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+
+from .scalars import as_number, integer, positive
 
 MAX_AXES = 4
 FREQUENCY_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -107,9 +107,9 @@ class Scaling:
     def of(cls, kind: str, **parameters: ScalingValue | Sequence[float]) -> Scaling:
         """Makes a scaling from keyword parameters: ``Scaling.of("linear", factor=4.0)``."""
         frozen = {
-            name: tuple(map(plain, value))
+            name: tuple(map(_plain, value))
             if isinstance(value, Sequence) and not isinstance(value, str)
-            else plain(value)
+            else _plain(value)
             for name, value in parameters.items()
         }
         return cls(kind, tuple(sorted(frozen.items())))
@@ -118,11 +118,10 @@ class Scaling:
         return f"{self.kind}({', '.join(f'{name}={value}' for name, value in self.parameters)})"
 
 
-def plain(value: Any) -> Any:
-    """A number of numpy as Python's own; everything else as it is."""
-    if isinstance(value, (int, float)) or not isinstance(value, numbers.Real):
-        return value
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
+def _plain(value: Any) -> Any:
+    """A number of numpy as an int or a float; everything else as it is."""
+    number = as_number(value)
+    return value if number is None else number
 
 
 Scalings = Scaling | Sequence[Scaling | None] | None
@@ -141,39 +140,14 @@ def _scalings(given: Scalings, axes: int) -> Scaling | tuple[Scaling | None, ...
 
 def _per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple[float, ...]:
     """One positive finite float per axis; a number, or a sequence of one, serves every axis."""
-    values = [plain(v) for v in (value if isinstance(value, Sequence) else (value,))]
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+    values = list(value) if isinstance(value, Sequence) else [value]
+    if any(as_number(v) is None for v in values):
         raise TypeError(f"{name} must be a number or numbers, got {value!r}")
     if len(values) == 1:
         values = values * axes
     if len(values) != axes:
         raise ValueError(f"{name} must be a number or have one value per axis ({axes}), got {value!r}")
-    if not all(0 < v <= sys.float_info.max for v in values):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
-    return tuple(float(v) for v in values)
-
-
-def as_int(value: object) -> int | None:
-    """``value`` as an int where it is one, those of numpy included; None for anything else, a bool too."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int):
-        return value
-    return int(value) if isinstance(value, numbers.Integral) else None
-
-
-def integer(name: str, value: object, minimum: int) -> int:
-    """``value`` as an int, which must be at least ``minimum``; ints of numpy are taken too.
-
-    Raises:
-        TypeError, ValueError: naming the argument, the rule and the value.
-    """
-    number = as_int(value)
-    if number is None:
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if number < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return number
+    return tuple(float(positive(name, v)) for v in values)
 
 
 @dataclass(frozen=True)

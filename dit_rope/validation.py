@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .cache import in_mode
-from .spec import NormKind, as_int, integer
+from .scalars import as_int, integer
+from .spec import NormKind
+from .torch_state import in_mode
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LARGEST_EPS = torch.finfo(torch.float32).max  # kernels have it in float32
@@ -30,17 +31,6 @@ def checked_device(device: torch.device | str | int) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
         raise ValueError(f"device must be one of the {count} CUDA devices that torch sees, got {device!r}")
     return found
-
-
-def check_flags(**flags: object) -> None:
-    """Refuses what is no bool; any object has a truth, which need not be the one that was meant.
-
-    Raises:
-        TypeError: naming the argument.
-    """
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
 def check_values(name: str, x: object) -> None:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
-from ..cache import in_mode
-from ..spec import Grid, RopeSpec, as_int, integer
+from ..scalars import as_int, integer
+from ..spec import Grid, RopeSpec
 from ..tables.axes import ROW_BLOCK
 from ..tables.scaling import device_frequencies
 from ..tables.table import rope_table
+from ..torch_state import in_mode
 from .dense import check_position_tensor
 
 Ints = torch.Tensor | Sequence[int]

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from ..cache import in_mode
 from ..rotation_args import RotationArgs
-from ..spec import Pairing, as_int
-from ..validation import check_flags, check_memory, check_tensors
+from ..scalars import as_int, check_flags
+from ..spec import Pairing
+from ..torch_state import in_mode
+from ..validation import check_memory, check_tensors
 
 
 def one_axis_args(

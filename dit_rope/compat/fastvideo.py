@@ -9,10 +9,10 @@ from numbers import Real
 
 import torch
 
-from ..spec import FREQUENCY_DTYPES, MAX_AXES, Grid, Pairing, RopeSpec, Shard, integer
+from ..scalars import check_flags, integer
+from ..spec import FREQUENCY_DTYPES, MAX_AXES, Grid, Pairing, RopeSpec, Shard
 from ..tables.shards import MAX_POSITION
 from ..tables.table import dense_table
-from ..validation import check_flags
 
 
 def get_rotary_pos_embed(

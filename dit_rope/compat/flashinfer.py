@@ -13,15 +13,13 @@ Signatures and meaning are those of ``flashinfer/rope.py`` at fb28d724. Every fu
 
 from __future__ import annotations
 
-import numbers
-import sys
-
 import torch
 
 from ..rotation import api as rotation
 from ..rotation.choice import check_backend
-from ..spec import Pairing, RopeSpec, Scaling, as_int, plain
-from ..validation import check_flags, check_inplace, check_tensors
+from ..scalars import as_int, check_flags, positive
+from ..spec import Pairing, RopeSpec, Scaling
+from ..validation import check_inplace, check_tensors
 from .angles import Ints, ragged_positions, token_rows
 from .dense import check_position_tensor, one_axis_args, prepare_cached, split_heads
 
@@ -244,13 +242,6 @@ def apply_llama31_rope_pos_ids_inplace(
     _turn(q, k, pos_ids, _spec(q, rotary_dim, rope_theta, scaling), interleave, backend, inplace=True)
 
 
-def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 < plain(value) <= sys.float_info.max:
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
-
-
 def _check_tokens(q: object) -> None:
     if not isinstance(q, torch.Tensor) or q.ndim != 3:
         got = tuple(q.shape) if isinstance(q, torch.Tensor) else type(q).__name__
@@ -263,14 +254,14 @@ def _ragged(q: torch.Tensor, indptr: Ints, offsets: Ints) -> torch.Tensor:
 
 
 def _linear(rope_scale: float) -> Scaling | None:
-    _check_number("rope_scale", rope_scale)
+    positive("rope_scale", rope_scale)
     return None if rope_scale == 1 else Scaling.of("linear", factor=float(rope_scale))
 
 
 def _llama31(rope_scale: float, low: float, high: float, length: int) -> Scaling:
     named = {"rope_scale": rope_scale, "low_freq_factor": low, "high_freq_factor": high, "old_context_len": length}
     for name, value in named.items():
-        _check_number(name, value)
+        positive(name, value)
     return Scaling.of(
         "llama3",
         factor=rope_scale,
@@ -286,7 +277,7 @@ def _spec(q: torch.Tensor, rotary_dim: int | None, theta: float, scaling: Scalin
     if width is None or not 2 <= width <= q.shape[2] or width % 2:
         got = q.shape[2] if rotary_dim is None else rotary_dim
         raise ValueError(f"rotary_dim must be even, at least 2 and at most head_dim {q.shape[2]}, got {got!r}")
-    _check_number("rope_theta", theta)
+    positive("rope_theta", theta)
     return RopeSpec((width,), theta, Pairing.HALF, scaling=scaling)  # both pairings have the same table
 
 

@@ -13,8 +13,8 @@ import torch
 
 from ..rotation import api as rotation
 from ..rotation_args import RotationArgs
-from ..spec import as_int
-from ..validation import DTYPES, check_flags, check_tensors
+from ..scalars import as_int, check_flags
+from ..validation import DTYPES, check_tensors
 from .dense import one_axis_args
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..cache import in_transform
+from ..torch_state import in_transform
 from .adapter import Layout, Rotations, Rounds
 from .class_override import INSTALLED, Installed, Override, copy_of, unpatched_class, unpatched_method
 from .heads import as_given, as_heads, fits, rotate_heads

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..spec import Pairing
+from ..torch_state import capturing
 from .packed_tables import (
     PackedTable,
     UnfitTable,
@@ -105,7 +106,7 @@ class Format:
 
     def _check_doubled(self, rotary: Any, device: torch.device) -> None:
         assert self.doubled is not None
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(device):
             return  # a look would wait for the device
         for one, other in self.doubled(rotary):
             if not torch.equal(one, other):

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..cache import capturing, in_mode, stream_of
 from ..rotation_args import RotationArgs
 from ..spec import Pairing
+from ..torch_state import capturing, in_mode, stream_of
 from .forward_pass import current_pass, packed_in_this_pass
 
 # Lengths of sequences, and dtypes, that are remembered for one table.

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..cache import capturing, in_mode, in_transform, stream_of
 from ..spec import Grid, RopeSpec, Scalings
-from ..tables.table import MODEL_TABLES, RopeTable, rope_table
+from ..tables.caches import MODEL_TABLES
+from ..tables.table import RopeTable, rope_table
+from ..torch_state import capturing, in_mode, in_transform, stream_of
 from .adapter import AxisForm, FrameRows, ModelTables
 from .class_override import INSTALLED, Installed, Override, unpatched_class, unpatched_method
 from .formats import AXES

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import torch
 
-from ..cache import in_level, in_mode
 from ..rotation_args import RotationArgs, layout_of
+from ..scalars import check_flags
 from ..spec import NormKind
 from ..tables.table import RopeTable
+from ..torch_state import in_level, in_mode
 from ..validation import (
     check_around,
-    check_flags,
     check_inplace,
     check_norm,
     check_positions,

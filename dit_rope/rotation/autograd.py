@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ..cache import in_level
 from ..rotation_args import RotationArgs
 from ..spec import NormKind
+from ..torch_state import in_level
 from . import derivatives
 from .choice import choose_backend
 from .ops import library, rotate, unflatten, write_all

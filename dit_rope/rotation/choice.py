@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..cache import in_level, in_mode
 from ..rotation_args import Memo, RotationArgs, layout_of
 from ..spec import NormKind, Pairing
+from ..torch_state import in_level, in_mode
 from .backends import cuda_kernels, eager, triton_kernels
 
 MODULES: dict[str, Any] = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}

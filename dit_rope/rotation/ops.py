@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..cache import in_level, in_transform
 from ..rotation_args import Memo, RotationArgs
 from ..spec import NormKind, Pairing
+from ..torch_state import in_level, in_transform
 from .choice import MODULES, remembered_choice
 
 _ARGS = (

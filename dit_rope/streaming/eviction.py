@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ..spec import as_int, integer
+from ..scalars import as_int, integer
 
 _MOST_BLOCKS = 2**24  # a plan is made block by block
 

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 
 from ..rotation import api as rotation
-from ..spec import integer
+from ..scalars import integer
+from ..torch_state import uncompiled
 from ..validation import DTYPES, check_memory
-from .stream import Chunk, PositionPolicy, RopeStream, runs, uncompiled
+from .stream import Chunk, PositionPolicy, RopeStream, runs
 
 _MOST = 2**20
 """Of anything but tokens; sizes past it are mistakes, and their product might not be a number that torch has."""

@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 
-from ..cache import capturing, finish, in_mode
 from ..rotation import api as rotation
 from ..rotation.choice import check_backend
 from ..rotation_args import RotationArgs
-from ..spec import RopeSpec, as_int, integer
+from ..scalars import as_int, check_flags, integer
+from ..spec import RopeSpec
 from ..tables.caches import SHIFTS
 from ..tables.scaling import device_frequencies
-from ..validation import DTYPES, check_flags, check_inplace, check_memory, checked_device
+from ..torch_state import capturing, finish, in_mode
+from ..validation import DTYPES, check_inplace, check_memory, checked_device
 
 _LASTING_DTYPES = (torch.float32, torch.float64)
 _LEAST_ROWS = 64

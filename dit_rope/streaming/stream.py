@@ -9,44 +9,25 @@ moves in one place here: :meth:`RopeStream.commit`. :mod:`dit_rope.streaming.rol
 from __future__ import annotations
 
 import enum
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ParamSpec, TypeVar
 
 import torch
 
 from ..rotation import api as rotation
 from ..rotation.choice import check_backend
 from ..rotation_args import RotationArgs
-from ..spec import Grid, RopeSpec, integer
+from ..scalars import integer
+from ..spec import Grid, RopeSpec
 from ..tables.axes import build_axis
 from ..tables.scaling import axis_frequencies
 from ..tables.shards import MAX_POSITION, grid_coordinates
 from ..tables.table import RopeTable, rope_table
+from ..torch_state import uncompiled
 from ..validation import check_values, checked_device
-
-Params = ParamSpec("Params")
-Result = TypeVar("Result")
 
 # Frames by which a stream's table moves on.
 _TABLE_STEP = 512
-
-
-def uncompiled(function: Callable[Params, Result]) -> Callable[Params, Result]:
-    """``function``, which torch.compile leaves alone: its numbers are new in every chunk and would be compiled in.
-
-    Disabled only when somebody compiles, because asking for that imports the compiler, which takes a second.
-    """
-
-    @functools.wraps(function)
-    def call(*args: Params.args, **kwargs: Params.kwargs) -> Result:
-        if torch.compiler.is_compiling():
-            result: Result = torch.compiler.disable(function)(*args, **kwargs)
-            return result
-        return function(*args, **kwargs)
-
-    return call
 
 
 class PositionPolicy(enum.Enum):

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..cache import FifoCache, in_mode
+from ..cache import FifoCache
 from ..spec import Grid, RopeSpec
+from ..torch_state import in_mode
 from .scaling import axis_frequencies
 from .scaling_types import AxisFrequencies
 

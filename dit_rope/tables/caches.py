@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ..cache import CacheInfo, FifoCache
-from ..spec import integer
+from ..scalars import integer
 from .axes import AXES
 from .scaling import FREQUENCIES
 

@@ -7,7 +7,7 @@ import mmap
 
 import torch
 
-from ..cache import in_mode
+from ..torch_state import in_mode
 
 MAX_DENSE_BYTES = 16 * 2**30
 """Bytes that one form of a table may take: rows of its axes, cos and sin of all tokens, complex numbers, or positions.

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from ..cache import WITHOUT_FLOAT64_OR_COMPLEX, FifoCache, in_mode
-from ..spec import RopeSpec, Scaling, integer
+from ..cache import FifoCache
+from ..scalars import integer
+from ..spec import RopeSpec, Scaling
+from ..torch_state import WITHOUT_FLOAT64_OR_COMPLEX, in_mode
 from .scaling_types import TYPES, AxisFrequencies, ScalingFunction, ScalingType, default, ntk_theta
 
 # Keys of transformers' dictionaries that say which type it is, or belong to the rotation and not to its scaling.

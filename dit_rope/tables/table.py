@@ -8,13 +8,12 @@ from typing import Any, cast
 
 import torch
 
-from ..cache import WITHOUT_FLOAT64_OR_COMPLEX as WITHOUT_FLOAT64_OR_COMPLEX
 from ..rotation_args import RotationArgs
-from ..spec import Grid, RopeSpec, Shard, as_int, integer
+from ..scalars import as_int, integer
+from ..spec import Grid, RopeSpec, Shard
+from ..torch_state import WITHOUT_FLOAT64_OR_COMPLEX
 from ..validation import checked_device, coordinate_rows
 from .axes import axis_arrays, axis_block
-from .caches import ANGLES as ANGLES
-from .caches import MODEL_TABLES as MODEL_TABLES
 from .caches import TABLES
 from .dense import DenseTable, Form, TableKey, build_complex, build_dense, layout_of
 from .dense_memory import check_dense_bytes

@@ -13,7 +13,7 @@ import torch
 
 import dit_rope
 from dit_rope.hooks.adapter import ModelTables
-from dit_rope.tables.table import MODEL_TABLES
+from dit_rope.tables.caches import MODEL_TABLES
 from known_classes import known, memoize
 from zoo import EXAMPLES, Noise
 

@@ -22,6 +22,7 @@ MODULES = {
 }
 
 LAYERS = (
+    ("dit_rope.scalars", "dit_rope.torch_state"),
     ("dit_rope.spec", "dit_rope.cache"),
     ("dit_rope.tables.scaling_types",),
     ("dit_rope.tables.scaling", "dit_rope.rotation_args"),

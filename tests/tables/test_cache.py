@@ -16,7 +16,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_rope.cache import FifoCache, finish
+from dit_rope.cache import FifoCache
+from dit_rope.torch_state import finish
 
 CPU = torch.device("cpu")
 KIB = 256  # float32 elements in 1 KiB

@@ -32,7 +32,7 @@ from dit_rope.hooks.class_override import Installed, PatchState
 from dit_rope.hooks.rope_modules import MemoizedMethod, TableSettings
 from dit_rope.rotation.backends import eager
 from dit_rope.rotation_args import RotationArgs
-from dit_rope.tables.table import MODEL_TABLES
+from dit_rope.tables.caches import MODEL_TABLES
 from known_classes import known, memoize
 
 THREADS = 64

@@ -16,10 +16,10 @@ from dataclasses import replace
 import torch
 from einops import rearrange
 
-from ...cache import in_mode
 from ...rotation_args import Memo, RotationArgs
 from ...spec import NormKind, Pairing
-from ...tables.table import ANGLES, WITHOUT_FLOAT64_OR_COMPLEX
+from ...tables.caches import ANGLES
+from ...torch_state import WITHOUT_FLOAT64_OR_COMPLEX, in_mode
 from . import token_angles
 from .token_angles import dense_angles as dense_angles
 
