@@ -68,6 +68,10 @@ class RopeTable:
                 f"{tuple(rows.shape)} {rows.dtype} on {rows.device}"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out validated calls: backends and launches of this process, on this machine."""
+        return {**vars(self), "validated": {}}
+
     def __repr__(self) -> str:
         dtype, rows = str(self.dtype).removeprefix("torch."), tuple(self.rows.shape)
         shard = "" if self.shard == _WHOLE else f", {self.shard}"

@@ -83,3 +83,15 @@ def test_an_axis_that_is_not_there_is_refused_by_name():
         table.axis(5)
     with pytest.raises(ValueError, match="axis must be at least 0, got -1"):
         table.axis(-1)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_copies_and_pickles_of_a_used_table_do_not_carry_what_a_process_found_out(protocol: int) -> None:
+    table = rope_table(SPEC, Grid(3, 4, 5))
+    x = torch.randn(1, table.count, 2, SPEC.rotary_dim)
+    expected = rotate(x, table)
+    assert table.validated
+    for other in (copy.copy(table), copy.deepcopy(table), pickle.loads(pickle.dumps(table, protocol))):
+        assert other.validated == {}
+        assert torch.equal(rotate(x, other), expected)
+    assert table.validated
