@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .hooks.plan import Options, Plan, make_plan, restore
+from .hooks.plan import Options, PatchPlan, make_plan, restore
 from .hooks.report import describe
 from .models import ADAPTERS, ModelAdapter
 from .rotation.choice import check_backend
@@ -27,7 +27,7 @@ class UnsupportedModelError(ValueError):
 class Patch:
     """A patch in place: what it replaced, and the way back. As a context manager it undoes itself at the end."""
 
-    _plans: list[Plan]
+    _plans: list[PatchPlan]
     _options: Options
 
     @property
@@ -175,7 +175,7 @@ def _supported() -> str:
     return "supported models: " + ", ".join(adapter.model_class for adapter in ADAPTERS)
 
 
-def _plans(target: Any, fuse: Fusion) -> list[Plan]:
+def _plans(target: Any, fuse: Fusion) -> list[PatchPlan]:
     modules = _modules(target)
     found = [each for name, module in modules for each in _supported_in(name, module)]
     if not found:

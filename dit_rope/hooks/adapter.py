@@ -26,7 +26,7 @@ class Layout(enum.Enum):
     __hash__ = object.__hash__
 
 
-class Rounds(enum.Enum):
+class CastTo(enum.Enum):
     """A dtype that a model rounds normed queries and keys to."""
 
     INPUT = "of the attention's input"
@@ -36,7 +36,7 @@ class Rounds(enum.Enum):
 
 
 @dataclass(frozen=True)
-class FrameRows:
+class ForwardGrid:
     """The grid of one forward pass: ``grid`` is (T, H, W) after patching.
 
     ``frames``, where given, are the frame positions of the video, each below T, instead of 0, 1, ..., T - 1.
@@ -47,7 +47,7 @@ class FrameRows:
 
 
 @dataclass(frozen=True)
-class AxisForm:
+class AxisTables:
     """Tables ``[1, S, 1, D]`` of a grid, of which kernels read one small array per axis instead of a row per token.
 
     Attributes:
@@ -56,7 +56,7 @@ class AxisForm:
     """
 
     spec: Callable[[Any], RopeSpec]
-    frames: Callable[..., FrameRows]
+    frames: Callable[..., ForwardGrid]
 
 
 EVERY = ("*",)
@@ -75,13 +75,13 @@ class ModelTables:
         path: of the object in the model; empty for a method of the model's own.
         builder: its class name, or those it may have, as documents name it.
         method: what builds the tables.
-        by_shape: names of arguments whose tensors count by shape, dtype and device, because the tables depend on
+        keyed_by_shape: names of arguments whose tensors count by shape, dtype and device, because the tables depend on
             nothing else in them; :data:`EVERY` for all of them.
         reads: names of modules of the model that a method of the model reads.
-        writes: names of attributes and buffers that ``method`` itself sets, which decide nothing, and are put back.
+        sets: names of attributes and buffers that ``method`` itself sets, which decide nothing, and are put back.
         to_device: the tables are built on the host and moved in every use; they are kept where the model computes.
         optional: configurations without this object exist.
-        live: from the object and the arguments to the first results, which are data and no tables: made in every
+        not_cached: from the object and the arguments to the first results, which are data and no tables: made in every
             call, and not kept.
         axes: the grid that the tables are of, whose axes kernels read; without it they read a row per token.
     """
@@ -89,13 +89,13 @@ class ModelTables:
     path: str
     builder: str | tuple[str, ...]
     method: str = "forward"
-    by_shape: tuple[str, ...] = ()
+    keyed_by_shape: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
-    writes: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
     to_device: bool = False
     optional: bool = False
-    live: Callable[..., tuple[Any, ...]] | None = None
-    axes: AxisForm | None = None
+    not_cached: Callable[..., tuple[Any, ...]] | None = None
+    axes: AxisTables | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Rotated:
+class NormRotation:
     """How the result of one norm, or projection, of an attention module rotates.
 
     Attributes:
@@ -147,30 +147,30 @@ class Rotated:
     only_with: str | None = None
 
 
-QK: Mapping[str, Rotated] = {"norm_q": Rotated(projection="to_q"), "norm_k": Rotated(projection="to_k")}
+QK: Mapping[str, NormRotation] = {"norm_q": NormRotation(projection="to_q"), "norm_k": NormRotation(projection="to_k")}
 """Queries and keys that share one table and start with it."""
 
 
 @dataclass(frozen=True)
-class Rebound:
+class ReplacedFunction:
     """A function that rotates, which a processor finds among the globals of its module.
 
     The processor's code runs with that one name bound to something else: for processors that rotate whatever they are
     given.
 
     Attributes:
-        function: its name.
+        name: its name.
         returns: how many of its first arguments are what it rotates and returns.
         tables: how many arguments follow, which the format takes: as one tuple, where they are several.
     """
 
-    function: str
+    name: str
     returns: int = 1
     tables: int = 1
 
 
 @dataclass(frozen=True)
-class Rotations:
+class AttentionRotation:
     """Attention modules whose rotation moves into their norms, or into their projections where there is no norm.
 
     Attributes:
@@ -178,15 +178,15 @@ class Rotations:
         attention_class: their class name, as documents name it.
         format: of the rotary tensors they are given.
         layout: of what the modules in ``rotated`` return.
-        rotated: by attribute name of the attention module; those it lacks, or has as None, give way to a projection.
+        norms: by attribute name of the attention module; those it lacks, or has as None, give way to a projection.
         rotary: names of the rotary arguments of the processor, or of the attention's forward where there is none.
         covers: which tokens each of the tables has rows for; the last one where there are more tables.
         later_default_to_first: a later rotary argument that is None means the first one.
         processors: class names of the processors the declaration was written for; empty for attention modules that
             attend in their own forward.
         may_skip: a call may do without queries and keys, and so without all of these norms.
-        rebound: for code that does not skip a rotation of None: the function that rotates. It returns its arguments as
-            they are where the norms have rotated them.
+        replaced_function: for code that does not skip a rotation of None: the function that rotates. It returns its
+            arguments as they are where the norms have rotated them.
         unrotated: for code that does not skip it, and rotates without calling a function: the same attention without
             the rotation, from the processor, its method, the attention module and the other arguments.
         rotate: from what a projection returned, the table and a function that rotates heads, to its rotation, where
@@ -194,7 +194,7 @@ class Rotations:
         head_dim: from the attention module to the channels of a head, where not all of them rotate and heads are not
             split yet.
         partial: the tables may be narrower than the heads, whose other channels do not rotate.
-        rounds: to which dtype the model rounds what the norms return, before it rotates.
+        cast_to: to which dtype the model rounds what the norms return, before it rotates.
         result: dtype to which exact mode rounds what has been rotated, whatever the model's dtype.
         when: from the model and an attention module of such a path to whether it is meant, where classes or
             configurations decide what rotates.
@@ -204,22 +204,22 @@ class Rotations:
     attention_class: str
     format: Format
     layout: Layout
-    rotated: Mapping[str, Rotated] = field(default_factory=lambda: QK)
+    norms: Mapping[str, NormRotation] = field(default_factory=lambda: QK)
     rotary: tuple[str, ...] = ("image_rotary_emb",)
     covers: tuple[Tokens, ...] = (Tokens(),)
     later_default_to_first: bool = False
     processors: tuple[str, ...] = ()
     may_skip: bool = False
-    rebound: Rebound | None = None
+    replaced_function: ReplacedFunction | None = None
     unrotated: Callable[..., Any] | None = None
     rotate: Callable[..., torch.Tensor] | None = None
     head_dim: Callable[[Any], int] | None = None
     partial: bool = False
-    rounds: Rounds | None = None
+    cast_to: CastTo | None = None
     result: torch.dtype | None = None
     when: Callable[[Any, Any], bool] | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Rotations:
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionRotation:
         return self  # a copy of a patched model is told of the same declaration
 
 
@@ -231,13 +231,13 @@ class ModelAdapter:
         model: dotted name of the transformer's class; classes that derive from it are patched as it is.
         tables: where tables are built.
         rotations: where queries and keys are rotated.
-        left_alone: what the patch does not touch, each with the reason, as reports say it.
+        not_patched: what the patch does not touch, each with the reason, as reports say it.
     """
 
     model: str
     tables: tuple[ModelTables, ...] = ()
-    rotations: tuple[Rotations, ...] = ()
-    left_alone: tuple[str, ...] = ()
+    rotations: tuple[AttentionRotation, ...] = ()
+    not_patched: tuple[str, ...] = ()
 
     @property
     def model_class(self) -> str:

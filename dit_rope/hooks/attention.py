@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..torch_state import in_transform
-from .adapter import Layout, Rotations, Rounds
+from .adapter import AttentionRotation, CastTo, Layout
 from .class_override import INSTALLED, Installed, Override, copy_of, unpatched_class, unpatched_method
 from .heads import as_given, as_heads, fits, rotate_heads
 from .known_code import Guard, guard_of
@@ -71,14 +71,14 @@ def _rotated_call(
     holder = attn if processor is None else processor
     if why_unknown(holder, guard, settings.rotations) or why_incomplete(attn, settings.rotations):
         return _LEFT
-    run = _with_rotating_norms if settings.rotations.rotated else _with_rotating_function
+    run = _with_rotating_norms if settings.rotations.norms else _with_rotating_function
     try:
         return run(processor, attn, guard, settings, args, kwargs)
     except UnfitTable:
         return _LEFT
 
 
-def why_unknown(holder: Any, guard: Guard, declared: Rotations) -> str | None:
+def why_unknown(holder: Any, guard: Guard, declared: AttentionRotation) -> str | None:
     """Why the code of a processor, or of an attention module, is not what ``declared`` was written for."""
     if guard.unknown is not None:
         return guard.unknown
@@ -95,22 +95,25 @@ def _with_rotating_function(
     processor: Any, attn: Any, guard: Guard, settings: AttentionSettings, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Runs code that rotates through a function of its module, with ours under that function's name."""
-    rebound = settings.rotations.rebound
-    assert rebound is not None
+    replaced_function = settings.rotations.replaced_function
+    assert replaced_function is not None
     scope = guard.function.__globals__
-    stand_in = functools.partial(_rotate_instead, settings, scope[rebound.function])
+    stand_in = functools.partial(_rotate_instead, settings, scope[replaced_function.name])
     given = (attn,) if processor is None else (processor, attn)
-    return copy_of(guard.function, {**scope, rebound.function: stand_in})(*given, *args, **kwargs)
+    return copy_of(guard.function, {**scope, replaced_function.name: stand_in})(*given, *args, **kwargs)
 
 
 def _rotate_instead(settings: AttentionSettings, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stands in for ``own``, a function of tensors and then of what they rotate by."""
-    declared, rebound = settings.rotations, settings.rotations.rebound
-    assert rebound is not None
-    xs = list(args[: rebound.returns])
-    form, rotary = declared.format, args[rebound.returns] if rebound.tables == 1 else args[rebound.returns :]
+    declared, replaced_function = settings.rotations, settings.rotations.replaced_function
+    assert replaced_function is not None
+    xs = list(args[: replaced_function.returns])
+    form, rotary = (
+        declared.format,
+        args[replaced_function.returns] if replaced_function.tables == 1 else args[replaced_function.returns :],
+    )
     exact = settings.is_exact(xs[0].device)
-    known = len(args) == rebound.returns + rebound.tables and not kwargs
+    known = len(args) == replaced_function.returns + replaced_function.tables and not kwargs
     if not known or any(x.dtype not in DTYPES or x.numel() == 0 for x in xs):
         return own(*args, **kwargs)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
@@ -130,7 +133,7 @@ def _rotate_instead(settings: AttentionSettings, own: Callable[..., Any], *args:
         return own(*args, **kwargs)
     args_of = table.args(table.tokens, Align.START, exact)
     rotated = [as_given(x, declared.layout) for x in rotate_heads(heads, args_of, settings.backend, inplace=False)]
-    return rotated[0] if rebound.returns == 1 else tuple(rotated)
+    return rotated[0] if replaced_function.returns == 1 else tuple(rotated)
 
 
 def _with_rotating_norms(
@@ -146,8 +149,8 @@ def _with_rotating_norms(
     given = (stand_in,) if processor is None else (processor, stand_in)
     if declared.unrotated is not None:
         result = declared.unrotated(*given, guard.function, **arguments)
-    elif declared.rebound is not None:
-        scope = {**guard.function.__globals__, declared.rebound.function: functools.partial(_pass_on, declared)}
+    elif declared.replaced_function is not None:
+        scope = {**guard.function.__globals__, declared.replaced_function.name: functools.partial(_pass_on, declared)}
         result = copy_of(guard.function, scope)(*given, *args, **kwargs)
     else:
         for name in declared.rotary:
@@ -161,10 +164,10 @@ def _with_rotating_norms(
     return result
 
 
-def _pass_on(declared: Rotations, *args: Any, **kwargs: Any) -> Any:
+def _pass_on(declared: AttentionRotation, *args: Any, **kwargs: Any) -> Any:
     """Stands in for a function that rotates, where the norms have done so."""
-    assert declared.rebound is not None
-    xs = args[: declared.rebound.returns]
+    assert declared.replaced_function is not None
+    xs = args[: declared.replaced_function.returns]
     return xs[0] if len(xs) == 1 else xs
 
 
@@ -197,9 +200,9 @@ def _prepared(attn: Any, settings: AttentionSettings, arguments: Mapping[str, An
     for index, table in enumerate(tables):
         if not declared.covers[min(index, len(declared.covers) - 1)].fit(arguments, dim, table.tokens):
             raise UnfitTable
-    dtypes = {Rounds.INPUT: hidden.dtype, Rounds.PROJECTION: _computed_dtype(hidden)}
+    dtypes = {CastTo.INPUT: hidden.dtype, CastTo.PROJECTION: _computed_dtype(hidden)}
     if exact and form.narrows:
-        tables = [table.narrowed(dtypes[Rounds.PROJECTION]) for table in tables]
+        tables = [table.narrowed(dtypes[CastTo.PROJECTION]) for table in tables]
     return RotatedCall(settings, tables, exact, dtypes)
 
 

@@ -8,11 +8,11 @@ import torch
 
 from ..rotation import api as rotation
 from ..rotation_args import RotationArgs
-from .adapter import Layout, Rotations
+from .adapter import AttentionRotation, Layout
 from .packed_tables import PackedTable
 
 
-def fits(heads: torch.Tensor, table: PackedTable, declared: Rotations) -> bool:
+def fits(heads: torch.Tensor, table: PackedTable, declared: AttentionRotation) -> bool:
     """Whether ``heads`` ``[B, S, H, D]`` are what the rows of ``table`` were made for, in all but their number."""
     batch, _, count, width = heads.shape
     samples = (batch,) if declared.format.every_sample else (1, batch)

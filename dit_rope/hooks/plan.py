@@ -15,7 +15,7 @@ import torch
 
 from ..spec import Fusion, RopeSpec
 from ..tables.scaling import axis_frequencies
-from .adapter import ModelAdapter, ModelTables, Rotations
+from .adapter import AttentionRotation, ModelAdapter, ModelTables
 from .attention import AttentionOverride, ProcessorOverride, why_unknown
 from .class_override import (
     INSTALLED,
@@ -79,7 +79,7 @@ class TablesPlan:
 class RotationPlan:
     """One attention module, and its declaration."""
 
-    rotations: Rotations
+    rotations: AttentionRotation
     path: str
     attention: torch.nn.Module
 
@@ -126,7 +126,7 @@ class RotationPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PatchPlan:
     """Everything one model's patch is about."""
 
     name: str
@@ -136,7 +136,7 @@ class Plan:
     rotations: tuple[RotationPlan, ...]
     state: PatchState = field(default_factory=PatchState, compare=False)
 
-    def now(self) -> Plan:
+    def now(self) -> PatchPlan:
         """The same plan of the model as it is at this moment, in which anything may have been exchanged."""
         return replace(
             self, tables=_all_tables(self.model, self.adapter), rotations=_all_rotations(self.model, self.adapter)
@@ -295,7 +295,7 @@ def _changeable(module: torch.nn.Module) -> Iterator[object]:
     return itertools.chain((module,), vars(module).values())
 
 
-def make_plan(name: str, model: torch.nn.Module, adapter: ModelAdapter) -> Plan:
+def make_plan(name: str, model: torch.nn.Module, adapter: ModelAdapter) -> PatchPlan:
     """Finds in ``model`` everything that ``adapter`` declares.
 
     Raises:
@@ -305,7 +305,7 @@ def make_plan(name: str, model: torch.nn.Module, adapter: ModelAdapter) -> Plan:
         raise ValueError(
             f"{name} must not be patched already; undo its patch, or call dit_rope.unpatch on a copy of one"
         )
-    return Plan(name, model, adapter, _all_tables(model, adapter), _all_rotations(model, adapter))
+    return PatchPlan(name, model, adapter, _all_tables(model, adapter), _all_rotations(model, adapter))
 
 
 def _all_tables(model: torch.nn.Module, adapter: ModelAdapter) -> tuple[TablesPlan, ...]:
@@ -324,7 +324,7 @@ def _find_tables(model: torch.nn.Module, declared: ModelTables) -> TablesPlan | 
     return None if target is None else TablesPlan(declared, target)
 
 
-def _find_rotations(model: torch.nn.Module, declared: Rotations) -> Iterator[RotationPlan]:
+def _find_rotations(model: torch.nn.Module, declared: AttentionRotation) -> Iterator[RotationPlan]:
     pattern = re.compile(declared.attention)
     for path, module in model.named_modules():
         inner = path.rpartition(".")[2]
@@ -334,7 +334,7 @@ def _find_rotations(model: torch.nn.Module, declared: Rotations) -> Iterator[Rot
             yield RotationPlan(declared, path, module)
 
 
-def _is_meant(declared: Rotations, model: torch.nn.Module, attention: torch.nn.Module) -> bool:
+def _is_meant(declared: AttentionRotation, model: torch.nn.Module, attention: torch.nn.Module) -> bool:
     assert declared.when is not None
     try:
         return declared.when(model, attention)

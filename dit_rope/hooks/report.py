@@ -9,10 +9,10 @@ import torch
 
 from ..rotation.choice import explain_backends
 from ..spec import Fusion, Scaling, Scalings
-from .adapter import ModelAdapter, ModelTables, Rotations
+from .adapter import AttentionRotation, ModelAdapter, ModelTables
 from .class_override import unpatched_class
 from .fused_norms import makes_fresh_results
-from .plan import Options, Plan, RotationPlan, plain_path
+from .plan import Options, PatchPlan, RotationPlan, plain_path
 from .rope_modules import reads_axes
 
 
@@ -20,8 +20,8 @@ def declared(adapter: ModelAdapter) -> str:
     """What a patch of this class would replace, without a model to look at."""
     lines = [adapter.model_class]
     lines += [f"  {place_of(tables)}: {builder_of(tables)}, {tables_of(tables)}" for tables in adapter.tables]
-    lines += [f"  {each.attention}: {rotates_in(each, tuple(each.rotated))}" for each in adapter.rotations]
-    return "\n".join([*lines, *(f"  left alone: {sentence}" for sentence in adapter.left_alone)])
+    lines += [f"  {each.attention}: {rotates_in(each, tuple(each.norms))}" for each in adapter.rotations]
+    return "\n".join([*lines, *(f"  left alone: {sentence}" for sentence in adapter.not_patched)])
 
 
 def place_of(tables: ModelTables) -> str:
@@ -45,12 +45,12 @@ def tables_of(tables: ModelTables, by_axis: bool | None = None) -> str:
     return f"{memoized}; kernels read a small array for each axis, of the same values{where}"
 
 
-def rotates_in(rotations: Rotations, names: Sequence[str]) -> str:
+def rotates_in(rotations: AttentionRotation, names: Sequence[str]) -> str:
     """Where the queries and keys of one kind of attention module rotate: in its modules ``names``, if any."""
     alone = "" if rotations.format.exact else ", in fast mode only: in exact mode the rotation is left to the model"
     if not names:
-        assert rotations.rebound is not None
-        return f"{rotations.rebound.function} rotates in one pass{alone}"
+        assert rotations.replaced_function is not None
+        return f"{rotations.replaced_function.name} rotates in one pass{alone}"
     together = ", ".join(names)
     return f"{together} {'norm and rotate' if 'norm' in together else 'project and rotate'}{alone}"
 
@@ -64,7 +64,7 @@ def _scaling_of(scaling: Scalings | Callable[[], Scalings]) -> str:
     return ", ".join(f"{one or 'none'} on axis {axis}" for axis, one in enumerate(scaling))
 
 
-def describe(plan: Plan, options: Options) -> str:
+def describe(plan: PatchPlan, options: Options) -> str:
     """What is replaced in one model at this moment, the arithmetic and backend, and what is left alone and why."""
     plan = plan.now()
     patched = plan.state.active and bool(plan.state.objects)
@@ -90,10 +90,10 @@ def describe(plan: Plan, options: Options) -> str:
         "  left alone under torch.func, dual numbers and jit tracing: all of it, because kernels have no tangents"
     )
     lines += _elsewhere(plan)
-    return "\n".join([*lines, *(f"  left alone: {sentence}" for sentence in plan.adapter.left_alone)])
+    return "\n".join([*lines, *(f"  left alone: {sentence}" for sentence in plan.adapter.not_patched)])
 
 
-def _tables(plan: Plan, options: Options, patched: bool) -> Iterator[str]:
+def _tables(plan: PatchPlan, options: Options, patched: bool) -> Iterator[str]:
     """A line for each object that builds tables."""
     for each in plan.tables:
         reason = each.why_left(patched)
@@ -105,7 +105,7 @@ def _tables(plan: Plan, options: Options, patched: bool) -> Iterator[str]:
         yield f"  {place_of(each.tables)}: {each.builder}, {what}"
 
 
-def _rotations(plan: Plan, patched: bool) -> Iterator[str]:
+def _rotations(plan: PatchPlan, patched: bool) -> Iterator[str]:
     """A line or two for each kind of attention module: where it rotates, or why the model does."""
     kinds: dict[tuple[str, tuple[str, ...], str | None], list[RotationPlan]] = {}
     for each in plan.rotations:
@@ -122,10 +122,10 @@ def _rotations(plan: Plan, patched: bool) -> Iterator[str]:
             yield f"  {which}: {watched} of their modules are hooked or unknown, run by themselves, and rotate after it"
 
 
-def _elsewhere(plan: Plan) -> Iterator[str]:
+def _elsewhere(plan: PatchPlan) -> Iterator[str]:
     """A line for attention modules of the same classes that are not where a patch knows them to rotate."""
     known = {id(each.attention) for each in plan.rotations}
-    classes = {each.attention_class for each in plan.adapter.rotations if each.rotated}
+    classes = {each.attention_class for each in plan.adapter.rotations if each.norms}
     others = [
         plain_path(path)
         for path, module in plan.model.named_modules()
@@ -149,7 +149,7 @@ def _arithmetic(options: Options) -> str:
     return exact if options.exact else fast
 
 
-def _fused(plan: Plan, options: Options) -> str:
+def _fused(plan: PatchPlan, options: Options) -> str:
     """What happens in one pass."""
     if options.fuse is Fusion.ROTATION:
         return "rotation, as fuse asks; norms are the model's own"
@@ -160,7 +160,7 @@ def _fused(plan: Plan, options: Options) -> str:
     return "norm and rotation" + ("" if options.exact is False else " in fast mode, rotation in exact mode")
 
 
-def _device(plan: Plan) -> torch.device:
+def _device(plan: PatchPlan) -> torch.device:
     device = next(plan.model.parameters()).device
     if device.type == "meta":  # a model without weights, which would be loaded to where this machine computes
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,7 +23,7 @@ from ..spec import Grid, RopeSpec, Scalings
 from ..tables.caches import MODEL_TABLES
 from ..tables.table import RopeTable, rope_table
 from ..torch_state import capturing, in_mode, in_transform, stream_of
-from .adapter import AxisForm, FrameRows, ModelTables
+from .adapter import AxisTables, ForwardGrid, ModelTables
 from .class_override import INSTALLED, Installed, Override, unpatched_class, unpatched_method
 from .formats import AXES
 from .known_code import guard_of
@@ -172,12 +172,12 @@ def _memoized(
             result = own(*args, **kwargs)
         know([leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)])
         return result
-    live = () if tables.live is None else tables.live(target, *args, **kwargs)
+    live = () if tables.not_cached is None else tables.not_cached(target, *args, **kwargs)
     device = _device(args, kwargs)
 
     def build() -> _Built:
         # Put back, so that a miss leaves no more behind than a hit.
-        written = {name: getattr(target, name) for name in tables.writes if hasattr(target, name)}
+        written = {name: getattr(target, name) for name in tables.sets if hasattr(target, name)}
         result = own(*args, **kwargs)
         for name, value in written.items():
             setattr(target, name, value)
@@ -207,7 +207,7 @@ def _kept(leaf: Any, device: torch.device | None) -> Any:
 
 def _find_axis_form(
     target: Any,
-    axes: AxisForm,
+    axes: AxisTables,
     spec: RopeSpec,
     tensors: list[torch.Tensor],
     args: tuple[Any, ...],
@@ -257,7 +257,7 @@ def _scaled_tables(
     return cos, sin
 
 
-def _packed(table: RopeTable, place: FrameRows) -> PackedTable:
+def _packed(table: RopeTable, place: ForwardGrid) -> PackedTable:
     """The table as kernels read it, at the frames of one forward pass."""
     positions = None if place.frames is None else _of_frames(table.positions(), place)
     count = table.count if positions is None else positions.shape[1]
@@ -267,7 +267,7 @@ def _packed(table: RopeTable, place: FrameRows) -> PackedTable:
     )
 
 
-def _of_frames(x: torch.Tensor, place: FrameRows) -> torch.Tensor:
+def _of_frames(x: torch.Tensor, place: ForwardGrid) -> torch.Tensor:
     """``[1, frames H W, ...]`` from ``[1, T H W, ...]`` of the whole grid, without a device sync."""
     if place.frames is None:
         return x

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..rotation import api as rotation
-from .adapter import Layout, Rotated, Rotations, Rounds
+from .adapter import AttentionRotation, CastTo, Layout, NormRotation
 from .fused_norms import fused_norm, makes_fresh_results
 from .heads import as_given, as_heads, fits, is_distributed, rotate_heads
 from .packed_tables import PackedTable, UnfitTable
@@ -23,7 +23,7 @@ DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 class AttentionSettings:
     """How one attention module is patched, as :func:`dit_rope.patch` was asked: kept on the module itself."""
 
-    rotations: Rotations
+    rotations: AttentionRotation
     exact: bool | None
     backend: str
     fuses_norm: bool
@@ -33,11 +33,11 @@ class AttentionSettings:
         return device.type == "cpu" if self.exact is None else self.exact
 
 
-def rotating_modules(attn: Any, declared: Rotations) -> list[tuple[str, Rotated]]:
+def rotating_modules(attn: Any, declared: AttentionRotation) -> list[tuple[str, NormRotation]]:
     """Names of the norms of ``attn`` that rotate, and of projections for those it lacks."""
     modules = vars(attn)["_modules"]
     found = []
-    for name, rotated in declared.rotated.items():
+    for name, rotated in declared.norms.items():
         if modules.get(name) is not None:
             found.append((name, rotated))
         elif rotated.projection is not None and modules.get(rotated.projection) is not None:
@@ -45,10 +45,10 @@ def rotating_modules(attn: Any, declared: Rotations) -> list[tuple[str, Rotated]
     return found
 
 
-def why_incomplete(attn: Any, declared: Rotations) -> str | None:
+def why_incomplete(attn: Any, declared: AttentionRotation) -> str | None:
     """Why the norms that ``attn`` has cannot rotate all its queries and keys; None where they can."""
     modules = vars(attn)["_modules"]
-    for name, rotated in declared.rotated.items():
+    for name, rotated in declared.norms.items():
         if modules.get(name) is not None or (rotated.projection and modules.get(rotated.projection) is not None):
             continue
         if rotated.only_with is None or modules.get(rotated.only_with) is not None:
@@ -64,7 +64,7 @@ class RotatedCall:
         settings: AttentionSettings,
         tables: list[PackedTable],
         exact: bool,
-        dtypes: Mapping[Rounds, torch.dtype],
+        dtypes: Mapping[CastTo, torch.dtype],
     ) -> None:
         self.settings = settings
         self.declared = settings.rotations
@@ -106,7 +106,7 @@ class _RotatingModule:
 
     __slots__ = ("_call", "_module", "_name", "_rotated")
 
-    def __init__(self, module: Any, name: str, rotated: Rotated, call: RotatedCall) -> None:
+    def __init__(self, module: Any, name: str, rotated: NormRotation, call: RotatedCall) -> None:
         self._module, self._name, self._rotated, self._call = module, name, rotated, call
 
     def __getattr__(self, name: str) -> Any:
@@ -117,15 +117,15 @@ class _RotatingModule:
         call, rotated, declared = self._call, self._rotated, self._call.declared
         call.pending.discard(self._name)
         table = call.tables[min(rotated.table, len(call.tables) - 1)]
-        layout = declared.layout if self._name in declared.rotated else Layout.BSC
+        layout = declared.layout if self._name in declared.norms else Layout.BSC
         if not call.exact and len(args) == 1 and not kwargs:
             fused = self._fused(args[0], table, layout)
             if fused is not None:
                 return as_given(fused, layout)
         fresh = makes_fresh_results(self._module)
         y = self._module(*args, **kwargs)
-        if call.exact and declared.rounds is not None:
-            y, before = y.to(call.dtypes[declared.rounds]), y
+        if call.exact and declared.cast_to is not None:
+            y, before = y.to(call.dtypes[declared.cast_to]), y
             fresh = fresh or y is not before
         if call.exact and declared.result is not None and y.dtype is not torch.float32:
             y, fresh = y.float(), True  # so that the result is rounded once
@@ -143,8 +143,8 @@ class _RotatingModule:
             return None
         if not makes_fresh_results(self._module):
             return None
-        if declared.rounds is Rounds.PROJECTION:
-            x = x.to(call.dtypes[declared.rounds])  # it is an upcast of that dtype, and loses nothing
+        if declared.cast_to is CastTo.PROJECTION:
+            x = x.to(call.dtypes[declared.cast_to])  # it is an upcast of that dtype, and loses nothing
         norm = fused_norm(self._module, x.dtype) if x.dtype in DTYPES else None
         if norm is None:
             return None

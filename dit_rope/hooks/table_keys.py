@@ -58,10 +58,10 @@ def parts_of(
         raise Unkeyed  # the cache builds outside of the default device, on which the model would have built
     parts: list[Hashable] = [_ambient(), len(args)]
     for name, value in (*zip(parameters, args, strict=False), *kwargs.items()):
-        by_shape = tables.by_shape == EVERY or name in tables.by_shape
-        parts.append((name, _tree(value, _by_shape if by_shape else _by_value)))
+        keyed_by_shape = tables.keyed_by_shape == EVERY or name in tables.keyed_by_shape
+        parts.append((name, _tree(value, _by_shape if keyed_by_shape else _by_value)))
     keep = functools.partial(_by_value_or_as_held, held)
-    parts.append(_state(target, tables.writes, keep, parameters=bool(tables.path)))
+    parts.append(_state(target, tables.sets, keep, parameters=bool(tables.path)))
     parts += [_state(getattr(target, name), (), keep, parameters=True) for name in tables.reads]
     return tuple(parts)
 

@@ -6,21 +6,21 @@ Attention to the text is of the same class, and does not rotate. Source: ``ace_s
 
 from __future__ import annotations
 
-from ..hooks.adapter import Layout, ModelAdapter, Rotated, Rotations
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, NormRotation
 from ..hooks.formats import HALF
 
 ACE_STEP = ModelAdapter(
     "diffusers.models.transformers.ace_step_transformer.AceStepTransformer1DModel",
     (),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"layers\.\d+\.self_attn",
             attention_class="AceStepAttention",
             format=HALF,
             layout=Layout.BSHD,
-            rotated={"norm_q": Rotated(), "norm_k": Rotated()},
+            norms={"norm_q": NormRotation(), "norm_k": NormRotation()},
             processors=("AceStepAttnProcessor2_0",),
         ),
     ),
-    left_alone=("tables, which the model's forward makes through a function of its module, once for all layers",),
+    not_patched=("tables, which the model's forward makes through a function of its module, once for all layers",),
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..hooks.adapter import Layout, ModelAdapter, Rotations
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter
 from ..hooks.formats import Format, Pair, repeat
 from ..hooks.packed_tables import Align, PackedTable, leave_unless
 from ..rotation_args import RotationArgs
@@ -77,7 +77,7 @@ def _rotate_by_axis(
 ALLEGRO = ModelAdapter(
     "diffusers.models.transformers.transformer_allegro.AllegroTransformer3DModel",
     rotations=(
-        Rotations(
+        AttentionRotation(
             attention=r"transformer_blocks\.\d+\.attn1",
             attention_class="Attention",
             format=_AxisFormat(
@@ -88,5 +88,5 @@ ALLEGRO = ModelAdapter(
             processors=("AllegroAttnProcessor2_0",),
         ),
     ),
-    left_alone=("tables, which the pipeline builds once for all steps",),
+    not_patched=("tables, which the pipeline builds once for all steps",),
 )

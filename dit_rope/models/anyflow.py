@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotated, Rotations
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation, ReplacedFunction
 from ..hooks.formats import COMPLEX_BHSD, Format, Pair
 from ..spec import Pairing
 
@@ -31,14 +31,14 @@ _QUERY_AND_KEY = Format("complex numbers for queries and for keys", Pairing.INTE
 
 ANYFLOW = ModelAdapter(
     f"{_TRANSFORMERS}.transformer_anyflow.AnyFlowTransformer3DModel",
-    (ModelTables("rope", "AnyFlowRotaryPosEmbed", writes=("_freqs_cache",)),),
+    (ModelTables("rope", "AnyFlowRotaryPosEmbed", sets=("_freqs_cache",)),),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"blocks\.\d+\.attn1",
             attention_class="AnyFlowAttention",
             format=_QUERY_AND_KEY,
             layout=Layout.BSC,
-            rotated={"norm_q": Rotated(0, projection="to_q"), "norm_k": Rotated(1, projection="to_k")},
+            norms={"norm_q": NormRotation(0, projection="to_q"), "norm_k": NormRotation(1, projection="to_k")},
             rotary=("rotary_emb",),
             processors=("AnyFlowAttnProcessor",),
         ),
@@ -51,21 +51,21 @@ ANYFLOW_FAR = ModelAdapter(
         ModelTables(
             "rope",
             "AnyFlowCausalRotaryPosEmbed",
-            by_shape=("clean_hidden_states",),
-            writes=("_freqs_cache",),
+            keyed_by_shape=("clean_hidden_states",),
+            sets=("_freqs_cache",),
         ),
     ),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"blocks\.\d+\.attn1",
             attention_class="AnyFlowAttention",
             format=COMPLEX_BHSD,
             layout=Layout.BHSD,
-            rotated={},
+            norms={},
             rotary=(),
             processors=("AnyFlowCausalAttnProcessor",),
-            rebound=Rebound("apply_rotary_emb"),
+            replaced_function=ReplacedFunction("apply_rotary_emb"),
         ),
     ),
-    left_alone=("norm_q and norm_k, because what they return is cached before it rotates",),
+    not_patched=("norm_q and norm_k, because what they return is cached before it rotates",),
 )

@@ -7,7 +7,7 @@ Sources: ``cogvideox_transformer_3d.py``, ``consisid_transformer_3d.py`` and ``a
 
 from __future__ import annotations
 
-from ..hooks.adapter import Layout, ModelAdapter, Rotated, Rotations
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, NormRotation
 from ..hooks.formats import INTERLEAVED
 from ..hooks.packed_tables import Align
 
@@ -16,16 +16,16 @@ def _adapter(model: str, *processors: str) -> ModelAdapter:
     return ModelAdapter(
         f"diffusers.models.transformers.{model}",
         rotations=(
-            Rotations(
+            AttentionRotation(
                 attention=r"transformer_blocks\.\d+\.attn1",
                 attention_class="Attention",
                 format=INTERLEAVED,
                 layout=Layout.BHSD,
-                rotated={"norm_q": Rotated(align=Align.END), "norm_k": Rotated(align=Align.END)},
+                norms={"norm_q": NormRotation(align=Align.END), "norm_k": NormRotation(align=Align.END)},
                 processors=processors,
             ),
         ),
-        left_alone=("tables, which the pipeline builds once for all steps",),
+        not_patched=("tables, which the pipeline builds once for all steps",),
     )
 
 

@@ -8,7 +8,7 @@ diffusers 0.42.1.
 
 from __future__ import annotations
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Rounds
+from ..hooks.adapter import AttentionRotation, CastTo, Layout, ModelAdapter, ModelTables, NormRotation
 from ..hooks.formats import HALF
 from ..hooks.packed_tables import Align
 
@@ -16,16 +16,16 @@ from ..hooks.packed_tables import Align
 def _adapter(model: str, rope: str, layout: Layout, processors: tuple[str, ...]) -> ModelAdapter:
     return ModelAdapter(
         f"diffusers.models.transformers.{model}",
-        (ModelTables("rope", rope, by_shape=("hidden_states",), to_device=True),),
+        (ModelTables("rope", rope, keyed_by_shape=("hidden_states",), to_device=True),),
         (
-            Rotations(
+            AttentionRotation(
                 attention=r"transformer_blocks\.\d+\.attn1",
                 attention_class="Attention",
                 format=HALF,
                 layout=layout,
-                rotated={"norm_q": Rotated(align=Align.END), "norm_k": Rotated(align=Align.END)},
+                norms={"norm_q": NormRotation(align=Align.END), "norm_k": NormRotation(align=Align.END)},
                 processors=processors,
-                rounds=Rounds.INPUT,
+                cast_to=CastTo.INPUT,
             ),
         ),
     )

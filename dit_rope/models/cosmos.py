@@ -6,16 +6,16 @@ diffusers 0.42.1.
 
 from __future__ import annotations
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables
 from ..hooks.formats import HALF
 
 
 def _adapter(model: str, blocks: str) -> ModelAdapter:
     return ModelAdapter(
         f"diffusers.models.{model}",
-        (ModelTables("rope", "CosmosRotaryPosEmbed", by_shape=("hidden_states",)),),
+        (ModelTables("rope", "CosmosRotaryPosEmbed", keyed_by_shape=("hidden_states",)),),
         (
-            Rotations(
+            AttentionRotation(
                 attention=rf"{blocks}\.\d+\.attn1",
                 attention_class="Attention",
                 format=HALF,

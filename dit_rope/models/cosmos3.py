@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation, Tokens
 from ..hooks.formats import Format, Pair, four_dims, halves, repeat
 from ..hooks.packed_tables import leave_unless
 from ..spec import Pairing
@@ -76,17 +76,17 @@ COSMOS3 = ModelAdapter(
     "diffusers.models.transformers.transformer_cosmos3.Cosmos3OmniTransformer",
     (ModelTables("rotary_emb", "Cosmos3VLTextRotaryEmbedding"),),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"layers\.\d+\.self_attn",
             attention_class="Cosmos3PackedMoTAttention",
             format=_TEXT_AND_REST,
             layout=Layout.SHD,
-            rotated={
-                "norm_q": Rotated(0),
-                "norm_k": Rotated(0),
-                "k_norm_und_for_gen": Rotated(0, only_with="k_norm_und_for_gen"),
-                "norm_added_q": Rotated(1),
-                "norm_added_k": Rotated(1),
+            norms={
+                "norm_q": NormRotation(0),
+                "norm_k": NormRotation(0),
+                "k_norm_und_for_gen": NormRotation(0, only_with="k_norm_und_for_gen"),
+                "norm_added_q": NormRotation(1),
+                "norm_added_k": NormRotation(1),
             },
             rotary=("rotary_emb",),
             processors=("Cosmos3AttnProcessor",),

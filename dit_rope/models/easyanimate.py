@@ -7,20 +7,20 @@ device in every rotation. Source: ``transformer_easyanimate.py`` of diffusers 0.
 
 from __future__ import annotations
 
-from ..hooks.adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotated, Rotations
+from ..hooks.adapter import EVERY, AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation
 from ..hooks.formats import INTERLEAVED
 from ..hooks.packed_tables import Align
 
 EASYANIMATE = ModelAdapter(
     "diffusers.models.transformers.transformer_easyanimate.EasyAnimateTransformer3DModel",
-    (ModelTables("rope_embedding", "EasyAnimateRotaryPosEmbed", by_shape=EVERY, to_device=True),),
+    (ModelTables("rope_embedding", "EasyAnimateRotaryPosEmbed", keyed_by_shape=EVERY, to_device=True),),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"transformer_blocks\.\d+\.attn1",
             attention_class="Attention",
             format=INTERLEAVED,
             layout=Layout.BHSD,
-            rotated={"norm_q": Rotated(align=Align.END), "norm_k": Rotated(align=Align.END)},
+            norms={"norm_q": NormRotation(align=Align.END), "norm_k": NormRotation(align=Align.END)},
             processors=("EasyAnimateAttnProcessor2_0",),
         ),
     ),

@@ -16,5 +16,5 @@ ERNIE_IMAGE = ModelAdapter(
             "ErnieImageEmbedND3",
         ),
     ),
-    left_alone=("rotation in ErnieImageAttention: the two channels of a pair rotate by different angles",),
+    not_patched=("rotation in ErnieImageAttention: the two channels of a pair rotate by different angles",),
 )

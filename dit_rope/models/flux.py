@@ -7,25 +7,25 @@ rotate is the end of the table, what those of the text rotate its start. Source:
 
 from __future__ import annotations
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation, Tokens
 from ..hooks.formats import INTERLEAVED
 from ..hooks.packed_tables import Align
 
 TEXT_THEN_IMAGE = {
-    "norm_q": Rotated(align=Align.END),
-    "norm_k": Rotated(align=Align.END),
-    "norm_added_q": Rotated(align=Align.START, only_with="add_q_proj"),
-    "norm_added_k": Rotated(align=Align.START, only_with="add_k_proj"),
+    "norm_q": NormRotation(align=Align.END),
+    "norm_k": NormRotation(align=Align.END),
+    "norm_added_q": NormRotation(align=Align.START, only_with="add_q_proj"),
+    "norm_added_k": NormRotation(align=Align.START, only_with="add_k_proj"),
 }
 _POS_EMBED = ModelTables("pos_embed", "FluxPosEmbed")
 # Single blocks are given both in one sequence.
 TEXT_AND_IMAGE = (Tokens(("encoder_hidden_states", "hidden_states")),)
-_ROTATIONS = Rotations(
+_ROTATIONS = AttentionRotation(
     attention=r"(single_)?transformer_blocks\.\d+\.attn",
     attention_class="FluxAttention",
     format=INTERLEAVED,
     layout=Layout.BSHD,
-    rotated=TEXT_THEN_IMAGE,
+    norms=TEXT_THEN_IMAGE,
     covers=TEXT_AND_IMAGE,
     processors=("FluxAttnProcessor",),
 )
@@ -37,8 +37,8 @@ _IP_ADAPTER = (
 )
 
 
-def _adapter(model: str, *left_alone: str) -> ModelAdapter:
-    return ModelAdapter(f"diffusers.models.{model}", (_POS_EMBED,), (_ROTATIONS,), left_alone)
+def _adapter(model: str, *not_patched: str) -> ModelAdapter:
+    return ModelAdapter(f"diffusers.models.{model}", (_POS_EMBED,), (_ROTATIONS,), not_patched)
 
 
 FLUX = _adapter("transformers.transformer_flux.FluxTransformer2DModel", _IP_ADAPTER)

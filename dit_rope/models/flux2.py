@@ -13,18 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..hooks.adapter import QK, Layout, ModelAdapter, ModelTables, Rotated, Rotations
+from ..hooks.adapter import QK, AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation
 from ..hooks.formats import INTERLEAVED
 from .flux import TEXT_AND_IMAGE, TEXT_THEN_IMAGE
 
 
-def _rotations(blocks: str, attention: str, rotated: Mapping[str, Rotated], *processors: str) -> Rotations:
-    return Rotations(
+def _rotations(blocks: str, attention: str, norms: Mapping[str, NormRotation], *processors: str) -> AttentionRotation:
+    return AttentionRotation(
         attention=rf"{blocks}\.\d+\.attn",
         attention_class=attention,
         format=INTERLEAVED,
         layout=Layout.BSHD,
-        rotated=rotated,
+        norms=norms,
         covers=TEXT_AND_IMAGE,
         processors=processors,
     )

@@ -9,24 +9,24 @@ of Bria 3.2. Sources, all in diffusers 0.42.1: ``transformer_bria.py``, ``transf
 
 from __future__ import annotations
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables
 from ..hooks.formats import INTERLEAVED
 from .flux import TEXT_AND_IMAGE, TEXT_THEN_IMAGE
 
 
-def _rotations(blocks: str, attention: str, processor: str) -> Rotations:
-    return Rotations(
+def _rotations(blocks: str, attention: str, processor: str) -> AttentionRotation:
+    return AttentionRotation(
         attention=rf"{blocks}\.\d+\.attn",
         attention_class=attention,
         format=INTERLEAVED,
         layout=Layout.BSHD,
-        rotated=TEXT_THEN_IMAGE,
+        norms=TEXT_THEN_IMAGE,
         covers=TEXT_AND_IMAGE,
         processors=(processor,),
     )
 
 
-def _adapter(model: str, pos_embed: str, *rotations: Rotations) -> ModelAdapter:
+def _adapter(model: str, pos_embed: str, *rotations: AttentionRotation) -> ModelAdapter:
     return ModelAdapter(f"diffusers.models.transformers.{model}", (ModelTables("pos_embed", pos_embed),), rotations)
 
 

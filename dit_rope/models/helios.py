@@ -7,7 +7,7 @@ in attention modules that do not rotate. Source: ``transformer_helios.py`` of di
 
 from __future__ import annotations
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables
 from ..hooks.formats import STACKED
 
 HELIOS = ModelAdapter(
@@ -19,7 +19,7 @@ HELIOS = ModelAdapter(
         ),
     ),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"blocks\.\d+\.attn1",
             attention_class="HeliosAttention",
             format=STACKED,

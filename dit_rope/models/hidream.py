@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotated, Rotations, Rounds, Tokens
+from ..hooks.adapter import (
+    AttentionRotation,
+    CastTo,
+    Layout,
+    ModelAdapter,
+    ModelTables,
+    NormRotation,
+    ReplacedFunction,
+    Tokens,
+)
 from ..hooks.formats import MATRICES
 
 
@@ -27,18 +36,21 @@ HIDREAM = ModelAdapter(
         ),
     ),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"(double|single)_stream_blocks\.\d+\.block\.attn1",
             attention_class="HiDreamAttention",
             format=MATRICES,
             layout=Layout.BSC,
-            rotated={"q_rms_norm": Rotated(rest_is_identity=True), "k_rms_norm": Rotated(rest_is_identity=True)},
+            norms={
+                "q_rms_norm": NormRotation(rest_is_identity=True),
+                "k_rms_norm": NormRotation(rest_is_identity=True),
+            },
             processors=("HiDreamAttnProcessor",),
-            rebound=Rebound("apply_rope", returns=2),
+            replaced_function=ReplacedFunction("apply_rope", returns=2),
             head_dim=_head_dim,
             partial=True,
             covers=(Tokens(("encoder_hidden_states", "hidden_states")),),
-            rounds=Rounds.INPUT,
+            cast_to=CastTo.INPUT,
         ),
     ),
 )

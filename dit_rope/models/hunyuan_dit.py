@@ -6,7 +6,7 @@ The sequence holds the image alone. Queries rotate in the attention to the text 
 
 from __future__ import annotations
 
-from ..hooks.adapter import Layout, ModelAdapter, Rotated, Rotations
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, NormRotation
 from ..hooks.formats import INTERLEAVED
 
 # Guidance by perturbed attention computes part of the batch without queries and keys; tables have no batch dimension.
@@ -18,13 +18,13 @@ _PROCESSORS = (
 )
 
 
-def _rotations(attention: str, *norms: str) -> Rotations:
-    return Rotations(
+def _rotations(attention: str, *norms: str) -> AttentionRotation:
+    return AttentionRotation(
         attention=rf"blocks\.\d+\.{attention}",
         attention_class="Attention",
         format=INTERLEAVED,
         layout=Layout.BHSD,
-        rotated={norm: Rotated() for norm in norms},
+        norms={norm: NormRotation() for norm in norms},
         processors=_PROCESSORS,
     )
 
@@ -34,7 +34,7 @@ def _adapter(model: str) -> ModelAdapter:
         f"diffusers.models.{model}",
         (),
         (_rotations("attn1", "norm_q", "norm_k"), _rotations("attn2", "norm_q")),
-        left_alone=("tables, which the pipeline makes once and hands over",),
+        not_patched=("tables, which the pipeline makes once and hands over",),
     )
 
 

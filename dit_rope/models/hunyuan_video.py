@@ -11,7 +11,7 @@ Sources, all in diffusers 0.42.1: ``transformer_hunyuan_video.py``, ``transforme
 
 from __future__ import annotations
 
-from ..hooks.adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.adapter import EVERY, AttentionRotation, Layout, ModelAdapter, ModelTables
 from ..hooks.formats import INTERLEAVED
 
 
@@ -20,7 +20,7 @@ def _adapter(model: str, tables: tuple[ModelTables, ...], processor: str) -> Mod
         f"diffusers.models.transformers.{model}",
         tables,
         (
-            Rotations(
+            AttentionRotation(
                 attention=r"(single_)?transformer_blocks\.\d+\.attn",
                 attention_class="Attention",
                 format=INTERLEAVED,
@@ -33,7 +33,7 @@ def _adapter(model: str, tables: tuple[ModelTables, ...], processor: str) -> Mod
 
 HUNYUAN_VIDEO = _adapter(
     "transformer_hunyuan_video.HunyuanVideoTransformer3DModel",
-    (ModelTables("rope", "HunyuanVideoRotaryPosEmbed", by_shape=EVERY),),
+    (ModelTables("rope", "HunyuanVideoRotaryPosEmbed", keyed_by_shape=EVERY),),
     "HunyuanVideoAttnProcessor2_0",
 )
 HUNYUAN_VIDEO_FRAMEPACK = _adapter(
@@ -43,11 +43,11 @@ HUNYUAN_VIDEO_FRAMEPACK = _adapter(
 )
 HUNYUAN_VIDEO_15 = _adapter(
     "transformer_hunyuan_video15.HunyuanVideo15Transformer3DModel",
-    (ModelTables("rope", "HunyuanVideo15RotaryPosEmbed", by_shape=EVERY),),
+    (ModelTables("rope", "HunyuanVideo15RotaryPosEmbed", keyed_by_shape=EVERY),),
     "HunyuanVideo15AttnProcessor2_0",
 )
 HUNYUAN_IMAGE = _adapter(
     "transformer_hunyuanimage.HunyuanImageTransformer2DModel",
-    (ModelTables("rope", "HunyuanImageRotaryPosEmbed", by_shape=EVERY),),
+    (ModelTables("rope", "HunyuanImageRotaryPosEmbed", keyed_by_shape=EVERY),),
     "HunyuanImageAttnProcessor",
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation
 from ..hooks.formats import HALF, Pair, four_dims
 from ..hooks.packed_tables import leave_unless
 
@@ -55,12 +55,12 @@ IDEOGRAM4 = ModelAdapter(
     "diffusers.models.transformers.transformer_ideogram4.Ideogram4Transformer2DModel",
     (ModelTables("rotary_emb", "Ideogram4MRoPE"),),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"layers\.\d+\.attention",
             attention_class="Ideogram4Attention",
             format=_AS_IS,
             layout=Layout.BSHD,
-            rotated={"norm_q": Rotated(), "norm_k": Rotated()},
+            norms={"norm_q": NormRotation(), "norm_k": NormRotation()},
             processors=("Ideogram4AttnProcessor",),
             unrotated=_attend_unrotated,
         ),

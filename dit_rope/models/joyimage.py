@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation, Tokens
 from ..hooks.formats import INTERLEAVED, Format, Pair
 from ..spec import Pairing
 
@@ -43,8 +43,8 @@ def _join_both(cos: torch.Tensor, sin: torch.Tensor) -> tuple[Any, Any]:
 
 _IMAGE_ALONE = _ImageAlone("a table of the image", Pairing.INTERLEAVED, _split_image, _join_image)
 _IMAGE_AND_TEXT = Format("a table of the image and one of the text", Pairing.INTERLEAVED, _split_both, _join_both)
-_IMAGE = {"img_attn_q_norm": Rotated(), "img_attn_k_norm": Rotated()}
-_TEXT = {"txt_attn_q_norm": Rotated(table=1), "txt_attn_k_norm": Rotated(table=1)}
+_IMAGE = {"img_attn_q_norm": NormRotation(), "img_attn_k_norm": NormRotation()}
+_TEXT = {"txt_attn_q_norm": NormRotation(table=1), "txt_attn_k_norm": NormRotation(table=1)}
 
 
 def _turns_text(model: Any, attention: Any) -> bool:
@@ -63,17 +63,17 @@ JOYIMAGE_EDIT = ModelAdapter(
     "diffusers.models.transformers.transformer_joyimage.JoyImageEditTransformer3DModel",
     (_tables("JoyImageEditTransformer3DModel", "get_rotary_pos_embed"),),
     tuple(
-        Rotations(
+        AttentionRotation(
             attention=r"double_blocks\.\d+\.attn",
             attention_class="JoyImageAttention",
             format=form,
             layout=Layout.BSHD,
-            rotated=rotated,
+            norms=norms,
             covers=(Tokens(), Tokens(("encoder_hidden_states",))),
             processors=("JoyImageAttnProcessor",),
             when=when,
         )
-        for form, rotated, when in (
+        for form, norms, when in (
             (_IMAGE_ALONE, _IMAGE, _turns_image_alone),
             (_IMAGE_AND_TEXT, {**_IMAGE, **_TEXT}, _turns_text),
         )
@@ -83,14 +83,14 @@ JOYIMAGE_EDIT_PLUS = ModelAdapter(
     "diffusers.models.transformers.transformer_joyimage_edit_plus.JoyImageEditPlusTransformer3DModel",
     (_tables("JoyImageEditPlusTransformer3DModel", "_get_rotary_pos_embed_for_range"),),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"double_blocks\.\d+\.attn",
             attention_class="JoyImageEditPlusAttention",
             format=INTERLEAVED,
             layout=Layout.BSHD,
-            rotated=_IMAGE,
+            norms=_IMAGE,
             processors=("JoyImageEditPlusAttnProcessor",),
         ),
     ),
-    left_alone=("joining the tables of a sample's images, which the model's forward does once for all layers",),
+    not_patched=("joining the tables of a sample's images, which the model's forward does once for all layers",),
 )

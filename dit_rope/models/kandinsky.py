@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import torch
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotated, Rotations, Rounds, Tokens
+from ..hooks.adapter import (
+    AttentionRotation,
+    CastTo,
+    Layout,
+    ModelAdapter,
+    ModelTables,
+    NormRotation,
+    ReplacedFunction,
+    Tokens,
+)
 from ..hooks.formats import MATRICES
 
 _TRANSFORMERS = "diffusers.models.transformers"
-_QK = {"query_norm": Rotated(table=0), "key_norm": Rotated(table=1)}
+_QK = {"query_norm": NormRotation(table=0), "key_norm": NormRotation(table=1)}
 
 KANDINSKY5 = ModelAdapter(
     f"{_TRANSFORMERS}.transformer_kandinsky.Kandinsky5Transformer3DModel",
@@ -22,15 +31,15 @@ KANDINSKY5 = ModelAdapter(
         ModelTables("visual_rope_embeddings", "Kandinsky5RoPE3D"),
     ),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"(text|visual)_transformer_blocks\.\d+\.self_attention",
             attention_class="Kandinsky5Attention",
             format=MATRICES,
             layout=Layout.BSHD,
-            rotated=_QK,
+            norms=_QK,
             rotary=("rotary_emb",),
             processors=("Kandinsky5AttnProcessor",),
-            rounds=Rounds.PROJECTION,
+            cast_to=CastTo.PROJECTION,
             result=torch.bfloat16,
         ),
     ),
@@ -45,7 +54,7 @@ KANDINSKY6 = ModelAdapter(
         ModelTables("visual_rope_embeddings", "Kandinsky6RoPE3D"),
     ),
     (
-        Rotations(
+        AttentionRotation(
             attention=(
                 r"(video|audio)_text_transformer_blocks\.\d+\.attn"
                 r"|visual_transformer_blocks\.\d+\."
@@ -54,7 +63,7 @@ KANDINSKY6 = ModelAdapter(
             attention_class="Kandinsky6Attention",
             format=MATRICES,
             layout=Layout.BSHD,
-            rotated=_QK,
+            norms=_QK,
             rotary=("rotary_emb", "rotary_emb_kv"),
             covers=(Tokens(), Tokens(("encoder_hidden_states", "hidden_states"), first_of=True)),
             processors=("Kandinsky6AttnProcessor",),
@@ -66,16 +75,16 @@ KANDINSKY6_SR = ModelAdapter(
     f"{_TRANSFORMERS}.transformer_kandinsky6_sr.Kandinsky6SRTransformer3DModel",
     (ModelTables("visual_rope_embeddings", "Kandinsky6SRRoPE3D"),),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"visual_transformer_blocks\.\d+\.self_attention",
             attention_class="Kandinsky6SRAttention",
             format=MATRICES,
             layout=Layout.BSHD,
-            rotated=_QK,
+            norms=_QK,
             rotary=("rotary_emb",),
             processors=("Kandinsky6SRAttnProcessor",),
-            rebound=Rebound("apply_rotary"),
-            rounds=Rounds.PROJECTION,
+            replaced_function=ReplacedFunction("apply_rotary"),
+            cast_to=CastTo.PROJECTION,
         ),
     ),
 )

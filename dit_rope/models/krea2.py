@@ -6,14 +6,14 @@ rotate. Source: ``transformer_krea2.py`` of diffusers 0.42.1.
 
 from __future__ import annotations
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables
 from ..hooks.formats import INTERLEAVED
 
 KREA2 = ModelAdapter(
     "diffusers.models.transformers.transformer_krea2.Krea2Transformer2DModel",
     (ModelTables("rotary_emb", "Krea2RotaryPosEmbed"),),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"transformer_blocks\.\d+\.attn",
             attention_class="Krea2Attention",
             format=INTERLEAVED,

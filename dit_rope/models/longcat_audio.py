@@ -6,18 +6,21 @@ In the attention to the prompt, queries rotate by the positions of the sound and
 
 from __future__ import annotations
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation, Tokens
 from ..hooks.formats import HALF
 
 
-def _rotations(attention: str, processor: str, *rotary: str) -> Rotations:
+def _rotations(attention: str, processor: str, *rotary: str) -> AttentionRotation:
     """Keys rotate by the last of the ``rotary`` arguments."""
-    return Rotations(
+    return AttentionRotation(
         attention=rf"blocks\.\d+\.{attention}",
         attention_class="AudioDiTAttention",
         format=HALF,
         layout=Layout.BSC,
-        rotated={"q_norm": Rotated(projection="to_q"), "k_norm": Rotated(table=len(rotary) - 1, projection="to_k")},
+        norms={
+            "q_norm": NormRotation(projection="to_q"),
+            "k_norm": NormRotation(table=len(rotary) - 1, projection="to_k"),
+        },
         rotary=rotary,
         covers=(Tokens(), Tokens(("encoder_hidden_states",))),
         processors=(processor,),
@@ -26,7 +29,7 @@ def _rotations(attention: str, processor: str, *rotary: str) -> Rotations:
 
 LONGCAT_AUDIO = ModelAdapter(
     "diffusers.models.transformers.transformer_longcat_audio_dit.LongCatAudioDiTTransformer",
-    (ModelTables("rotary_embed", "AudioDiTRotaryEmbedding", by_shape=("hidden_states",)),),
+    (ModelTables("rotary_embed", "AudioDiTRotaryEmbedding", keyed_by_shape=("hidden_states",)),),
     (
         _rotations("self_attn", "AudioDiTSelfAttnProcessor", "audio_rotary_emb"),
         _rotations("cross_attn", "AudioDiTCrossAttnProcessor", "audio_rotary_emb", "prompt_rotary_emb"),

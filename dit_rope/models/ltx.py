@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation, Tokens
 from ..hooks.formats import CHANNELS, HEAD_HALVES
 
 LTX = ModelAdapter(
     "diffusers.models.transformers.transformer_ltx.LTXVideoTransformer3DModel",
-    (ModelTables("rope", "LTXVideoRotaryPosEmbed", by_shape=("hidden_states",)),),
+    (ModelTables("rope", "LTXVideoRotaryPosEmbed", keyed_by_shape=("hidden_states",)),),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"transformer_blocks\.\d+\.attn1",
             attention_class="LTXAttention",
             format=CHANNELS,
@@ -49,12 +49,12 @@ LTX2 = ModelAdapter(
         ModelTables("cross_attn_audio_rope", _ROPE_CLASS),
     ),
     tuple(
-        Rotations(
+        AttentionRotation(
             attention=r"transformer_blocks\.\d+\.(attn1|audio_attn1|audio_to_video_attn|video_to_audio_attn)",
             attention_class="LTX2Attention",
             format=form,
             layout=Layout.BSC,
-            rotated={"norm_q": Rotated(table=0), "norm_k": Rotated(table=1)},
+            norms={"norm_q": NormRotation(table=0), "norm_k": NormRotation(table=1)},
             rotary=("query_rotary_emb", "key_rotary_emb"),
             covers=(Tokens(), Tokens(("encoder_hidden_states", "hidden_states"), first_of=True)),
             later_default_to_first=True,

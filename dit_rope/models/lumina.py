@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from einops import rearrange
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation
 from ..hooks.formats import COMPLEX
 
 
@@ -25,9 +25,9 @@ def _patches(rope: Any, hidden_states: torch.Tensor, attention_mask: torch.Tenso
 
 LUMINA2 = ModelAdapter(
     "diffusers.models.transformers.transformer_lumina2.Lumina2Transformer2DModel",
-    (ModelTables("rope_embedder", "Lumina2RotaryPosEmbed", by_shape=("hidden_states",), live=_patches),),
+    (ModelTables("rope_embedder", "Lumina2RotaryPosEmbed", keyed_by_shape=("hidden_states",), not_cached=_patches),),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"(context_refiner|noise_refiner|layers)\.\d+\.attn",
             attention_class="Attention",
             format=COMPLEX,
@@ -40,17 +40,17 @@ LUMINA_NEXT = ModelAdapter(
     "diffusers.models.transformers.lumina_nextdit2d.LuminaNextDiT2DModel",
     (),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"layers\.\d+\.attn[12]",
             attention_class="Attention",
             format=COMPLEX,
             layout=Layout.BSC,
-            rotated={"norm_q": Rotated(projection="to_q")},
+            norms={"norm_q": NormRotation(projection="to_q")},
             rotary=("query_rotary_emb",),
             processors=("LuminaAttnProcessor2_0",),
         ),
     ),
-    left_alone=(
+    not_patched=(
         "tables, which the pipeline makes anew in every step and hands over",
         "rotation of keys: their processor scales scores otherwise when it is given no table for them",
     ),

@@ -6,14 +6,14 @@ dtype of the data, to which cos and sin are rounded. Source: ``transformer_minim
 
 from __future__ import annotations
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables
 from ..hooks.formats import HALF_NARROWED
 
 MINIMAX_H3 = ModelAdapter(
     "diffusers.models.transformers.transformer_minimax_h3.MiniMaxH3Transformer3DModel",
     (ModelTables("rope", "MiniMaxH3RotaryPosEmbed"),),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"transformer_blocks\.\d+\.attn",
             attention_class="MiniMaxH3Attention",
             format=HALF_NARROWED,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..hooks.adapter import Layout, ModelAdapter, Rebound, Rotations
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ReplacedFunction
 from ..hooks.formats import HALF_NARROWED
 
 
@@ -21,17 +21,17 @@ MINIMAX_MUSIC_3 = ModelAdapter(
     "diffusers.models.transformers.transformer_minimax_music3.MiniMaxMusic3Transformer1DModel",
     (),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"transformer_blocks\.\d+\.attn",
             attention_class="MiniMaxMusic3Attention",
             format=HALF_NARROWED,
             layout=Layout.BSC,
             rotary=("rotary_emb",),
             processors=("MiniMaxMusic3AttnProcessor",),
-            rebound=Rebound("_apply_partial_rotary_emb"),
+            replaced_function=ReplacedFunction("_apply_partial_rotary_emb"),
             head_dim=_head_dim,
             partial=True,
         ),
     ),
-    left_alone=("tables, which the rope module keeps itself",),
+    not_patched=("tables, which the rope module keeps itself",),
 )

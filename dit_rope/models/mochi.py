@@ -7,14 +7,14 @@ tables belong to the backward pass: they are built anew, and the rotation is lef
 
 from __future__ import annotations
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables
 from ..hooks.formats import HEAD_PAIRS
 
 MOCHI = ModelAdapter(
     "diffusers.models.transformers.transformer_mochi.MochiTransformer3DModel",
     (ModelTables("rope", "MochiRoPE"),),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"transformer_blocks\.\d+\.attn1",
             attention_class="MochiAttention",
             format=HEAD_PAIRS,

@@ -6,26 +6,26 @@ per head. Source: ``transformer_motif_video.py`` of diffusers 0.42.1.
 
 from __future__ import annotations
 
-from ..hooks.adapter import EVERY, Layout, ModelAdapter, ModelTables, Rotated, Rotations
+from ..hooks.adapter import EVERY, AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation
 from ..hooks.formats import INTERLEAVED
 
 MOTIF_VIDEO = ModelAdapter(
     "diffusers.models.transformers.transformer_motif_video.MotifVideoTransformer3DModel",
-    (ModelTables("rope", "MotifVideoRotaryPosEmbed", by_shape=EVERY),),
+    (ModelTables("rope", "MotifVideoRotaryPosEmbed", keyed_by_shape=EVERY),),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"(single_)?transformer_blocks\.\d+\.attn",
             attention_class="MotifVideoAttention",
             format=INTERLEAVED,
             layout=Layout.BSHD,
             processors=("MotifVideoAttnProcessor2_0",),
         ),
-        Rotations(
+        AttentionRotation(
             attention=r"(single_)?transformer_blocks\.\d+\.cross_attn",
             attention_class="MotifVideoCrossAttention",
             format=INTERLEAVED,
             layout=Layout.BSHD,
-            rotated={"norm_q": Rotated(projection="to_q")},
+            norms={"norm_q": NormRotation(projection="to_q")},
             processors=("MotifVideoCrossAttnProcessor2_0",),
         ),
     ),

@@ -7,7 +7,7 @@ diffusers 0.42.1.
 
 from __future__ import annotations
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables
 from ..hooks.formats import HALF
 
 OMNIGEN = ModelAdapter(
@@ -16,12 +16,12 @@ OMNIGEN = ModelAdapter(
         ModelTables(
             "rope",
             "OmniGenSuScaledRotaryEmbedding",
-            by_shape=("hidden_states",),
-            writes=("inv_freq",),
+            keyed_by_shape=("hidden_states",),
+            sets=("inv_freq",),
         ),
     ),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"layers\.\d+\.self_attn",
             attention_class="Attention",
             format=HALF,

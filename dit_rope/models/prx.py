@@ -5,19 +5,19 @@ Source: ``transformer_prx.py`` of diffusers 0.42.1.
 
 from __future__ import annotations
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rotated, Rotations
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation
 from ..hooks.formats import MATRICES
 
 PRX = ModelAdapter(
     "diffusers.models.transformers.transformer_prx.PRXTransformer2DModel",
     (ModelTables("pe_embedder", "PRXEmbedND"),),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"blocks\.\d+\.attention",
             attention_class="PRXAttention",
             format=MATRICES,
             layout=Layout.BHSD,
-            rotated={"norm_q": Rotated(), "norm_k": Rotated()},
+            norms={"norm_q": NormRotation(), "norm_k": NormRotation()},
             processors=("PRXAttnProcessor2_0",),
         ),
     ),

@@ -13,19 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..hooks.adapter import QK, Layout, ModelAdapter, ModelTables, Rotated, Rotations, Tokens
+from ..hooks.adapter import QK, AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation, Tokens
 from ..hooks.formats import COMPLEX
 
 _TEXT_APART = {
-    "norm_q": Rotated(table=0),
-    "norm_k": Rotated(table=0),
-    "norm_added_q": Rotated(table=1),
-    "norm_added_k": Rotated(table=1),
+    "norm_q": NormRotation(table=0),
+    "norm_k": NormRotation(table=0),
+    "norm_added_q": NormRotation(table=1),
+    "norm_added_k": NormRotation(table=1),
 }
 _TEXT_KEYS_APART = {
-    "norm_q": Rotated(table=0),
-    "norm_k": Rotated(table=0),
-    "norm_added_k": Rotated(table=1, repeats=True),
+    "norm_q": NormRotation(table=0),
+    "norm_k": NormRotation(table=0),
+    "norm_added_k": NormRotation(table=1, repeats=True),
 }
 
 _IMAGE_AND_TEXT = (Tokens(), Tokens(("encoder_hidden_states",)))
@@ -33,17 +33,17 @@ _IMAGE_AND_TEXT = (Tokens(), Tokens(("encoder_hidden_states",)))
 
 def _rotations(
     attention: str,
-    rotated: Mapping[str, Rotated],
+    norms: Mapping[str, NormRotation],
     *processors: str,
     rotary: str = "image_rotary_emb",
     covers: tuple[Tokens, ...] = _IMAGE_AND_TEXT,
-) -> Rotations:
-    return Rotations(
+) -> AttentionRotation:
+    return AttentionRotation(
         attention=r"transformer_blocks\.\d+\.attn",
         attention_class=attention,
         format=COMPLEX,
         layout=Layout.BSHD,
-        rotated=rotated,
+        norms=norms,
         rotary=(rotary,),
         covers=covers,
         processors=processors,
@@ -63,7 +63,7 @@ QWEN_IMAGE_CONTROLNET = ModelAdapter(
 )
 QWEN_IMAGE_21 = ModelAdapter(
     "diffusers.models.transformers.transformer_qwenimage21.QwenImage21Transformer2DModel",
-    (ModelTables("pos_embed", "QwenImage21Rope", writes=("freqs",)),),
+    (ModelTables("pos_embed", "QwenImage21Rope", sets=("freqs",)),),
     (
         _rotations(
             "QwenImage21Attention",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from ..hooks.adapter import EVERY, Layout, ModelAdapter, ModelTables, Rebound, Rotations
+from ..hooks.adapter import EVERY, AttentionRotation, Layout, ModelAdapter, ModelTables, ReplacedFunction
 from ..hooks.class_override import unpatched_class
 from ..hooks.formats import CHANNELS, COMPLEX_BHSD, HEAD_HALVES
 from .ltx import turns_halves, turns_neighbours
@@ -18,8 +18,8 @@ _TRANSFORMERS = "diffusers.models.transformers"
 
 SANA_VIDEO = ModelAdapter(
     f"{_TRANSFORMERS}.transformer_sana_video.SanaVideoTransformer3DModel",
-    (ModelTables("rope", "WanRotaryPosEmbed", by_shape=EVERY),),
-    left_alone=(
+    (ModelTables("rope", "WanRotaryPosEmbed", keyed_by_shape=EVERY),),
+    not_patched=(
         "rotation in SanaLinearAttnProcessor3_0: it also needs queries and keys unrotated, and rotates by a function "
         "that it defines in every call",
     ),
@@ -30,16 +30,16 @@ def _is_a(attention_class: str, model: Any, attention: Any) -> bool:
     return unpatched_class(attention).__name__ == attention_class
 
 
-def _rotates_inside(attention_class: str) -> Rotations:
+def _rotates_inside(attention_class: str) -> AttentionRotation:
     """The inner attention module of a block, which holds no parameters and is given normed queries and keys."""
-    return Rotations(
+    return AttentionRotation(
         attention=r"blocks\.\d+\.attn\.attn",
         attention_class=attention_class,
         format=COMPLEX_BHSD,
         layout=Layout.BHDS,
-        rotated={},
+        norms={},
         rotary=("rotary_emb",),
-        rebound=Rebound("_apply_rotary_emb"),
+        replaced_function=ReplacedFunction("_apply_rotary_emb"),
         when=functools.partial(_is_a, attention_class),
     )
 
@@ -48,7 +48,7 @@ SANA_WM = ModelAdapter(
     f"{_TRANSFORMERS}.transformer_sana_wm.SanaWMTransformer3DModel",
     (ModelTables("rope", "SanaWMRotaryPosEmbed", optional=True),),
     (_rotates_inside("SanaWMSoftmaxAttention"), _rotates_inside("SanaWMBidirectionalGDNAttention")),
-    left_alone=(
+    not_patched=(
         "q_norm and k_norm, because of linear attention queries and keys are also needed unrotated, and the softmax "
         "attention of the camera branch may need the table",
         "rotation of the camera branch: it is one half of a transform whose other half is a matrix of each token",
@@ -64,15 +64,15 @@ SANA_WM_REFINER = ModelAdapter(
         ),
     ),
     tuple(
-        Rotations(
+        AttentionRotation(
             attention=r"transformer_blocks\.\d+\.attn1",
             attention_class="SanaWMLTX2Attention",
             format=form,
             layout=Layout.BSC,
-            rotated={},
+            norms={},
             rotary=(),
             processors=("SanaWMLTX2RefinerAttnProcessor",),
-            rebound=Rebound(function),
+            replaced_function=ReplacedFunction(function),
             when=when,
         )
         for form, function, when in (
@@ -80,5 +80,5 @@ SANA_WM_REFINER = ModelAdapter(
             (HEAD_HALVES, "apply_split_rotary_emb", turns_halves),
         )
     ),
-    left_alone=("norm_q and norm_k, because keys are cached before they rotate",),
+    not_patched=("norm_q and norm_k, because keys are cached before they rotate",),
 )

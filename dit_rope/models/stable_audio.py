@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..hooks.adapter import Layout, ModelAdapter, ModelTables, Rebound, Rotated, Rotations, Tokens
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation, ReplacedFunction, Tokens
 from ..hooks.formats import HALF, Format, Pair, four_dims
 from ..hooks.packed_tables import Align
 from ..spec import Pairing
@@ -45,7 +45,7 @@ STABLE_AUDIO = ModelAdapter(
     "diffusers.models.transformers.stable_audio_transformer.StableAudioDiTModel",
     (),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"transformer_blocks\.\d+\.attn1",
             attention_class="Attention",
             format=HALF,
@@ -56,21 +56,21 @@ STABLE_AUDIO = ModelAdapter(
             partial=True,
         ),
     ),
-    left_alone=("tables, which the pipeline makes once and hands over",),
+    not_patched=("tables, which the pipeline makes once and hands over",),
 )
 STABLE_AUDIO_3 = ModelAdapter(
     "diffusers.models.transformers.transformer_stable_audio3.StableAudio3DiTModel",
     (ModelTables("rotary_pos_emb", "StableAudio3RotaryEmbedding"),),
     (
-        Rotations(
+        AttentionRotation(
             attention=r"transformer_blocks\.\d+\.self_attn",
             attention_class="StableAudio3SelfAttention",
             format=_ANGLES,
             layout=Layout.BSHD,
-            rotated={name: Rotated(align=Align.END, repeats=True) for name in ("q_norm", "k_norm")},
+            norms={name: NormRotation(align=Align.END, repeats=True) for name in ("q_norm", "k_norm")},
             rotary=("rope",),
             processors=("StableAudio3SelfAttnProcessor",),
-            rebound=Rebound("_apply_rotary_partial"),
+            replaced_function=ReplacedFunction("_apply_rotary_partial"),
             covers=(Tokens(at_least=True),),
             partial=True,
         ),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..hooks.adapter import EVERY, AxisForm, FrameRows, Layout, ModelAdapter, ModelTables, Rotations
+from ..hooks.adapter import EVERY, AttentionRotation, AxisTables, ForwardGrid, Layout, ModelAdapter, ModelTables
 from ..hooks.formats import AXES
 from ..spec import RopeSpec
 
@@ -21,28 +21,28 @@ def _spec(rope: Any) -> RopeSpec:
     return RopeSpec(dims=(head_dim - 2 * side, side, side), theta=10_000.0)
 
 
-def _frames(rope: Any, latent: torch.Tensor) -> FrameRows:
+def _frames(rope: Any, latent: torch.Tensor) -> ForwardGrid:
     """``latent`` is ``[B, C, T, H, W]`` before patching."""
     patched = [size // patch for size, patch in zip(latent.shape[2:], rope.patch_size, strict=True)]
-    return FrameRows((patched[0], patched[1], patched[2]))
+    return ForwardGrid((patched[0], patched[1], patched[2]))
 
 
-def _chronoedit_frames(rope: Any, latent: torch.Tensor) -> FrameRows:
+def _chronoedit_frames(rope: Any, latent: torch.Tensor) -> ForwardGrid:
     """ChronoEdit sets its two edit frames ``temporal_skip_len`` apart: positions 0 and ``temporal_skip_len - 1``."""
     rows = _frames(rope, latent)
     if latent.shape[2] != 2:
         return rows
     skip: int = rope.temporal_skip_len
-    return FrameRows((skip, *rows.grid[1:]), frames=(0, skip - 1))
+    return ForwardGrid((skip, *rows.grid[1:]), frames=(0, skip - 1))
 
 
 def _adapter(model: str, module: str, rope: str, attention: str, processor: str = "WanAttnProcessor") -> ModelAdapter:
     frames = _chronoedit_frames if rope.startswith("ChronoEdit") else _frames
     return ModelAdapter(
         model=f"diffusers.models.transformers.{module}.{model}",
-        tables=(ModelTables("rope", rope, by_shape=EVERY, axes=AxisForm(_spec, frames)),),
+        tables=(ModelTables("rope", rope, keyed_by_shape=EVERY, axes=AxisTables(_spec, frames)),),
         rotations=(
-            Rotations(
+            AttentionRotation(
                 attention=r"(blocks|vace_blocks)\.\d+\.attn1",
                 attention_class=attention,
                 format=AXES,

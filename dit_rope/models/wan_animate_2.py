@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..hooks.adapter import Layout, ModelAdapter, Rebound, Rotations
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ReplacedFunction
 from ..hooks.formats import Format, Pair
 from ..spec import Pairing
 
@@ -66,18 +66,18 @@ def _split(rotary: Any) -> list[Pair]:
 WAN_ANIMATE_2 = ModelAdapter(
     "diffusers.models.transformers.transformer_wan_animate_2.WanAnimate2Transformer3DModel",
     rotations=(
-        Rotations(
+        AttentionRotation(
             attention=r"blocks\.\d+\.self_attn",
             attention_class="WanAnimate2Attention",
             format=_GridFormat("complex numbers of a grid's axes", Pairing.INTERLEAVED, _split, _join, exact=False),
             layout=Layout.BSHD,
-            rotated={},
+            norms={},
             rotary=(),
             processors=("WanAnimate2AttnProcessor",),
-            rebound=Rebound("rope_apply", tables=3),
+            replaced_function=ReplacedFunction("rope_apply", tables=3),
         ),
     ),
-    left_alone=(
+    not_patched=(
         "norm_q and norm_k, because keys are cached before they rotate",
         "tables, because the model keeps them itself",
     ),

@@ -8,7 +8,7 @@ both models may hold the same attention. Sources, all in diffusers 0.42.1: ``tra
 
 from __future__ import annotations
 
-from ..hooks.adapter import Layout, ModelAdapter, Rotations
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter
 from ..hooks.formats import COMPLEX
 
 _TABLES = (
@@ -18,7 +18,7 @@ _TABLES = (
 
 
 def _adapter(model: str, blocks: str, attention: str, processor: str) -> ModelAdapter:
-    rotations = Rotations(
+    rotations = AttentionRotation(
         attention=rf"({blocks})\.\d+\.attention",
         attention_class=attention,
         format=COMPLEX,

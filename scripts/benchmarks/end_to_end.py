@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from dit_rope.hooks.plan import Plan, RotationPlan, make_plan
+from dit_rope.hooks.plan import PatchPlan, RotationPlan, make_plan
 from dit_rope.patching import adapter_of, patch
 from dit_rope.spec import Fusion
 
@@ -96,7 +96,7 @@ class Step:
             outputs = [self.models[call.model](*call.args, **call.kwargs) for call in self.calls]
         return [leaf for leaf in pytree.tree_leaves([_plain(one) for one in outputs]) if isinstance(leaf, torch.Tensor)]
 
-    def plans(self) -> list[Plan]:
+    def plans(self) -> list[PatchPlan]:
         """What a patch would replace in each model."""
         found = [(f"model {number}", model, adapter_of(model)) for number, model in enumerate(self.models)]
         return [make_plan(name, model, adapter) for name, model, adapter in found if adapter is not None]
@@ -307,12 +307,14 @@ def _moved(step: Step) -> Step:
     return twin
 
 
-def _has_bound(plans: list[Plan]) -> bool:
+def _has_bound(plans: list[PatchPlan]) -> bool:
     """Whether the models' processors do not rotate what comes without tables."""
-    return all(found.rotations.rebound is None and found.rotations.unrotated is None for found in _rotations(plans))
+    return all(
+        found.rotations.replaced_function is None and found.rotations.unrotated is None for found in _rotations(plans)
+    )
 
 
-def _without_rope(plan: Plan) -> None:
+def _without_rope(plan: PatchPlan) -> None:
     """Keeps a model's tables, and neither norms nor rotates queries and keys: what is left is no patch's to gain."""
     for found in plan.rotations:
         taken = list(inspect.signature(type(found.attention).forward).parameters)[1:]
@@ -340,7 +342,7 @@ class _Without:
         return args, {**kwargs, **{name: None for name, _ in self.rotary if name in kwargs}}
 
 
-def _rotations(plans: list[Plan]) -> Iterator[RotationPlan]:
+def _rotations(plans: list[PatchPlan]) -> Iterator[RotationPlan]:
     return (found for plan in plans for found in plan.rotations)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dit_rope.hooks.formats import Format
-from dit_rope.hooks.plan import Plan, make_plan
+from dit_rope.hooks.plan import PatchPlan, make_plan
 from dit_rope.patching import adapter_of, patch
 from dit_rope.tables.caches import cache_clear
 
@@ -144,7 +144,7 @@ def constant_weights() -> Iterator[None]:
             setattr(torch.nn.init, name, function)
 
 
-def run_steps(plan: Plan, forward: Callable[[], object], steps: int = 2, look: bool = False) -> list[Step]:
+def run_steps(plan: PatchPlan, forward: Callable[[], object], steps: int = 2, look: bool = False) -> list[Step]:
     """Counts what calls of ``forward`` run in the attention modules and table builders of ``plan``.
 
     ``look`` counts what norms and projections return, too, in hooks, around which a patch would not fuse them.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dit_rope.hooks.plan import Plan
+from dit_rope.hooks.plan import PatchPlan
 
 KINDS = ("attention", "matrix products", "tables", "rotation", "q and k norms", "other norms", "elementwise", "rest")
 """The shares, in order. ``rotation`` is whatever is computed element by element between the norms of queries and keys
@@ -23,7 +23,7 @@ _PRODUCTS = frozenset(f"aten::{name}" for name in ("linear", "matmul", "mm", "ad
 _NORMS = frozenset(f"aten::{name}" for name in ("layer_norm", "rms_norm", "group_norm"))
 
 
-def shares(plans: Iterable[Plan], step: Callable[[], object], device: str, calls: int = 3) -> dict[str, float]:
+def shares(plans: Iterable[PatchPlan], step: Callable[[], object], device: str, calls: int = 3) -> dict[str, float]:
     """The share of each of :data:`KINDS` in ``calls`` of ``step``, which runs the models of ``plans``, unpatched.
 
     Shares add up to 1. On a GPU they are of the time that its kernels run, elsewhere of the call.
@@ -42,7 +42,7 @@ def shares(plans: Iterable[Plan], step: Callable[[], object], device: str, calls
     return _summed(profiled.events(), "self_device_time_total" if cuda else "self_cpu_time_total")
 
 
-def _places(plans: Iterable[Plan]) -> Iterator[tuple[Any, str, str]]:
+def _places(plans: Iterable[PatchPlan]) -> Iterator[tuple[Any, str, str]]:
     """Objects, their methods and what these do."""
     for plan in plans:
         for found in plan.tables:

@@ -257,8 +257,8 @@ _HANDED_OVER = (
     of_models(
         "rebound-rotates",
         "hooks/attention",
-        "scope = {**guard.function.__globals__, declared.rebound.function: functools.partial(_pass_on, declared)}",
-        "scope = {**guard.function.__globals__}",
+        "__globals__, declared.replaced_function.name: functools.partial(_pass_on, declared)}",
+        "__globals__}",
         "hidream or lumina",
     ),
 )

@@ -172,7 +172,7 @@ _FITS = (
     of_models(
         "norm-not-rounded",
         "hooks/rotating_norms",
-        "if call.exact and declared.rounds is not None:",
+        "if call.exact and declared.cast_to is not None:",
         "if False:",
         "kandinsky or cogview4 or glm or hidream",
     ),
@@ -193,18 +193,22 @@ _FITS = (
     of_models(
         "text-at-the-end",
         "models/flux",
-        '"norm_added_q": Rotated(align=Align.START)',
-        '"norm_added_q": Rotated(align=Align.END)',
+        '"norm_added_q": NormRotation(align=Align.START,',
+        '"norm_added_q": NormRotation(align=Align.END,',
         "flux or chroma",
     ),
     of_models(
-        "key-by-the-query-table", "models/ltx", '"norm_k": Rotated(table=1)', '"norm_k": Rotated(table=0)', "ltx2"
+        "key-by-the-query-table",
+        "models/ltx",
+        '"norm_k": NormRotation(table=1)',
+        '"norm_k": NormRotation(table=0)',
+        "ltx2",
     ),
     of_models(
         "text-by-the-image-table",
         "models/qwen_image",
-        '"norm_added_q": Rotated(table=1)',
-        '"norm_added_q": Rotated(table=0)',
+        '"norm_added_q": NormRotation(table=1)',
+        '"norm_added_q": NormRotation(table=0)',
         "qwen",
     ),
     of_models("krea2-weight", "hooks/fused_norms", "module.weight + 1.0", "module.weight", "krea2"),
@@ -214,7 +218,7 @@ _KEYS = (
     _memo("key-without-ambient", "[_ambient(), len(args)]", "[len(args)]"),
     _memo(
         "key-without-state",
-        "    parts.append(_state(target, tables.writes, keep, parameters=bool(tables.path)))\n",
+        "    parts.append(_state(target, tables.sets, keep, parameters=bool(tables.path)))\n",
         "",
     ),
     _memo("key-without-values", "return tensor.shape, tensor.dtype, values.numpy().tobytes()", "return tensor.dtype"),

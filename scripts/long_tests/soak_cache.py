@@ -167,7 +167,7 @@ class Requests:
 
     def _rope(self) -> tuple[Rope, TableSettings]:
         rope = Rope(self.draw.uniform(10.0, 10_000.0))
-        settings = TableSettings(ModelTables("rope", "Rope", by_shape=EVERY), ("hidden",))
+        settings = TableSettings(ModelTables("rope", "Rope", keyed_by_shape=EVERY), ("hidden",))
         override_method(rope, RopeOverride, settings, PatchState(), "forward")
         return rope, settings
 

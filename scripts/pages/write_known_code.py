@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from dit_rope.hooks.adapter import Rotations
+from dit_rope.hooks.adapter import AttentionRotation
 from dit_rope.hooks.fused_norms import KNOWN_NORMS
 from dit_rope.hooks.known_code import Walk, source_digest
 from dit_rope.models import ADAPTERS, ModelAdapter
@@ -54,7 +54,7 @@ def methods_of(adapter: ModelAdapter) -> Iterator[tuple[type, str]]:
         yield from owners_of(rotations, module)
 
 
-def owners_of(rotations: Rotations, module: Any) -> Iterator[tuple[type, str]]:
+def owners_of(rotations: AttentionRotation, module: Any) -> Iterator[tuple[type, str]]:
     """The processors of one kind of attention module, or its own class where it has none."""
     if not rotations.processors:
         yield from ((each, "forward") for each in named(rotations.attention_class, module))

@@ -44,9 +44,9 @@ def reads_values(adapter: ModelAdapter) -> bool:
     names: set[str] = set()
     for tables in adapter.tables:
         builders = (tables.builder,) if isinstance(tables.builder, str) else tables.builder
-        for builder in builders if tables.by_shape != EVERY else ():
+        for builder in builders if tables.keyed_by_shape != EVERY else ():
             method = getattr(_builders()[builder], tables.method)
-            names |= set(inspect.signature(method).parameters) - set(tables.by_shape)
+            names |= set(inspect.signature(method).parameters) - set(tables.keyed_by_shape)
     return not names.isdisjoint(READ)
 
 
@@ -62,7 +62,7 @@ def _kinds(adapter: ModelAdapter) -> dict[tuple[str, bool], None]:
     """What one pass does, over all kinds of attention modules of a model, and whether exact mode does it too."""
     kinds: dict[tuple[str, bool], None] = {}
     for rotations in adapter.rotations:
-        norms = any("norm" in name for name in rotations.rotated)
+        norms = any("norm" in name for name in rotations.norms)
         exact = rotations.format.exact
         kinds["norm and rotation" if norms else "rotation", exact] = None
     return kinds
@@ -111,10 +111,10 @@ def compatibility() -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in (COLUMNS, ["---"] * len(COLUMNS), *lines))
 
 
-def left_alone() -> str:
+def not_patched() -> str:
     """What is left alone in each class, and why."""
     return "".join(
-        f"- `{adapter.model_class}`: {'; '.join(adapter.left_alone)}.\n" for adapter in ADAPTERS if adapter.left_alone
+        f"- `{adapter.model_class}`: {'; '.join(adapter.not_patched)}.\n" for adapter in ADAPTERS if adapter.not_patched
     )
 
 
@@ -134,7 +134,7 @@ def main() -> None:
     """Rewrites both files."""
     readme, models = ROOT / "README.md", ROOT / "docs" / "models.md"
     readme.write_text(with_section(readme.read_text(), rows()))
-    models.write_text(with_section(with_section(models.read_text(), left_alone()), compatibility(), "compatibility"))
+    models.write_text(with_section(with_section(models.read_text(), not_patched()), compatibility(), "compatibility"))
 
 
 if __name__ == "__main__":

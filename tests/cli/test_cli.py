@@ -98,7 +98,7 @@ def test_inspect_tells_what_patch_reports(random_wan_folder, random_wan):
 def test_inspect_of_a_class_says_what_is_declared(adapter):
     result = invoke("inspect", adapter.model_class)
     assert result.exit_code == 0
-    assert all(sentence in result.output for sentence in adapter.left_alone)
+    assert all(sentence in result.output for sentence in adapter.not_patched)
     assert all(tables.path in result.output for tables in adapter.tables)
     assert result.output.count("rotate") >= len(adapter.rotations)
 

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_rope
 from compiled_graphs import named, tensors
-from dit_rope.hooks.adapter import Layout, Rotations, Tokens
+from dit_rope.hooks.adapter import AttentionRotation, Layout, Tokens
 from dit_rope.hooks.formats import HEAD_HALVES, INTERLEAVED, Format
 from dit_rope.hooks.heads import fits
 from dit_rope.hooks.packed_tables import PackedTable, pack
@@ -242,8 +242,8 @@ def table(batch: int, heads: int, pairs: int) -> PackedTable:
     return pack(cos, sin, Pairing.INTERLEAVED, CPU)
 
 
-def declared(form: Format = INTERLEAVED, partial: bool = False) -> Rotations:
-    return Rotations("attn", "Attention", form, Layout.BSHD, partial=partial)
+def declared(form: Format = INTERLEAVED, partial: bool = False) -> AttentionRotation:
+    return AttentionRotation("attn", "Attention", form, Layout.BSHD, partial=partial)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])

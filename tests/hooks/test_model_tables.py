@@ -257,7 +257,7 @@ def test_table_of_a_parameter_is_no_entry_while_gradients_are_wanted() -> None:
 
 
 def test_entries_name_shapes_where_nothing_else_counts() -> None:
-    rope = memoized(by_shape=("ids",))
+    rope = memoized(keyed_by_shape=("ids",))
     rope(torch.zeros(5))
     rope(torch.ones(5))
     assert rope.built == 1

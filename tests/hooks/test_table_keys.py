@@ -146,7 +146,7 @@ def test_what_building_writes_is_put_back() -> None:
 
     rope = known(Writes)()
     rope.seen = 77
-    memoize(rope, ModelTables("rope", "Writes", writes=("seen",)), ("ids",))
+    memoize(rope, ModelTables("rope", "Writes", sets=("seen",)), ("ids",))
     for ids in (torch.arange(3), torch.arange(4), torch.arange(3)):
         rope(ids)
         assert rope.seen == 77

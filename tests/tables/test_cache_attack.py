@@ -194,7 +194,7 @@ def test_memoized_model_tables_are_right_under_threads_and_writes(empty_caches: 
     known(_Model, "tables")
     ropes, own = [_Rope(10.0 + n) for n in range(3)], [_Rope(10.0 + n) for n in range(3)]
     for rope in ropes:
-        memoize(rope, ModelTables("rope", "_Rope", by_shape=EVERY), ("hidden",))
+        memoize(rope, ModelTables("rope", "_Rope", keyed_by_shape=EVERY), ("hidden",))
     model = _Model()
     settings = TableSettings(ModelTables("", "_Model", "tables"), ("ids",))
     memo = MemoizedMethod(model, "tables", Installed(settings, PatchState()))
