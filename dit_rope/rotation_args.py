@@ -1,14 +1,15 @@
-"""The arguments of one rotation, the same for every backend."""
+"""The arguments of one rotation and of the norm before it, the same for every backend."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .spec import Pairing
+from .spec import NormKind, Pairing
 
 Memo = dict[object, Any]
 """What a backend keeps for the next call whose tensors have the same layouts and whose arguments are the same."""
@@ -112,3 +113,52 @@ class RotationArgs:
             self.exact,
             self.head_rows,
         )
+
+
+class Norm(NamedTuple):
+    """The norm of the tensors of one call, before their rotation.
+
+    Attributes:
+        kind: which norm, and what one mean is taken over.
+        eps: added to the mean of squares, or to the variance.
+        weights: one for each tensor, ``[D]`` per head or ``[H * D]`` across heads; empty without weights.
+        biases: as ``weights``, added after them.
+    """
+
+    kind: NormKind
+    eps: float
+    weights: Sequence[torch.Tensor] = ()
+    biases: Sequence[torch.Tensor] = ()
+
+    @classmethod
+    def of(
+        cls,
+        xs: Sequence[torch.Tensor],
+        kind: NormKind,
+        eps: float,
+        weights: Sequence[torch.Tensor | None] = (),
+        biases: Sequence[torch.Tensor | None] = (),
+    ) -> Norm:
+        """The norm of ``xs`` ``[B, S, H, D]``, of which some may have no weight or no bias.
+
+        Where only one of two tensors has a weight or a bias, the other gets ones or zeros: a kernel reads both or none.
+        """
+        return cls(kind, eps, _for_all(xs, weights, kind, 1.0), _for_all(xs, biases, kind, 0.0))
+
+    def of_tensor(self, index: int) -> Norm:
+        """The norm of one of the tensors alone."""
+        return Norm(self.kind, self.eps, self.weights[index : index + 1], self.biases[index : index + 1])
+
+
+def _for_all(
+    xs: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor | None], kind: NormKind, default: float
+) -> list[torch.Tensor]:
+    present = [parameter for parameter in parameters if parameter is not None]
+    if not present or len(present) == len(parameters):
+        return present
+    return [
+        x.new_full((x.shape[2] * x.shape[3] if kind.across_heads else x.shape[3],), default)
+        if parameter is None
+        else parameter
+        for x, parameter in zip(xs, parameters, strict=True)
+    ]

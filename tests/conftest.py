@@ -152,10 +152,14 @@ def loads_random_pipeline(monkeypatch: pytest.MonkeyPatch, random_wan: Any) -> l
 @pytest.fixture
 def rotations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the rotations that patched models run."""
-    from dit_rope.rotation import api as rotation
+    from dit_rope.rotation import ops
 
     ran: list[str] = []
-    for name in ("apply", "apply_norm"):
-        real = getattr(rotation, name)
-        monkeypatch.setattr(rotation, name, lambda *a, name=name, real=real, **k: ran.append(name) or real(*a, **k))
+    rotate = ops.rotate
+
+    def recorded(xs: Any, args: Any, norm: Any = None, **options: Any) -> Any:
+        ran.append("rotate" if norm is None else "norm_rotate")
+        return rotate(xs, args, norm, **options)
+
+    monkeypatch.setattr(ops, "rotate", recorded)
     return ran

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from ..rotation import api as rotation
+from ..rotation import ops
 from ..rotation.choice import check_backend
 from ..scalars import as_int, check_flags, positive
 from ..spec import Pairing, RopeSpec, Scaling
@@ -51,7 +51,7 @@ def apply_rope_with_cos_sin_cache(
     """
     named = {"query": query, "key": key}
     xs, args = prepare_cached(positions, named, head_size, cos_sin_cache, is_neox=is_neox, position_dims=(1,))
-    turned_query, turned_key = rotation.apply(xs, args, backend=backend)
+    turned_query, turned_key = ops.rotate(xs, args, backend=backend)
     return turned_query.reshape(query.shape), turned_key.reshape(key.shape)
 
 
@@ -69,7 +69,7 @@ def apply_rope_with_cos_sin_cache_inplace(
     named = {"query": query, "key": key}
     xs, args = prepare_cached(positions, named, head_size, cos_sin_cache, is_neox=is_neox, position_dims=(1,))
     check_inplace(tuple(named), xs, chosen=False)
-    rotation.apply(xs, args, inplace=True, backend=backend)
+    ops.rotate(xs, args, inplace=True, backend=backend)
 
 
 apply_rope_inplace_with_cache = apply_rope_with_cos_sin_cache_inplace
@@ -298,7 +298,7 @@ def _turn(
         check_inplace(("q", "k"), xs, chosen=False)
     rows, where = token_rows(positions, spec, q.device, q.dtype)
     args = one_axis_args(rows, where, q.shape[0], interleaved=interleave)
-    turned = rotation.apply(xs, args, inplace=inplace, backend=backend)
+    turned = ops.rotate(xs, args, inplace=inplace, backend=backend)
     return turned[0].squeeze(0), turned[1].squeeze(0)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..rotation import api as rotation
+from ..rotation import ops
 from ..rotation_args import RotationArgs
 from ..scalars import as_int, check_flags
 from ..validation import DTYPES, check_tensors
@@ -65,7 +65,7 @@ def apply_rotary_emb(
     # Wider than 16 bits, as diffusers multiplies in float32 whatever the dtype of its tables.
     rows = _rows(cos, sin, torch.promote_types(cos.dtype, torch.float32), x.device)
     args = _args(("freqs_cis",), ("x",), (tokens,), rows, interleaved, exact)
-    (turned,) = rotation.apply([tokens], args, backend=backend)
+    (turned,) = ops.rotate([tokens], args, backend=backend)
     return turned.transpose(1, 2) if heads_first else turned
 
 
@@ -109,7 +109,7 @@ def apply_rotary_pos_emb(
     rows = _rows(cos[..., :half], sin[..., :half], torch.promote_types(cos.dtype, q.dtype), q.device)
     xs = [q.transpose(1, 2), k.transpose(1, 2)] if unsqueeze_dim == 1 else [q, k]
     args = _args(("cos", "sin"), ("q", "k"), xs, rows, False, exact)
-    turned = rotation.apply(xs, args, backend=backend)
+    turned = ops.rotate(xs, args, backend=backend)
     if unsqueeze_dim == 1:
         return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
     return turned[0], turned[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..rotation import api as rotation
+from ..rotation import ops
 from ..validation import check_inplace
 from .dense import prepare_cached
 
@@ -64,4 +64,4 @@ def rotary_embedding(
         inverse=inverse,
     )
     check_inplace(tuple(named), xs, chosen=False)
-    rotation.apply(xs, args, inplace=True, backend=backend)
+    ops.rotate(xs, args, inplace=True, backend=backend)

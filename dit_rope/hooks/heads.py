@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..rotation import api as rotation
+from ..rotation import ops
 from ..rotation_args import RotationArgs
 from .adapter import AttentionRotation, Layout
 from .packed_tables import PackedTable
@@ -31,7 +31,7 @@ def rotate_heads(heads: list[torch.Tensor], args: RotationArgs, backend: str, in
         local = rotate_heads([x.to_local() for x in given], args, backend, inplace)
         return [type(x).from_local(y, x.device_mesh, x.placements) for x, y in zip(given, local, strict=True)]
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in heads)
-    return rotation.apply(heads, args, inplace=inplace and not grad, backend=backend)
+    return ops.rotate(heads, args, inplace=inplace and not grad, backend=backend)
 
 
 def is_distributed(x: torch.Tensor) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..rotation import api as rotation
+from ..rotation import ops
+from ..rotation_args import Norm
 from .adapter import AttentionRotation, CastTo, Layout, NormRotation
 from .fused_norms import fused_norm, makes_fresh_results
 from .heads import as_given, as_heads, fits, is_distributed, rotate_heads
@@ -149,15 +150,9 @@ class _RotatingModule:
         if norm is None:
             return None
         heads = self._heads(x, table, layout)
-        return rotation.apply_norm(
-            [heads],
-            [norm.weight],
-            norm.eps,
-            norm.kind(layout is Layout.BSC),
-            table.args(heads.shape[1], self._rotated.align, False),
-            biases=[norm.bias],
-            backend=call.settings.backend,
-        )[0]
+        args = table.args(heads.shape[1], self._rotated.align, False)
+        applied = Norm.of([heads], norm.kind(layout is Layout.BSC), norm.eps, [norm.weight], [norm.bias])
+        return ops.rotate([heads], args, applied, backend=call.settings.backend)[0]
 
     def _heads(self, y: torch.Tensor, table: PackedTable, layout: Layout) -> torch.Tensor:
         """``y`` as heads ``[B, S, H, D]``, if the table is made for them."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from ..rotation_args import RotationArgs, layout_of
+from ..rotation_args import Norm, RotationArgs, layout_of
 from ..scalars import check_flags
 from ..spec import NormKind
 from ..tables.table import RopeTable
@@ -25,14 +25,14 @@ from ..validation import (
 )
 from . import autograd as autograd  # which tells torch the derivatives of the operators
 from . import derivatives, ops
-from .choice import Choice, check_backend, choose_backend, remembered_choice
+from .choice import Choice, check_backend, remembered_choice
 
 # Layouts of calls that are remembered as valid, per table; a model has a few.
 _MAX_REMEMBERED = 64
 
 _Parameters = tuple[torch.Tensor | None, ...]
-_Norm = tuple[NormKind, float, _Parameters, _Parameters]
-"""Kind, eps, and the weights and biases of each tensor; no biases at all where every one of them is None."""
+_NormArguments = tuple[NormKind, float, _Parameters, _Parameters]
+"""Kind, eps, and the weights and biases of each tensor as the caller passed them, unchecked; () without biases."""
 
 
 def rotate(
@@ -55,8 +55,7 @@ def rotate(
     Returns:
         A new tensor, or ``x`` itself when ``inplace``.
     """
-    args, choice = _check(("x",), (x,), table, prefix, suffix, positions, inverse, exact, inplace, backend)
-    return _rotate(("x",), (x,), args, inplace, choice)[0]
+    return _rotate(("x",), (x,), table, prefix, suffix, positions, inverse, exact, inplace, backend)[0]
 
 
 def rotate_qk(
@@ -97,9 +96,8 @@ def rotate_qk(
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
     """
-    args, choice = _check(("q", "k"), (q, k), table, prefix, suffix, positions, inverse, exact, inplace, backend)
-    turned = _rotate(("q", "k"), (q, k), args, inplace, choice)
-    return turned[0], turned[1]
+    rotated = _rotate(("q", "k"), (q, k), table, prefix, suffix, positions, inverse, exact, inplace, backend)
+    return rotated[0], rotated[1]
 
 
 def norm_rotate(
@@ -127,9 +125,8 @@ def norm_rotate(
     Returns:
         A new tensor, or ``x`` itself when ``inplace``.
     """
-    how = (norm, eps, (weight,), () if bias is None else (bias,))
-    args, choice = _check(("x",), (x,), table, prefix, suffix, positions, inverse, exact, inplace, backend, how)
-    return _norm_rotate(("x",), (x,), how, args, inplace, choice)[0]
+    normed = (norm, eps, (weight,), () if bias is None else (bias,))
+    return _rotate(("x",), (x,), table, prefix, suffix, positions, inverse, exact, inplace, backend, normed)[0]
 
 
 def norm_rotate_qk(
@@ -166,53 +163,38 @@ def norm_rotate_qk(
 
     The other arguments, the return and the errors are those of :func:`rotate_qk`.
     """
-    how = (norm, eps, (q_weight, k_weight), () if q_bias is None and k_bias is None else (q_bias, k_bias))
-    args, choice = _check(("q", "k"), (q, k), table, prefix, suffix, positions, inverse, exact, inplace, backend, how)
-    turned = _norm_rotate(("q", "k"), (q, k), how, args, inplace, choice)
-    return turned[0], turned[1]
+    normed = (norm, eps, (q_weight, k_weight), () if q_bias is None and k_bias is None else (q_bias, k_bias))
+    rotated = _rotate(("q", "k"), (q, k), table, prefix, suffix, positions, inverse, exact, inplace, backend, normed)
+    return rotated[0], rotated[1]
 
 
-def apply(
-    xs: Sequence[torch.Tensor], args: RotationArgs, *, inplace: bool = False, backend: str = "auto"
-) -> list[torch.Tensor]:
-    """Rotates tensors whose arguments are known to fit, as hooks do; :func:`rotate_qk` checks, this does not."""
-    choice = Choice(backend) if torch.compiler.is_compiling() else remembered_choice(xs, args, backend)
-    if inplace:
-        ops.rotate_(xs, args, choice.backend, choice.memo)
-        return list(xs)
-    return ops.rotate(xs, args, choice.backend, choice.memo)
-
-
-def apply_into(
-    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], *, backend: str = "auto"
-) -> None:
-    """Rotates ``xs`` into tensors that are there already, such as a cache; as :func:`apply`, and without gradients."""
-    if torch.compiler.is_compiling():
-        for out, turned in zip(outs, apply(xs, args, backend=backend), strict=True):
-            out.copy_(turned)
-        return
-    ops.rotate_into(xs, args, outs, *remembered_choice(xs, args, backend, outs=outs))
-
-
-def apply_norm(
+def _rotate(
+    names: Sequence[str],
     xs: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor | None],
-    eps: float,
-    norm: NormKind,
-    args: RotationArgs,
-    *,
-    biases: Sequence[torch.Tensor | None] = (),
-    inplace: bool = False,
-    backend: str = "auto",
+    table: RopeTable,
+    prefix: int,
+    suffix: int,
+    positions: torch.Tensor | None,
+    inverse: bool,
+    exact: bool,
+    inplace: bool,
+    backend: str,
+    norm: _NormArguments | None = None,
 ) -> list[torch.Tensor]:
-    """Norms and rotates tensors whose arguments are known to fit, as :func:`apply` rotates them."""
-    choice = Choice(backend)
-    if not torch.compiler.is_compiling():
-        choice = remembered_choice(xs, args, backend, norm, eps, (*weights, *biases))
+    """Checks a call, then makes it. ``names`` are those of ``xs`` in messages."""
+    args, choice = _check(names, xs, table, prefix, suffix, positions, inverse, exact, inplace, backend, norm)
     if inplace:
-        ops.norm_rotate_(xs, weights, eps, norm, args, choice.backend, biases, choice.memo)
-        return list(xs)
-    return ops.norm_rotate(xs, weights, eps, norm, args, choice.backend, biases, choice.memo)
+        check_inplace(names, xs, _parameters(norm))
+    if norm is None:
+        return ops.rotate(xs, args, inplace=inplace, choice=choice)
+    kind, eps, weights, biases = norm
+    if not exact:
+        return ops.rotate(xs, args, Norm.of(xs, kind, float(eps), weights, biases), inplace=inplace, choice=choice)
+    affine = zip(xs, weights, biases or [None] * len(xs), strict=True)
+    normed = [_torch_norm(x, weight, bias, float(eps), kind) for x, weight, bias in affine]
+    # Chosen again: a norm's result may have another layout than its input.
+    rotated = ops.rotate(normed, args, inplace=not _needs_grad(normed), backend=choice.backend)
+    return [x.copy_(y) for x, y in zip(xs, rotated, strict=True)] if inplace else rotated
 
 
 class _Known:
@@ -249,7 +231,7 @@ def _check(
     exact: bool,
     inplace: bool,
     backend: str,
-    norm: _Norm | None = None,
+    norm: _NormArguments | None,
 ) -> tuple[RotationArgs, Choice]:
     """The arguments of a validated call and its backend, found by one key, as every layer asks again."""
     if not isinstance(table, RopeTable):
@@ -272,12 +254,12 @@ def _check(
         known = None
     if known is None:
         args = _validated(names, xs, table, prefix, suffix, positions, inverse, exact, inplace, backend, norm)
-        name = choose_backend(xs, args, backend, None if norm is None or args.exact else norm[0])
+        choice = remembered_choice(xs, args, None if norm is None or exact else Norm.of(xs, *norm), backend)
         if in_level() or in_mode():  # whose tensors and choice are not those of other calls
-            return args, Choice(name)
+            return args, choice
         if len(table.validated) >= _MAX_REMEMBERED:
             table.validated.clear()
-        known = table.validated[key] = _Known(args, Choice(name, {}))
+        known = table.validated[key] = _Known(args, choice)
     return (known.args if positions is None else known.at(positions, table)), known.choice
 
 
@@ -292,7 +274,7 @@ def _validated(
     exact: bool,
     inplace: bool,
     backend: str,
-    norm: _Norm | None,
+    norm: _NormArguments | None,
 ) -> RotationArgs:
     check_backend(backend)
     check_tensors(names, xs, table.spec.rotary_dim, table.device)
@@ -309,38 +291,9 @@ def _validated(
     return table.args(prefix=prefix, inverse=inverse, exact=exact, positions=positions)
 
 
-def _rotate(
-    names: Sequence[str], xs: Sequence[torch.Tensor], args: RotationArgs, inplace: bool, choice: Choice
-) -> list[torch.Tensor]:
-    if inplace:
-        check_inplace(names, xs)
-        ops.rotate_(xs, args, choice.backend, choice.memo)
-        return list(xs)
-    return ops.rotate(xs, args, choice.backend, choice.memo)
-
-
-def _norm_rotate(
-    names: Sequence[str],
-    xs: Sequence[torch.Tensor],
-    norm: _Norm,
-    args: RotationArgs,
-    inplace: bool,
-    choice: Choice,
-) -> list[torch.Tensor]:
-    kind, eps, weights, biases = norm[0], float(norm[1]), *norm[2:]
-    if inplace:
-        check_inplace(names, xs, [parameter for parameter in (*weights, *biases) if parameter is not None])
-    if args.exact:
-        affine = zip(xs, weights, biases or [None] * len(xs), strict=True)
-        normed = [_torch_norm(x, weight, bias, eps, kind) for x, weight, bias in affine]
-        if not torch.compiler.is_compiling():  # a norm's result may be laid out otherwise than what it is of
-            choice = remembered_choice(normed, args, choice.backend)
-        turned = _rotate(names, normed, args, not _needs_grad(normed), choice)
-        return [x.copy_(y) for x, y in zip(xs, turned, strict=True)] if inplace else turned
-    if inplace:
-        ops.norm_rotate_(xs, weights, eps, kind, args, choice.backend, biases, choice.memo)
-        return list(xs)
-    return ops.norm_rotate(xs, weights, eps, kind, args, choice.backend, biases, choice.memo)
+def _parameters(norm: _NormArguments | None) -> list[torch.Tensor]:
+    """The weights and biases that a norm has."""
+    return [] if norm is None else [parameter for parameter in (*norm[2], *norm[3]) if parameter is not None]
 
 
 def _needs_grad(xs: Sequence[torch.Tensor]) -> bool:
@@ -356,7 +309,7 @@ def _torch_norm(
         wide = functools.reduce(torch.promote_types, (t.dtype for t in (weight, bias) if t is not None), x.dtype)
         weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
         if in_level():  # torch's own LayerNorm gives wrong gradients of its tangents
-            return derivatives.normed(x.to(wide), weight, bias, eps, norm).to(x.dtype)
+            return derivatives.normed(x.to(wide), Norm.of([x], norm, eps, [weight], [bias])).to(x.dtype)
         normed = torch.nn.functional.layer_norm(flat.to(wide), flat.shape[-1:], weight, bias, eps).to(x.dtype)
     else:
         normed = torch.nn.functional.rms_norm(flat, flat.shape[-1:], weight, eps)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..rotation_args import Memo, RotationArgs, layout_of
+from ..rotation_args import Memo, Norm, RotationArgs, layout_of
 from ..spec import NormKind, Pairing
 from ..torch_state import in_level, in_mode
 from .backends import cuda_kernels, eager, triton_kernels
@@ -73,18 +73,15 @@ def _is_eager(xs: Sequence[torch.Tensor], backend: str) -> bool:
 def remembered_choice(
     xs: Sequence[torch.Tensor],
     args: RotationArgs,
+    norm: Norm | None = None,
     backend: str = "auto",
-    norm: NormKind | None = None,
-    eps: float = 0.0,
-    parameters: Sequence[torch.Tensor | None] = (),
     outs: Sequence[torch.Tensor] = (),
 ) -> Choice:
     """What :func:`choose_backend` says, remembered with a memo for the backend.
 
     Args:
+        xs, args, norm, backend: those of the call.
         outs: the tensors that are written to; none where those are ``xs``, or new and laid out as torch lays out.
-        xs, args, backend, norm: as there.
-        eps, parameters: of the norm; weights and then biases, if there are any, each for all of ``xs``.
 
     Raises:
         ValueError: as there.
@@ -93,17 +90,21 @@ def remembered_choice(
     if _is_eager(xs, backend):
         return _EAGER
     if in_level() or in_mode():  # whose choice is not that of other calls
-        return Choice(choose_backend(xs, args, backend, norm))
+        return Choice(choose_backend(xs, args, backend, norm and norm.kind))
+    normed: tuple[object, ...] = ()
+    if norm is not None:
+        weights, biases = norm.weights, norm.biases
+        normed = (norm.kind, norm.eps, len(weights), *map(layout_of, weights), *map(layout_of, biases))
     key = (
-        backend, args.numbers, layout_of(args.rows), layout_of(args.positions), layout_of(args.entries), norm, eps,
-        len(xs), *map(layout_of, xs), len(outs), *map(layout_of, outs), *map(layout_of, parameters),
+        backend, args.numbers, layout_of(args.rows), layout_of(args.positions), layout_of(args.entries),
+        len(xs), *map(layout_of, xs), len(outs), *map(layout_of, outs), normed,
     )  # fmt: skip
-    found = _choices.get(key)
-    if found is None:
+    choice = _choices.get(key)
+    if choice is None:
         if len(_choices) >= _MAX_REMEMBERED:
             _choices.clear()
-        found = _choices[key] = Choice(choose_backend(xs, args, backend, norm), {})
-    return found
+        choice = _choices[key] = Choice(choose_backend(xs, args, backend, norm and norm.kind), {})
+    return choice
 
 
 def explain_backends(device: str | torch.device) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from ..rotation_args import RotationArgs
+from ..rotation_args import Norm, RotationArgs
 from ..spec import NormKind, Pairing
 from .backends import eager, token_angles
 
@@ -21,12 +21,14 @@ def is_batched_gradient(x: torch.Tensor) -> bool:
     return bool(torch._C._functorch.is_legacy_batchedtensor(x))
 
 
-def rotated(x: torch.Tensor, args: RotationArgs) -> torch.Tensor:
-    """``x`` ``[B, S, H, D]`` rotated, the numbers of :func:`.eager.rotate`, as a new tensor."""
+def rotated(x: torch.Tensor, args: RotationArgs, norm: Norm | None = None) -> torch.Tensor:
+    """``x`` ``[B, S, H, D]`` rotated, after its ``norm``: the numbers of :func:`.eager.rotate`, as a new tensor."""
     if args.entries is not None:
         entries = args.entries.long()
-        turned = rotated(x.index_select(0, entries), replace(args, entries=None))
-        return x.index_copy(0, entries, turned)
+        return x.index_copy(0, entries, rotated(x.index_select(0, entries), replace(args, entries=None), norm))
+    if norm is not None:
+        out = rotated(normed(x, norm), replace(args, exact=False)).to(x.dtype)
+        return _in_order_of(out, x)
     cos, sin = token_angles.dense_angles(args, *x.shape[1:3])
     if args.exact:
         out = eager.reference(x, cos, sin, args.pairing)
@@ -36,33 +38,14 @@ def rotated(x: torch.Tensor, args: RotationArgs) -> torch.Tensor:
     return _in_order_of(_with_still(x, out, args), x)
 
 
-def norm_rotated(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    norm: NormKind,
-    args: RotationArgs,
-) -> torch.Tensor:
-    """``x`` ``[B, S, H, D]`` normed and rotated, as :func:`.eager.norm_rotate` does, a new tensor."""
-    if args.entries is not None:
-        entries = args.entries.long()
-        turned = norm_rotated(x.index_select(0, entries), weight, bias, eps, norm, replace(args, entries=None))
-        return x.index_copy(0, entries, turned)
-    wide = normed(x, weight, bias, eps, norm)
-    return _in_order_of(rotated(wide, replace(args, exact=False)).to(x.dtype), x)
-
-
-def normed(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, norm: NormKind
-) -> torch.Tensor:
-    """The norm of ``x`` ``[B, S, H, D]`` in float32, or float64 for float64 data."""
+def normed(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """The norm of the one tensor ``x`` ``[B, S, H, D]``, in float32, or float64 for float64 data."""
     wide = _wide(x.dtype)
-    out = _normed(x.to(wide), eps, norm)[0]
-    if weight is not None:
-        out = out * _of_head(weight.to(wide), x, norm)
-    if bias is not None:
-        out = out + _of_head(bias.to(wide), x, norm)
+    out = _normed(x.to(wide), norm)[0]
+    if norm.weights:
+        out = out * _of_head(norm.weights[0].to(wide), x, norm.kind)
+    if norm.biases:
+        out = out + _of_head(norm.biases[0].to(wide), x, norm.kind)
     return out
 
 
@@ -97,41 +80,40 @@ def gradient(grad: torch.Tensor, args: RotationArgs) -> torch.Tensor:
 
 def norm_gradient(
     x: torch.Tensor,
-    weight: torch.Tensor | None,
+    norm: Norm,
     bias_dtype: torch.dtype | None,
     grad: torch.Tensor,
-    eps: float,
-    norm: NormKind,
-    turn_back: Callable[[torch.Tensor], torch.Tensor],
+    rotate_back: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of x, weight and bias of a norm with rotation; ``turn_back`` is the inverse rotation.
+    """Gradients of x, weight and bias of the norm of one tensor, with rotation; ``rotate_back`` inverts the rotation.
 
-    With n = x / rms(x): dx = (dn - n mean(dn n)) / rms(x), where dn is the gradient turned back, times weight. In a
+    With n = x / rms(x): dx = (dn - n mean(dn n)) / rms(x), where dn is the gradient rotated back, times weight. In a
     LayerNorm x is first less its mean, and so is the result: dx = (dn - mean(dn) - n mean(dn n)) / rms(x - mean(x)).
-    Formed in float32 (float64 for float64 data) and rounded once.
+    Formed in float32 (float64 for float64 data) and rounded once. Of a bias only its dtype is needed.
     """
     wide = _wide(x.dtype)
-    dims = _dims(norm)
-    turned = turn_back(grad.to(wide))
-    values, scale = _normed(x.to(wide), eps, norm)
-    summed = (0, 1) if norm.across_heads else (0, 1, 2)
+    dims = _dims(norm.kind)
+    back = rotate_back(grad.to(wide))
+    values, scale = _normed(x.to(wide), norm)
+    summed = (0, 1) if norm.kind.across_heads else (0, 1, 2)
     weight_grad = bias_grad = None
     if bias_dtype is not None:
-        bias_grad = turned.sum(summed).reshape(-1).to(bias_dtype)
-    if weight is not None:
-        weight_grad = (turned * values).sum(summed).reshape(-1).to(weight.dtype)
-        turned = turned * _of_head(weight.to(wide), x, norm)
-    x_grad = turned - values * (turned * values).mean(dims, keepdim=True)
-    if norm.centred:
-        x_grad = x_grad - turned.mean(dims, keepdim=True)
+        bias_grad = back.sum(summed).reshape(-1).to(bias_dtype)
+    if norm.weights:
+        (weight,) = norm.weights
+        weight_grad = (back * values).sum(summed).reshape(-1).to(weight.dtype)
+        back = back * _of_head(weight.to(wide), x, norm.kind)
+    x_grad = back - values * (back * values).mean(dims, keepdim=True)
+    if norm.kind.centred:
+        x_grad = x_grad - back.mean(dims, keepdim=True)
     return (scale * x_grad).to(x.dtype), weight_grad, bias_grad
 
 
-def _normed(x: torch.Tensor, eps: float, norm: NormKind) -> tuple[torch.Tensor, torch.Tensor]:
+def _normed(x: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
     """``x``, less its mean in a LayerNorm, over its root mean square; and one over that."""
-    dims = _dims(norm)
-    values = x - x.mean(dims, keepdim=True) if norm.centred else x
-    scale = torch.rsqrt(values.square().mean(dims, keepdim=True) + eps)
+    dims = _dims(norm.kind)
+    values = x - x.mean(dims, keepdim=True) if norm.kind.centred else x
+    scale = torch.rsqrt(values.square().mean(dims, keepdim=True) + norm.eps)
     return values * scale, scale
 
 

@@ -1,9 +1,9 @@
-"""The rotation as PyTorch operators: schemas, implementations and fake implementations.
+"""The rotation without checks of its arguments, and as PyTorch operators: schemas, implementations and fakes.
 
 Each operator takes a list of one or two tensors, so that queries and keys are one launch, and the fields of
-:class:`~dit_rope.rotation_args.RotationArgs` one by one, because a schema knows no structs. Operators trust their
-input, which :mod:`dit_rope.rotation.api` checks; a backend that was chosen while a compiler traced is chosen again when
-the operator runs, on the tensors that come.
+:class:`~dit_rope.rotation_args.RotationArgs` one by one, because a schema knows no structs. Functions and operators
+trust their input, which :mod:`dit_rope.rotation.api` checks. A compiler traces the backend as the caller named it: the
+operator chooses when it runs, on real tensors.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from ..rotation_args import Memo, RotationArgs
+from ..rotation_args import Norm, RotationArgs
 from ..spec import NormKind, Pairing
 from ..torch_state import in_level, in_transform
-from .choice import MODULES, remembered_choice
+from .choice import MODULES, Choice, remembered_choice
 
 _ARGS = (
     "Tensor rows, Tensor? positions, Tensor? entries, int[] pairs, SymInt[] sizes, SymInt[] first_rows, "
@@ -38,86 +38,62 @@ library.define(f"norm_rotate_(Tensor(a!)[] xs, {_NORM}, {_ARGS}) -> ()")
 
 
 def rotate(
-    xs: Sequence[torch.Tensor], args: RotationArgs, backend: str, memo: Memo | None = None
+    xs: Sequence[torch.Tensor],
+    args: RotationArgs,
+    norm: Norm | None = None,
+    *,
+    inplace: bool = False,
+    backend: str = "auto",
+    choice: Choice | None = None,
 ) -> list[torch.Tensor]:
-    """Rotates ``xs`` ``[B, S, H, D]`` into new tensors."""
-    if _needs_dispatcher(args.rows, *xs):
-        result: list[torch.Tensor] = torch.ops.dit_rope.rotate(list(xs), *_flatten(args), backend)
-        return result
-    outs = list(map(torch.empty_like, xs))
-    MODULES[backend].rotate(xs, args, outs, memo)
+    """Rotates ``xs`` ``[B, S, H, D]``, after ``norm`` where there is one; the arguments are not checked.
+
+    Args:
+        xs: one or two tensors.
+        args, norm: the rotation, and the norm before it.
+        inplace: overwrite ``xs``, which are then returned; else new tensors.
+        backend: as in :func:`~dit_rope.rotate_qk`.
+        choice: what :func:`.choice.remembered_choice` says, where the caller knows it.
+    """
+    if choice is None:
+        choice = Choice(backend) if torch.compiler.is_compiling() else remembered_choice(xs, args, norm, backend)
+    parameters = () if norm is None else (*norm.weights, *norm.biases)
+    if _needs_dispatcher(args.rows, *xs, *parameters):
+        return _dispatched(xs, args, norm, inplace, choice.backend)
+    outs = list(xs) if inplace else list(map(torch.empty_like, xs))
+    MODULES[choice.backend].rotate(xs, args, outs, norm, choice.memo)
+    if inplace:
+        _count_write(xs)
     return outs
-
-
-def rotate_(xs: Sequence[torch.Tensor], args: RotationArgs, backend: str, memo: Memo | None = None) -> None:
-    """Rotates ``xs`` ``[B, S, H, D]`` in place."""
-    if _needs_dispatcher(args.rows, *xs):
-        if _recorded(args):
-            write_all(xs, rotate(xs, args, backend))
-            return
-        torch.ops.dit_rope.rotate_(list(xs), *_flatten(args), backend)
-        return
-    MODULES[backend].rotate(xs, args, xs, memo)
-    _count_write(xs)
 
 
 def rotate_into(
-    xs: Sequence[torch.Tensor],
-    args: RotationArgs,
-    outs: Sequence[torch.Tensor],
-    backend: str,
-    memo: Memo | None = None,
+    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], *, backend: str = "auto"
 ) -> None:
-    """Rotates ``xs`` ``[B, S, H, D]`` into ``outs``, which backward passes and tracers do not see."""
-    if in_level():
-        write_all(outs, rotate(xs, args, backend))
+    """Rotates ``xs`` ``[B, S, H, D]`` into ``outs``, such as a cache, without gradients; nothing is checked."""
+    if torch.compiler.is_compiling() or in_level():
+        write_all(outs, rotate(xs, args, backend=backend))
         return
-    MODULES[backend].rotate(xs, args, outs, memo)
+    choice = remembered_choice(xs, args, backend=backend, outs=outs)
+    MODULES[choice.backend].rotate(xs, args, outs, None, choice.memo)
     _count_write(outs)
 
 
-def norm_rotate(
-    xs: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor | None],
-    eps: float,
-    norm: NormKind,
-    args: RotationArgs,
-    backend: str,
-    biases: Sequence[torch.Tensor | None] = (),
-    memo: Memo | None = None,
+def _dispatched(
+    xs: Sequence[torch.Tensor], args: RotationArgs, norm: Norm | None, inplace: bool, backend: str
 ) -> list[torch.Tensor]:
-    """Norm, then rotation, of ``xs`` ``[B, S, H, D]`` into new tensors."""
-    given, added = _for_all(xs, weights, norm, 1.0), _for_all(xs, biases, norm, 0.0) if biases else []
-    if _needs_dispatcher(args.rows, *xs, *given, *added):
-        norm_args = (given, added, eps, norm.value)
-        result: list[torch.Tensor] = torch.ops.dit_rope.norm_rotate(list(xs), *norm_args, *_flatten(args), backend)
-        return result
-    outs = list(map(torch.empty_like, xs))
-    MODULES[backend].norm_rotate(xs, given or weights, eps, norm, args, outs, added, memo)
+    """The rotation by torch's dispatcher, which hands it to whoever has to see it."""
+    if inplace and _recorded(args):
+        write_all(xs, _dispatched(xs, args, norm, False, backend))
+        return list(xs)
+    flat = (*_flatten(args, norm), backend)
+    if inplace:
+        in_place = torch.ops.dit_rope.rotate_ if norm is None else torch.ops.dit_rope.norm_rotate_
+        in_place(list(xs), *flat)
+        return list(xs)
+    operator = torch.ops.dit_rope.rotate if norm is None else torch.ops.dit_rope.norm_rotate
+    outs: list[torch.Tensor] = operator(list(xs), *flat)
     return outs
-
-
-def norm_rotate_(
-    xs: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor | None],
-    eps: float,
-    norm: NormKind,
-    args: RotationArgs,
-    backend: str,
-    biases: Sequence[torch.Tensor | None] = (),
-    memo: Memo | None = None,
-) -> None:
-    """Norm, then rotation, of ``xs`` ``[B, S, H, D]`` in place."""
-    given, added = _for_all(xs, weights, norm, 1.0), _for_all(xs, biases, norm, 0.0) if biases else []
-    if _needs_dispatcher(args.rows, *xs, *given, *added):
-        if _recorded(args):
-            write_all(xs, norm_rotate(xs, weights, eps, norm, args, backend, biases))
-            return
-        norm_args = (given, added, eps, norm.value)
-        torch.ops.dit_rope.norm_rotate_(list(xs), *norm_args, *_flatten(args), backend)
-        return
-    MODULES[backend].norm_rotate(xs, given or weights, eps, norm, args, xs, added, memo)
-    _count_write(xs)
 
 
 def _needs_dispatcher(*tensors: torch.Tensor) -> bool:
@@ -142,8 +118,11 @@ def _count_write(xs: Sequence[torch.Tensor]) -> None:
     torch.autograd.graph.increment_version([x for x in xs if not x.is_inference()])
 
 
-def _flatten(args: RotationArgs) -> tuple[Any, ...]:
+def _flatten(args: RotationArgs, norm: Norm | None = None) -> tuple[Any, ...]:
+    """The arguments of an operator between its tensors and its backend."""
+    of_norm = () if norm is None else (list(norm.weights), list(norm.biases), norm.eps, norm.kind.value)
     return (
+        *of_norm,
         args.rows,
         args.positions,
         args.entries,
@@ -160,68 +139,39 @@ def _flatten(args: RotationArgs) -> tuple[Any, ...]:
     )
 
 
-def unflatten(flat: Sequence[Any]) -> tuple[RotationArgs, str]:
-    """The arguments of a rotation and its backend, from those of an operator after the tensors and the norm."""
-    rows, positions, entries, pairs, sizes, first_rows, token_offset, prefix, count, half, *rest = flat
-    inverse, exact, head_rows, backend = rest
+def unflatten(flat: Sequence[Any]) -> tuple[RotationArgs, Norm | None, str]:
+    """The rotation, the norm before it and the backend, from the arguments of an operator after its tensors."""
+    *of_norm, rows, positions, entries, pairs, sizes, first_rows, token_offset, prefix, count, half, inverse, exact = (
+        flat[:-2]
+    )
+    head_rows, backend = flat[-2:]
+    norm = None
+    if of_norm:
+        weights, biases, eps, kind = of_norm
+        norm = Norm(NormKind(kind), eps, weights, biases)
     pairing = Pairing.HALF if half else Pairing.INTERLEAVED
     where = (tuple(pairs), tuple(sizes), tuple(first_rows), token_offset, prefix, count)
-    return RotationArgs(rows, positions, *where, pairing, inverse, exact, entries, head_rows), backend
+    return RotationArgs(rows, positions, *where, pairing, inverse, exact, entries, head_rows), norm, backend
 
 
-def _for_all(
-    xs: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor | None], norm: NormKind, stand_in: float
-) -> list[torch.Tensor]:
-    """One weight or bias per tensor, or none at all; ``stand_in`` fills one where only the other tensor has it."""
-    there = [parameter for parameter in parameters if parameter is not None]
-    if not there or len(there) == len(parameters):
-        return there
-    return [
-        parameter
-        if parameter is not None
-        else x.new_full((x.shape[2] * x.shape[3] if norm.across_heads else x.shape[3],), stand_in)
-        for x, parameter in zip(xs, parameters, strict=True)
-    ]
-
-
-def _rotate_into(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], flat: Sequence[Any]) -> None:
-    args, backend = unflatten(flat)
-    choice = remembered_choice(xs, args, backend)
-    MODULES[choice.backend].rotate(xs, args, outs, choice.memo)
-
-
-def _norm_rotate_into(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], flat: Sequence[Any]) -> None:
-    weights, biases, eps, name, *rest = flat
-    args, backend = unflatten(rest)
-    norm = NormKind(name)
-    given: Sequence[torch.Tensor | None] = weights or [None] * len(xs)
-    choice = remembered_choice(xs, args, backend, norm, eps, (*given, *biases))
-    MODULES[choice.backend].norm_rotate(xs, given, eps, norm, args, outs, biases, choice.memo)
+def _run(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], flat: Sequence[Any]) -> None:
+    args, norm, backend = unflatten(flat)
+    choice = remembered_choice(xs, args, norm, backend)
+    MODULES[choice.backend].rotate(xs, args, outs, norm, choice.memo)
 
 
 @torch.library.impl(library, "rotate", "CompositeExplicitAutograd")
+@torch.library.impl(library, "norm_rotate", "CompositeExplicitAutograd")
 def _rotate(xs: list[torch.Tensor], *flat: Any) -> list[torch.Tensor]:
     outs = [torch.empty_like(x) for x in xs]
-    _rotate_into(xs, outs, flat)
+    _run(xs, outs, flat)
     return outs
 
 
 @torch.library.impl(library, "rotate_", "CompositeExplicitAutograd")
-def _rotate_inplace(xs: list[torch.Tensor], *flat: Any) -> None:
-    _rotate_into(xs, xs, flat)
-    _count_write(xs)
-
-
-@torch.library.impl(library, "norm_rotate", "CompositeExplicitAutograd")
-def _norm_rotate(xs: list[torch.Tensor], *flat: Any) -> list[torch.Tensor]:
-    outs = [torch.empty_like(x) for x in xs]
-    _norm_rotate_into(xs, outs, flat)
-    return outs
-
-
 @torch.library.impl(library, "norm_rotate_", "CompositeExplicitAutograd")
-def _norm_rotate_inplace(xs: list[torch.Tensor], *flat: Any) -> None:
-    _norm_rotate_into(xs, xs, flat)
+def _rotate_inplace(xs: list[torch.Tensor], *flat: Any) -> None:
+    _run(xs, xs, flat)
     _count_write(xs)
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..rotation import api as rotation
+from ..rotation import ops
 from ..scalars import integer
 from ..torch_state import uncompiled
 from ..validation import DTYPES, check_memory
@@ -144,7 +144,7 @@ class RollingCache:
         return self._scratch
 
     def _rotate(self, keys: torch.Tensor, positions: tuple[int, ...], out: torch.Tensor) -> None:
-        rotation.apply_into([keys], self.stream.args(positions), [out], backend=self.stream.backend)
+        ops.rotate_into([keys], self.stream.args(positions), [out], backend=self.stream.backend)
         self.rotated_frames += len(positions)
 
     def _check(self, chunk: Chunk, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..rotation import api as rotation
+from ..rotation import ops
 from ..rotation.choice import check_backend
 from ..rotation_args import RotationArgs
 from ..scalars import as_int, check_flags, integer
@@ -282,7 +282,7 @@ def shift_keys(
     if steps.numel() and target.numel():
         args = _arguments(target, angles, rows, steps, blocks, towards_start)
         with torch.no_grad():
-            rotation.apply([target], args, inplace=True, backend=backend)
+            ops.rotate([target], args, inplace=True, backend=backend)
     return target
 
 

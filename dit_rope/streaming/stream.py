@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..rotation import api as rotation
+from ..rotation import ops
 from ..rotation.choice import check_backend
 from ..rotation_args import RotationArgs
 from ..scalars import integer
@@ -221,7 +221,7 @@ class RopeStream:
         chunk = self.chunk
         args = self.args(chunk.positions)
         self._check_queries(queries, chunk.frames, args.rows.device)
-        return rotation.apply([queries], args, backend=self.backend)[0]
+        return ops.rotate([queries], args, backend=self.backend)[0]
 
     def args(self, positions: tuple[int, ...]) -> RotationArgs:
         """The rotation of whole frames at consecutive frame positions; all layers ask for those of a chunk again."""

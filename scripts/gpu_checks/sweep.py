@@ -26,7 +26,7 @@ from benchmarks.variants import check_own, own, own_still
 from dit_rope.rotation.backends import cuda_kernels
 from dit_rope.rotation.backends.cuda_plan import Plan
 from dit_rope.rotation.backends.cuda_tuning import Tuning
-from dit_rope.rotation.backends.gpu_calls import Norm
+from dit_rope.rotation_args import Norm
 
 from .candidates import KNOBS, first_steps, name_of, neighbours
 from .results import Record, result_path, table
@@ -110,7 +110,7 @@ class Sweep:
         outs = (q, k) if problem.operation.in_place else (torch.empty_like(q), torch.empty_like(k))
         args = problem.table.args(prefix=0, inverse=False, exact=False, positions=None)
         kind = problem.operation.norm
-        norm = None if kind is None else Norm(kind, problem.weights, EPS)
+        norm = None if kind is None else Norm(kind, EPS, problem.weights)
         return cuda_kernels.plan_of((q, k), args, outs, norm, tuning)
 
     def _step(self, knob: str, kept: Tuning, candidates: Sequence[Tuning]) -> Tuning:

@@ -158,10 +158,10 @@ MUTATIONS = (
     _eager("inverse-forward", "sin = -sin if args.inverse else sin", "sin = sin"),
     _eager("exact-and-fast-swapped", "        if self.args.exact:\n", "        if not self.args.exact:\n"),
     _eager("exact-by-one-product", "self.exact_complex = self.complex and args.exact", "self.exact_complex = False"),
-    _eager("eps-after-the-root", ".add_(self.eps).rsqrt_()", ".rsqrt_().add_(self.eps)"),
-    _eager("across-heads-per-head", "(-2, -1) if kind.across_heads else (-1,)", "(-1,)"),
+    _eager("eps-after-the-root", ".add_(self.norm.eps).rsqrt_()", ".rsqrt_().add_(self.norm.eps)"),
+    _eager("across-heads-per-head", "(-2, -1) if norm.kind.across_heads else (-1,)", "(-1,)"),
     _eager("mean-per-head", "x.mean(self.dims, keepdim=True), out=out)", "x.mean((-1,), keepdim=True), out=out)"),
-    _eager("weight-of-the-first", "self.weights[index], self.biases", "self.weights[0], self.biases"),
+    _eager("weight-of-the-first", "self.norm.weights[index]", "self.norm.weights[0]"),
     _eager("negative-row-turns", "+ 1).clamp(min=0)", "+ 1).clamp(min=1)", file="token_angles"),
     _eager("prefix-forgotten", "slice(args.prefix, args.prefix + turn.count)", "slice(0, turn.count)"),
     _eager("angle-key-without-inverse", "args.pairing, args.inverse, self.exact", "args.pairing, self.exact"),
@@ -173,10 +173,10 @@ MUTATIONS = (
     _eager("wrong-coordinate", "coordinate + first for coordinate", "coordinate for coordinate", file="token_angles"),
     # The operators and the calls.
     _ops("backward-forward", "inverse=not args.inverse)", "inverse=args.inverse)", file="autograd"),
-    _ops("norm-gradient-sign", "x_grad = turned - values *", "x_grad = turned + values *", file="derivatives"),
-    _ops("gradient-of-the-mean", "x_grad = x_grad - turned.mean(dims, keepdim=True)", "pass", file="derivatives"),
-    _ops("gradient-without-weight", "turned = turned * _of_head(", "_ = turned * _of_head(", file="derivatives"),
-    _ops("gradient-eps", "keepdim=True) + eps)", "keepdim=True))", file="derivatives"),
+    _ops("norm-gradient-sign", "x_grad = back - values *", "x_grad = back + values *", file="derivatives"),
+    _ops("gradient-of-the-mean", "x_grad = x_grad - back.mean(dims, keepdim=True)", "pass", file="derivatives"),
+    _ops("gradient-without-weight", "back = back * _of_head(", "_ = back * _of_head(", file="derivatives"),
+    _ops("gradient-eps", "keepdim=True) + norm.eps)", "keepdim=True))", file="derivatives"),
     _ops(
         "call-key-without-flags",
         "prefix, suffix, inverse, exact, inplace, backend, normed,",
@@ -184,7 +184,7 @@ MUTATIONS = (
         "api",
     ),
     _ops("call-key-without-prefix", "layout_of(positions), prefix, suffix,", "layout_of(positions), suffix,", "api"),
-    _ops("inplace-unchecked", "        check_inplace(names, xs)\n", "        pass\n", file="api"),
+    _ops("inplace-unchecked", "        check_inplace(names, xs, _parameters(norm))\n", "        pass\n", file="api"),
     # Streams and shifts.
     Mutation(
         "stream-start-of-the-table",

@@ -37,7 +37,7 @@ from dit_rope.hooks.class_override import unpatched_method
 from dit_rope.hooks.formats import Format
 from dit_rope.hooks.plan import make_plan
 from dit_rope.models import ADAPTERS
-from dit_rope.rotation import api as rotation
+from dit_rope.rotation import ops
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
@@ -155,11 +155,10 @@ def attention_modules(rounds: int) -> list[dict[str, object]]:
     from compiled_graphs import WAN
 
     rows: list[dict[str, object]] = []
-    unchanged = {"apply": lambda xs, *_, **__: list(xs), "apply_norm": lambda xs, *_, **__: list(xs)}
     for example in (one for one in (WAN, *EXAMPLES) if one.name in ATTENTION):
         print(example.name)
         cases = attention_cases(example)
-        with mock.patch.multiple(rotation, **unchanged):
+        with mock.patch.object(ops, "rotate", lambda xs, *_, **__: list(xs)):
             calls = {name: repeated(call, SOME_CALLS) for name, call in cases.items()}
             timings = interleave(calls, rounds, warm_up=3)
         rows += [{"model": example.name} | row(name, timing, SOME_CALLS) for name, timing in timings.items()]

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
 
 import dit_rope
 from dit_rope import Grid, NormKind, RopeSpec
-from dit_rope.rotation import api as rotation
+from dit_rope.rotation import api, ops
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
@@ -35,15 +36,34 @@ def cases() -> dict[str, Callable[[], object]]:
     q, k = (x.clone() for x in torch.randn(2, 1, 1, 12, 128, dtype=torch.bfloat16))
     weight, positions, args = torch.ones(12 * 128, dtype=torch.bfloat16), table.positions(), table.args()
     across = NormKind.ACROSS_HEADS
+    rotate, norm_rotate = hook_calls(q, args, weight, across)
     return {
         "rotate_qk": lambda: dit_rope.rotate_qk(q, k, table, backend="cuda"),
         "rotate_qk in place": lambda: dit_rope.rotate_qk(q, k, table, inplace=True, backend="cuda"),
         "rotate_qk with positions": lambda: dit_rope.rotate_qk(q, k, table, positions=positions, backend="cuda"),
         "norm_rotate_qk": lambda: dit_rope.norm_rotate_qk(q, k, table, weight, weight, norm=across, backend="cuda"),
-        "rotation of a hook": lambda: rotation.apply([q], args, backend="cuda"),
-        "norm and rotation of a hook": lambda: rotation.apply_norm([q], [weight], 1e-6, across, args, backend="cuda"),
+        "rotation of a hook": rotate,
+        "norm and rotation of a hook": norm_rotate,
         "two empty_like": lambda: (torch.empty_like(q), torch.empty_like(k)),
     }
+
+
+def hook_calls(
+    q: torch.Tensor, args: Any, weight: torch.Tensor, kind: NormKind
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """What a patched norm calls, without and with the norm; also in versions that ``--beside`` may name."""
+    before: Any = api
+    if hasattr(before, "apply_norm"):
+        return (
+            lambda: before.apply([q], args, backend="cuda"),
+            lambda: before.apply_norm([q], [weight], 1e-6, kind, args, backend="cuda"),
+        )
+    from dit_rope.rotation_args import Norm
+
+    return (
+        lambda: ops.rotate([q], args, backend="cuda"),
+        lambda: ops.rotate([q], args, Norm.of([q], kind, 1e-6, [weight]), backend="cuda"),
+    )
 
 
 def as_before(fake: TorchOverStub) -> AbstractContextManager[object]:

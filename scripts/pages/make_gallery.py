@@ -101,12 +101,12 @@ WRONG: dict[str, Change] = {
 @contextmanager
 def rotating_wrong(change: Change) -> Iterator[None]:
     """While it is open, the arguments of every rotation by dit_rope pass through ``change``."""
-    right = dit_rope.rotation.api.apply
+    right = dit_rope.rotation.ops.rotate
 
-    def apply(xs: Any, args: Any, **options: Any) -> Any:
-        return right(xs, change(args), **options)
+    def rotate(xs: Any, args: Any, *norm: Any, **options: Any) -> Any:
+        return right(xs, change(args), *norm, **options)
 
-    with mock.patch.object(dit_rope.rotation.api, "apply", apply):
+    with mock.patch.object(dit_rope.rotation.ops, "rotate", rotate):
         yield
 
 

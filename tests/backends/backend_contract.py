@@ -34,7 +34,6 @@ from contract_calls import (
     named,
     poisoned,
     rotate,
-    skip_unless,
 )  # fmt: skip
 from dit_rope.spec import NormKind, Pairing
 from tolerance import assert_within
@@ -272,7 +271,6 @@ def test_norm_rotate_weights_may_have_any_dtype_and_stride(kind: NormKind, dtype
 
 @both_norms
 def test_norm_rotate_weights_are_optional_each(kind: NormKind) -> None:
-    skip_unless(BACKEND != "cuda", "weights are given for every tensor or for none")
     case = Case(tokens=67, heads=(3, 2), dtype=F32)
     xs, weights = case.tensors(), case.weights(kind, (F32, F32))
     biases = (*case.biases(kind)[:1], None) if kind.centred else ()

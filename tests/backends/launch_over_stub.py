@@ -21,7 +21,7 @@ from dit_rope.rotation.backends import cuda_kernels, cuda_launch
 from dit_rope.rotation.backends.cuda_arguments import Launch
 from dit_rope.rotation.backends.cuda_kernels import launch_of
 from dit_rope.rotation.backends.cuda_tuning import Tuning
-from dit_rope.rotation.backends.gpu_calls import Norm
+from dit_rope.rotation_args import Norm
 from gpu_call_cases import SMALL
 from torch_over_stub import DEVICES, STREAM, TorchOverStub, over_stub
 
@@ -271,7 +271,7 @@ def norm_across_heads(tuning: Tuning) -> tuple[Launch, bytes]:
     """The launch of a small norm across heads with a rotation, compiled with some choices, and its pointers."""
     x = torch.zeros(SMALL_TENSORS, dtype=torch.bfloat16)
     with cuda_kernels.tuned(tuning), mock.patch.object(cuda_kernels, "_processors", return_value=2):
-        return launch_of([x], SMALL, [x.clone()], Norm(NormKind.ACROSS_HEADS, [None], 1e-6))
+        return launch_of([x], SMALL, [x.clone()], Norm(NormKind.ACROSS_HEADS, 1e-6))
 
 
 def test_kernel_with_stages_gets_its_shared_memory(machine: TorchOverStub) -> None:

@@ -46,7 +46,7 @@ from dit_rope.rotation.backends.cuda_arguments import ARGUMENTS_SIZE
 from dit_rope.rotation.backends.cuda_kernels import plan_of
 from dit_rope.rotation.backends.cuda_launch import compile_plan
 from dit_rope.rotation.backends.cuda_plan import Plan, kernel_sources
-from dit_rope.rotation.backends.gpu_calls import Norm
+from dit_rope.rotation_args import Norm
 from dit_rope.spec import NormKind, Pairing
 
 # Resident threads of an SM for the models' calls, and for any: what was compiled, rounded down. A thread has 64 bytes
@@ -229,7 +229,7 @@ MORE_LAYOUTS = {
     "positions": (meta(1, 60), {"positions": torch.zeros(1, 60, 3).int()}),
     "inverse": (meta(1, 60), {"inverse": True}),
 }
-NORM = Norm(NormKind.PER_HEAD, [torch.ones(128, dtype=torch.bfloat16) for _ in "qk"], 1e-6)
+NORM = Norm(NormKind.PER_HEAD, 1e-6, [torch.ones(128, dtype=torch.bfloat16) for _ in "qk"])
 
 
 @pytest.mark.parametrize("norm", [None, NORM], ids=["rotate", "norm"])

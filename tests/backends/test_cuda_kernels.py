@@ -12,7 +12,7 @@ import cuda_emulation
 from contract_calls import run_contract
 from dit_rope.rotation.backends import cuda_kernels, cuda_plan, eager
 from dit_rope.rotation.backends.cuda_tuning import Tuning
-from dit_rope.rotation_args import RotationArgs
+from dit_rope.rotation_args import Norm, RotationArgs
 from dit_rope.spec import NormKind, Pairing
 
 needs_compiler = pytest.mark.skipif(
@@ -39,9 +39,9 @@ def norm_and_rotation(kind: NormKind, folder: Path, tuning: Tuning | None = None
     args = RotationArgs(rows, None, (64,), (5,), (0,), 0, 0, 5, Pairing.INTERLEAVED, False, False)
     x = torch.randn(1, 5, 24, 128).bfloat16()
     outs = torch.zeros_like(x), torch.zeros_like(x)
-    eager.norm_rotate([x], [None], 1e-6, kind, args, [outs[1]])
+    eager.rotate([x], args, [outs[1]], Norm(kind, 1e-6))
     with cuda_emulation.emulated(folder), cuda_kernels.tuned(tuning or Tuning()):
-        cuda_kernels.norm_rotate([x], [None], 1e-6, kind, args, [outs[0]])
+        cuda_kernels.rotate([x], args, [outs[0]], Norm(kind, 1e-6))
     return outs
 
 

@@ -16,7 +16,7 @@ import oracle
 from contract_calls import run_contract
 from dit_rope import Grid, NormKind, Pairing, RopeSpec, RopeTable, rope_table
 from dit_rope.rotation.backends import eager
-from dit_rope.rotation_args import RotationArgs
+from dit_rope.rotation_args import Norm, RotationArgs
 from tolerance import assert_within
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -177,7 +177,7 @@ def test_norm_rotate_is_within_the_bound_of_float64(norm: NormKind, dtype: torch
     weights = [torch.randn(x.shape[2] * 16 if across else 16).to(dtype) if weighted else None for x in xs]
     biases = [torch.randn(weight.shape).to(dtype) for weight in weights if weight is not None and norm.centred]
     outs = [torch.full_like(x, torch.nan) for x in xs]
-    eager.norm_rotate(xs, weights, 1e-6, norm, table.args(prefix=2), outs, biases)
+    eager.rotate(xs, table.args(prefix=2), outs, Norm.of(xs, norm, 1e-6, weights, biases))
     cos, sin = (torch.nn.functional.pad(part, (0, 0, 2, 1)) for part in table.cos_sin(repeat=False))
     cos[:2], cos[-1:] = 1.0, 1.0
     for x, weight, bias, out in zip(xs, weights, biases or [None, None], outs, strict=True):
@@ -198,8 +198,8 @@ def test_norm_rotate_in_place_gives_the_same_bits() -> None:
     table = table_of()
     x = torch.randn(2, 63, 3, 16).bfloat16()
     weight, out = torch.randn(48).bfloat16(), torch.empty_like(x)
-    eager.norm_rotate([x], [weight], 1e-6, NormKind.ACROSS_HEADS, table.args(prefix=1), [out])
-    eager.norm_rotate([x], [weight], 1e-6, NormKind.ACROSS_HEADS, table.args(prefix=1), [x])
+    eager.rotate([x], table.args(prefix=1), [out], Norm(NormKind.ACROSS_HEADS, 1e-6, [weight]))
+    eager.rotate([x], table.args(prefix=1), [x], Norm(NormKind.ACROSS_HEADS, 1e-6, [weight]))
     assert torch.equal(x, out)
 
 
@@ -215,7 +215,7 @@ def test_norm_rotate_in_float64_is_exact_to_its_roundings(norm: NormKind) -> Non
     table = table_of(dtype=torch.float64)
     x = torch.randn(2, 60, 3, 16, dtype=torch.float64)
     out = torch.full_like(x, torch.nan)
-    eager.norm_rotate([x], [None], 1e-6, norm, table.args(), [out])
+    eager.rotate([x], table.args(), [out], Norm(norm, 1e-6))
     normed = oracle.norm(x, None, None, 1e-6, across_heads=norm.across_heads, centred=norm.centred)
     truth = oracle.rotate(normed, *table.cos_sin(repeat=False), interleaved=True)
     assert (out - truth).abs().max() <= 16 * torch.finfo(torch.float64).eps * truth.abs().max()
@@ -330,10 +330,10 @@ def test_norm_rotate_by_chunks_gives_the_same_bits(norm: NormKind, monkeypatch: 
     args = own_angles(3, 20, exact=False, prefix=2)
     xs = [torch.randn(1, 23, heads, 16).bfloat16() for heads in (2, 3)]
     outs = [[torch.full_like(x, torch.nan) for x in xs] for _ in range(4)]
-    eager.norm_rotate(xs, [None, None], 1e-6, norm, args, outs[0])
+    eager.rotate(xs, args, outs[0], Norm(norm, 1e-6))
     for out, size in zip(outs[1:], (1, 1000, 1500), strict=True):
         monkeypatch.setattr(eager, "CHUNK_BYTES", size)
-        eager.norm_rotate(xs, [None, None], 1e-6, norm, args, out)
+        eager.rotate(xs, args, out, Norm(norm, 1e-6))
         assert all(map(torch.equal, out, outs[0]))
 
 
@@ -359,7 +359,7 @@ def test_device_without_float64_and_complex_numbers_needs_neither(
     x, weight = torch.randn(2, 60, 3, 14).to(dtype), torch.rand(42).to(dtype)
     rotated = run([x], table, exact)
     normed = [torch.full_like(x, torch.nan)]
-    eager.norm_rotate([x], [weight], 1e-6, NormKind.ACROSS_HEADS, table.args(exact=False), normed)
+    eager.rotate([x], table.args(exact=False), normed, Norm(NormKind.ACROSS_HEADS, 1e-6, [weight]))
 
     monkeypatch.setattr(eager, "WITHOUT_FLOAT64_OR_COMPLEX", frozenset({"cpu"}))
     outs = [torch.full_like(x, torch.nan) for _ in range(3)]
@@ -370,7 +370,7 @@ def test_device_without_float64_and_complex_numbers_needs_neither(
     ]
     with NoFloat64NorComplex():
         eager.rotate([x], args[0], outs[:1])
-        eager.norm_rotate([x], [weight], 1e-6, NormKind.ACROSS_HEADS, args[1], outs[1:2])
+        eager.rotate([x], args[1], outs[1:2], Norm(NormKind.ACROSS_HEADS, 1e-6, [weight]))
         eager.rotate(outs[:1], args[2], outs[2:])
     for ours, theirs in ((outs[0], rotated[0]), (outs[1], normed[0])):
         assert (ours - theirs).abs().max() <= 2 * torch.finfo(dtype).eps * theirs.abs().max()

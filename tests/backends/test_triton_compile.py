@@ -18,9 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from dit_rope.rotation.backends.gpu_calls import Norm
 from dit_rope.rotation.backends.triton_kernels import launch_arguments
-from dit_rope.rotation_args import RotationArgs
+from dit_rope.rotation_args import Norm, RotationArgs
 from dit_rope.spec import NormKind, Pairing
 from gpu_call_cases import COGVIDEOX, LAYOUTS, LTX, MOCHI, OWN_ANGLES, WAN, meta
 
@@ -80,7 +79,7 @@ def ones(size: int) -> list[torch.Tensor]:
 
 
 def layer_norm(kind: NormKind, size: int) -> Norm:
-    return Norm(kind, ones(size), 1e-6, ones(size))
+    return Norm(kind, 1e-6, ones(size), ones(size))
 
 
 KERNELS = {
@@ -106,23 +105,23 @@ KERNELS = {
         replace(WAN, positions=torch.zeros(1, 1, 3).int(), entries=torch.zeros(1).int()),
         None,
     ),
-    "norm-per-head": (24, 128, torch.bfloat16, WAN, Norm(NormKind.PER_HEAD, ones(128), 1e-6)),
-    "norm-per-head-half": (24, 128, torch.bfloat16, HALF, Norm(NormKind.PER_HEAD, ones(128), 1e-6)),
-    "norm-across-12-heads": (12, 128, torch.bfloat16, WAN, Norm(NormKind.ACROSS_HEADS, ones(1536), 1e-6)),
-    "norm-across-40-heads": (40, 128, torch.bfloat16, WAN, Norm(NormKind.ACROSS_HEADS, ones(5120), 1e-6)),
-    "norm-across-40-heads-half": (40, 128, torch.bfloat16, HALF, Norm(NormKind.ACROSS_HEADS, ones(5120), 1e-6)),
-    "norm-across-64-heads": (64, 128, torch.bfloat16, WAN, Norm(NormKind.ACROSS_HEADS, ones(8192), 1e-6)),
+    "norm-per-head": (24, 128, torch.bfloat16, WAN, Norm(NormKind.PER_HEAD, 1e-6, ones(128))),
+    "norm-per-head-half": (24, 128, torch.bfloat16, HALF, Norm(NormKind.PER_HEAD, 1e-6, ones(128))),
+    "norm-across-12-heads": (12, 128, torch.bfloat16, WAN, Norm(NormKind.ACROSS_HEADS, 1e-6, ones(1536))),
+    "norm-across-40-heads": (40, 128, torch.bfloat16, WAN, Norm(NormKind.ACROSS_HEADS, 1e-6, ones(5120))),
+    "norm-across-40-heads-half": (40, 128, torch.bfloat16, HALF, Norm(NormKind.ACROSS_HEADS, 1e-6, ones(5120))),
+    "norm-across-64-heads": (64, 128, torch.bfloat16, WAN, Norm(NormKind.ACROSS_HEADS, 1e-6, ones(8192))),
     "rotate-own-angles": (24, 128, torch.bfloat16, MOCHI, None),
     "rotate-own-angles-half": (32, 64, torch.bfloat16, replace(LTX, pairing=Pairing.HALF), None),
     "rotate-own-angles-of-axes": (24, 128, torch.bfloat16, replace(WAN, head_rows=12), None),
-    "norm-mochi": (24, 128, torch.bfloat16, MOCHI, Norm(NormKind.PER_HEAD, ones(128), 1e-6)),
-    "norm-ltx": (32, 64, torch.bfloat16, LTX, Norm(NormKind.ACROSS_HEADS, ones(2048), 1e-6)),
+    "norm-mochi": (24, 128, torch.bfloat16, MOCHI, Norm(NormKind.PER_HEAD, 1e-6, ones(128))),
+    "norm-ltx": (32, 64, torch.bfloat16, LTX, Norm(NormKind.ACROSS_HEADS, 1e-6, ones(2048))),
     "norm-ltx2-half": (
         32,
         64,
         torch.bfloat16,
         replace(LTX, pairing=Pairing.HALF),
-        Norm(NormKind.ACROSS_HEADS, ones(2048), 1e-6),
+        Norm(NormKind.ACROSS_HEADS, 1e-6, ones(2048)),
     ),
     "layer-norm-cogvideox-2b": (30, 64, torch.bfloat16, COGVIDEOX, layer_norm(NormKind.LAYER_PER_HEAD, 64)),
     "layer-norm-cogvideox-5b": (48, 64, torch.bfloat16, COGVIDEOX, layer_norm(NormKind.LAYER_PER_HEAD, 64)),
@@ -186,7 +185,7 @@ def test_kernel_stores_each_pair_from_the_thread_that_loaded_it(name: str) -> No
     plain = {"interleaved": WAN, "half": HALF}
     heads, dim, dtype, args, norm = (12, 128, torch.bfloat16, plain[name], None) if name in plain else KERNELS[name]
     xs = queries_and_keys(heads, dim, dtype)
-    without_weights = None if norm is None else Norm(norm.kind, [None, None], norm.eps)
+    without_weights = None if norm is None else Norm(norm.kind, norm.eps)
     text = compiled(specialise(xs, args, xs, without_weights)).asm["ttgir"]
     accesses = re.findall(r"tt\.(?:load|store) [^\n]*x!tt\.ptr<bf16>, (#\w+)>", text)
     assert len(accesses) >= 4

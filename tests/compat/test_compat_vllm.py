@@ -15,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 import dit_rope
 from dit_rope.compat.dense import cache_rows, one_axis_args, prepare_cached
 from dit_rope.compat.vllm import rotary_embedding
-from dit_rope.rotation import api as rotation
 from dit_rope.rotation import ops
 from serving import HEAD_SIZES, HEADS, assert_rotated, cos_sin_cache, naive, one_thread  # noqa: F401
 
@@ -227,7 +226,7 @@ def test_cache_is_not_copied_or_converted(is_neox: bool, table: torch.dtype) -> 
 
 def test_cache_reaches_the_backend_as_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(rotation, "apply", lambda xs, args, **_: seen.append((xs, args)))
+    monkeypatch.setattr(ops, "rotate", lambda xs, args, **_: seen.append((xs, args)))
     cache, query = cos_sin_cache(ROWS, 32, F32), torch.randn(5, 4 * 64)
     positions = torch.arange(5, dtype=torch.int32)
     rotary_embedding(positions, query, query[:, :0], 64, cache, True)
@@ -243,14 +242,14 @@ def test_negative_row_of_a_long_table_does_not_turn(is_neox: bool) -> None:
     rows, x = cache_rows(cos_sin_cache(ROWS, 32, F32), F32), torch.randn(2, 3, 2, 32)
     positions = torch.tensor([[5, -1, 96], [-7, 0, 96]], dtype=torch.int32)[..., None]
     args = one_axis_args(rows, positions, 3, interleaved=not is_neox)
-    (turned,) = rotation.apply([x], args)
+    (turned,) = ops.rotate([x], args)
     still = torch.tensor([[False, True, False], [True, False, False]])
     cos, sin = (part[positions[..., 0].clamp(min=0)].clone() for part in rows)
     cos[still], sin[still] = 1.0, 0.0
     assert_rotated(turned, x, cos, sin, interleaved=not is_neox)
     assert torch.equal(turned[still], x[still])
     with pytest.raises(IndexError):
-        rotation.apply([x], one_axis_args(rows, positions + 1, 3, interleaved=not is_neox))
+        ops.rotate([x], one_axis_args(rows, positions + 1, 3, interleaved=not is_neox))
 
 
 def test_calls_leave_nothing_in_the_caches() -> None:

@@ -11,7 +11,6 @@ import dit_rope
 import wan_models
 from dit_rope import Fusion, Scaling
 from dit_rope.hooks.class_override import Override
-from dit_rope.rotation import api as rotation_module
 from zoo import EXAMPLES, Example, Noise
 
 NAMES = ("hunyuan-video", "flux", "ltx-padded", "qwen-image", "kandinsky5")
@@ -45,18 +44,6 @@ def same(ours: list[torch.Tensor], own: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, own, strict=True))
 
 
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the rotations that patched models run."""
-    ran: list[str] = []
-    for name in ("apply", "apply_norm"):
-        real = getattr(rotation_module, name)
-        monkeypatch.setattr(
-            rotation_module, name, lambda *a, name=name, real=real, **k: ran.append(name) or real(*a, **k)
-        )
-    return ran
-
-
 @FUSIONS
 @BY_NAME
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -70,16 +57,16 @@ def test_exact_mode_gives_the_bits_of_the_model_whatever_is_fused(name: str, dty
 
 
 @BY_NAME
-def test_nothing_fused_builds_tables_once_and_leaves_attention_alone(name: str, launches: list[str]) -> None:
+def test_nothing_fused_builds_tables_once_and_leaves_attention_alone(name: str, rotations: list[str]) -> None:
     model, forward = build(name)
     expected = run(forward)
     with dit_rope.patch(model, exact=False, fuse=Fusion.NOTHING) as handle:
-        launches.clear()
+        rotations.clear()
         assert same(run(forward), expected)
         first = dit_rope.cache_info()
         assert same(run(forward), expected)
         second = dit_rope.cache_info()
-        assert not launches
+        assert not rotations
         assert second.tables.misses == first.tables.misses
         assert second.models.misses == first.models.misses
         assert second.tables.hits + second.models.hits > first.tables.hits + first.models.hits
@@ -91,16 +78,16 @@ def test_nothing_fused_builds_tables_once_and_leaves_attention_alone(name: str, 
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan-video", "flux", "ltx-padded", "qwen-image"])
-def test_rotation_leaves_the_norm_to_the_model(name: str, launches: list[str]) -> None:
+def test_rotation_leaves_the_norm_to_the_model(name: str, rotations: list[str]) -> None:
     model, forward = build(name)
     ran = {}
     for fuse in (Fusion.ROTATION, Fusion.NORM_AND_ROTATION):
         with dit_rope.patch(model, exact=False, fuse=fuse):
-            launches.clear()
+            rotations.clear()
             run(forward)
-            ran[fuse] = list(launches)
-    assert set(ran[Fusion.ROTATION]) == {"apply"}
-    assert set(ran[Fusion.NORM_AND_ROTATION]) == {"apply_norm"}
+            ran[fuse] = list(rotations)
+    assert set(ran[Fusion.ROTATION]) == {"rotate"}
+    assert set(ran[Fusion.NORM_AND_ROTATION]) == {"norm_rotate"}
     assert len(ran[Fusion.ROTATION]) == len(ran[Fusion.NORM_AND_ROTATION])
 
 

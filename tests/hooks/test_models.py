@@ -14,7 +14,7 @@ from dit_rope.hooks import attention, rotating_norms
 from dit_rope.hooks.packed_tables import UnfitTable
 from dit_rope.models import ADAPTERS
 from dit_rope.patching import adapter_of
-from dit_rope.rotation import api as rotation_module
+from dit_rope.rotation import ops
 from zoo import EXAMPLES, Example, Noise
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -134,9 +134,8 @@ def test_every_norm_rotates(example: Example, monkeypatch: pytest.MonkeyPatch) -
     """Equality alone would not notice a patch that does nothing."""
     model = example.build()
     calls: list[int] = []
-    for name in ("apply", "apply_norm"):
-        real = getattr(rotation_module, name)
-        monkeypatch.setattr(rotation_module, name, lambda *a, real=real, **k: calls.append(1) or real(*a, **k))
+    real = ops.rotate
+    monkeypatch.setattr(ops, "rotate", lambda *a, **k: calls.append(1) or real(*a, **k))
     left: list[torch.nn.Module] = []
     ended: list[tuple[torch.nn.Module, rotating_norms.RotatedCall]] = []
     check, rotate = rotating_norms.RotatedCall.check, attention._with_rotating_norms

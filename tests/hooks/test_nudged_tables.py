@@ -16,7 +16,7 @@ from compiled_graphs import named
 from dit_rope.hooks.formats import AXES
 from dit_rope.hooks.packed_tables import Align, PackedTable, axis_form_of, axis_rows, pack
 from dit_rope.patching import adapter_of
-from dit_rope.rotation import api as rotation
+from dit_rope.rotation import ops
 from dit_rope.spec import Pairing
 from twins import BEFORE_AND_AFTER, attentions, check, run
 
@@ -98,7 +98,7 @@ def test_axis_tables_are_of_the_models_own_values(name: str, frames: int, change
 
 def rotated(table: PackedTable, exact: bool) -> torch.Tensor:
     x = torch.randn(1, table.tokens, 2, table.head_dim, generator=torch.Generator().manual_seed(3))
-    return rotation.apply([x], table.args(table.tokens, Align.START, exact))[0]
+    return ops.rotate([x], table.args(table.tokens, Align.START, exact))[0]
 
 
 @MODE
@@ -123,7 +123,7 @@ def test_patched_steps_of_nudged_tables_build_them_once_and_rotate(exact: bool, 
         for _ in range(3):
             run(example, model)
     assert dit_rope.cache_info().models.misses == 1
-    assert rotations == 3 * 2 * len(attentions(model)) * ["apply" if exact else "apply_norm"]
+    assert rotations == 3 * 2 * len(attentions(model)) * ["rotate" if exact else "norm_rotate"]
 
 
 GRID, PAIRS = (2, 3, 4), (4, 2, 1)

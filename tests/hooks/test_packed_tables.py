@@ -16,7 +16,7 @@ from dit_rope.hooks.class_override import add_hooks
 from dit_rope.hooks.formats import AXES, INTERLEAVED
 from dit_rope.hooks.forward_pass import BeginPass, EndPass, current_pass
 from dit_rope.hooks.packed_tables import Align, PackedTable, axis_form_of, is_known
-from dit_rope.rotation import api as rotation
+from dit_rope.rotation import ops
 
 CPU = torch.device("cpu")
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -44,7 +44,7 @@ def dense(name: str = "wan", frames: int = 3) -> Pair:
 
 def rotated(table: PackedTable, seed: int = 3) -> torch.Tensor:
     x = torch.randn(1, table.tokens, 2, table.head_dim, generator=torch.Generator().manual_seed(seed))
-    return rotation.apply([x], table.args(table.tokens, Align.START, exact=True))[0]
+    return ops.rotate([x], table.args(table.tokens, Align.START, exact=True))[0]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from dit_rope import patching
 from dit_rope.hooks import plan as plan_module
 from dit_rope.hooks.class_override import Override
 from dit_rope.models import ADAPTERS
-from dit_rope.rotation import api as rotation_module
+from dit_rope.rotation import ops
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -68,8 +68,8 @@ def test_patched_model_rotates_in_its_norms(name: str, monkeypatch: pytest.Monke
     """Equality alone would not notice a patch that does nothing."""
     model = wan_models.build(name)
     calls = []
-    real = rotation_module.apply
-    monkeypatch.setattr(rotation_module, "apply", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = ops.rotate
+    monkeypatch.setattr(ops, "rotate", lambda *a, **k: calls.append(1) or real(*a, **k))
     with dit_rope.patch(model) as handle:
         forward(model)
         attentions = handle._plans[0].rotations
@@ -81,8 +81,8 @@ def test_fast_mode_is_close_and_fused(dtype: torch.dtype, monkeypatch: pytest.Mo
     model = wan_models.build("wan", dtype)
     expected = forward(model, dtype)
     calls = []
-    real = rotation_module.apply_norm
-    monkeypatch.setattr(rotation_module, "apply_norm", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = ops.rotate
+    monkeypatch.setattr(ops, "rotate", lambda *a, **k: calls.append(1) or real(*a, **k))
     with dit_rope.patch(model, exact=False):
         calls.clear()
         actual = forward(model, dtype)

@@ -14,7 +14,7 @@ import dit_rope
 import wan_models
 from dit_rope.hooks.formats import AXES
 from dit_rope.hooks.packed_tables import Align
-from dit_rope.rotation import api as rotation
+from dit_rope.rotation import ops
 from zoo import EXAMPLES, Example
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -219,7 +219,7 @@ def test_rotation_of_a_split_rope_output_is_the_part_of_the_whole(world: int, sp
         def rotated(part: torch.Tensor, rotary: Any) -> torch.Tensor:
             (table,) = AXES.pack(rotary, part.device)
             assert len(table.sizes) == 3  # the axis form was recognised
-            return rotation.apply([part], table.args(part.shape[1], Align.START, exact=True))[0]
+            return ops.rotate([part], table.args(part.shape[1], Align.START, exact=True))[0]
 
         pieces = [rotated(part, rotary) for part, rotary in zip(split(x, world, dim=1), parts, strict=True)]
         assert torch.equal(torch.cat(pieces, dim=1), rotated(x, whole))

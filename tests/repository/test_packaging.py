@@ -19,8 +19,7 @@ import torch
 import dit_rope
 from dit_rope import NormKind, Pairing
 from dit_rope.rotation.backends import cuda_kernels, cuda_plan
-from dit_rope.rotation.backends.gpu_calls import Norm
-from dit_rope.rotation_args import RotationArgs
+from dit_rope.rotation_args import Norm, RotationArgs
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {path.name for path in (ROOT / "kernels").iterdir()}
@@ -131,7 +130,7 @@ def test_kernels_compile_without_a_warning(norm, pairing, tmp_path):
     """Under the toolkit's own compiler, which warns of more than NVRTC does."""
     xs = [torch.zeros(1, 4, heads, 40, dtype=torch.bfloat16) for heads in (3, 2)]
     args = RotationArgs(torch.zeros(2, 4, 8), None, (8, 4, 4), (1, 2, 2), (0, 0, 0), 0, 0, 4, pairing, False, False)
-    plan = cuda_kernels.plan_of(xs, args, xs, norm and Norm(norm, [None, None], 1e-6))
+    plan = cuda_kernels.plan_of(xs, args, xs, norm and Norm(norm, 1e-6))
     (tmp_path / "plan.cu").write_text(plan.source())
     options = ("-arch=sm_80", "-std=c++17", "-Werror=all-warnings", f"-I{ROOT / 'kernels'}")
     run("nvcc", "-c", *options, "plan.cu", "-o", "plan.o", cwd=tmp_path)

@@ -22,9 +22,8 @@ from dit_rope import (
     rotate,
     rotate_qk,
 )
-from dit_rope.rotation import api as rotation
-from dit_rope.rotation import choice as backend_choice  # fmt: skip
-from dit_rope.rotation import ops
+from dit_rope.rotation import api, ops
+from dit_rope.rotation import choice as backend_choice
 from dit_rope.rotation.choice import BACKENDS, MODULES, choose_backend, explain_backends
 from oracle import rms_norm
 from oracle import rotate as rotate_oracle
@@ -169,20 +168,20 @@ def test_calls_that_nobody_watches_skip_the_dispatcher(table: RopeTable, monkeyp
     watched.default = real.default  # a mode looks the overload up here, by name
     monkeypatch.setattr(torch.ops.dit_rope, "rotate", watched)
     (q, k), args = queries_and_keys(), table.args()
-    ops.rotate([q, k], args, "eager")
+    ops.rotate([q, k], args, backend="eager")
     assert seen == []
-    ops.rotate([q.requires_grad_(), k], args, "eager")
+    ops.rotate([q.requires_grad_(), k], args, backend="eager")
     assert len(seen) == 1
     with torch.no_grad():
-        ops.rotate([q, k], args, "eager")
+        ops.rotate([q, k], args, backend="eager")
     assert len(seen) == 1
     with Watching():
-        ops.rotate([q.detach(), k], args, "eager")
+        ops.rotate([q.detach(), k], args, backend="eager")
     assert len(seen) == 2
-    torch.func.vmap(lambda x: ops.rotate([x], args, "eager")[0])(q.detach()[None])
+    torch.func.vmap(lambda x: ops.rotate([x], args, backend="eager")[0])(q.detach()[None])
     assert len(seen) == 3
     with torch.autograd.forward_ad.dual_level():
-        ops.rotate([q.detach(), k], args, "eager")
+        ops.rotate([q.detach(), k], args, backend="eager")
     assert len(seen) == 4
 
 
@@ -192,7 +191,7 @@ def test_inplace_calls_count_as_writes(cuda_on_cpu: object, table: RopeTable, ba
     (q, k), args = queries_and_keys(), table.args()
     before = q._version, k._version
     with Watching() if watched else torch.no_grad():
-        ops.rotate_([q, k], args, backend)
+        ops.rotate([q, k], args, inplace=True, backend=backend)
     assert q._version > before[0]
     assert k._version > before[1]
 
@@ -317,23 +316,23 @@ def test_hooks_remember_no_other_call(launches: Launches, table: RopeTable, chan
     """Nor what is written elsewhere, nor only some batch entries."""
     changed, options = CHANGES.get(change, (torch.clone, {}))
     x = torch.randn(1, 24, 4, 16)
-    rotation.apply([x], table.args(), backend="cuda")
+    ops.rotate([x], table.args(), backend="cuda")
     y = changed(x)
     options = {name: value for name, value in options.items() if name not in ("suffix", "inplace")}
     args = replace(table.args(**options), token_offset=1) if change == "args" else table.args(**options)
     inplace = change == "inplace"
-    (expected,) = rotation.apply([y.clone()], args, backend="eager")
-    (actual,) = rotation.apply([y], args, inplace=inplace, backend="cuda")
+    (expected,) = ops.rotate([y.clone()], args, backend="eager")
+    (actual,) = ops.rotate([y], args, inplace=inplace, backend="cuda")
     assert launches.launches[1] is not launches.launches[0]
     torch.testing.assert_close(actual, expected)
 
 
 def test_hooks_remember_where_results_are_written(launches: Launches, table: RopeTable) -> None:
     x, args = torch.randn(1, 24, 4, 16), table.args()
-    (expected,) = rotation.apply([x], args, backend="cuda")
+    (expected,) = ops.rotate([x], args, backend="cuda")
     rows = torch.empty(1, 24, 3, 4, 16)
     for out in (*rows.unbind(2), torch.empty_like(x)):
-        rotation.apply_into([x], args, [out], backend="cuda")
+        ops.rotate_into([x], args, [out], backend="cuda")
         assert torch.equal(out, expected)
     assert len({id(launch) for launch in launches.launches}) == 3  # one of strided results, and one each of two calls
 
@@ -352,7 +351,7 @@ def test_remembered_calls_of_hooks_are_few(
 ) -> None:
     monkeypatch.setattr(backend_choice, "_MAX_REMEMBERED", 8)
     for length in range(1, 40):
-        rotation.apply([torch.randn(1, length, 1, 16)], table.args(), backend="cuda")
+        ops.rotate([torch.randn(1, length, 1, 16)], table.args(), backend="cuda")
         assert 1 <= len(backend_choice._choices) <= 8
 
 
@@ -360,8 +359,8 @@ def test_positions_are_looked_at_once_and_again_when_written_to(
     table: RopeTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[int] = []
-    real = rotation.check_rows
-    monkeypatch.setattr(rotation, "check_rows", lambda *a: looks.append(1) or real(*a))
+    real = api.check_rows
+    monkeypatch.setattr(api, "check_rows", lambda *a: looks.append(1) or real(*a))
     x, positions = torch.randn(1, 24, 4, 16), ROWS.clone()
     for _ in range(3):
         rotate(x, table, positions=positions)

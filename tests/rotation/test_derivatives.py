@@ -23,7 +23,6 @@ from dit_rope import (
     rotate,
     rotate_qk,
 )
-from dit_rope.rotation import api as rotation
 from dit_rope.rotation import ops
 from dit_rope.rotation_args import RotationArgs
 from tolerance import assert_within
@@ -93,7 +92,7 @@ def test_rotation_by_own_angles_of_heads_has_all_derivatives(exact: bool) -> Non
     angles = torch.randn(8, 3, dtype=F64)
     where = ((3,), (4,), (0,), 0, 1, 4, Pairing.INTERLEAVED, False, exact)
     args = RotationArgs(torch.stack((angles.cos(), angles.sin())), None, *where, head_rows=4)
-    check_all_derivatives(lambda *xs: tuple(rotation.apply(xs, args)), (tokens(), tokens(1, 6, 1, 7)))
+    check_all_derivatives(lambda *xs: tuple(ops.rotate(xs, args)), (tokens(), tokens(1, 6, 1, 7)))
 
 
 @MODES
@@ -103,7 +102,7 @@ def test_table_that_requires_grad_gets_it(exact: bool) -> None:
 
     def call(rows: torch.Tensor, x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
         given = x * 1 if inplace else x
-        return rotation.apply([given], RotationArgs(**{**vars(args), "rows": rows}), inplace=inplace)[0]
+        return ops.rotate([given], RotationArgs(**{**vars(args), "rows": rows}), inplace=inplace)[0]
 
     check_all_derivatives(call, (rows, tokens(1, 6, 1, 7)))
     x, leaf, grad = tokens(1, 6, 1, 7), rows.clone().requires_grad_(), tokens(1, 6, 1, 7)
@@ -262,8 +261,8 @@ def test_writing_to_another_tensor_carries_tangents(exact: bool) -> None:
     args, x, v = table_of().args(exact=exact), tokens(2, 4, 2, 7), tokens(2, 4, 2, 7)
     with forward_ad.dual_level():
         out = torch.empty_like(x)
-        rotation.apply_into([forward_ad.make_dual(x, v)], args, [out])
-        assert torch.equal(forward_ad.unpack_dual(out).tangent, rotation.apply([v], args)[0])
+        ops.rotate_into([forward_ad.make_dual(x, v)], args, [out])
+        assert torch.equal(forward_ad.unpack_dual(out).tangent, ops.rotate([v], args)[0])
 
 
 def test_operators_called_by_name_are_transformed_too() -> None:

@@ -22,9 +22,8 @@ from dit_rope import (
     rotate,
     rotate_qk,
 )
-from dit_rope.rotation import api as rotation
 from dit_rope.rotation import ops
-from dit_rope.rotation_args import RotationArgs
+from dit_rope.rotation_args import Norm, RotationArgs
 from tolerance import assert_within
 
 
@@ -109,7 +108,7 @@ def own_angles(heads: int, exact: bool, dtype: torch.dtype) -> RotationArgs:
 def test_own_angles_of_heads_pass_gradcheck_and_opcheck(exact: bool) -> None:
     args = own_angles(3, exact, torch.float64)
     xs = tuple(torch.randn(1, 14, heads, 10, dtype=torch.float64, requires_grad=True) for heads in (3, 2))
-    assert torch.autograd.gradcheck(lambda *xs: tuple(rotation.apply(xs, args)), xs)
+    assert torch.autograd.gradcheck(lambda *xs: tuple(ops.rotate(xs, args)), xs)
     torch.library.opcheck(torch.ops.dit_rope.rotate.default, (list(xs), *ops._flatten(args), "eager"))
 
 
@@ -122,7 +121,7 @@ def test_norms_by_own_angles_of_heads_pass_gradcheck(norm: NormKind) -> None:
     bias.requires_grad_(norm.centred)
 
     def turn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return rotation.apply_norm([x], [weight], 1e-6, norm, args, biases=[bias] if norm.centred else ())[0]
+        return ops.rotate([x], args, Norm(norm, 1e-6, [weight], [bias] if norm.centred else ()))[0]
 
     assert torch.autograd.gradcheck(turn, (x, weight, bias))
 

@@ -14,7 +14,7 @@ import kernel_properties
 import properties
 from benchmarks.results import read_csv
 from dit_rope import Grid, Pairing, RopeSpec
-from dit_rope.rotation import api as rotation
+from dit_rope.rotation import ops
 from dit_rope.rotation.backends import token_angles
 from dit_rope.streaming import shift as shifting
 from dit_rope.tables.table import RopeTable
@@ -77,8 +77,8 @@ def test_the_check_of_a_rotation_notices_faults(monkeypatch: pytest.MonkeyPatch)
     with_fault(pairing=Pairing.INTERLEAVED)
     with_fault(sizes=(3, 2, 4))
     monkeypatch.setattr(RopeTable, "args", real)
-    turned = rotation.ops.rotate
-    monkeypatch.setattr(rotation.ops, "rotate", lambda *a: [out * (1 + 1e-6) for out in turned(*a)])
+    rotate = ops.rotate
+    monkeypatch.setattr(ops, "rotate", lambda *a, **k: [out * (1 + 1e-6) for out in rotate(*a, **k)])
     with pytest.raises(AssertionError, match="are off; worst is"):
         properties.check_rotation(PLAIN)
 

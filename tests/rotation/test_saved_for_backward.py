@@ -24,8 +24,8 @@ from dit_rope import (
     rotate_qk,
 )
 from dit_rope.compat import flashinfer, huggingface, vllm
-from dit_rope.rotation import api as rotation
-from dit_rope.rotation_args import RotationArgs
+from dit_rope.rotation import ops
+from dit_rope.rotation_args import Norm, RotationArgs
 
 MODES = pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 MODIFIED = "modified by an inplace operation"
@@ -47,7 +47,7 @@ def test_writes_before_a_backward_pass_are_noticed(table: RopeTable, written: st
     positions, rows = table.positions().clone(), table.rows.clone()
     args = replace(table.args(positions=positions, exact=exact), rows=rows)
     x = tokens(requires_grad=True)
-    out = rotation.apply_norm([x], [None], 1e-6, NormKind.PER_HEAD, args)[0] if normed else rotation.apply([x], args)[0]
+    (out,) = ops.rotate([x], args, Norm(NormKind.PER_HEAD, 1e-6) if normed else None)
     (positions if written == "positions" else rows)[..., :1].zero_()
     with pytest.raises(RuntimeError, match=MODIFIED):
         out.sum().backward()
@@ -125,7 +125,7 @@ def test_tables_and_positions_of_inference_mode_train(exact: bool) -> None:
         rows = table.rows.clone()
     x, grad = tokens(requires_grad=True), tokens()
     args = replace(table.args(positions=positions, exact=exact), rows=rows)
-    (actual,) = torch.autograd.grad(rotation.apply([x], args)[0], x, grad)
+    (actual,) = torch.autograd.grad(ops.rotate([x], args)[0], x, grad)
     (expected,) = torch.autograd.grad(rotate(x, table, positions=positions.clone(), exact=exact), x, grad)
     assert torch.equal(actual, expected)
 
@@ -266,8 +266,8 @@ def test_rows_over_memory_that_was_rewritten_are_read_anew() -> None:
     buffer = table.rows.numpy().copy()
     for factor in (1, 2, 3):
         buffer[:] = table.rows.numpy() * factor
-        (actual,) = rotation.apply([x], replace(table.args(), rows=torch.from_numpy(buffer)))
-        (expected,) = rotation.apply([x], replace(table.args(), rows=torch.tensor(buffer)))
+        (actual,) = ops.rotate([x], replace(table.args(), rows=torch.from_numpy(buffer)))
+        (expected,) = ops.rotate([x], replace(table.args(), rows=torch.tensor(buffer)))
         assert torch.equal(actual, expected)
 
 
@@ -305,6 +305,6 @@ def test_padding_of_a_shard_keeps_infinities(exact: bool) -> None:
     where = ((2,), (2,), (0,), 0, 0, 4, Pairing.INTERLEAVED, False, exact)
     angles = torch.randn(2, 2)
     args = RotationArgs(torch.stack((angles.cos(), angles.sin())), None, *where)
-    (out,) = rotation.apply([x], args)
+    (out,) = ops.rotate([x], args)
     assert torch.equal(out[0, 2:].view(torch.int32), x[0, 2:].view(torch.int32))
     assert not torch.equal(out[0, :2], x[0, :2])

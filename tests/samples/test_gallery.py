@@ -109,12 +109,12 @@ def test_clip_of_a_patch_that_changes_pixels_is_refused(program, random_wan, mon
 
 @pytest.mark.parametrize("name", ["sign flipped", "H and W swapped", "frame frozen"])
 def test_wrong_rotation_changes_the_video_and_leaves_dit_rope_as_it_was(program, random_wan, name):
-    apply = dit_rope.rotation.api.apply
+    rotate = dit_rope.rotation.ops.rotate
     request = Request(prompt="a", **SMALL)
     right = program.generated(random_wan, request)
     with dit_rope.patch(random_wan, exact=True), program.rotating_wrong(program.WRONG[name]):
         assert not np.array_equal(program.generated(random_wan, request), right)
-    assert dit_rope.rotation.api.apply is apply
+    assert dit_rope.rotation.ops.rotate is rotate
     assert np.array_equal(program.generated(random_wan, request), right)
 
 

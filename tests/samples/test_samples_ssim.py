@@ -112,13 +112,13 @@ def with_axis_frozen(axis: int):
 
 def rotating(monkeypatch, change):
     """Passes the arguments of every rotation through ``change``; returns the list of those it saw."""
-    real, seen = dit_rope.rotation.api.apply, []
+    real, seen = dit_rope.rotation.ops.rotate, []
 
-    def apply(xs, args, **options):
+    def rotate(xs, args, *norm, **options):
         seen.append(args)
-        return real(xs, change(args), **options)
+        return real(xs, change(args), *norm, **options)
 
-    monkeypatch.setattr(dit_rope.rotation.api, "apply", apply)
+    monkeypatch.setattr(dit_rope.rotation.ops, "rotate", rotate)
     return seen
 
 

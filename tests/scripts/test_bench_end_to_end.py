@@ -17,7 +17,7 @@ from benchmarks.end_to_end import ARCHITECTURES, VARIANTS, Mismatch, Step, archi
 from benchmarks.results import read_csv
 from benchmarks.step_profile import KINDS, ROPE, shares
 from benchmarks.timing import Timing
-from dit_rope.rotation import api as rotation
+from dit_rope.rotation import ops
 from measure import bench_end_to_end
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -102,17 +102,24 @@ def test_twins_share_parameters_and_leave_the_step_unpatched(step: Step) -> None
     dit_rope.patch(step.models[0]).undo()
 
 
-@pytest.mark.parametrize("name", ["apply", "apply_norm"])
-def test_wrong_output_gives_no_figures(step: Step, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = getattr(rotation, name), []
-    monkeypatch.setattr(rotation, name, lambda *a, **k: [2 * x for x in real(*a, **k)])
+@pytest.mark.parametrize("normed", [False, True], ids=["rotation", "norm-and-rotation"])
+def test_wrong_output_gives_no_figures(step: Step, normed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rotate, calls = ops.rotate, []
+
+    def wrong(xs: Any, args: Any, norm: Any = None, **options: Any) -> Any:
+        return [x * (2 if normed == (norm is not None) else 1) for x in rotate(xs, args, norm, **options)]
+
+    monkeypatch.setattr(ops, "rotate", wrong)
     with pytest.raises(Mismatch, match="must"):
         measure_step(step, rounds=3, advance=lambda: calls.append(1))
     assert not calls
 
 
 def test_fast_mode_may_not_miss_the_rotation(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotation, "apply_norm", lambda xs, *a, **k: xs)
+    rotate = ops.rotate
+    monkeypatch.setattr(
+        ops, "rotate", lambda xs, args, norm=None, **k: rotate(xs, args, **k) if norm is None else list(xs)
+    )
     with pytest.raises(Mismatch, match=r"tables, norm and rotation must be within .* got"):
         measure_step(step, rounds=3)
 
@@ -201,7 +208,7 @@ def test_script_writes_every_variant_of_every_run(results: Path) -> None:
 def test_script_prints_no_figures_and_fails_where_outputs_differ(
     results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rotation, "apply", lambda xs, *a, **k: xs)
+    monkeypatch.setattr(ops, "rotate", lambda xs, *a, **k: xs)
     done = script("wan-1.3b", "--grid", "2x3x4", "--dtype", "float32")
     assert done.exit_code != 0
     assert "no figures" in done.output

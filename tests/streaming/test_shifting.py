@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import oracle
 from dit_rope import Grid, Pairing, RopeSpec, Scaling, ShiftTable, plan_eviction, rope_table, rotate, shift_keys
-from dit_rope.rotation import api as rotation_module
+from dit_rope.rotation import ops
 from dit_rope.rotation.backends import eager
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.streaming import shift as shifting
@@ -91,7 +91,7 @@ def test_row_past_the_table_does_not_turn_on_a_gpu(cuda_on_cpu: object) -> None:
     table, keys = ShiftTable(TEXT), pool(3)
     wrong = (table.rows.shape[1], 2**31 - 1)
     args = rotation_args(table.rows, int32([[wrong[0]], [1], [wrong[1]]]).view(3, 1, 1), TEXT)
-    (out,) = rotation_module.apply([keys], args, backend="cuda")
+    (out,) = ops.rotate([keys], args, backend="cuda")
     assert torch.equal(out[[0, 2]], keys[[0, 2]])
     assert not torch.equal(out[1], keys[1])
 
@@ -187,7 +187,7 @@ def test_vectors_of_the_kernel(dtype: torch.dtype, tolerance: float, pairing: Pa
     order = torch.tensor([0, 1, 2, 3] if pairing is Pairing.HALF else [0, 2, 1, 3])
     tokens = torch.arange(4, dtype=torch.int32).view(1, 4, 1)
     args = rotation_args(COEFFICIENTS.contiguous(), tokens, RopeSpec((4,), pairing=pairing))
-    (actual,) = rotation_module.apply([BLOCK_BEFORE[None][..., order].to(dtype)], args, backend=backend)
+    (actual,) = ops.rotate([BLOCK_BEFORE[None][..., order].to(dtype)], args, backend=backend)
     assert (actual[0].float() - BLOCK_AFTER[..., order]).abs().max() <= tolerance
 
 

@@ -26,7 +26,7 @@ import torch
 
 from dit_rope.rotation.backends import cuda_kernels, eager, triton_kernels
 from dit_rope.rotation.backends.cuda_tuning import Tuning
-from dit_rope.rotation_args import RotationArgs
+from dit_rope.rotation_args import Norm, RotationArgs
 from dit_rope.spec import NormKind, Pairing
 from oracle import norm as norm_oracle
 from oracle import rotate as rotate_oracle
@@ -54,10 +54,9 @@ PAST_THE_TABLE = {
     "test_entry_outside_the_batch_is_ignored[norm]",
     "test_head_past_the_table_does_not_turn",
 }
-ONE_WEIGHT = {f"test_norm_rotate_weights_are_optional_each[{kind.value}]" for kind in NormKind}
 LONG_TABLES = {"test_angles_of_heads_are_in_tables_past_2_31_elements"}
 # Every test that a backend may skip, and must.
-SKIPPED = {"eager": PAST_THE_TABLE, "triton": LONG_TABLES, "cuda": ODD_DIMS | ONE_WEIGHT}[BACKEND]
+SKIPPED = {"eager": PAST_THE_TABLE, "triton": LONG_TABLES, "cuda": ODD_DIMS}[BACKEND]
 
 
 def run_contract(backend: str, device: str, tuning: Tuning | None = None) -> str:
@@ -154,7 +153,7 @@ def norm_rotate(
 ) -> None:
     """Norms and rotates ``xs`` into ``outs`` with the backend, unless it declines."""
     _ask(xs, args, kind)
-    MODULE.norm_rotate(xs, weights, eps, kind, args, outs, biases)
+    MODULE.rotate(xs, args, outs, Norm.of(xs, kind, eps, weights, biases))
 
 
 @dataclass(frozen=True)

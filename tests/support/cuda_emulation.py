@@ -82,17 +82,17 @@ class EmulatedKernels:
 def emulated(folder: Path) -> Iterator[EmulatedKernels]:
     """While it is open, the CUDA backend takes tensors on CPU and runs their kernels there."""
     kernels = EmulatedKernels(folder)
-    real = cuda_kernels._launch
+    real = cuda_kernels.launch_of
 
-    def launch(xs: Sequence[torch.Tensor], args: Any, outs: Sequence[torch.Tensor], norm: Any, memo: Any) -> None:
+    def launch_of(xs: Sequence[torch.Tensor], args: Any, outs: Sequence[torch.Tensor], norm: Any, memo: Any) -> Any:
         parameters = (*norm.weights, *norm.biases) if norm else ()
         tensors = [*xs, *outs, *parameters, args.positions, args.rows]
         kernels.ranges = [_range(tensor) for tensor in tensors if tensor is not None]
-        real(xs, args, outs, norm, memo)
+        return real(xs, args, outs, norm, memo)
 
     with (
         mock.patch.object(cuda_kernels, "_why_no_device", return_value=None),
-        mock.patch.object(cuda_kernels, "_launch", launch),
+        mock.patch.object(cuda_kernels, "launch_of", launch_of),
         mock.patch.object(cuda_kernels, "_launcher", return_value=kernels),
         mock.patch.object(cuda_kernels, "_processors", return_value=PROCESSORS),
     ):

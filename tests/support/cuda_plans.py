@@ -17,8 +17,7 @@ import torch
 from dit_rope.rotation.backends.cuda_kernels import plan_of
 from dit_rope.rotation.backends.cuda_plan import Plan
 from dit_rope.rotation.backends.cuda_tuning import Tuning
-from dit_rope.rotation.backends.gpu_calls import Norm
-from dit_rope.rotation_args import RotationArgs
+from dit_rope.rotation_args import Norm, RotationArgs
 from dit_rope.spec import NormKind, Pairing
 
 TOKENS = 2
@@ -213,11 +212,11 @@ def norm_of(row: Row) -> Norm | None:
     counts = [count if kind.across_heads else 1 for count in heads.counts[: row["tensors"]]]
     dtype = {"data": row["data"], "float32": FLOAT32, "none": None}[row["norm_weights"]]
     if dtype is None:
-        return Norm(kind, [None] * len(counts), 1e-6)
+        return Norm(kind, 1e-6)
     weights, biases = (
         [aligned_zeros((count * heads.dim,), dtype, row["alignment"]) for count in counts] for _ in range(2)
     )
-    return Norm(kind, weights, 1e-6, biases if kind.centred else ())
+    return Norm(kind, 1e-6, weights, biases if kind.centred else ())
 
 
 def plan_for(row: Row, tuning: Tuning | None = None) -> Plan:

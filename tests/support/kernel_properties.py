@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import properties
 from contract_calls import BACKEND, DEVICE, MODULE
-from dit_rope.rotation_args import RotationArgs
+from dit_rope.rotation_args import Norm, RotationArgs
 from dit_rope.spec import NormKind, Pairing
 from oracle import rotate as rotate_oracle
 from properties import BF16, F32, F64, REFUSED, RIGHT
@@ -155,7 +155,7 @@ def check_kernel(draw: KernelDraw) -> str:
     else:
         weights = [weight for weight, _ in affine]
         biases = [bias for _, bias in affine if bias is not None]
-        MODULE.norm_rotate(xs, weights, 1e-6, draw.norm, args, outs, biases)
+        MODULE.rotate(xs, args, outs, Norm.of(xs, draw.norm, 1e-6, weights, biases))
     for x, out, of_norm in zip(before, outs, affine, strict=True):
         _compare(draw, args, x, out.cpu(), of_norm)
     return RIGHT

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...rotation_args import RotationArgs
+from ...rotation_args import Norm, RotationArgs
 from ...spec import MAX_AXES
 from .cuda_plan import Plan
-from .gpu_calls import Norm, keeps_still, shared_strides, turning_tokens
+from .gpu_calls import keeps_still, shared_strides, turning_tokens
 
 # struct RotationArgs of kernels/rope.cuh: 11 pointers, 18 other members of 8 bytes, 22 of 4.
 POINTERS, _NUMBERS = struct.Struct("=11q"), struct.Struct("=18q21if")

@@ -18,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from ...rotation_args import Memo, RotationArgs
+from ...rotation_args import Memo, Norm, RotationArgs
 from ...spec import NormKind, Pairing
 from .cuda_arguments import POINTERS, Launch, pack_numbers
 from .cuda_plan import MAX_HELD, WARP, Plan, Signature, deal_threads, plan_for, tuned_shape
@@ -28,7 +28,6 @@ from .gpu_calls import (
     COMMON,
     Call,
     Constraint,
-    Norm,
     batch_entries,
     first_reason,
     keeps_still,
@@ -53,36 +52,27 @@ def declined(xs: Sequence[torch.Tensor], args: RotationArgs, norm: NormKind | No
 
 
 def rotate(
-    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], memo: Memo | None = None
-) -> None:
-    """Rotates one or two tensors ``xs[i]`` ``[B, S, H_i, D]`` into ``outs[i]``, in one launch on the current stream.
-
-    Every element of ``outs`` is written; ``outs`` may be ``xs``, which are then turned in place (and must be, with
-    ``args.entries``). float16, bfloat16 or float32 data; float32 arithmetic, rounded once, and with the model's own
-    roundings when ``args.exact``. The caller has made sure that :func:`declined` gives no reason. Calls that share a
-    ``memo`` must be alike in all but the addresses of their tensors, and whether they are in place.
-    """
-    _launch(xs, args, outs, None, memo)
-
-
-def norm_rotate(
     xs: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor | None],
-    eps: float,
-    norm: NormKind,
     args: RotationArgs,
     outs: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None] = (),
+    norm: Norm | None = None,
     memo: Memo | None = None,
 ) -> None:
-    """Norm of one or two tensors ``xs[i]`` ``[B, S, H_i, D]``, then their rotation, into ``outs[i]``, in one launch.
+    """Rotates one or two tensors ``xs[i]`` ``[B, S, H_i, D]`` into ``outs[i]``, after ``norm``, in one launch.
 
-    One read and one write of the data; float32 arithmetic, rounded once. Unturned tokens and channels are normed too.
-    ``weights[i]`` is ``[D]`` per head or ``[H_i * D]`` across heads, or all are None, and so is ``biases[i]``. ``outs``
-    may be ``xs``; ``memo`` is as in :func:`rotate`.
+    One read and one write of the data, on the current stream: every element of ``outs`` is written, and ``outs`` may be
+    ``xs``, which are then rotated in place (and must be, with ``args.entries``). float16, bfloat16 or float32 data;
+    float32 arithmetic, rounded once, and with the model's own roundings when ``args.exact``. A norm covers unrotated
+    tokens and channels too. The caller has made sure that :func:`declined` gives no reason. Calls that share a ``memo``
+    must be alike in all but the addresses of their tensors, and whether they are in place.
     """
-    added = list(map(_readable, biases)) if biases else ()
-    _launch(xs, args, outs, Norm(norm, list(map(_readable, weights)), eps, added), memo)
+    if norm is not None:
+        norm = _readable(norm)
+    if args.entries is not None and not args.entries.is_contiguous():
+        args = replace(args, entries=args.entries.contiguous())
+    launch, pointers = launch_of(xs, args, outs, norm, memo)
+    if launch.shape:
+        _launcher().run(launch, pointers, xs[0].device)
 
 
 def launch_of(
@@ -115,11 +105,9 @@ def launch_of(
     return launch, pointers
 
 
-def _ends(parameters: Sequence[torch.Tensor | None]) -> tuple[int, int]:
-    """Addresses of the first and the last weight or bias, 0 where there are none: of two, both are there or neither."""
-    if not parameters or parameters[0] is None or parameters[-1] is None:
-        return 0, 0
-    return parameters[0].data_ptr(), parameters[-1].data_ptr()
+def _ends(parameters: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """Addresses of the first and the last weight or bias, 0 where there are none."""
+    return (parameters[0].data_ptr(), parameters[-1].data_ptr()) if parameters else (0, 0)
 
 
 def make_launch(
@@ -150,7 +138,7 @@ def plan_of(
 
     Nothing in it depends on the number of tokens, the batch, or where in the grid a token stands.
     """
-    weights, biases = ([], []) if norm is None else (norm.given, norm.added)
+    weights, biases = ((), ()) if norm is None else (norm.weights, norm.biases)
     signature = replace(
         _signature(Call(xs, args, norm.kind if norm else None)),
         weights=_dtypes(weights),
@@ -216,20 +204,6 @@ def _signature(call: Call) -> Signature:
     )
 
 
-def _launch(
-    xs: Sequence[torch.Tensor],
-    args: RotationArgs,
-    outs: Sequence[torch.Tensor],
-    norm: Norm | None,
-    memo: Memo | None,
-) -> None:
-    if args.entries is not None and not args.entries.is_contiguous():
-        args = replace(args, entries=args.entries.contiguous())
-    launch, pointers = launch_of(xs, args, outs, norm, memo)
-    if launch.shape:
-        _launcher().run(launch, pointers, xs[0].device)
-
-
 @functools.cache
 def _launcher() -> ModuleType:
     """What needs the CUDA bindings, imported when the first call is made."""
@@ -238,10 +212,19 @@ def _launcher() -> ModuleType:
     return cuda_launch
 
 
-def _readable(weight: torch.Tensor | None) -> torch.Tensor | None:
-    if weight is None or (weight.dtype in WEIGHT_DTYPES and weight.is_contiguous()):
-        return weight
-    return (weight if weight.dtype in WEIGHT_DTYPES else weight.float()).contiguous()
+def _readable(norm: Norm) -> Norm:
+    """``norm`` with weights and biases that a kernel can read: the same where it can read those that it has."""
+    if all(map(_is_readable, norm.weights)) and all(map(_is_readable, norm.biases)):
+        return norm
+    weights, biases = (
+        [(x if x.dtype in WEIGHT_DTYPES else x.float()).contiguous() for x in parameters]
+        for parameters in (norm.weights, norm.biases)
+    )
+    return Norm(norm.kind, norm.eps, weights, biases)
+
+
+def _is_readable(parameter: torch.Tensor) -> bool:
+    return parameter.dtype in WEIGHT_DTYPES and parameter.is_contiguous()
 
 
 def _alignment(tensors: Sequence[torch.Tensor]) -> int:

@@ -16,8 +16,8 @@ from dataclasses import replace
 import torch
 from einops import rearrange
 
-from ...rotation_args import Memo, RotationArgs
-from ...spec import NormKind, Pairing
+from ...rotation_args import Memo, Norm, RotationArgs
+from ...spec import Pairing
 from ...tables.caches import ANGLES
 from ...torch_state import WITHOUT_FLOAT64_OR_COMPLEX, in_mode
 from . import token_angles
@@ -52,77 +52,54 @@ def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: Pa
 
 
 def rotate(
-    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], memo: Memo | None = None
+    xs: Sequence[torch.Tensor],
+    args: RotationArgs,
+    outs: Sequence[torch.Tensor],
+    norm: Norm | None = None,
+    memo: Memo | None = None,
 ) -> None:
-    """Rotates each ``xs[i]`` ``[B, S, H, D]`` into ``outs[i]``, which may be ``xs[i]`` itself.
+    """Rotates each ``xs[i]`` ``[B, S, H, D]``, after ``norm``, into ``outs[i]``, which may be ``xs[i]`` itself.
 
-    Every element of ``outs`` is written; the layout of tokens and channels is that of :class:`RotationArgs`. ``memo``
-    is what every backend takes, and of no use here.
+    Every element of ``outs`` is written; the layout of tokens and channels is that of :class:`RotationArgs`. A norm
+    covers unrotated tokens and channels too; after it, arithmetic is float32 (float64 for float64 data), rounded once.
+    Every backend takes a ``memo``; this one does not use it.
 
     Raises:
         IndexError: a position is past the table, or an entry of ``args.entries`` past the batch.
     """
-    _run(xs, args, outs, norm=None)
+    if norm is None:
+        _run(xs, args, outs, None)
+    else:
+        _run(xs, replace(args, exact=False), outs, _ChunkNorm(norm))
 
 
-def norm_rotate(
-    xs: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor | None],
-    eps: float,
-    norm: NormKind,
-    args: RotationArgs,
-    outs: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None] = (),
-    memo: Memo | None = None,
-) -> None:
-    """Norm of each ``xs[i]``, then its rotation, into ``outs[i]``; unturned tokens and channels are normed too.
-
-    Arithmetic is float32 (float64 for float64 data) and rounded once. Weights and biases are ``[D]`` per head,
-    ``[H * D]`` across heads, or None; no ``biases`` at all are as many Nones.
-
-    Raises:
-        IndexError: as :func:`rotate`.
-    """
-    _run(xs, replace(args, exact=False), outs, norm=_Norm(norm, eps, weights, biases or [None] * len(xs)))
-
-
-class _Norm:
+class _ChunkNorm:
     """The norm of a chunk of tokens, in the arithmetic dtype.
 
     RMSNorm is that of Zhang and Sennrich (arXiv:1910.07467), LayerNorm that of Ba, Kiros and Hinton (arXiv:1607.06450).
     """
 
-    def __init__(
-        self,
-        kind: NormKind,
-        eps: float,
-        weights: Sequence[torch.Tensor | None],
-        biases: Sequence[torch.Tensor | None],
-    ) -> None:
-        self.kind = kind
-        self.dims = (-2, -1) if kind.across_heads else (-1,)
-        self.eps = eps
-        self.weights = weights
-        self.biases = biases
+    def __init__(self, norm: Norm) -> None:
+        self.norm = norm
+        self.dims = (-2, -1) if norm.kind.across_heads else (-1,)
         self._squares = torch.empty(0)
 
     def __call__(self, x: torch.Tensor, index: int, out: torch.Tensor) -> torch.Tensor:
         """``x`` ``[B, n, H, D]`` of tensor number ``index``, normed into ``out``, which must not be x."""
         squares = out
-        if self.kind.centred:  # the mean first, since a difference of two large means would lose the variance
+        if self.norm.kind.centred:  # the mean first, since a difference of two large means would lose the variance
             x = torch.sub(x, x.mean(self.dims, keepdim=True), out=out)
             squares = self._scratch_like(x)
-        scale = torch.mul(x, x, out=squares).mean(self.dims, keepdim=True).add_(self.eps).rsqrt_()
+        scale = torch.mul(x, x, out=squares).mean(self.dims, keepdim=True).add_(self.norm.eps).rsqrt_()
         torch.mul(x, scale, out=out)
-        weight, bias = self.weights[index], self.biases[index]
-        if weight is not None:
-            out.mul_(self._of_head(weight, x))
-        if bias is not None:
-            out.add_(self._of_head(bias, x))
+        if self.norm.weights:
+            out.mul_(self._of_head(self.norm.weights[index], x))
+        if self.norm.biases:
+            out.add_(self._of_head(self.norm.biases[index], x))
         return out
 
     def _of_head(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return parameter.view(x.shape[-2:]) if self.kind.across_heads else parameter
+        return parameter.view(x.shape[-2:]) if self.norm.kind.across_heads else parameter
 
     def _scratch_like(self, x: torch.Tensor) -> torch.Tensor:
         """Memory for the squares of ``x``, the same for every chunk."""
@@ -236,7 +213,7 @@ class _Turn:
         out2.copy_(turned2)
 
 
-def _run(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: _Norm | None) -> None:
+def _run(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: _ChunkNorm | None) -> None:
     if args.entries is not None:
         _run_entries(xs, args.entries.long(), replace(args, entries=None), norm)
         return
@@ -251,7 +228,9 @@ def _run(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Te
         _turn_tokens(x[:, turning], out[:, turning], turn, norm, index)
 
 
-def _run_entries(xs: Sequence[torch.Tensor], entries: torch.Tensor, args: RotationArgs, norm: _Norm | None) -> None:
+def _run_entries(
+    xs: Sequence[torch.Tensor], entries: torch.Tensor, args: RotationArgs, norm: _ChunkNorm | None
+) -> None:
     """Turns some batch entries of ``xs`` in place, which are gathered, turned together, and put back."""
     picked = [x.index_select(0, entries) for x in xs]
     _run(picked, args, picked, norm)
@@ -259,7 +238,7 @@ def _run_entries(xs: Sequence[torch.Tensor], entries: torch.Tensor, args: Rotati
         x.index_copy_(0, entries, turned)
 
 
-def _copy_still(x: torch.Tensor, out: torch.Tensor, dtype: torch.dtype, norm: _Norm | None, index: int) -> None:
+def _copy_still(x: torch.Tensor, out: torch.Tensor, dtype: torch.dtype, norm: _ChunkNorm | None, index: int) -> None:
     """Tokens that do not turn: normed, or copied."""
     if x.shape[1] == 0:
         return
@@ -270,7 +249,7 @@ def _copy_still(x: torch.Tensor, out: torch.Tensor, dtype: torch.dtype, norm: _N
         out.copy_(x)
 
 
-def _turn_tokens(x: torch.Tensor, out: torch.Tensor, turn: _Turn, norm: _Norm | None, index: int) -> None:
+def _turn_tokens(x: torch.Tensor, out: torch.Tensor, turn: _Turn, norm: _ChunkNorm | None, index: int) -> None:
     """The turning tokens ``[B, n, H, D]`` of tensor number ``index``, chunk by chunk."""
     width = turn.width
     direct_in, direct_out = norm is None and _readable(x, turn), _readable(out, turn)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
-from ...rotation_args import RotationArgs
+from ...rotation_args import Norm, RotationArgs
 from ...spec import MAX_AXES, NormKind
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -19,25 +18,6 @@ MAX_HEAD_DIM = 512
 ACCESS_BYTES = 16
 # Token numbers are int32 in the kernels; a program may count one block past the last token.
 MAX_TOKENS = 2**31 - 4096
-
-
-class Norm(NamedTuple):
-    """The norm before the rotation: which one, one weight (or None) per tensor, eps, and as many biases or none."""
-
-    kind: NormKind
-    weights: Sequence[torch.Tensor | None]
-    eps: float
-    biases: Sequence[torch.Tensor | None] = ()
-
-    @property
-    def given(self) -> list[torch.Tensor]:
-        """The weights that are not None."""
-        return [weight for weight in self.weights if weight is not None]
-
-    @property
-    def added(self) -> list[torch.Tensor]:
-        """The biases that are not None."""
-        return [bias for bias in self.biases if bias is not None]
 
 
 @dataclass(frozen=True)

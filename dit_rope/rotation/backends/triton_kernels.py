@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 
-from ...rotation_args import Memo, RotationArgs
+from ...rotation_args import Memo, Norm, RotationArgs
 from ...spec import MAX_AXES, NormKind, Pairing
 from .gpu_calls import (
     ACCESS_BYTES,
     COMMON,
     Call,
     Constraint,
-    Norm,
     batch_entries,
     first_reason,
     keeps_still,
@@ -65,41 +64,41 @@ def declined(xs: Sequence[torch.Tensor], args: RotationArgs, norm: NormKind | No
 
 
 def rotate(
-    xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], memo: Memo | None = None
-) -> None:
-    """Rotates one or two tensors ``xs[i]`` ``[B, S, H_i, D]`` into ``outs[i]``, in one launch.
-
-    Every element of ``outs`` is written; ``outs`` may be ``xs``, which are then turned in place (and must be, with
-    ``args.entries``). float16, bfloat16 or float32 data; float32 arithmetic, rounded once, and with the model's own
-    roundings when ``args.exact``. Calls that share a ``memo`` must be alike in all but the addresses of their tensors,
-    and whether they are in place.
-
-    Raises:
-        ValueError: when :func:`declined` gives a reason.
-    """
-    _launch(xs, args, outs, None, memo)
-
-
-def norm_rotate(
     xs: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor | None],
-    eps: float,
-    norm: NormKind,
     args: RotationArgs,
     outs: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None] = (),
+    norm: Norm | None = None,
     memo: Memo | None = None,
 ) -> None:
-    """Norm of one or two tensors ``xs[i]`` ``[B, S, H_i, D]``, then their rotation, into ``outs[i]``, in one launch.
+    """Rotates one or two tensors ``xs[i]`` ``[B, S, H_i, D]`` into ``outs[i]``, after ``norm``, in one launch.
 
-    One read and one write of the data; float32 arithmetic, rounded once. Unturned tokens and channels are normed too.
-    ``weights[i]`` and, where there are ``biases``, ``biases[i]`` are ``[D]`` per head or ``[H_i * D]`` across heads, of
-    any float dtype, or None. ``outs`` may be ``xs``; ``memo`` is as in :func:`rotate`.
+    One read and one write of the data: every element of ``outs`` is written, and ``outs`` may be ``xs``, which are then
+    rotated in place (and must be, with ``args.entries``). float16, bfloat16 or float32 data; float32 arithmetic,
+    rounded once, and with the model's own roundings when ``args.exact``. A norm covers unrotated tokens and channels
+    too; its weights and biases may have any float dtype. Calls that share a ``memo`` must be alike in all but the
+    addresses of their tensors, and whether they are in place.
 
     Raises:
         ValueError: when :func:`declined` gives a reason.
     """
-    _launch(xs, args, outs, Norm(norm, weights, eps, biases), memo)
+    key = tuple([x.data_ptr() == out.data_ptr() for x, out in zip(xs, outs, strict=True)])
+    known = None if memo is None else memo.get(key)
+    tensors = _tensors(xs, args, outs, norm)
+    if known is None:
+        reason = declined(xs, args, norm.kind if norm else None)
+        if reason is not None:
+            raise ValueError(f"the Triton backend cannot take this call: {reason}")
+        programs, arguments, options = launch_arguments(xs, args, outs, norm)
+        known = (programs, {name: value for name, value in arguments.items() if name not in tensors} | options)
+        if memo is not None:
+            memo[key] = known
+    programs, numbers = known
+    if programs == 0:
+        return
+    from .triton_device import norm_turn_kernel
+
+    with _on_device(xs[0].device):
+        norm_turn_kernel[(programs,)](**tensors, **numbers)
 
 
 def launch_arguments(
@@ -142,33 +141,6 @@ def launch_arguments(
     # One stage: loads go to registers at once; a software pipeline would take them through shared memory.
     options = {"num_warps": tile.warps, "num_stages": 1, "enable_fp_fusion": not args.exact}
     return batch_entries(xs, args) * -(-tokens // tile.tokens), arguments, options
-
-
-def _launch(
-    xs: Sequence[torch.Tensor],
-    args: RotationArgs,
-    outs: Sequence[torch.Tensor],
-    norm: Norm | None,
-    memo: Memo | None,
-) -> None:
-    key = tuple([x.data_ptr() == out.data_ptr() for x, out in zip(xs, outs, strict=True)])
-    known = None if memo is None else memo.get(key)
-    tensors = _tensors(xs, args, outs, norm)
-    if known is None:
-        reason = declined(xs, args, norm.kind if norm else None)
-        if reason is not None:
-            raise ValueError(f"the Triton backend cannot take this call: {reason}")
-        programs, arguments, options = launch_arguments(xs, args, outs, norm)
-        known = (programs, {name: value for name, value in arguments.items() if name not in tensors} | options)
-        if memo is not None:
-            memo[key] = known
-    programs, numbers = known
-    if programs == 0:
-        return
-    from .triton_device import norm_turn_kernel
-
-    with _on_device(xs[0].device):
-        norm_turn_kernel[(programs,)](**tensors, **numbers)
 
 
 @functools.cache
@@ -260,9 +232,8 @@ def _tensors(
     tensors: dict[str, Any] = {"rows": args.rows, "positions": args.positions, "entries": args.entries}
     for i, name in enumerate("qk"):
         tensors[name], tensors[f"{name}_out"] = (xs[i], outs[i]) if i < len(xs) else (None, None)
-        for what, given in (("weight", weights), ("bias", biases)):
-            parameter = given[i] if i < len(given) else None
-            tensors[f"{name}_{what}"] = None if parameter is None else parameter.contiguous()
+        for kind, parameters in (("weight", weights), ("bias", biases)):
+            tensors[f"{name}_{kind}"] = parameters[i].contiguous() if i < len(parameters) else None
     return tensors
 
 

@@ -9,12 +9,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 
 import dit_rope
 from dit_rope.models import ADAPTERS
-from dit_rope.rotation import api as rotation
+from dit_rope.rotation import ops
 
 from . import judge
 from .core import Intervention, NotApplicable, Stopped, Subject
@@ -78,14 +79,14 @@ def subject_of(example: AnyExample, intervention: Intervention) -> Subject:
 def counted() -> Iterator[list[int]]:
     """A list that gets a number for each tensor that dit_rope rotates."""
     found: list[int] = []
-    before = {name: getattr(rotation, name) for name in ("apply", "apply_norm")}
-    for name, real in before.items():
-        setattr(rotation, name, lambda xs, *a, real=real, **k: found.extend([1] * len(xs)) or real(xs, *a, **k))
-    try:
+    rotate = ops.rotate
+
+    def counting(xs: Any, *args: Any, **options: Any) -> Any:
+        found.extend([1] * len(xs))
+        return rotate(xs, *args, **options)
+
+    with mock.patch.object(ops, "rotate", counting):
         yield found
-    finally:
-        for name, real in before.items():
-            setattr(rotation, name, real)
 
 
 def steps(subject: Subject, numbers: tuple[int, ...]) -> list[Step]:
