@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 import math
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -127,15 +128,32 @@ def _plain(value: Any) -> Any:
 Scalings = Scaling | Sequence[Scaling | None] | None
 
 
-def _scalings(given: Scalings, axes: int) -> Scaling | tuple[Scaling | None, ...] | None:
-    """One spelling for equal choices: what all axes share on its own, else a tuple of one Scaling or None per axis."""
-    if given is None or isinstance(given, Scaling):
-        return given
-    if not isinstance(given, (tuple, list)) or not all(one is None or isinstance(one, Scaling) for one in given):
-        raise TypeError(f"scaling must be a Scaling, None, or a tuple of them, one per axis, got {given!r}")
-    if len(given) != axes:
-        raise ValueError(f"scaling must be one for all axes or have one per axis ({axes}), got {len(given)}")
-    return given[0] if all(one == given[0] for one in given) else tuple(given)
+_DEPRECATED = (
+    "theta_rescale and interpolation of RopeSpec are options of a scaling type now; pass "
+    'scaling=Scaling.of("fastvideo", theta_rescale=..., interpolation=...); the old names go in 0.3'
+)
+
+
+def _fastvideo(
+    theta_rescale: float | Sequence[float] | None,
+    interpolation: float | Sequence[float] | None,
+    scaling: Scalings,
+    axes: int,
+) -> Scalings:
+    """The scaling that two deprecated arguments of :class:`RopeSpec` stand for."""
+    if scaling is not None:
+        raise ValueError(
+            f"scaling must be None with theta_rescale or interpolation, got {scaling}; register_scaling adds a type "
+            "that does both"
+        )
+    numbers = [
+        _per_axis(name, 1.0 if value is None else value, axes)
+        for name, value in (("theta_rescale", theta_rescale), ("interpolation", interpolation))
+    ]
+    return [
+        None if rescale == factor == 1.0 else Scaling.of("fastvideo", theta_rescale=rescale, interpolation=factor)
+        for rescale, factor in zip(*numbers, strict=True)
+    ]
 
 
 def _per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple[float, ...]:
@@ -150,64 +168,111 @@ def _per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple[flo
     return tuple(float(positive(name, v)) for v in values)
 
 
-@dataclass(frozen=True)
+def _scalings(scaling: Scalings, axes: int) -> Scaling | tuple[Scaling | None, ...] | None:
+    """One spelling for equal choices: what all axes share on its own, else a tuple of one Scaling or None per axis."""
+    if scaling is None or isinstance(scaling, Scaling):
+        return scaling
+    if not isinstance(scaling, (tuple, list)) or not all(s is None or isinstance(s, Scaling) for s in scaling):
+        raise TypeError(f"scaling must be a Scaling, None, or a tuple of them, one per axis, got {scaling!r}")
+    if len(scaling) != axes:
+        raise ValueError(f"scaling must be one for all axes or have one per axis ({axes}), got {len(scaling)}")
+    return scaling[0] if all(axis == scaling[0] for axis in scaling) else tuple(scaling)
+
+
+@dataclass(frozen=True, init=False)
 class RopeSpec:
     """Everything about a rotation that does not depend on the size of the video.
 
     Args:
         dims: rotary channels of each axis (frame, height, width), each even; 1 to 4 axes. Their sum is
-            ``rotary_dim``, at most the head dim D; channels past it do not turn.
+            ``rotary_dim``, at most the head dim D; channels past it are not rotated.
         theta: base of the frequencies, ``theta ** (-2 j / dim)`` for pair j (RoFormer, arXiv:2104.09864).
-        pairing: which channels turn together.
-        theta_rescale: per axis, or one for all: theta is multiplied by ``theta_rescale ** (dim / (dim - 2))``
-            (NTK-aware scaling, as FastVideo's and HunyuanVideo's builders have it).
-        interpolation: per axis, or one for all: positions are multiplied by it (position interpolation,
-            arXiv:2306.15595).
+        pairing: which two channels rotate together.
         scaling: a frequency scaling for all axes, or a tuple of one Scaling or None per axis. A tuple of equals is kept
             as that one; :meth:`axis_scaling` reads either form.
         frequency_dtype: dtype in which frequencies are formed. Angles take the wider of it and float32, the
             dtype of positions. float64 for Wan, float32 for HunyuanVideo.
+        theta_rescale, interpolation: deprecated, gone in 0.3; options of the scaling type
+            :func:`~dit_rope.tables.scaling_types.fastvideo`, one number for all axes or one per axis.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
+
+    Example:
+        >>> from dit_rope import RopeSpec, Scaling
+        >>> wan = RopeSpec((44, 42, 42))
+        >>> wan.rotary_dim, wan.pairs
+        (128, (22, 21, 21))
+        >>> longer = wan.with_scaling((Scaling.of("linear", factor=2.0), None, None))
     """
 
     dims: tuple[int, ...]
-    theta: float = 10_000.0
-    pairing: Pairing = Pairing.INTERLEAVED
-    theta_rescale: tuple[float, ...] = field(default=(1.0,))
-    interpolation: tuple[float, ...] = field(default=(1.0,))
-    scaling: Scaling | tuple[Scaling | None, ...] | None = None
-    frequency_dtype: torch.dtype = torch.float64
+    theta: float
+    pairing: Pairing
+    scaling: Scaling | tuple[Scaling | None, ...] | None
+    frequency_dtype: torch.dtype
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.dims, Sequence):
-            raise TypeError(f"dims must be a tuple of ints, one per axis, got {self.dims!r}")
-        dims = tuple(integer("dims", dim, 2) for dim in self.dims)
+    def __init__(
+        self,
+        dims: Sequence[int],
+        theta: float = 10_000.0,
+        pairing: Pairing = Pairing.INTERLEAVED,
+        theta_rescale: float | Sequence[float] | None = None,
+        interpolation: float | Sequence[float] | None = None,
+        scaling: Scalings = None,
+        frequency_dtype: torch.dtype = torch.float64,
+    ) -> None:
+        if not isinstance(dims, Sequence):
+            raise TypeError(f"dims must be a tuple of ints, one per axis, got {dims!r}")
+        dims = tuple(integer("dims", dim, 2) for dim in dims)
         if not 1 <= len(dims) <= MAX_AXES:
             raise ValueError(f"dims must have 1 to {MAX_AXES} axes, got {len(dims)}: {dims}")
         if any(dim % 2 for dim in dims):
-            raise ValueError(f"dims must be even, got {dims}; two channels turn together")
-        if not isinstance(self.pairing, Pairing):
-            raise TypeError(f"pairing must be a Pairing, got {self.pairing!r}")
-        if not (isinstance(self.frequency_dtype, torch.dtype) and self.frequency_dtype in FREQUENCY_DTYPES):
+            raise ValueError(f"dims must be even, got {dims}; two channels rotate together")
+        if isinstance(theta, Sequence):
+            raise TypeError(f"theta must be one number for all axes, got {theta!r}; scale axes by scaling")
+        if not isinstance(pairing, Pairing):
+            raise TypeError(f"pairing must be a Pairing, got {pairing!r}")
+        if not (isinstance(frequency_dtype, torch.dtype) and frequency_dtype in FREQUENCY_DTYPES):
             raise TypeError(
-                "frequency_dtype must be a floating point torch.dtype of 16, 32 or 64 bits, "
-                f"got {self.frequency_dtype!r}"
+                f"frequency_dtype must be a floating point torch.dtype of 16, 32 or 64 bits, got {frequency_dtype!r}"
             )
-        rescale = _per_axis("theta_rescale", self.theta_rescale, len(dims))
-        if any(factor != 1.0 and dim == 2 for factor, dim in zip(rescale, dims, strict=True)):
-            raise ValueError(
-                f"theta_rescale must be 1 on an axis of 2 channels, got {rescale} for dims {dims}; "
-                "the exponent dim / (dim - 2) does not exist there"
-            )
+        if theta_rescale is not None or interpolation is not None:
+            warnings.warn(_DEPRECATED, DeprecationWarning, stacklevel=2)
+            scaling = _fastvideo(theta_rescale, interpolation, scaling, len(dims))
         object.__setattr__(self, "dims", dims)
-        if isinstance(self.theta, Sequence) and len(self.theta) != 1:
-            raise TypeError(f"theta must be one number for all axes, got {self.theta!r}; scale axes by theta_rescale")
-        object.__setattr__(self, "theta", _per_axis("theta", self.theta, 1)[0])
-        object.__setattr__(self, "theta_rescale", rescale)
-        object.__setattr__(self, "interpolation", _per_axis("interpolation", self.interpolation, len(dims)))
-        object.__setattr__(self, "scaling", _scalings(self.scaling, len(dims)))
+        object.__setattr__(self, "theta", float(positive("theta", theta)))
+        object.__setattr__(self, "pairing", pairing)
+        object.__setattr__(self, "scaling", _scalings(scaling, len(dims)))
+        object.__setattr__(self, "frequency_dtype", frequency_dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also loads pickles of 0.1, in which ``theta_rescale`` and ``interpolation`` are fields."""
+        fields = dict(state)
+        rescale, factor = fields.pop("theta_rescale", None), fields.pop("interpolation", None)
+        if {*(rescale or ()), *(factor or ())} - {1.0}:
+            axes = len(fields["dims"])
+            fields["scaling"] = _scalings(_fastvideo(rescale, factor, fields["scaling"], axes), axes)
+        vars(self).update(fields)
+
+    @property
+    def theta_rescale(self) -> tuple[float, ...]:
+        """Deprecated: that option of the ``fastvideo`` scaling, of each axis."""
+        return self._option("theta_rescale")
+
+    @property
+    def interpolation(self) -> tuple[float, ...]:
+        """Deprecated: that option of the ``fastvideo`` scaling, of each axis."""
+        return self._option("interpolation")
+
+    def _option(self, name: str) -> tuple[float, ...]:
+        warnings.warn(_DEPRECATED, DeprecationWarning, stacklevel=3)
+        scalings = [self.axis_scaling(axis) for axis in range(len(self.dims))]
+        options: list[dict[str, Any]] = [
+            dict(scaling.parameters) if scaling is not None and scaling.kind == "fastvideo" else {}
+            for scaling in scalings
+        ]
+        return tuple(axis.get(name, 1.0) for axis in options)
 
     def axis_scaling(self, axis: int) -> Scaling | None:
         """The scaling of one axis."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 
-from ..scalars import check_flags, integer
-from ..spec import FREQUENCY_DTYPES, MAX_AXES, Grid, Pairing, RopeSpec, Shard
+from ..scalars import as_number, check_flags, integer, positive
+from ..spec import FREQUENCY_DTYPES, MAX_AXES, Grid, Pairing, RopeSpec, Scaling, Shard
 from ..tables.shards import MAX_POSITION
 from ..tables.table import dense_table
 
@@ -124,19 +122,22 @@ def _request(
         )
     if dtype not in FREQUENCY_DTYPES:
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
-    spec = RopeSpec(dims, theta, Pairing.INTERLEAVED, theta_rescale, interpolation, frequency_dtype=dtype)
+    factors = [values * len(dims) if len(values) == 1 else values for values in (theta_rescale, interpolation)]
+    scaling = [
+        None if rescale == factor == 1 else Scaling.of("fastvideo", theta_rescale=rescale, interpolation=factor)
+        for rescale, factor in zip(*factors, strict=True)
+    ]
+    spec = RopeSpec(dims, theta, Pairing.INTERLEAVED, scaling=scaling, frequency_dtype=dtype)
     return spec, Grid(*sizes, start_frame=start_frame), torch.promote_types(dtype, torch.float32)
 
 
 def _numbers(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
     """One number, or one per axis, whose values the spec checks."""
-    given: object = (value,) if isinstance(value, Real) else value
-    values = tuple(given) if isinstance(given, Sequence) and not isinstance(given, bytes) else ()
-    if not values or any(isinstance(v, bool) or not isinstance(v, Real) for v in values):
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, bytes) else (value,)
+    numbers = [as_number(v) for v in values]
+    if not numbers or None in numbers:
         raise TypeError(f"{name} must be a number or numbers, got {value!r}")
-    if not all(0 < v < math.inf for v in values):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
-    return values
+    return tuple(positive(name, v) for v in values)
 
 
 def _integers(name: str, values: Sequence[int]) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ def build_axis(frequencies: AxisFrequencies, first: int, stop: int, dtype: torch
     """Cos and sin ``[2, rows, dim / 2]`` of one axis, contiguous, on CPU.
 
     Angles are formed as FastVideo's ``get_1d_rotary_pos_embed`` forms them (fastvideo/layers/rotary_embedding.py at
-    2f3d4074): float32 positions times interpolation, frequencies in their own dtype, a product in the wider of both.
+    2f3d4074): scaled float32 positions, frequencies in their own dtype, a product in the wider of both.
     """
     angles = frequencies.angles(torch.arange(first, stop, dtype=torch.float32, device=_CPU))
     # MKL, which computes cos and sin, wakes its threads from about 2,000 values on (unless threads were set by hand);
@@ -46,7 +46,7 @@ def build_axis(frequencies: AxisFrequencies, first: int, stop: int, dtype: torch
     if not in_mode() and not table.isfinite().all():
         raise ValueError(
             f"spec must have finite cos and sin up to position {stop - 1} in {dtype}, got NaN or infinity from its "
-            "theta, theta_rescale, interpolation or scaling"
+            "theta or scaling"
         )
     return table
 

@@ -18,7 +18,7 @@ from ..cache import FifoCache
 from ..scalars import integer
 from ..spec import RopeSpec, Scaling
 from ..torch_state import WITHOUT_FLOAT64_OR_COMPLEX, in_mode
-from .scaling_types import TYPES, AxisFrequencies, ScalingFunction, ScalingType, default, ntk_theta
+from .scaling_types import TYPES, AxisFrequencies, ScalingFunction, ScalingType, default
 
 # Keys of transformers' dictionaries that say which type it is, or belong to the rotation and not to its scaling.
 _TYPE_KEYS = ("rope_type", "type")
@@ -55,25 +55,20 @@ def known_scalings() -> tuple[str, ...]:
 
 
 def axis_frequencies(spec: RopeSpec, axis: int) -> AxisFrequencies:
-    """The numbers of one axis of ``spec``, with its scaling, theta_rescale and interpolation in them.
+    """The numbers of one axis of ``spec``, with its scaling in them.
 
     Raises:
         ValueError: for an unknown type, naming the known ones, or options that it does not take; for a type of the
             frame axis on another.
     """
-    dim, rescale, scaling = spec.dims[axis], spec.theta_rescale[axis], spec.axis_scaling(axis)
+    scaling = spec.axis_scaling(axis)
     if scaling is not None and axis > 0 and scaling.kind in TYPES and TYPES[scaling.kind].frame_axis_only:
         others = ", None" * (len(spec.dims) - 1)
         raise ValueError(
             f"scaling must have {scaling.kind} on the frame axis alone, got it on axis {axis}; pass "
             f"(Scaling.of({scaling.kind!r}, ...){others})"
         )
-    theta = spec.theta if rescale == 1.0 else ntk_theta(dim, spec.theta, rescale)
-    found = scaled_frequencies(scaling, dim, theta, spec.frequency_dtype)
-    if spec.interpolation[axis] == 1.0:
-        return found
-    scale = found.position_scale * spec.interpolation[axis]
-    return AxisFrequencies(found.inverse, found.magnitude, found.position_divisor, scale, found.angle_divisor)
+    return scaled_frequencies(scaling, spec.dims[axis], spec.theta, spec.frequency_dtype)
 
 
 def device_frequencies(spec: RopeSpec, axis: int, device: torch.device) -> AxisFrequencies:

@@ -155,6 +155,20 @@ def ntk(dim: int, theta: float, dtype: torch.dtype, *, factor: float, exponent: 
 
 
 @_scaling_type()
+def fastvideo(
+    dim: int, theta: float, dtype: torch.dtype, *, theta_rescale: float = 1.0, interpolation: float = 1.0
+) -> AxisFrequencies:
+    """Theta scaled as by ``ntk`` with ``theta_rescale``, and positions multiplied by ``interpolation``.
+
+    ``theta_rescale_factor`` and ``interpolation_factor`` of FastVideo's ``get_1d_rotary_pos_embed``
+    (fastvideo/layers/rotary_embedding.py at 2f3d4074), which takes one of each per axis.
+    """
+    theta = theta if _positive("theta_rescale", theta_rescale) == 1.0 else ntk_theta(dim, theta, theta_rescale)
+    scale = _positive("interpolation", interpolation)
+    return AxisFrequencies(base_frequencies(dim, theta, dtype), position_scale=scale)
+
+
+@_scaling_type()
 def dynamic(
     dim: int, theta: float, dtype: torch.dtype, *, factor: float, max_position_embeddings: float, seq_len: float
 ) -> AxisFrequencies:

@@ -37,8 +37,8 @@ def _scaling(name: str, old: str, new: str, file: str = "tables/scaling") -> Mut
     return Mutation(name, f"dit_rope/{file}.py", old, new, _SCALING, _QUICK)
 
 
-def _cache(name: str, old: str, new: str) -> Mutation:
-    return Mutation(name, "dit_rope/cache.py", old, new, _CACHE, "not compile")
+def _cache(name: str, old: str, new: str, file: str = "cache") -> Mutation:
+    return Mutation(name, f"dit_rope/{file}.py", old, new, _CACHE, "not compile")
 
 
 def _eager(name: str, old: str, new: str, file: str = "eager") -> Mutation:
@@ -108,10 +108,20 @@ MUTATIONS = (
         file="tables/axes",
     ),
     # Scaling.
-    _scaling("interpolation-in-place-of-scale", "found.position_scale * spec.interpolation", "spec.interpolation"),
+    _scaling(
+        "interpolation-in-place-of-scale",
+        '_positive("interpolation", interpolation)\n    return',
+        "1.0 / interpolation\n    return",
+        file="tables/scaling_types",
+    ),
     _scaling("frequency-key-without-dtype", ".get((scaling, dim, theta, dtype),", ".get((scaling, dim, theta),"),
     _scaling("frequency-key-without-theta", ".get((scaling, dim, theta, dtype),", ".get((scaling, dim, dtype),"),
-    _scaling("rescale-dropped", "theta = spec.theta if rescale == 1.0 else", "theta = spec.theta if True else"),
+    _scaling(
+        "rescale-dropped",
+        '_positive("theta_rescale", theta_rescale) == 1.0 else',
+        "True else",
+        file="tables/scaling_types",
+    ),
     _scaling(
         "ntk-exponent",
         "float(theta * factor ** (dim / (dim - 2)))",
@@ -147,8 +157,8 @@ MUTATIONS = (
         "                self._land(slot, mine)\n            except ZeroDivisionError:",
     ),
     _cache("slot-without-device-index", "slot = (key, device)", "slot = (key, torch.device(device.type))"),
-    _cache("transforms-unseen", "or _function_transforms() is not None", "or False"),
-    _cache("dispatch-modes-unseen", "(_dispatch_modes() > 0 and not _watched())", "False"),
+    _cache("transforms-unseen", "or _function_transforms() is not None", "or False", "torch_state"),
+    _cache("dispatch-modes-unseen", "(_dispatch_modes() > 0 and not _watched())", "False", "torch_state"),
     _cache("built-in-inference-mode", "with torch.inference_mode(False), torch.no_grad()", "with torch.no_grad()"),
     _cache("child-keeps-flights", "self._lock = threading.RLock()\n        self._flights = {}\n\n\n", "pass\n\n\n"),
     # Eager rotation.

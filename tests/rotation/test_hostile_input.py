@@ -142,8 +142,8 @@ def test_dims_that_do_not_sum_to_the_head_are_refused_where_they_must() -> None:
 
 EXTREMES = {
     "tiny theta in float32": RopeSpec((64,), theta=1e-300, frequency_dtype=torch.float32),
-    "wide interpolation": RopeSpec((4,), interpolation=1e308),
-    "steep rescale": RopeSpec((4,), theta=1e300, theta_rescale=1e200),
+    "wide interpolation": RopeSpec((4,), scaling=Scaling.of("fastvideo", interpolation=1e308)),
+    "steep rescale": RopeSpec((4,), theta=1e300, scaling=Scaling.of("fastvideo", theta_rescale=1e200)),
     "scaled past float64": RopeSpec((4,), theta=1e300, scaling=Scaling.of("ntk", factor=1e10)),
     "yarn without a base": RopeSpec(
         (4,), theta=1.0, scaling=Scaling.of("yarn", factor=2.0, original_max_position_embeddings=64)

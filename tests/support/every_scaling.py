@@ -17,6 +17,7 @@ def every_scaling(pairs: int, longer: float = 1.0) -> dict[str, Scaling | tuple[
     return {
         "linear": Scaling.of("linear", factor=4.0 * longer),
         "ntk": Scaling.of("ntk", factor=2.0 * longer),
+        "fastvideo": Scaling.of("fastvideo", theta_rescale=2.0 * longer, interpolation=0.5),
         "dynamic": Scaling.of("dynamic", factor=2.0 * longer, max_position_embeddings=8, seq_len=24),
         "yarn": Scaling.of("yarn", factor=4.0 * longer, original_max_position_embeddings=64),
         "longrope": Scaling.of(

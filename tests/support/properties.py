@@ -86,9 +86,11 @@ _BOOLEANS = st.booleans()
 @st.composite
 def _scalings(draw: st.DrawFn) -> Scaling | None:
     """None, or a scaling that has a closed form."""
-    kind = draw(_one_of((None, "linear", "ntk", "kandinsky5")))
+    kind = draw(_one_of((None, "linear", "ntk", "kandinsky5", "fastvideo")))
     if kind is None:
         return None
+    if kind == "fastvideo":
+        return Scaling.of(kind, theta_rescale=draw(_one_of((1.0, 2.5))), interpolation=draw(_one_of((1.0, 0.5, 3.0))))
     return Scaling.of(kind, **{"scale" if kind == "kandinsky5" else "factor": draw(_scale)})
 
 
@@ -105,8 +107,6 @@ def specs(draw: st.DrawFn) -> RopeSpec:
         dims=tuple(2 * draw(_integers(2, 6)) for _ in range(axes)),
         theta=draw(_one_of((10_000.0, 256.0, 1e6, 2.0, 1.5))),
         pairing=draw(_one_of(tuple(Pairing))),
-        theta_rescale=(draw(_one_of((1.0, 1.0, 2.5))),),
-        interpolation=(draw(_one_of((1.0, 1.0, 0.5, 3.0))),),
         scaling=scaling,
         frequency_dtype=draw(_one_of((F64, F32))),
     )
@@ -176,16 +176,13 @@ def angles(spec: RopeSpec, axis: int, positions: torch.Tensor, dtype: torch.dtyp
     dim, scaling = spec.dims[axis], spec.axis_scaling(axis)
     theta, options = spec.theta, {} if scaling is None else dict(scaling.parameters)
     kind = None if scaling is None else scaling.kind
-    stretch = spec.theta_rescale[axis] ** (dim / (dim - 2)) if spec.theta_rescale[axis] != 1.0 else 1.0
-    if kind == "ntk":
-        stretch *= float(options["factor"]) ** (dim / (dim - 2))
+    stretch = float(options["factor" if kind == "ntk" else "theta_rescale"]) if kind in ("ntk", "fastvideo") else 1.0
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).to(dtype) / dim
-    frequencies = 1.0 / (theta * stretch) ** exponents
+    frequencies = 1.0 / (theta * stretch ** (dim / (dim - 2))) ** exponents
     if kind == "linear":
         frequencies = frequencies / float(options["factor"])
-    radians = torch.outer(
-        positions.to(torch.promote_types(dtype, positions.dtype)) * spec.interpolation[axis], frequencies
-    )
+    scale = float(options.get("interpolation", 1.0))
+    radians = torch.outer(positions.to(torch.promote_types(dtype, positions.dtype)) * scale, frequencies)
     return radians / float(options["scale"]) if kind == "kandinsky5" else radians
 
 
@@ -207,7 +204,9 @@ def cos_sin_oracle(
         where = torch.tensor([0 if place is None else max(place[axis], 0) for place in places], dtype=F64)
         radians = angles(spec, axis, where, F64).masked_fill(still[:, None], 0.0)
         rounded = (where < ROUNDED_POSITIONS) | (spec.frequency_dtype != F64)
-        of_position = (rounded & (spec.interpolation[axis] != 1.0)) * 2 * torch.finfo(F32).eps / 2
+        scaling = spec.axis_scaling(axis)
+        scaled = scaling is not None and dict(scaling.parameters).get("interpolation", 1.0) != 1.0
+        of_position = (rounded & scaled) * 2 * torch.finfo(F32).eps / 2
         error[:, column : column + pairs] = radians.abs() * ((8 + 3 * math.log(4e6)) * u + of_position[:, None])
         parts.append(radians)
         column += pairs

@@ -45,8 +45,8 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "RopeSpec": (
             RopeSpec,
             {
-                "dims": (4, 2, 2), "theta": 1e4, "pairing": Pairing.HALF, "theta_rescale": 1.0, "interpolation": 1.0,
-                "scaling": None, "frequency_dtype": torch.float64,
+                "dims": (4, 2, 2), "theta": 1e4, "pairing": Pairing.HALF, "scaling": None,
+                "frequency_dtype": torch.float64,
             },
         ),
         "Grid": (lambda sizes, start_frame: Grid(sizes, start_frame=start_frame), {"sizes": 3, "start_frame": 0}),

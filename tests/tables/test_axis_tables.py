@@ -95,7 +95,7 @@ def test_720p_entry_takes_a_thousandth_of_the_dense_bytes():
         (SMALL, Grid(70, 4, 5), torch.float32),
         (SMALL, Grid(40, 4, 5), torch.float64),
         (RopeSpec((10, 6, 4)), Grid(40, 4, 5), torch.float32),
-        (RopeSpec((8, 6, 4), theta_rescale=2.0), Grid(40, 4, 5), torch.float32),
+        (RopeSpec((8, 6, 4), scaling=Scaling.of("ntk", factor=2.0)), Grid(40, 4, 5), torch.float32),
     ],
     ids=["first row", "last row", "dtype", "channels", "theta"],
 )
@@ -117,7 +117,7 @@ def test_scalings_of_other_names_with_equal_numbers_share_an_axis():
     for scaling in (Scaling.of("default"), Scaling.of("linear", factor=1.0), Scaling.of("ntk", factor=1.0)):
         assert torch.equal(rope_table(RopeSpec((16,), scaling=scaling), GRID_1D).rows, first.rows)
     assert cache_info().axes.misses == 1
-    rope_table(RopeSpec((16,), theta_rescale=2.0), GRID_1D)
+    rope_table(RopeSpec((16,), scaling=Scaling.of("fastvideo", theta_rescale=2.0)), GRID_1D)
     rope_table(RopeSpec((16,), scaling=Scaling.of("ntk", factor=2.0)), GRID_1D)
     assert cache_info().axes.misses == 2
 

@@ -24,7 +24,7 @@ import torch
 from test_cache import CPU, in_threads
 
 import dit_rope
-from dit_rope import Grid, Pairing, RopeSpec, cache
+from dit_rope import Grid, Pairing, RopeSpec, Scaling, cache
 from dit_rope.cache import FifoCache
 from dit_rope.hooks import formats
 from dit_rope.hooks.adapter import EVERY, ModelTables
@@ -509,8 +509,8 @@ def test_pairing_and_every_other_field_of_a_spec_are_keys_of_their_own(empty_cac
         SPEC,
         RopeSpec((8, 4, 4), theta=100.0),
         RopeSpec((8, 4, 4), pairing=Pairing.HALF),
-        RopeSpec((8, 4, 4), interpolation=(0.5, 1.0, 1.0)),
-        RopeSpec((8, 4, 4), theta_rescale=(2.0, 1.0, 1.0)),
+        RopeSpec((8, 4, 4), scaling=(Scaling.of("fastvideo", interpolation=0.5), None, None)),
+        RopeSpec((8, 4, 4), scaling=(Scaling.of("fastvideo", theta_rescale=2.0), None, None)),
         RopeSpec((8, 4, 4), frequency_dtype=torch.float32),
         RopeSpec((4, 8, 4)),
     ]

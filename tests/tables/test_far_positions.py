@@ -10,11 +10,11 @@ from dit_rope.tables.scaling_types import ROUNDED_POSITIONS
 
 F32, F64 = torch.float32, torch.float64
 SPECS = {
-    "a third": (RopeSpec((16,), interpolation=1 / 3), 1 / 3),
-    "seven tenths": (RopeSpec((16,), interpolation=0.7), 0.7),
+    "a third": (RopeSpec((16,), scaling=Scaling.of("fastvideo", interpolation=1 / 3)), 1 / 3),
+    "seven tenths": (RopeSpec((16,), scaling=Scaling.of("fastvideo", interpolation=0.7)), 0.7),
     "fps 30": (RopeSpec((16,), scaling=Scaling.of("fps", fps=30)), 24 / 30),
     "fps 7": (RopeSpec((16,), scaling=Scaling.of("fps", fps=7)), 24 / 7),
-    "both": (RopeSpec((16,), scaling=Scaling.of("fps", fps=7), interpolation=0.7), 24 / 7 * 0.7),
+    "both": (RopeSpec((16,), scaling=Scaling.of("fps", fps=7, base_fps=24.0 * 0.7)), 24 / 7 * 0.7),
 }
 
 
@@ -34,7 +34,7 @@ def test_far_positions_that_are_scaled_are_as_exact_as_others(spec, scale, start
 
 @pytest.mark.parametrize("pairing", Pairing)
 def test_shifted_keys_and_the_table_agree_far_out(pairing):
-    spec = RopeSpec((16,), pairing=pairing, interpolation=0.7)
+    spec = RopeSpec((16,), pairing=pairing, scaling=Scaling.of("fastvideo", interpolation=0.7))
     x, near, far = torch.randn(1, 32, 2, 16, dtype=F64), Grid(32, start_frame=5000), Grid(32, start_frame=100_000)
     here, there = (rotate(x, rope_table(spec, grid, dtype=F64)) for grid in (near, far))
     assert (shift_keys(here, spec, delta_frames=95_000) - there).abs().max() <= 1e-9
@@ -44,10 +44,8 @@ def test_shifted_keys_and_the_table_agree_far_out(pairing):
 def test_positions_that_models_have_are_rounded_as_they_round_them(spec, scale):
     """Bit for bit FastVideo's and Cosmos' float32 positions, up to the last position that is rounded."""
     positions = torch.arange(ROUNDED_POSITIONS, dtype=F32)
-    fps = dict(spec.scaling.parameters)["fps"] if spec.scaling else None
-    scaled = positions if fps is None else positions / fps * 24.0
-    if spec.interpolation != (1.0,):
-        scaled = positions * spec.interpolation[0] if fps is None else positions / fps * (24.0 * spec.interpolation[0])
+    options = dict(spec.scaling.parameters)
+    scaled = positions / options.get("fps", 1.0) * options.get("interpolation", options.get("base_fps", 24.0))
     frequencies = 1.0 / (10_000.0 ** (torch.arange(0, 16, 2).to(F64) / 16))
     angles = torch.outer(scaled, frequencies)
     table = rope_table(spec, Grid(ROUNDED_POSITIONS), dtype=F64)
@@ -56,7 +54,10 @@ def test_positions_that_models_have_are_rounded_as_they_round_them(spec, scale):
 
 @pytest.mark.parametrize("interpolation", [1 / 3, 0.7])
 def test_rows_do_not_depend_on_the_table_that_they_are_in(interpolation):
-    spec, first = RopeSpec((8, 4, 4), interpolation=interpolation), ROUNDED_POSITIONS - 40
+    spec, first = (
+        RopeSpec((8, 4, 4), scaling=Scaling.of("fastvideo", interpolation=interpolation)),
+        ROUNDED_POSITIONS - 40,
+    )
     whole = rope_table(spec, Grid(80, 2, 2, start_frame=first)).cos_sin()[0].view(80, 4, 16)
     for start in (first, ROUNDED_POSITIONS - 1, ROUNDED_POSITIONS, ROUNDED_POSITIONS + 1):
         one = rope_table(spec, Grid(1, 2, 2, start_frame=start)).cos_sin()[0]
@@ -66,7 +67,7 @@ def test_rows_do_not_depend_on_the_table_that_they_are_in(interpolation):
 
 
 def test_float32_frequencies_keep_float32_angles():
-    spec = RopeSpec((16,), interpolation=0.7, frequency_dtype=F32)
+    spec = RopeSpec((16,), scaling=Scaling.of("fastvideo", interpolation=0.7), frequency_dtype=F32)
     positions = torch.arange(9000, 9032, dtype=F32) * 0.7
     angles = torch.outer(positions, 1.0 / (10_000.0 ** (torch.arange(0, 16, 2).to(F32) / 16)))
     assert torch.equal(rope_table(spec, Grid(32, start_frame=9000)).cos_sin(False)[0], angles.cos())

@@ -255,11 +255,13 @@ def test_scaling_of_frames_is_refused_on_another_axis(kind):
         rope_table(spec.with_scaling(scaling), Grid(2, 3, 4))
 
 
-def test_interpolation_applies_besides_a_scaling_of_positions():
-    spec = RopeSpec((8,), scaling=Scaling.of("fps", fps=12.0), interpolation=0.25)
+@pytest.mark.parametrize(("rescale", "interpolation"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.25), (2.0, 0.25)])
+def test_fastvideo_scales_theta_and_positions(rescale, interpolation):
+    spec = RopeSpec((8,), scaling=Scaling.of("fastvideo", theta_rescale=rescale, interpolation=interpolation))
     angles = axis_frequencies(spec, 0).angles(torch.arange(5.0, dtype=torch.float64))
-    expected = torch.outer(torch.arange(5.0).double() / 12 * 24 * 0.25, base_frequencies(8, 1e4, torch.float64))
-    torch.testing.assert_close(angles, expected, rtol=1e-15, atol=0)
+    theta = 1e4 * rescale ** (8 / 6)
+    expected = torch.outer(torch.arange(5.0).double() * interpolation, base_frequencies(8, theta, torch.float64))
+    assert torch.equal(angles, expected)
 
 
 def test_registered_scaling_is_called_once_per_distinct_axis():
@@ -311,7 +313,7 @@ def test_axis_frequencies_refuses(fields, error, message):
 
 
 def test_unknown_scaling_is_refused_naming_those_that_import_registered():
-    names = "default, dynamic, fps, .*kandinsky5, linear, llama3, longrope, none, ntk, proportional, .*riflex, yarn"
+    names = r"default, dynamic, fastvideo, fps, .*kandinsky5, linear, llama3, longrope, none, ntk, .*riflex, yarn"
     with pytest.raises(ValueError, match=f"scaling must be one of {names}, got 'su'"):
         rope_table(RopeSpec((8,), scaling=Scaling.of("su")), Grid(2))
 
@@ -321,7 +323,7 @@ def test_import_alone_registers_every_type(repository):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=repository, check=True)
     assert {
         "default", "none", "linear", "ntk", "dynamic", "yarn", "longrope", "llama3", "proportional", "riflex", "fps",
-        "kandinsky5",
+        "kandinsky5", "fastvideo",
     } == set(json.loads(done.stdout))  # fmt: skip
 
 

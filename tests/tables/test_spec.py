@@ -24,8 +24,8 @@ def test_spec_is_frozen_and_hashable():
 
 
 def test_spec_is_equal_however_it_is_spelled():
-    spec = RopeSpec([44, 42, 42], theta=10_000, theta_rescale=2, interpolation=[0.5])
-    other = RopeSpec((44, 42, 42), 1e4, Pairing.INTERLEAVED, (2.0, 2.0, 2.0), (0.5, 0.5, 0.5))
+    spec = RopeSpec([44, 42, 42], theta=10_000, scaling=[Scaling.of("linear", factor=2)] * 3)
+    other = RopeSpec((44, 42, 42), 1e4, Pairing.INTERLEAVED, scaling=Scaling.of("linear", factor=2.0))
     assert spec == other
     assert hash(spec) == hash(other)
     assert (spec.rotary_dim, spec.pairs) == (128, (22, 21, 21))
@@ -86,9 +86,6 @@ def test_scaling_refuses(kind, options, message):
         ({"theta": float("inf")}, ValueError, "theta must be positive and finite, got inf"),
         ({"theta": (1e4, 1e4, 1e3)}, TypeError, r"theta must be one number for all axes, got \(10000.0, "),
         ({"pairing": "half"}, TypeError, "pairing must be a Pairing, got 'half'"),
-        ({"theta_rescale": (1.0, 2.0)}, ValueError, r"one value per axis \(3\), got \(1.0, 2.0\)"),
-        ({"theta_rescale": 2.0, "dims": (8, 2)}, ValueError, "theta_rescale must be 1 on an axis of 2 channels"),
-        ({"interpolation": -1.0}, ValueError, "interpolation must be positive and finite, got -1.0"),
         (
             {"scaling": "linear"},
             TypeError,
@@ -105,6 +102,47 @@ def test_spec_refuses(arguments, error, message):
         RopeSpec(**{"dims": (8, 6, 4)} | arguments)
 
 
+RESCALED = Scaling.of("fastvideo", theta_rescale=2.0, interpolation=0.5)
+OLD_PICKLE = (
+    b"\x80\x04\x8c\rdit_rope.spec\x8c\x08RopeSpec\x93)\x81}(\x8c\x04dimsK\x08K\x06\x86\x8c\x05thetaG@\xc3\x88\0\0\0\0\0"
+    b"\x8c\x07pairing\x8c\rdit_rope.spec\x8c\x07Pairing\x93\x8c\x0binterleaved\x85R"
+    b"\x8c\rtheta_rescaleG@\0\0\0\0\0\0\0G?\xf0\0\0\0\0\0\0\x86\x8c\rinterpolationG?\xe0\0\0\0\0\0\0G?\xf0\0\0\0\0\0\0\x86"
+    b"\x8c\x07scalingN\x8c\x0ffrequency_dtype\x8c\x05torch\x8c\x07float64\x93ub."
+)
+"""``RopeSpec((8, 6), theta_rescale=(2.0, 1.0), interpolation=(0.5, 1.0))``, written by 0.1."""
+
+
+def test_old_options_of_a_spec_are_a_scaling_and_warn():
+    with pytest.warns(DeprecationWarning, match="options of a scaling type now"):
+        spec = RopeSpec((8, 6), theta_rescale=2, interpolation=(0.5, 0.5))
+    assert spec == RopeSpec((8, 6), scaling=RESCALED)
+    with pytest.warns(DeprecationWarning, match="the old names go in 0.3"):
+        assert spec.theta_rescale == (2.0, 2.0)
+    with pytest.warns(DeprecationWarning, match="the old names go in 0.3"):
+        assert RopeSpec((8, 6), scaling=(RESCALED, None)).interpolation == (0.5, 1.0)
+    with pytest.warns(DeprecationWarning, match="options of a scaling type"):
+        assert RopeSpec((8, 6), 1e4, Pairing.INTERLEAVED, 1.0) == RopeSpec((8, 6))
+
+
+@pytest.mark.filterwarnings("ignore:theta_rescale and interpolation:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"theta_rescale": (1.0, 2.0)}, ValueError, r"one value per axis \(3\), got \(1.0, 2.0\)"),
+        ({"theta_rescale": "2"}, TypeError, "theta_rescale must be a number or numbers, got '2'"),
+        ({"interpolation": -1.0}, ValueError, "interpolation must be positive and finite, got -1.0"),
+        ({"interpolation": 0.5, "scaling": RESCALED}, ValueError, "scaling must be None with theta_rescale or inter"),
+    ],
+)
+def test_old_options_of_a_spec_are_checked(arguments, error, message):
+    with pytest.raises(error, match=message):
+        RopeSpec((8, 6, 4), **arguments)
+
+
+def test_spec_that_an_older_version_pickled_is_read():
+    assert pickle.loads(OLD_PICKLE) == RopeSpec((8, 6), scaling=(RESCALED, None))
+
+
 def test_grid_counts_its_tokens_and_shows_itself():
     grid = Grid(21, 45, 80, start_frame=3)
     assert grid.tokens == 75_600
@@ -114,8 +152,8 @@ def test_grid_counts_its_tokens_and_shows_itself():
 
 def test_numbers_of_numpy_are_numbers():
     two = np.int64(2)
-    spec = RopeSpec((two, 4), theta=np.float32(16), theta_rescale=(1, two), interpolation=np.float64(0.5))
-    assert repr(spec) == repr(RopeSpec((2, 4), theta=16.0, theta_rescale=(1, 2), interpolation=0.5))
+    spec = RopeSpec((two, 4), theta=np.float32(16), scaling=Scaling.of("ntk", factor=np.float32(0.5), exponent=two))
+    assert repr(spec) == repr(RopeSpec((2, 4), theta=16.0, scaling=Scaling.of("ntk", factor=0.5, exponent=2)))
     assert repr(Grid(two, np.uint8(3), start_frame=two)) == repr(Grid(2, 3, start_frame=2))
     assert repr(Shard(np.int32(1), two, axis=np.int16(0))) == repr(Shard(1, 2, axis=0))
     assert repr(Shard.of_tokens(np.int64(1), two)) == repr(Shard.of_tokens(1, 2))

@@ -115,7 +115,7 @@ def test_start_frame_is_a_slice_of_a_longer_table():
 
 
 def test_values_do_not_depend_on_the_callers_modes():
-    spec = dataclasses.replace(SMALL, interpolation=0.3, frequency_dtype=torch.float32)
+    spec = dataclasses.replace(SMALL, scaling=Scaling.of("fastvideo", interpolation=0.3), frequency_dtype=torch.float32)
     expected = rope_table(spec, GRID).rows.clone()
     for mode in (torch.inference_mode(), torch.device("meta"), torch.autocast("cpu", torch.bfloat16)):
         cache_clear()
@@ -168,7 +168,7 @@ def test_args_refuse_a_negative_prefix():
 
 def test_repeated_call_returns_the_same_object_however_it_is_spelled():
     table = rope_table(SMALL, GRID)
-    again = RopeSpec([8, 6, 4], theta=10_000, theta_rescale=1, interpolation=(1.0, 1.0, 1.0))
+    again = RopeSpec([8, 6, 4], theta=10_000, scaling=[None, None, None])
     for device in (None, "cpu", "cpu:0", torch.device("cpu")):
         assert rope_table(again, Grid(3, 4, 5), device=device) is table
     for shard in (Shard(), Shard(0, 1, axis=2)):
@@ -181,8 +181,7 @@ CHANGES = {
     "dims": {"spec": dataclasses.replace(SMALL, dims=(8, 4, 6))},
     "theta": {"spec": dataclasses.replace(SMALL, theta=256.0)},
     "pairing": {"spec": dataclasses.replace(SMALL, pairing=Pairing.HALF)},
-    "theta_rescale": {"spec": dataclasses.replace(SMALL, theta_rescale=(1.0, 2.0, 1.0))},
-    "interpolation": {"spec": dataclasses.replace(SMALL, interpolation=(1.0, 1.0, 0.5))},
+    "scaling of one axis": {"spec": SMALL.with_scaling((None, Scaling.of("ntk", factor=2.0), None))},
     "scaling": {"spec": dataclasses.replace(SMALL, scaling=Scaling.of("linear", factor=4.0))},
     "frequency_dtype": {"spec": dataclasses.replace(SMALL, frequency_dtype=torch.bfloat16)},
     "size": {"grid": Grid(3, 5, 4)},
