@@ -1,21 +1,21 @@
-"""What a patch needs to know of a model family: where its tables are built, and where queries and keys are rotated."""
+"""What a patch must know of a model class: where it builds rotary tables, and where it rotates queries and keys."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..spec import RopeSpec
 from .formats import Format
-from .packed_tables import Align
+from .packed_tables import Align, PackedTable, UnfitTable
 
 
 class Layout(enum.Enum):
-    """How a norm, or a projection, holds the tokens and heads that it returns."""
+    """Order of dimensions in the result of a norm or projection: batch B, tokens S, heads H, head size D, C = H * D."""
 
     BSC = "[B, S, H * D]"
     BSHD = "[B, S, H, D]"
@@ -27,19 +27,19 @@ class Layout(enum.Enum):
 
 
 class CastTo(enum.Enum):
-    """A dtype that a model rounds normed queries and keys to."""
+    """Dtype to which a model casts normed queries and keys before it rotates them."""
 
-    INPUT = "of the attention's input"
-    PROJECTION = "of the projections, which autocast may make another"
+    INPUT = "dtype of the attention's input"
+    PROJECTION = "dtype of the projections (autocast may differ from the input's)"
 
     __hash__ = object.__hash__
 
 
 @dataclass(frozen=True)
 class ForwardGrid:
-    """The grid of one forward pass: ``grid`` is (T, H, W) after patching.
+    """The grid of one forward pass: ``grid`` is (T, H, W), in patches.
 
-    ``frames``, where given, are the frame positions of the video, each below T, instead of 0, 1, ..., T - 1.
+    ``frames`` holds the frame positions of the video, each below T. None means 0, 1, ..., T - 1.
     """
 
     grid: tuple[int, int, int]
@@ -48,15 +48,15 @@ class ForwardGrid:
 
 @dataclass(frozen=True)
 class AxisTables:
-    """Tables ``[1, S, 1, D]`` of a grid, of which kernels read one small array per axis instead of a row per token.
+    """Tables ``[1, S, 1, D]`` of a grid. Kernels read one small array per axis instead of a row per token.
 
     Attributes:
-        spec: from the module that builds the tables to the rotation it builds.
-        frames: from that module and the arguments of its forward to the grid.
+        spec: computes the rotation from the module that builds the tables.
+        grid: computes the grid from that module and the arguments of its forward.
     """
 
     spec: Callable[[Any], RopeSpec]
-    frames: Callable[..., ForwardGrid]
+    grid: Callable[..., ForwardGrid]
 
 
 EVERY = ("*",)
@@ -65,139 +65,162 @@ EVERY = ("*",)
 
 @dataclass(frozen=True)
 class ModelTables:
-    """A rope module, or a method of a model, that builds tables, whose own results are memoized.
+    """An object of a model that builds rotary tables. The patch memoizes its results.
 
-    They are keyed on the arguments of the call and on all that the code reads: its object's attributes, buffers and
-    configuration. Tensors count by value where that needs no wait for a device. Where it would, tables that depend on
-    the values of an argument are built in every call, as the model does without a patch.
+    The cache key holds the arguments of the call and everything that the code reads: attributes, buffers and
+    configuration of the object. Tensors count by value if that needs no wait for a device. Otherwise the tables are
+    built in every call, as without a patch.
 
     Attributes:
-        path: of the object in the model; empty for a method of the model's own.
-        builder: its class name, or those it may have, as documents name it.
-        method: what builds the tables.
-        keyed_by_shape: names of arguments whose tensors count by shape, dtype and device, because the tables depend on
-            nothing else in them; :data:`EVERY` for all of them.
-        reads: names of modules of the model that a method of the model reads.
-        sets: names of attributes and buffers that ``method`` itself sets, which decide nothing, and are put back.
-        to_device: the tables are built on the host and moved in every use; they are kept where the model computes.
-        optional: configurations without this object exist.
-        not_cached: from the object and the arguments to the first results, which are data and no tables: made in every
-            call, and not kept.
-        axes: the grid that the tables are of, whose axes kernels read; without it they read a row per token.
+        path: path of the object in the model; empty if a method of the model itself builds the tables.
+        builder: name of its class, or names of the classes that it may have.
+        method: name of the method that builds the tables.
+        keyed_by_shape: arguments whose tensors count by shape, dtype and device, because the tables depend on nothing
+            else in them; :data:`EVERY` for all arguments.
+        sets: attributes and buffers that ``method`` itself sets and that decide nothing; a cache miss restores them.
+        to_device: whether ``method`` builds on the host and the model moves the tables in every use. The cache keeps
+            them on the device of the model.
+        axes: the grid of the tables, of which kernels read axis tables; None if kernels read a row per token.
     """
 
     path: str
     builder: str | tuple[str, ...]
     method: str = "forward"
     keyed_by_shape: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ()
     sets: tuple[str, ...] = ()
     to_device: bool = False
-    optional: bool = False
-    not_cached: Callable[..., tuple[Any, ...]] | None = None
     axes: AxisTables | None = None
+
+    @property
+    def builders(self) -> tuple[str, ...]:
+        """Names of the classes that the object may have."""
+        return (self.builder,) if isinstance(self.builder, str) else self.builder
+
+    def not_cached(self, target: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Computes the leading results that depend on data: recomputed in every call, never cached.
+
+        ``target`` is the object that builds the tables; the other arguments are those of ``method``.
+        """
+        return ()
+
+    def reads(self, target: Any) -> tuple[Any, ...]:
+        """Other modules of the model that ``method`` reads; their state is part of the cache key."""
+        return ()
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """How many tokens one table has rows for, as arguments of the attention tell it.
+    """The tokens that have one table.
 
     Attributes:
-        names: of arguments ``[B, S, C]`` (``[S, C]`` in layout SHD); one that is None has no tokens.
-        first_of: the first of them that is given counts, instead of their sum.
-        at_least: the table may have more rows; the rotation takes the end of it.
-        optional: without any of these arguments the table is not used, and may have any number of rows.
+        names: arguments of the attention, ``[B, S, C]`` or, in layout SHD, ``[S, C]``. An argument that is None has no
+            tokens.
+        first_of: counts the first of these arguments that is not None, instead of the sum of all.
     """
 
     names: tuple[str, ...] = ("hidden_states",)
     first_of: bool = False
-    at_least: bool = False
-    optional: bool = False
+
+    def count(self, arguments: Mapping[str, Any], dim: int) -> int:
+        """Number of tokens along ``dim``; 0 without tokens, or if an argument has another number of dimensions."""
+        tensors = [arguments[name] for name in self.names if arguments.get(name) is not None]
+        if not all(isinstance(x, torch.Tensor) and x.ndim == 2 + dim for x in tensors):
+            return 0
+        counts = [int(x.shape[dim]) for x in tensors]
+        return sum(counts[:1] if self.first_of else counts)
 
     def fit(self, arguments: Mapping[str, Any], dim: int, rows: int) -> bool:
-        """Whether a table of ``rows`` rows belongs to ``arguments``, whose tokens stand on ``dim``."""
-        given = [arguments[name] for name in self.names if arguments.get(name) is not None]
-        if not given:
-            return self.optional
-        if not all(isinstance(x, torch.Tensor) and x.ndim == 2 + dim for x in given):
-            return False
-        counts = [x.shape[dim] for x in given]
-        count = counts[0] if self.first_of else sum(counts)
-        return bool(0 < count <= rows if self.at_least else 0 < count == rows)
+        """Whether a table of ``rows`` rows has one row for each token along ``dim``."""
+        return 0 < self.count(arguments, dim) == rows
 
 
 @dataclass(frozen=True)
 class NormRotation:
-    """How the result of one norm, or projection, of an attention module rotates.
+    """How the result of one norm, or of one projection, of an attention module rotates.
 
     Attributes:
-        table: number of the table among those the attention module is given; the last one where there are fewer.
-        align: which end its tokens and the table have in common.
-        projection: what rotates where the attention module has no such norm; its result is ``[B, S, H * D]``.
-        repeats: the processor may call it any number of times, none included, and rotates each result.
-        rest_is_identity: the rest of a longer table must be rows that rotate nothing: no other norm takes them.
-        only_with: the submodule without which an attention module does not need this norm; None where it always does.
+        table: index of the table among those of the attention module; a larger index means the last table.
+        align: the end that the tokens and the table have in common.
+        projection: the projection that rotates if the attention module lacks the norm; it returns ``[B, S, H * D]``.
+        repeats: whether the code may call the norm any number of times, zero included, and rotates each result.
+        only_with: a submodule; an attention module without it does not need this norm. None: it is always needed.
     """
 
     table: int = 0
     align: Align = Align.START
     projection: str | None = None
     repeats: bool = False
-    rest_is_identity: bool = False
     only_with: str | None = None
+
+    def fits(self, table: PackedTable, tokens: int) -> bool:
+        """Whether ``tokens`` tokens may rotate by ``table``, whose other properties fit."""
+        return True
 
 
 QK: Mapping[str, NormRotation] = {"norm_q": NormRotation(projection="to_q"), "norm_k": NormRotation(projection="to_k")}
-"""Queries and keys that share one table and start with it."""
+"""Queries and keys that share one table and its start."""
 
 
 @dataclass(frozen=True)
 class ReplacedFunction:
-    """A function that rotates, which a processor finds among the globals of its module.
+    """A function that rotates, which a processor looks up among the globals of its module: ``name(x, rotary)``.
 
-    The processor's code runs with that one name bound to something else: for processors that rotate whatever they are
-    given.
-
-    Attributes:
-        name: its name.
-        returns: how many of its first arguments are what it rotates and returns.
-        tables: how many arguments follow, which the format takes: as one tuple, where they are several.
+    The patch runs the code of the processor with another function under that one name. A subclass describes a function
+    with other parameters.
     """
 
     name: str
-    returns: int = 1
-    tables: int = 1
+
+    def tensors(self, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        """The arguments that it rotates and returns."""
+        return args[:1]
+
+    def rotary(self, args: tuple[Any, ...]) -> Any:
+        """What it rotates by, as the format takes it; None if the call has another number of arguments."""
+        return args[1] if len(args) == 2 else None
+
+
+class ResultRotation(NamedTuple):
+    """The rotation of the result of one norm or projection.
+
+    Attributes:
+        table: the table that it rotates by.
+        exact: whether it rounds as the model does.
+        rotate: rotates a result in the layout of the norm.
+        rotate_heads: rotates heads ``[B, S, H, D]``.
+    """
+
+    table: PackedTable
+    exact: bool
+    rotate: Callable[[torch.Tensor], torch.Tensor]
+    rotate_heads: Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class AttentionRotation:
-    """Attention modules whose rotation moves into their norms, or into their projections where there is no norm.
+    """Attention modules of one kind, and how their queries and keys rotate: in their norms, or in their projections.
+
+    A model with a rule that no field expresses overrides a method in a subclass beside its adapter.
 
     Attributes:
-        attention: pattern of their paths.
-        attention_class: their class name, as documents name it.
-        format: of the rotary tensors they are given.
-        layout: of what the modules in ``rotated`` return.
-        norms: by attribute name of the attention module; those it lacks, or has as None, give way to a projection.
-        rotary: names of the rotary arguments of the processor, or of the attention's forward where there is none.
-        covers: which tokens each of the tables has rows for; the last one where there are more tables.
-        later_default_to_first: a later rotary argument that is None means the first one.
-        processors: class names of the processors the declaration was written for; empty for attention modules that
+        attention: regular expression that the paths of the attention modules match in full.
+        attention_class: name of their class.
+        format: form of the rotary tensors that they get.
+        layout: layout of the results of ``norms``.
+        norms: by attribute name of the attention module. A norm that is absent or None gives way to its projection.
+        rotary: names of the rotary arguments of the processor, or of the attention's forward without one.
+        covers: the tokens of each table; the last entry serves all further tables.
+        processors: class names of the processors that the adapter was written for; empty for attention modules that
             attend in their own forward.
-        may_skip: a call may do without queries and keys, and so without all of these norms.
-        replaced_function: for code that does not skip a rotation of None: the function that rotates. It returns its
-            arguments as they are where the norms have rotated them.
-        unrotated: for code that does not skip it, and rotates without calling a function: the same attention without
-            the rotation, from the processor, its method, the attention module and the other arguments.
-        rotate: from what a projection returned, the table and a function that rotates heads, to its rotation, where
-            that is more than one rotation of all heads.
-        head_dim: from the attention module to the channels of a head, where not all of them rotate and heads are not
-            split yet.
-        partial: the tables may be narrower than the heads, whose other channels do not rotate.
-        cast_to: to which dtype the model rounds what the norms return, before it rotates.
-        result: dtype to which exact mode rounds what has been rotated, whatever the model's dtype.
-        when: from the model and an attention module of such a path to whether it is meant, where classes or
-            configurations decide what rotates.
+        replaced_function: for code that rotates even if it gets None: the function that rotates. If norms rotate, it
+            returns its arguments unchanged.
+        unrotated: for code that rotates even if it gets None, without calling a function: the same attention without
+            the rotation. It gets the processor, the attention module, the processor's method and the arguments by name.
+        head_dim: computes the channels of a head from the attention module, if not all of them rotate and the results
+            of norms are not split into heads yet.
+        partial: whether tables may be narrower than heads. The other channels of a head do not rotate.
+        cast_to: the dtype to which the model casts the results of norms before it rotates them.
+        when: selects among the modules at such paths, from the model and the attention module.
     """
 
     attention: str
@@ -207,31 +230,54 @@ class AttentionRotation:
     norms: Mapping[str, NormRotation] = field(default_factory=lambda: QK)
     rotary: tuple[str, ...] = ("image_rotary_emb",)
     covers: tuple[Tokens, ...] = (Tokens(),)
-    later_default_to_first: bool = False
     processors: tuple[str, ...] = ()
-    may_skip: bool = False
     replaced_function: ReplacedFunction | None = None
     unrotated: Callable[..., Any] | None = None
-    rotate: Callable[..., torch.Tensor] | None = None
     head_dim: Callable[[Any], int] | None = None
     partial: bool = False
     cast_to: CastTo | None = None
-    result: torch.dtype | None = None
     when: Callable[[Any, Any], bool] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionRotation:
-        return self  # a copy of a patched model is told of the same declaration
+        return self  # copies of a patched model share the adapter
+
+    def rotary_tensors(self, arguments: Mapping[str, Any]) -> list[Any]:
+        """The values of the rotary arguments in one call of the attention.
+
+        Raises:
+            UnfitTable: an argument is absent or None, so that the model's own code must run.
+        """
+        values = [arguments.get(name) for name in self.rotary]
+        if any(value is None for value in values):
+            raise UnfitTable
+        return values
+
+    def check_called(self, attention: Any, rotating: Set[str], not_called: Set[str]) -> None:
+        """Raises RuntimeError if a call left out norms.
+
+        ``rotating`` names the norms that must rotate once in each call, ``not_called`` those that did not.
+        """
+        if not_called:
+            raise RuntimeError(
+                f"{type(attention).__name__} must call {' and '.join(sorted(not_called))} once each where dit_rope has "
+                "patched it, but left them out, so that queries or keys were not rotated; undo the patch before this "
+                "call"
+            )
+
+    def rotate_result(self, y: torch.Tensor, rotation: ResultRotation) -> torch.Tensor:
+        """Rotates the result ``y`` of a norm or projection, where norm and rotation are two passes."""
+        return rotation.rotate(y)
 
 
 @dataclass(frozen=True)
 class ModelAdapter:
-    """One model class, declared.
+    """One transformer class.
 
     Attributes:
-        model: dotted name of the transformer's class; classes that derive from it are patched as it is.
-        tables: where tables are built.
-        rotations: where queries and keys are rotated.
-        not_patched: what the patch does not touch, each with the reason, as reports say it.
+        model: dotted name of the class. Classes that derive from it are patched too.
+        tables: the objects that build rotary tables.
+        rotations: the attention modules that rotate.
+        not_patched: what the patch leaves to the model, each with the reason, in the words of reports.
     """
 
     model: str
@@ -241,9 +287,5 @@ class ModelAdapter:
 
     @property
     def model_class(self) -> str:
-        """The transformer's class name, without its module."""
+        """The name of the class, without its module."""
         return self.model.rpartition(".")[2]
-
-    def matches(self, cls: type) -> bool:
-        """Whether ``cls`` is this class."""
-        return f"{cls.__module__}.{cls.__qualname__}" == self.model

@@ -104,21 +104,17 @@ def _with_rotating_function(
 
 
 def _rotate_instead(settings: AttentionSettings, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Stands in for ``own``, a function of tensors and then of what they rotate by."""
-    declared, replaced_function = settings.rotations, settings.rotations.replaced_function
-    assert replaced_function is not None
-    xs = list(args[: replaced_function.returns])
-    form, rotary = (
-        declared.format,
-        args[replaced_function.returns] if replaced_function.tables == 1 else args[replaced_function.returns :],
-    )
-    exact = settings.is_exact(xs[0].device)
-    known = len(args) == replaced_function.returns + replaced_function.tables and not kwargs
-    if not known or any(x.dtype not in DTYPES or x.numel() == 0 for x in xs):
+    """Runs in place of ``own``, a function that rotates tensors."""
+    declared, replaced = settings.rotations, settings.rotations.replaced_function
+    assert replaced is not None
+    xs, rotary = replaced.tensors(args), replaced.rotary(args)
+    if rotary is None or kwargs or any(x.dtype not in DTYPES or x.numel() == 0 for x in xs):
         return own(*args, **kwargs)
+    exact = settings.is_exact(xs[0].device)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
     if exact and grad:
         return own(*args, **kwargs)
+    form = declared.format
     try:
         (table,) = form.pack(rotary, xs[0].device, exact)
     except UnfitTable:
@@ -133,7 +129,7 @@ def _rotate_instead(settings: AttentionSettings, own: Callable[..., Any], *args:
         return own(*args, **kwargs)
     args_of = table.args(table.tokens, Align.START, exact)
     rotated = [as_given(x, declared.layout) for x in rotate_heads(heads, args_of, settings.backend, inplace=False)]
-    return rotated[0] if replaced_function.returns == 1 else tuple(rotated)
+    return rotated[0] if len(rotated) == 1 else tuple(rotated)
 
 
 def _with_rotating_norms(
@@ -167,7 +163,7 @@ def _with_rotating_norms(
 def _pass_on(declared: AttentionRotation, *args: Any, **kwargs: Any) -> Any:
     """Stands in for a function that rotates, where the norms have done so."""
     assert declared.replaced_function is not None
-    xs = args[: declared.replaced_function.returns]
+    xs = declared.replaced_function.tensors(args)
     return xs[0] if len(xs) == 1 else xs
 
 
@@ -179,10 +175,7 @@ def _prepared(attn: Any, settings: AttentionSettings, arguments: Mapping[str, An
     """
     declared = settings.rotations
     form = declared.format
-    rotary = [arguments.get(name) for name in declared.rotary]
-    given = [each for each in rotary if each is not None]
-    if rotary[0] is None or not (len(given) == len(rotary) or (declared.later_default_to_first and len(given) == 1)):
-        raise UnfitTable
+    rotary = declared.rotary_tensors(arguments)
     hidden = arguments.get(declared.covers[0].names[-1])
     if not isinstance(hidden, torch.Tensor) or hidden.dtype not in DTYPES or hidden.numel() == 0:
         raise UnfitTable
@@ -193,9 +186,9 @@ def _prepared(attn: Any, settings: AttentionSettings, arguments: Mapping[str, An
         name in _PROJECTIONS for name, _ in rotating_modules(attn, declared)
     ):
         raise UnfitTable
-    tables = form.pack(given[0], hidden.device, exact)
-    if len(given) > 1:
-        tables = [table for each in given for table in form.pack(each, hidden.device, exact)]
+    tables = form.pack(rotary[0], hidden.device, exact)
+    if len(rotary) > 1:
+        tables = [table for each in rotary for table in form.pack(each, hidden.device, exact)]
     dim = 0 if declared.layout is Layout.SHD else 1
     for index, table in enumerate(tables):
         if not declared.covers[min(index, len(declared.covers) - 1)].fit(arguments, dim, table.tokens):

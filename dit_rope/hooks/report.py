@@ -31,7 +31,7 @@ def place_of(tables: ModelTables) -> str:
 
 def builder_of(tables: ModelTables) -> str:
     """The class names that build tables."""
-    return tables.builder if isinstance(tables.builder, str) else " or ".join(tables.builder)
+    return " or ".join(tables.builders)
 
 
 def tables_of(tables: ModelTables, by_axis: bool | None = None) -> str:

@@ -141,10 +141,8 @@ def why_not_memoized(target: Any, tables: ModelTables) -> str | None:
     guard = guard_of(cls, tables.method)
     if guard.unknown is not None:
         return guard.unknown
-    if tables.path:
-        builders = (tables.builder,) if isinstance(tables.builder, str) else tables.builder
-        if guard.owner not in builders:
-            return f"{guard.owner} is not the module that it knows there"
+    if tables.path and guard.owner not in tables.builders:
+        return f"{guard.owner} is not the module that it knows there"
     names = guard.methods - {tables.method}
     held = next((name for name in names if name in vars(target)), None)
     return None if held is None else f"{cls.__name__} holds a {held} of its own"
@@ -172,7 +170,7 @@ def _memoized(
             result = own(*args, **kwargs)
         know([leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)])
         return result
-    live = () if tables.not_cached is None else tables.not_cached(target, *args, **kwargs)
+    not_cached = tables.not_cached(target, *args, **kwargs)
     device = _device(args, kwargs)
 
     def build() -> _Built:
@@ -181,7 +179,7 @@ def _memoized(
         result = own(*args, **kwargs)
         for name, value in written.items():
             setattr(target, name, value)
-        leaves, structure = pytree.tree_flatten(result[len(live) :] if live else result)
+        leaves, structure = pytree.tree_flatten(result[len(not_cached) :] if not_cached else result)
         leaves = [_kept(leaf, device if tables.to_device else None) for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         know(tensors)
@@ -194,7 +192,7 @@ def _memoized(
     built = MODEL_TABLES.get(_Key(settings.token.number, (parts, stream_of(device))), device, build)
     assert isinstance(built, _Built)
     result = pytree.tree_unflatten(list(built.leaves), built.structure)
-    return (*live, *result) if live else result
+    return (*not_cached, *result) if not_cached else result
 
 
 def _kept(leaf: Any, device: torch.device | None) -> Any:
@@ -214,7 +212,7 @@ def _find_axis_form(
     kwargs: dict[str, Any],
 ) -> list[torch.Tensor]:
     """Notes the axis form of the dense tables just built, and returns its rows, if they are tables of a grid."""
-    place = axes.frames(target, *args, **kwargs)
+    place = axes.grid(target, *args, **kwargs)
     frames = place.grid[0] if place.frames is None else len(place.frames)
     sizes = (frames, *place.grid[1:])
     if 0 in sizes or tensors[0].device.type == "meta":
@@ -245,7 +243,7 @@ def _scaled_tables(
     assert settings.spec is not None
     spec = settings.scaled if settings.choose is None else settings.spec.with_scaling(settings.choose())
     assert spec is not None
-    place = axes.frames(target, *args, **kwargs)
+    place = axes.grid(target, *args, **kwargs)
     latent = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
     dtype = next(buffer.dtype for buffer in target.buffers())
     table = rope_table(spec, Grid(*place.grid), device=latent.device, dtype=dtype)

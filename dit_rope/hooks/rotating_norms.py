@@ -11,7 +11,7 @@ import torch
 
 from ..rotation import ops
 from ..rotation_args import Norm
-from .adapter import AttentionRotation, CastTo, Layout, NormRotation
+from .adapter import AttentionRotation, CastTo, Layout, NormRotation, ResultRotation
 from .fused_norms import fused_norm, makes_fresh_results
 from .heads import as_given, as_heads, fits, is_distributed, rotate_heads
 from .packed_tables import PackedTable, UnfitTable
@@ -78,13 +78,8 @@ class RotatedCall:
         self.pending: set[str] = set()
 
     def check(self, attn: Any) -> None:
-        """Raises RuntimeError where norms were left out, unless all were by a processor that may do without."""
-        if self.pending and not (self.declared.may_skip and self.pending == self.rotating):
-            raise RuntimeError(
-                f"{type(attn).__name__} must call {' and '.join(sorted(self.pending))} once each where dit_rope has "
-                "patched it, but left them out, so that queries or keys were not rotated; undo the patch before this "
-                "call"
-            )
+        """Raises RuntimeError where norms were left out, unless the declaration allows it."""
+        self.declared.check_called(attn, self.rotating, self.pending)
 
     def stand_in(self, attn: Any) -> Any:
         """An object of the class and with the attributes of ``attn``, whose norms rotate what they return."""
@@ -128,19 +123,18 @@ class _RotatingModule:
         if call.exact and declared.cast_to is not None:
             y, before = y.to(call.dtypes[declared.cast_to]), y
             fresh = fresh or y is not before
-        if call.exact and declared.result is not None and y.dtype is not torch.float32:
-            y, fresh = y.float(), True  # so that the result is rounded once
-        if declared.rotate is not None:
-            return declared.rotate(y, table, functools.partial(self._rotate, table, inplace=fresh))
-        result = self._rotate(table, self._heads(y, table, layout), inplace=fresh)
-        if call.exact and declared.result is not None:
-            result = result.to(declared.result)
-        return as_given(result, layout)
+        rotate_heads = functools.partial(self._rotate, table, inplace=fresh)
+
+        def rotate(y: torch.Tensor) -> torch.Tensor:
+            return as_given(rotate_heads(self._heads(y, table, layout)), layout)
+
+        return declared.rotate_result(y, ResultRotation(table, call.exact, rotate, rotate_heads))
 
     def _fused(self, x: torch.Tensor, table: PackedTable, layout: Layout) -> torch.Tensor | None:
         """Norm and rotation of ``x`` in one pass; None where the kernels do not compute what the module does."""
         call, declared = self._call, self._call.declared
-        if not call.settings.fuses_norm or declared.rotate is not None or is_distributed(x):
+        # A subclass of PackedTable maps tokens to rows by its own rule, which heads of this layout do not follow.
+        if not call.settings.fuses_norm or type(table) is not PackedTable or is_distributed(x):
             return None
         if not makes_fresh_results(self._module):
             return None
@@ -166,7 +160,7 @@ class _RotatingModule:
         counted = layout is Layout.BSC and call.heads and not (declared.format.every_head or is_distributed(y))
         if counted and call.heads % heads.shape[2]:
             raise UnfitTable
-        if self._rotated.rest_is_identity and not table.rest_is_identity(heads.shape[1]):
+        if not self._rotated.fits(table, heads.shape[1]):
             raise UnfitTable
         return heads
 

@@ -62,7 +62,7 @@ def parts_of(
         parts.append((name, _tree(value, _by_shape if keyed_by_shape else _by_value)))
     keep = functools.partial(_by_value_or_as_held, held)
     parts.append(_state(target, tables.sets, keep, parameters=bool(tables.path)))
-    parts += [_state(getattr(target, name), (), keep, parameters=True) for name in tables.reads]
+    parts += [_state(module, (), keep, parameters=True) for module in tables.reads(target)]
     return tuple(parts)
 
 

@@ -24,3 +24,5 @@ ACE_STEP = ModelAdapter(
     ),
     not_patched=("tables, which the model's forward makes through a function of its module, once for all layers",),
 )
+
+ADAPTERS = (ACE_STEP,)

@@ -7,13 +7,13 @@ all steps. There is no text in the sequence. Sources: ``transformer_allegro.py``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter
+from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ResultRotation
 from ..hooks.formats import Format, Pair, repeat
 from ..hooks.packed_tables import Align, PackedTable, leave_unless
 from ..rotation_args import RotationArgs
@@ -65,28 +65,31 @@ def _join(cos: torch.Tensor, sin: torch.Tensor) -> Any:
     return tables, (rows,) * _AXES
 
 
-def _rotate_by_axis(
-    y: torch.Tensor, table: PackedTable, rotate: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """A projection ``[B, S, H * D]``, each third of whose heads rotates by its own axis: as if axes were a batch."""
-    leave_unless(y.shape[-1] % (_AXES * table.head_dim) == 0)
-    by_axis = y.unflatten(-1, (-1, _AXES, table.head_dim)).flatten(0, 1).permute(2, 0, 1, 3)
-    return rotate(by_axis).permute(1, 2, 0, 3).reshape(y.shape)
+class _RotationByAxis(AttentionRotation):
+    """Each third of a head rotates by its own axis."""
+
+    def rotate_result(self, y: torch.Tensor, rotation: ResultRotation) -> torch.Tensor:
+        """Rotates a projection ``[B, S, H * D]``, as if the axes were a batch."""
+        head_dim = rotation.table.head_dim
+        leave_unless(y.shape[-1] % (_AXES * head_dim) == 0)
+        by_axis = y.unflatten(-1, (-1, _AXES, head_dim)).flatten(0, 1).permute(2, 0, 1, 3)
+        return rotation.rotate_heads(by_axis).permute(1, 2, 0, 3).reshape(y.shape)
 
 
 ALLEGRO = ModelAdapter(
     "diffusers.models.transformers.transformer_allegro.AllegroTransformer3DModel",
     rotations=(
-        AttentionRotation(
+        _RotationByAxis(
             attention=r"transformer_blocks\.\d+\.attn1",
             attention_class="Attention",
             format=_AxisFormat(
                 "cos and sin of each axis, and rows of them", Pairing.HALF, _split, _join, doubled=_halves
             ),
             layout=Layout.BSC,
-            rotate=_rotate_by_axis,
             processors=("AllegroAttnProcessor2_0",),
         ),
     ),
     not_patched=("tables, which the pipeline builds once for all steps",),
 )
+
+ADAPTERS = (ALLEGRO,)

@@ -69,3 +69,5 @@ ANYFLOW_FAR = ModelAdapter(
     ),
     not_patched=("norm_q and norm_k, because what they return is cached before it rotates",),
 )
+
+ADAPTERS = (ANYFLOW, ANYFLOW_FAR)

@@ -35,3 +35,5 @@ COGVIDEOX = _adapter(
     "FusedCogVideoXAttnProcessor2_0",
 )
 CONSISID = _adapter("consisid_transformer_3d.ConsisIDTransformer3DModel", "CogVideoXAttnProcessor2_0")
+
+ADAPTERS = (COGVIDEOX, CONSISID)

@@ -44,3 +44,5 @@ GLM_IMAGE = _adapter(
     Layout.BSHD,
     ("GlmImageAttnProcessor",),
 )
+
+ADAPTERS = (COGVIEW4, GLM_IMAGE)

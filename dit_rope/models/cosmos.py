@@ -28,3 +28,5 @@ def _adapter(model: str, blocks: str) -> ModelAdapter:
 
 COSMOS = _adapter("transformers.transformer_cosmos.CosmosTransformer3DModel", "transformer_blocks")
 COSMOS_CONTROLNET = _adapter("controlnets.controlnet_cosmos.CosmosControlNetModel", "control_blocks")
+
+ADAPTERS = (COSMOS, COSMOS_CONTROLNET)

@@ -95,3 +95,5 @@ COSMOS3 = ModelAdapter(
         ),
     ),
 )
+
+ADAPTERS = (COSMOS3,)

@@ -25,3 +25,5 @@ EASYANIMATE = ModelAdapter(
         ),
     ),
 )
+
+ADAPTERS = (EASYANIMATE,)

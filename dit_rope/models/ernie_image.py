@@ -18,3 +18,5 @@ ERNIE_IMAGE = ModelAdapter(
     ),
     not_patched=("rotation in ErnieImageAttention: the two channels of a pair rotate by different angles",),
 )
+
+ADAPTERS = (ERNIE_IMAGE,)

@@ -44,3 +44,5 @@ def _adapter(model: str, *not_patched: str) -> ModelAdapter:
 FLUX = _adapter("transformers.transformer_flux.FluxTransformer2DModel", _IP_ADAPTER)
 FLUX_CONTROLNET = _adapter("controlnets.controlnet_flux.FluxControlNetModel")
 CHROMA = _adapter("transformers.transformer_chroma.ChromaTransformer2DModel", _IP_ADAPTER)
+
+ADAPTERS = (FLUX, FLUX_CONTROLNET, CHROMA)

@@ -58,3 +58,5 @@ FLUX3 = ModelAdapter(
         ),
     ),
 )
+
+ADAPTERS = (FLUX2, FLUX3)

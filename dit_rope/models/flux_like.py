@@ -50,3 +50,5 @@ OVIS_IMAGE = _adapter(
     "OvisImagePosEmbed",
     _rotations(_ALL, "OvisImageAttention", "OvisImageAttnProcessor"),
 )
+
+ADAPTERS = (BRIA, BRIA_FIBO, LONGCAT_IMAGE, OVIS_IMAGE)

@@ -29,3 +29,5 @@ HELIOS = ModelAdapter(
         ),
     ),
 )
+
+ADAPTERS = (HELIOS,)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..hooks.adapter import (
     AttentionRotation,
     CastTo,
@@ -20,11 +22,32 @@ from ..hooks.adapter import (
     Tokens,
 )
 from ..hooks.formats import MATRICES
+from ..hooks.packed_tables import PackedTable
 
 
 def _head_dim(attention: Any) -> int:
     head_dim: int = attention.inner_dim // attention.heads
     return head_dim
+
+
+class _ImageRotation(NormRotation):
+    """A norm of the image, or of image and text, by the table of both. No other norm rotates the text."""
+
+    def fits(self, table: PackedTable, tokens: int) -> bool:
+        """Whether the rows after the first ``tokens`` are the identity."""
+        return table.rest_is_identity(tokens)
+
+
+class _ApplyRope(ReplacedFunction):
+    """``apply_rope(query, key, rotary)``, which returns both rotated."""
+
+    def tensors(self, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        """Query and key."""
+        return args[:2]
+
+    def rotary(self, args: tuple[Any, ...]) -> Any:
+        """The matrices."""
+        return args[2] if len(args) == 3 else None
 
 
 HIDREAM = ModelAdapter(
@@ -41,12 +64,9 @@ HIDREAM = ModelAdapter(
             attention_class="HiDreamAttention",
             format=MATRICES,
             layout=Layout.BSC,
-            norms={
-                "q_rms_norm": NormRotation(rest_is_identity=True),
-                "k_rms_norm": NormRotation(rest_is_identity=True),
-            },
+            norms={"q_rms_norm": _ImageRotation(), "k_rms_norm": _ImageRotation()},
             processors=("HiDreamAttnProcessor",),
-            replaced_function=ReplacedFunction("apply_rope", returns=2),
+            replaced_function=_ApplyRope("apply_rope"),
             head_dim=_head_dim,
             partial=True,
             covers=(Tokens(("encoder_hidden_states", "hidden_states")),),
@@ -54,3 +74,5 @@ HIDREAM = ModelAdapter(
         ),
     ),
 )
+
+ADAPTERS = (HIDREAM,)

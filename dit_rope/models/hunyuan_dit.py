@@ -40,3 +40,5 @@ def _adapter(model: str) -> ModelAdapter:
 
 HUNYUAN_DIT = _adapter("transformers.hunyuan_transformer_2d.HunyuanDiT2DModel")
 HUNYUAN_DIT_CONTROLNET = _adapter("controlnets.controlnet_hunyuan.HunyuanDiT2DControlNetModel")
+
+ADAPTERS = (HUNYUAN_DIT, HUNYUAN_DIT_CONTROLNET)

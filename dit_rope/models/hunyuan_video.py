@@ -51,3 +51,5 @@ HUNYUAN_IMAGE = _adapter(
     (ModelTables("rope", "HunyuanImageRotaryPosEmbed", keyed_by_shape=EVERY),),
     "HunyuanImageAttnProcessor",
 )
+
+ADAPTERS = (HUNYUAN_VIDEO, HUNYUAN_VIDEO_FRAMEPACK, HUNYUAN_VIDEO_15, HUNYUAN_IMAGE)

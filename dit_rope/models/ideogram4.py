@@ -66,3 +66,5 @@ IDEOGRAM4 = ModelAdapter(
         ),
     ),
 )
+
+ADAPTERS = (IDEOGRAM4,)

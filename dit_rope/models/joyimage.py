@@ -94,3 +94,5 @@ JOYIMAGE_EDIT_PLUS = ModelAdapter(
     ),
     not_patched=("joining the tables of a sample's images, which the model's forward does once for all layers",),
 )
+
+ADAPTERS = (JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS)

@@ -17,12 +17,22 @@ from ..hooks.adapter import (
     ModelTables,
     NormRotation,
     ReplacedFunction,
+    ResultRotation,
     Tokens,
 )
 from ..hooks.formats import MATRICES
 
 _TRANSFORMERS = "diffusers.models.transformers"
 _QK = {"query_norm": NormRotation(table=0), "key_norm": NormRotation(table=1)}
+
+
+class _BFloat16Rotation(AttentionRotation):
+    """Rotates in float32 and rounds to bfloat16, whatever the dtype of the model."""
+
+    def rotate_result(self, y: torch.Tensor, rotation: ResultRotation) -> torch.Tensor:
+        """In exact mode with these roundings; in fast mode in the dtype of ``y``."""
+        return rotation.rotate(y.float()).to(torch.bfloat16) if rotation.exact else rotation.rotate(y)
+
 
 KANDINSKY5 = ModelAdapter(
     f"{_TRANSFORMERS}.transformer_kandinsky.Kandinsky5Transformer3DModel",
@@ -31,7 +41,7 @@ KANDINSKY5 = ModelAdapter(
         ModelTables("visual_rope_embeddings", "Kandinsky5RoPE3D"),
     ),
     (
-        AttentionRotation(
+        _BFloat16Rotation(
             attention=r"(text|visual)_transformer_blocks\.\d+\.self_attention",
             attention_class="Kandinsky5Attention",
             format=MATRICES,
@@ -40,7 +50,6 @@ KANDINSKY5 = ModelAdapter(
             rotary=("rotary_emb",),
             processors=("Kandinsky5AttnProcessor",),
             cast_to=CastTo.PROJECTION,
-            result=torch.bfloat16,
         ),
     ),
 )
@@ -88,3 +97,5 @@ KANDINSKY6_SR = ModelAdapter(
         ),
     ),
 )
+
+ADAPTERS = (KANDINSKY5, KANDINSKY6, KANDINSKY6_SR)

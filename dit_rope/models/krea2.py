@@ -22,3 +22,5 @@ KREA2 = ModelAdapter(
         ),
     ),
 )
+
+ADAPTERS = (KREA2,)

@@ -35,3 +35,5 @@ LONGCAT_AUDIO = ModelAdapter(
         _rotations("cross_attn", "AudioDiTCrossAttnProcessor", "audio_rotary_emb", "prompt_rotary_emb"),
     ),
 )
+
+ADAPTERS = (LONGCAT_AUDIO,)

@@ -9,6 +9,7 @@ Sources, in diffusers 0.42.1: ``transformer_ltx.py``, ``transformer_ltx2.py``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from typing import Any
 
 from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation, Tokens
@@ -39,6 +40,21 @@ def turns_halves(model: Any, attention: Any) -> bool:
     return bool(attention.rope_type == "split")
 
 
+class _CrossModalRotation(AttentionRotation):
+    """Queries and keys with a table each; keys without one share the table of the queries."""
+
+    def rotary_tensors(self, arguments: Mapping[str, Any]) -> list[Any]:
+        """The table of the queries, and that of the keys if there is one."""
+        if arguments.get("query_rotary_emb") is not None and arguments.get("key_rotary_emb") is None:
+            return [arguments["query_rotary_emb"]]
+        return super().rotary_tensors(arguments)
+
+    def check_called(self, attention: Any, rotating: Set[str], not_called: Set[str]) -> None:
+        """Raises RuntimeError if a call left out some norms; perturbed attention needs neither queries nor keys."""
+        if not_called != rotating:
+            super().check_called(attention, rotating, not_called)
+
+
 _ROPE_CLASS = "LTX2AudioVideoRotaryPosEmbed"
 LTX2 = ModelAdapter(
     "diffusers.models.transformers.transformer_ltx2.LTX2VideoTransformer3DModel",
@@ -49,7 +65,7 @@ LTX2 = ModelAdapter(
         ModelTables("cross_attn_audio_rope", _ROPE_CLASS),
     ),
     tuple(
-        AttentionRotation(
+        _CrossModalRotation(
             attention=r"transformer_blocks\.\d+\.(attn1|audio_attn1|audio_to_video_attn|video_to_audio_attn)",
             attention_class="LTX2Attention",
             format=form,
@@ -57,11 +73,11 @@ LTX2 = ModelAdapter(
             norms={"norm_q": NormRotation(table=0), "norm_k": NormRotation(table=1)},
             rotary=("query_rotary_emb", "key_rotary_emb"),
             covers=(Tokens(), Tokens(("encoder_hidden_states", "hidden_states"), first_of=True)),
-            later_default_to_first=True,
-            may_skip=True,
             processors=("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
             when=when,
         )
         for form, when in ((CHANNELS, turns_neighbours), (HEAD_HALVES, turns_halves))
     ),
 )
+
+ADAPTERS = (LTX, LTX2)

@@ -17,15 +17,20 @@ from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables
 from ..hooks.formats import COMPLEX
 
 
-def _patches(rope: Any, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor]:
-    """The latent ``[B, C, H, W]`` as patches ``[B, tokens, p * p * C]``, which come before the tables."""
-    side: int = rope.patch_size
-    return (rearrange(hidden_states, "b c (h p) (w q) -> b (h w) (p q c)", p=side, q=side),)
+class _PatchesAndTables(ModelTables):
+    """A rope module that returns the latent as patches, before the tables."""
+
+    def not_cached(
+        self, target: Any, hidden_states: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """The latent ``[B, C, H, W]`` as patches ``[B, tokens, p * p * C]``."""
+        side: int = target.patch_size
+        return (rearrange(hidden_states, "b c (h p) (w q) -> b (h w) (p q c)", p=side, q=side),)
 
 
 LUMINA2 = ModelAdapter(
     "diffusers.models.transformers.transformer_lumina2.Lumina2Transformer2DModel",
-    (ModelTables("rope_embedder", "Lumina2RotaryPosEmbed", keyed_by_shape=("hidden_states",), not_cached=_patches),),
+    (_PatchesAndTables("rope_embedder", "Lumina2RotaryPosEmbed", keyed_by_shape=("hidden_states",)),),
     (
         AttentionRotation(
             attention=r"(context_refiner|noise_refiner|layers)\.\d+\.attn",
@@ -55,3 +60,5 @@ LUMINA_NEXT = ModelAdapter(
         "rotation of keys: their processor scales scores otherwise when it is given no table for them",
     ),
 )
+
+ADAPTERS = (LUMINA2, LUMINA_NEXT)

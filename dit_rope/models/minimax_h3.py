@@ -24,3 +24,5 @@ MINIMAX_H3 = ModelAdapter(
         ),
     ),
 )
+
+ADAPTERS = (MINIMAX_H3,)

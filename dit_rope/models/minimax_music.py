@@ -35,3 +35,5 @@ MINIMAX_MUSIC_3 = ModelAdapter(
     ),
     not_patched=("tables, which the rope module keeps itself",),
 )
+
+ADAPTERS = (MINIMAX_MUSIC_3,)

@@ -24,3 +24,5 @@ MOCHI = ModelAdapter(
     ),
     ("tables and rotation of forward passes in which pos_frequencies wants a gradient, which ours does not give",),
 )
+
+ADAPTERS = (MOCHI,)

@@ -30,3 +30,5 @@ MOTIF_VIDEO = ModelAdapter(
         ),
     ),
 )
+
+ADAPTERS = (MOTIF_VIDEO,)

@@ -30,3 +30,5 @@ OMNIGEN = ModelAdapter(
         ),
     ),
 )
+
+ADAPTERS = (OMNIGEN,)

@@ -22,3 +22,5 @@ PRX = ModelAdapter(
         ),
     ),
 )
+
+ADAPTERS = (PRX,)

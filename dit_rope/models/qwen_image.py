@@ -12,6 +12,7 @@ caches keys rotated, and a step that reads them takes the end of the table. Sour
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ..hooks.adapter import QK, AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation, Tokens
 from ..hooks.formats import COMPLEX
@@ -27,6 +28,15 @@ _TEXT_KEYS_APART = {
     "norm_k": NormRotation(table=0),
     "norm_added_k": NormRotation(table=1, repeats=True),
 }
+
+
+class _CachedText(Tokens):
+    """The text, whose keys may come from a cache; they have been rotated then."""
+
+    def fit(self, arguments: Mapping[str, Any], dim: int, rows: int) -> bool:
+        """Whether a table of ``rows`` rows has one row for each token; without text any table will do."""
+        return all(arguments.get(name) is None for name in self.names) or super().fit(arguments, dim, rows)
+
 
 _IMAGE_AND_TEXT = (Tokens(), Tokens(("encoder_hidden_states",)))
 
@@ -83,7 +93,9 @@ NUCLEUS = ModelAdapter(
             "Attention",
             _TEXT_KEYS_APART,
             "NucleusMoEAttnProcessor2_0",
-            covers=(Tokens(), Tokens(("encoder_hidden_states",), optional=True)),
+            covers=(Tokens(), _CachedText(("encoder_hidden_states",))),
         ),
     ),
 )
+
+ADAPTERS = (QWEN_IMAGE, QWEN_IMAGE_CONTROLNET, QWEN_IMAGE_21, NUCLEUS)

@@ -46,7 +46,7 @@ def _rotates_inside(attention_class: str) -> AttentionRotation:
 
 SANA_WM = ModelAdapter(
     f"{_TRANSFORMERS}.transformer_sana_wm.SanaWMTransformer3DModel",
-    (ModelTables("rope", "SanaWMRotaryPosEmbed", optional=True),),
+    (ModelTables("rope", "SanaWMRotaryPosEmbed"),),
     (_rotates_inside("SanaWMSoftmaxAttention"), _rotates_inside("SanaWMBidirectionalGDNAttention")),
     not_patched=(
         "q_norm and k_norm, because of linear attention queries and keys are also needed unrotated, and the softmax "
@@ -55,14 +55,19 @@ SANA_WM = ModelAdapter(
     ),
 )
 
+
+class _RefinerTables(ModelTables):
+    """A method of the model that asks its rope module."""
+
+    def reads(self, target: Any) -> tuple[Any, ...]:
+        """The rope module."""
+        return (target.rope,)
+
+
 SANA_WM_REFINER = ModelAdapter(
     f"{_TRANSFORMERS}.transformer_sana_wm_refiner.SanaWMLTX2RefinerTransformer3DModel",
     # The pipeline asks for them in every step, before the forward that it gives them to.
-    (
-        ModelTables(
-            "", "SanaWMLTX2RefinerTransformer3DModel", "build_rotary_emb_for_absolute_positions", reads=("rope",)
-        ),
-    ),
+    (_RefinerTables("", "SanaWMLTX2RefinerTransformer3DModel", "build_rotary_emb_for_absolute_positions"),),
     tuple(
         AttentionRotation(
             attention=r"transformer_blocks\.\d+\.attn1",
@@ -82,3 +87,5 @@ SANA_WM_REFINER = ModelAdapter(
     ),
     not_patched=("norm_q and norm_k, because keys are cached before they rotate",),
 )
+
+ADAPTERS = (SANA_VIDEO, SANA_WM, SANA_WM_REFINER)

@@ -8,6 +8,7 @@ attention in turn, and a processor that rotates whatever it is given, through a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,6 +39,14 @@ def _join_angles(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
 def _halves(rotary: Any) -> list[Pair]:
     one, other = rotary.chunk(2, dim=-1)
     return [(one, other)]
+
+
+class _LastTokens(Tokens):
+    """The last tokens of a longer table."""
+
+    def fit(self, arguments: Mapping[str, Any], dim: int, rows: int) -> bool:
+        """Whether a table of ``rows`` rows is long enough."""
+        return 0 < self.count(arguments, dim) <= rows
 
 
 _ANGLES = Format("angles, each at both halves", Pairing.HALF, _split_angles, _join_angles, doubled=_halves)
@@ -71,8 +80,10 @@ STABLE_AUDIO_3 = ModelAdapter(
             rotary=("rope",),
             processors=("StableAudio3SelfAttnProcessor",),
             replaced_function=ReplacedFunction("_apply_rotary_partial"),
-            covers=(Tokens(at_least=True),),
+            covers=(_LastTokens(),),
             partial=True,
         ),
     ),
 )
+
+ADAPTERS = (STABLE_AUDIO, STABLE_AUDIO_3)

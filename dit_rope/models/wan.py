@@ -21,26 +21,26 @@ def _spec(rope: Any) -> RopeSpec:
     return RopeSpec(dims=(head_dim - 2 * side, side, side), theta=10_000.0)
 
 
-def _frames(rope: Any, latent: torch.Tensor) -> ForwardGrid:
+def _grid(rope: Any, latent: torch.Tensor) -> ForwardGrid:
     """``latent`` is ``[B, C, T, H, W]`` before patching."""
     patched = [size // patch for size, patch in zip(latent.shape[2:], rope.patch_size, strict=True)]
     return ForwardGrid((patched[0], patched[1], patched[2]))
 
 
-def _chronoedit_frames(rope: Any, latent: torch.Tensor) -> ForwardGrid:
+def _chronoedit_grid(rope: Any, latent: torch.Tensor) -> ForwardGrid:
     """ChronoEdit sets its two edit frames ``temporal_skip_len`` apart: positions 0 and ``temporal_skip_len - 1``."""
-    rows = _frames(rope, latent)
+    whole = _grid(rope, latent)
     if latent.shape[2] != 2:
-        return rows
+        return whole
     skip: int = rope.temporal_skip_len
-    return ForwardGrid((skip, *rows.grid[1:]), frames=(0, skip - 1))
+    return ForwardGrid((skip, *whole.grid[1:]), frames=(0, skip - 1))
 
 
 def _adapter(model: str, module: str, rope: str, attention: str, processor: str = "WanAttnProcessor") -> ModelAdapter:
-    frames = _chronoedit_frames if rope.startswith("ChronoEdit") else _frames
+    grid = _chronoedit_grid if rope.startswith("ChronoEdit") else _grid
     return ModelAdapter(
         model=f"diffusers.models.transformers.{module}.{model}",
-        tables=(ModelTables("rope", rope, keyed_by_shape=EVERY, axes=AxisTables(_spec, frames)),),
+        tables=(ModelTables("rope", rope, keyed_by_shape=EVERY, axes=AxisTables(_spec, grid)),),
         rotations=(
             AttentionRotation(
                 attention=r"(blocks|vace_blocks)\.\d+\.attn1",
@@ -67,3 +67,5 @@ SKYREELS_V2 = _adapter(
     "SkyReelsV2Attention",
     "SkyReelsV2AttnProcessor",
 )
+
+ADAPTERS = (WAN, WAN_VACE, WAN_ANIMATE, CHRONOEDIT, SKYREELS_V2)

@@ -63,6 +63,14 @@ def _split(rotary: Any) -> list[Pair]:
     return [(whole.real.float(), whole.imag.float())]
 
 
+class _RopeApply(ReplacedFunction):
+    """``rope_apply(x, grid_sizes, freqs, time_stride)``."""
+
+    def rotary(self, args: tuple[Any, ...]) -> Any:
+        """Grid sizes, complex numbers and the stride of frames."""
+        return args[1:] if len(args) == 4 else None
+
+
 WAN_ANIMATE_2 = ModelAdapter(
     "diffusers.models.transformers.transformer_wan_animate_2.WanAnimate2Transformer3DModel",
     rotations=(
@@ -74,7 +82,7 @@ WAN_ANIMATE_2 = ModelAdapter(
             norms={},
             rotary=(),
             processors=("WanAnimate2AttnProcessor",),
-            replaced_function=ReplacedFunction("rope_apply", tables=3),
+            replaced_function=_RopeApply("rope_apply"),
         ),
     ),
     not_patched=(
@@ -82,3 +90,5 @@ WAN_ANIMATE_2 = ModelAdapter(
         "tables, because the model keeps them itself",
     ),
 )
+
+ADAPTERS = (WAN_ANIMATE_2,)

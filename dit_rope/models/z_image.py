@@ -47,3 +47,5 @@ BRIA_FIBO_2 = _adapter(
     "BriaFibo2Attention",
     "BriaFibo2AttnProcessor",
 )
+
+ADAPTERS = (Z_IMAGE, Z_IMAGE_CONTROLNET, BRIA_FIBO_2)

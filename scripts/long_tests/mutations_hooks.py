@@ -144,7 +144,9 @@ _KNOWN_CODE = (
         'hasattr(found, "__wrapped__") and _is_context_decorator(found)',
         'hasattr(found, "__wrapped__")',
     ),
-    _known("builder-of-another-name", "hooks/rope_modules", "owner not in builders:", "owner is None:"),
+    _known(
+        "builder-of-another-name", "hooks/rope_modules", "guard.owner not in tables.builders:", "guard.owner is None:"
+    ),
     _known(
         "method-of-the-builder-itself",
         "hooks/rope_modules",
@@ -222,9 +224,9 @@ _KNOWN_CODE = (
 _HANDED_OVER = (
     _known(
         "lost-rotation-unnoticed",
-        "hooks/rotating_norms",
-        "        if self.pending and not (",
-        "        if False and not (",
+        "hooks/adapter",
+        "        if not_called:\n",
+        "        if False:\n",
     ),
     _known("every-rotation-pending", "hooks/rotating_norms", "        call.pending.discard(self._name)\n", ""),
     _fresh(

@@ -26,13 +26,25 @@ _FITS = (
     _fitting(
         "any-number-of-tokens",
         "hooks/adapter",
-        "return bool(0 < count <= rows if self.at_least else 0 < count == rows)",
+        "return 0 < self.count(arguments, dim) == rows",
         "return True",
     ),
-    _fitting("longer-tables", "hooks/adapter", "else 0 < count == rows)", "else 0 < count <= rows)"),
-    _fitting("one-row-tables", "hooks/adapter", "else 0 < count == rows)", "else 0 < count == rows or rows == 1)"),
-    _fitting("no-argument-fits", "hooks/adapter", "return self.optional", "return True"),
-    _fitting("tokens-of-both", "hooks/adapter", "counts[0] if self.first_of else sum(counts)", "sum(counts)"),
+    _fitting(
+        "longer-tables", "hooks/adapter", "self.count(arguments, dim) == rows", "self.count(arguments, dim) <= rows"
+    ),
+    _fitting(
+        "one-row-tables",
+        "hooks/adapter",
+        "self.count(arguments, dim) == rows",
+        "self.count(arguments, dim) == rows or rows == 1",
+    ),
+    _fitting(
+        "no-argument-fits",
+        "hooks/adapter",
+        "0 < self.count(arguments, dim) == rows",
+        "self.count(arguments, dim) in (0, rows)",
+    ),
+    _fitting("tokens-of-both", "hooks/adapter", "counts[:1] if self.first_of else counts", "counts"),
     _fitting(
         "batch-of-the-table",
         "hooks/heads",
@@ -69,7 +81,7 @@ _FITS = (
     _fitting(
         "rest-not-looked-at",
         "hooks/rotating_norms",
-        "if self._rotated.rest_is_identity and not table.rest_is_identity(heads.shape[1]):",
+        "if not self._rotated.fits(table, heads.shape[1]):",
         "if False:",
     ),
     _fitting(
@@ -178,9 +190,9 @@ _FITS = (
     ),
     of_models(
         "result-not-rounded",
-        "hooks/rotating_norms",
-        "            result = result.to(declared.result)\n",
-        "            pass\n",
+        "models/kandinsky",
+        ".to(torch.bfloat16) if rotation.exact",
+        " if rotation.exact",
         "kandinsky or ideogram4 or krea2 or joyimage",
     ),
     of_models(
@@ -229,7 +241,7 @@ _KEYS = (
         "None if config is None else _tree(dict(config), tensor),",
         "None,",
     ),
-    _memo("key-without-what-it-reads", " for name in tables.reads]", " for name in ()]"),
+    _memo("key-without-what-it-reads", " for module in tables.reads(target)]", " for module in ()]"),
     _memo(
         "default-device-of-tables",
         'if tables.to_device and _default_device().type != "cpu":',

@@ -48,8 +48,7 @@ def methods_of(adapter: ModelAdapter) -> Iterator[tuple[type, str]]:
     """Classes of diffusers, and methods of theirs, on which the declaration of one model depends."""
     module = importlib.import_module(adapter.model.rpartition(".")[0])
     for tables in adapter.tables:
-        builders = (tables.builder,) if isinstance(tables.builder, str) else tables.builder
-        yield from ((each, tables.method) for name in builders for each in named(name, module))
+        yield from ((each, tables.method) for name in tables.builders for each in named(name, module))
     for rotations in adapter.rotations:
         yield from owners_of(rotations, module)
 

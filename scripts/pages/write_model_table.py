@@ -43,8 +43,7 @@ def reads_values(adapter: ModelAdapter) -> bool:
     """Whether tables depend on values that a GPU would have to be asked for, so that they are built in every pass."""
     names: set[str] = set()
     for tables in adapter.tables:
-        builders = (tables.builder,) if isinstance(tables.builder, str) else tables.builder
-        for builder in builders if tables.keyed_by_shape != EVERY else ():
+        for builder in tables.builders if tables.keyed_by_shape != EVERY else ():
             method = getattr(_builders()[builder], tables.method)
             names |= set(inspect.signature(method).parameters) - set(tables.keyed_by_shape)
     return not names.isdisjoint(READ)

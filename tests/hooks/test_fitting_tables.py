@@ -15,6 +15,8 @@ from dit_rope.hooks.adapter import AttentionRotation, Layout, Tokens
 from dit_rope.hooks.formats import HEAD_HALVES, INTERLEAVED, Format
 from dit_rope.hooks.heads import fits
 from dit_rope.hooks.packed_tables import PackedTable, pack
+from dit_rope.models.qwen_image import NUCLEUS
+from dit_rope.models.stable_audio import STABLE_AUDIO_3
 from dit_rope.spec import Pairing
 from zoo import Noise
 
@@ -228,13 +230,20 @@ def test_only_a_row_for_each_token_fits(rows: int) -> None:
     arguments = {"hidden_states": torch.zeros(2, 4, 3), "encoder_hidden_states": torch.zeros(2, 3, 3), "none": None}
     both, first = ("encoder_hidden_states", "hidden_states"), ("none", "hidden_states", "encoder_hidden_states")
     assert Tokens(both).fit(arguments, 1, rows) == (rows == 7)
-    assert Tokens(both, at_least=True).fit(arguments, 1, rows) == (rows >= 7)
     assert Tokens(first, first_of=True).fit(arguments, 1, rows + 4) == (rows == 0)
-    assert Tokens(("none",), optional=True).fit(arguments, 1, rows)
     assert not Tokens(("none",)).fit(arguments, 1, rows)
     assert not Tokens().fit({"hidden_states": torch.zeros(2, 0, 3)}, 1, rows)
     assert not Tokens().fit({"hidden_states": torch.zeros(2, rows, 3, 3)}, 1, rows)
     assert not Tokens().fit({"hidden_states": [0] * rows}, 1, rows)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 5])
+def test_a_longer_table_fits_stable_audio_3_and_any_table_fits_the_cached_text_of_nucleus(rows: int) -> None:
+    hidden = torch.zeros(2, 4, 3)
+    (last,), (_, text) = STABLE_AUDIO_3.rotations[0].covers, NUCLEUS.rotations[0].covers
+    assert last.fit({"hidden_states": hidden}, 1, rows) == (rows >= 4)
+    assert text.fit({"hidden_states": hidden, "encoder_hidden_states": None}, 1, rows)
+    assert text.fit({"encoder_hidden_states": hidden}, 1, rows) == (rows == 4)
 
 
 def table(batch: int, heads: int, pairs: int) -> PackedTable:

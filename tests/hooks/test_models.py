@@ -18,7 +18,7 @@ from dit_rope.rotation import ops
 from zoo import EXAMPLES, Example, Noise
 
 DTYPES = [torch.float32, torch.bfloat16]
-PATCHED = [example for example in EXAMPLES if any(adapter.matches(example.model_class) for adapter in ADAPTERS)]
+PATCHED = [example for example in EXAMPLES if example.model in {adapter.model for adapter in ADAPTERS}]
 BY_NAME = pytest.mark.parametrize("example", PATCHED, ids=lambda example: example.name)
 
 
@@ -107,10 +107,11 @@ def test_fast_mode_errs_as_unpatched_does(example: Example, dtype: torch.dtype) 
     """Both against the model in float64 where it runs there; it rounds no more often than the model's own code."""
     model = example.build(dtype)
     expected = forward(example, model, dtype)
-    with dit_rope.patch(model, exact=False) as handle:
+    with dit_rope.patch(model, exact=False):
         actual = forward(example, model, dtype)
-        results = [found.rotations.result or dtype for plan in handle._plans for found in plan.rotations]
-    bound = 64 * max(torch.finfo(rounded).eps for rounded in (dtype, *results))
+    # Unpatched, this class rounds rotated queries and keys to bfloat16, whatever its dtype.
+    rounded = torch.bfloat16 if example.model_class.__name__ == "Kandinsky5Transformer3DModel" else dtype
+    bound = 64 * torch.finfo(rounded).eps
     for ours, theirs in zip(actual, expected, strict=True):
         scale = theirs.float().abs().max()
         assert (ours.float() - theirs.float()).abs().max() <= bound * scale

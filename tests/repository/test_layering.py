@@ -65,6 +65,10 @@ BESIDE |= {(CUDA, LAUNCH)} | {(backend, GPU_CALLS) for backend in (TRITON[0], CU
 """The left imports the right. What needs Triton or the CUDA bindings is a file of its own, imported only where they
 are; what both GPU backends ask of a call is written once."""
 
+VOCABULARY = tuple(f"dit_rope.hooks.{name}" for name in ("adapter", "formats", "packed_tables", "class_override"))
+DECLARES = (*VOCABULARY, "dit_rope.models", "dit_rope.spec", "dit_rope.rotation_args")
+"""A file of ``dit_rope.models`` holds declarations. It imports what they are written in, and nothing that runs them."""
+
 HOME = {
     "triton": TRITON,
     "cuda": (LAUNCH,),
@@ -146,6 +150,8 @@ def offences(name: str, source: str, is_package: bool = False) -> list[str]:
             together = any(within(name, (unit,)) and within(module, (unit,)) for unit in SAME_UNIT)
             if not (together or (name, module) in BESIDE or layer(module) < layer(name)):
                 found.append(f"{name} imports {module}, which is not below it")
+            if within(name, ("dit_rope.models",)) and not within(module, DECLARES):
+                found.append(f"{name} imports {module}, in which no declaration is written")
         elif not within(name, HOME.get(top, (name,))):
             found.append(f"{name} imports {top}, which belongs in {HOME[top]}")
         elif top in LAZY and eager:
@@ -169,6 +175,8 @@ def test_module_imports_only_what_its_layer_may(name):
         ("dit_rope.tables.table", "def f():\n    from ..rotation import rotate"),
         ("dit_rope.tables.table", "from . import cache_clear"),
         ("dit_rope.hooks.plan", "from ..models import ADAPTERS"),
+        ("dit_rope.models.wan", "from ..hooks.plan import make_plan"),
+        ("dit_rope.models.wan", "from ..rotation.ops import rotate"),
         ("dit_rope.rotation.backends.eager", "from . import triton_kernels"),
         ("dit_rope.rotation.backends.triton_device", "from .triton_kernels import rotate"),
         ("dit_rope.rotation.backends.gpu_calls", "from .cuda_kernels import Plan"),
