@@ -1,5 +1,6 @@
 """Rotary position embedding for diffusion transformers: each table built once, each rotation one pass."""
 
+from .deprecated import rotary_dim
 from .patching import Patch, UnsupportedModelError, patch, unpatch
 from .rotation import norm_rotate, norm_rotate_qk, rotate, rotate_qk
 from .spec import Fusion, Grid, NormKind, Pairing, RopeSpec, Scaling, Shard
@@ -13,7 +14,6 @@ from .tables import (
     known_scalings,
     register_scaling,
     rope_table,
-    rotary_dim,
     scaling_from_config,
 )
 

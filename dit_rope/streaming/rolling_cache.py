@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -37,8 +38,8 @@ class RollingCache:
     Args:
         stream: whose chunks are appended.
         batch, heads, head_dim: of the keys.
-        value_dim: channels of a value's head; ``head_dim`` when None.
         dtype: of keys and values.
+        value_dim: deprecated, gone in 0.3; channels of a value's head, ``head_dim`` when None.
 
     Attributes:
         rotated_frames: frames of keys rotated so far, by which policies are compared.
@@ -51,12 +52,16 @@ class RollingCache:
         batch: int,
         heads: int,
         head_dim: int,
-        value_dim: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        value_dim: int | None = None,
     ) -> None:
         if not isinstance(stream, RopeStream):
             raise TypeError(f"stream must be a RopeStream, got {type(stream).__name__}")
         named = {"batch": batch, "heads": heads, "head_dim": head_dim}
+        if value_dim is not None:
+            warnings.warn(
+                "value_dim of RollingCache goes in 0.3; it is head_dim then", DeprecationWarning, stacklevel=2
+            )
         named["value_dim"] = head_dim if value_dim is None else value_dim
         batch, heads, head_dim, value_dim = (integer(name, value, 1) for name, value in named.items())
         for name, value in named.items():

@@ -1,7 +1,7 @@
 """Tables of cosines and sines: frequencies and their scaling, axes, grids and shards, dense forms, and every cache."""
 
 from .caches import TableCacheInfo, cache_clear, cache_configure, cache_info
-from .scaling import known_scalings, register_scaling, rotary_dim, scaling_from_config
+from .scaling import known_scalings, register_scaling, scaling_from_config
 from .scaling_types import AxisFrequencies
 from .table import RopeTable, rope_table
 
@@ -15,6 +15,5 @@ __all__ = [
     "known_scalings",
     "register_scaling",
     "rope_table",
-    "rotary_dim",
     "scaling_from_config",
 ]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 
 from ..cache import FifoCache
-from ..scalars import integer
 from ..spec import RopeSpec, Scaling
 from ..torch_state import WITHOUT_FLOAT64_OR_COMPLEX, in_mode
 from .scaling_types import TYPES, AxisFrequencies, ScalingFunction, ScalingType, default
@@ -144,8 +142,8 @@ def _check_options(kind: str, function: ScalingFunction, options: Mapping[str, o
 def scaling_from_config(config: object, *, layer_type: str | None = None, **context: float | None) -> Scaling | None:
     """The scaling that a configuration asks for, as transformers writes it; None where it asks for none.
 
-    Theta and the share of channels that turn are read from the same place by whoever makes the spec:
-    ``RopeSpec((rotary_dim(head_dim, config["partial_rotary_factor"]),), theta=config["rope_theta"], ...)``.
+    The base and the rotary channels of the spec are read from the same configuration: ``theta=config["rope_theta"]``,
+    ``dims=(int(head_dim * config["partial_rotary_factor"]),)``.
 
     Args:
         config: a ``rope_scaling`` or ``rope_parameters`` dictionary, a dataclass with such fields, a model's
@@ -208,21 +206,3 @@ def _as_mapping(config: object) -> Mapping[str, Any]:
             f"got {type(config).__name__}"
         )
     return found
-
-
-def rotary_dim(head_dim: int, partial_rotary_factor: float = 1.0) -> int:
-    """Channels of a head that turn: a share of them, rounded half up and then down to an even number, at least 2.
-
-    A factor of 0 or less, or of 1 or more, means all. The rule of InfiniLM (``model_config.cpp`` at df1a1fd9).
-
-    Raises:
-        TypeError, ValueError: for a head of fewer than 2 channels, or a factor that is not finite.
-    """
-    head_dim = integer("head_dim", head_dim, 2)
-    if isinstance(partial_rotary_factor, bool) or not isinstance(partial_rotary_factor, (int, float)):
-        raise TypeError(f"partial_rotary_factor must be a number, got {partial_rotary_factor!r}")
-    if not abs(partial_rotary_factor) < math.inf:
-        raise ValueError(f"partial_rotary_factor must be finite, got {partial_rotary_factor}")
-    whole = not 0.0 < partial_rotary_factor < 1.0
-    channels = head_dim if whole else math.floor(head_dim * partial_rotary_factor + 0.5)
-    return max(2, min(channels, head_dim) // 2 * 2)

@@ -36,10 +36,10 @@ class Layer:
     """A stream and its definition, given the same random chunks."""
 
     def __init__(self, stream: RopeStream, *, heads: int = 2, queries: int = 2, batch: int = 1, dim: int = 20,
-                 value_dim: int = 20, dtype: torch.dtype = F32) -> None:  # fmt: skip
+                 dtype: torch.dtype = F32, **changes: int) -> None:  # fmt: skip
         self.stream, self.dtype, self.dim = stream, dtype, dim
-        self.shapes = [(batch, queries, dim), (batch, heads, dim), (batch, heads, value_dim)]
-        self.cache = cache_of(stream, dtype, batch=batch, heads=heads, head_dim=dim, value_dim=value_dim)
+        self.shapes = [(batch, queries, dim), (batch, heads, dim), (batch, heads, changes.get("value_dim", dim))]
+        self.cache = cache_of(stream, dtype, batch=batch, heads=heads, head_dim=dim, **changes)
         sizes = (stream.policy.value, DIMS, SIZE, stream.window_frames, stream.sink_frames, stream.max_frames)
         self.exact, self.naive = StreamByDefinition(*sizes), StreamByDefinition(*sizes, dtype=F32)
 
@@ -116,10 +116,16 @@ def test_window_in_other_dtypes(policy: PositionPolicy, dtype: torch.dtype) -> N
 
 
 @POLICIES
-def test_queries_may_share_heads_and_values_be_of_another_size(policy: PositionPolicy) -> None:
-    layer = Layer(stream_of(policy), heads=2, queries=6, dim=26, value_dim=5, batch=2)
+def test_queries_may_share_heads(policy: PositionPolicy) -> None:
+    layer = Layer(stream_of(policy), heads=2, queries=6, dim=26, batch=2)
     for _ in range(4):
-        assert layer.run_chunk(2).values.shape[-1] == 5
+        layer.run_chunk(2)
+
+
+def test_values_of_another_size_are_deprecated() -> None:
+    with pytest.warns(DeprecationWarning, match="value_dim of RollingCache goes in 0.3"):
+        layer = Layer(stream_of(PositionPolicy.ABSOLUTE), value_dim=5)
+    assert layer.run_chunk(2).values.shape[-1] == 5
 
 
 @pytest.mark.parametrize("policy", [PositionPolicy.SINK_FOLLOW, PositionPolicy.WINDOW_RELATIVE])
@@ -378,7 +384,6 @@ def test_append_refuses_other_tensors(error: type[Exception], keys: Any, message
         (ValueError, {"batch": 0}, "batch must be at least 1, got 0"),
         (TypeError, {"heads": 2.0}, "heads must be an int, got 2.0"),
         (ValueError, {"head_dim": 18}, "head_dim must be at least the spec's 20 channels, got 18"),
-        (ValueError, {"value_dim": 0}, "value_dim must be at least 1, got 0"),
         (TypeError, {"dtype": torch.int8}, "dtype must be float32, float16, bfloat16 or float64, got torch.int8"),
     ],
 )

@@ -92,7 +92,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         ),
         "RollingCache": (
             dit_rope.RollingCache,
-            {"stream": stream(), "batch": 1, "heads": 2, "head_dim": 8, "value_dim": None, "dtype": torch.float32},
+            {"stream": stream(), "batch": 1, "heads": 2, "head_dim": 8, "dtype": torch.float32},
         ),
         "begin_chunk": (lambda frames: stream().begin_chunk(frames), {"frames": 2}),
         "cache_configure": (
@@ -101,7 +101,6 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         ),
         "register_scaling": (lambda name, function: None if callable(function) and name == "mine" else
                              dit_rope.register_scaling(name, function), {"name": "mine", "function": len}),
-        "rotary_dim": (dit_rope.rotary_dim, {"head_dim": 8, "partial_rotary_factor": 0.5}),
         "scaling_from_config": (dit_rope.scaling_from_config, {"config": None}),
         "patch": (lambda target: None if target is None else dit_rope.patch(target), {"target": None}),
         "unpatch": (lambda target: None if target is None else dit_rope.unpatch(target), {"target": None}),

@@ -1,4 +1,4 @@
-"""Scalings read from configurations, in every form that transformers and others write them; the rotary width."""
+"""Scalings read from configurations, in every form that transformers and others write them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen2VLConfig
 
-from dit_rope import Scaling, rotary_dim, scaling_from_config
+from dit_rope import Scaling, scaling_from_config
 
 LINEAR = Scaling.of("linear", factor=4.0)
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
@@ -148,25 +148,3 @@ def test_layer_types_have_scalings_of_their_own():
     assert scaling_from_config({"a": None, "b": {"type": "none"}}, layer_type="a") is None
     with pytest.raises(ValueError, match="layer_type must be one of sliding_attention, full_attention, got None"):
         scaling_from_config(config)
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "factor", "expected"),
-    [(128, 0.5, 64), (64, 0.25, 16), (80, 0.4, 32), (10, 0.5, 4), (64, 0.01, 2), (64, 0.0, 64), (64, 1.5, 64)],
-)
-def test_rotary_dim_is_a_share_of_the_head_clamped_and_even(head_dim, factor, expected):
-    assert rotary_dim(head_dim, factor) == expected
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((1, 0.5), ValueError, "head_dim must be at least 2, got 1"),
-        ((64.0, 0.5), TypeError, "head_dim must be an int, got 64.0"),
-        ((True, 0.5), TypeError, "head_dim must be an int, got True"),
-        ((64, float("nan")), ValueError, "partial_rotary_factor must be finite, got nan"),
-    ],
-)
-def test_rotary_dim_refuses(arguments, error, message):
-    with pytest.raises(error, match=message):
-        rotary_dim(*arguments)
