@@ -1,7 +1,12 @@
-"""Which backend takes a call, and why each other does not."""
+"""Which backend takes a call, and why each other does not.
+
+At debug level the logger ``dit_rope`` says which backend takes a call, and why those that were asked before it
+declined: one message for each kind of call (its dtype, device, heads and norm) and each set of reasons.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +33,8 @@ class Choice(NamedTuple):
 
 _EAGER = Choice("eager")
 _choices: dict[object, Choice] = {}
+_log = logging.getLogger(__name__)
+_logged: set[str] = set()
 
 
 def check_backend(name: str) -> None:
@@ -46,7 +53,7 @@ def choose_backend(
     """The name of the backend that takes the call.
 
     ``"auto"`` takes the first of :data:`BACKENDS` that accepts; on CPU that is eager, as Triton's interpreter is for
-    tests.
+    tests. Where a GPU backend is asked, the choice and the reasons of those that declined are logged at debug level.
 
     Raises:
         ValueError: an unknown backend, or one that was named and declines, with its reason.
@@ -56,13 +63,32 @@ def choose_backend(
         return "eager"
     if in_level():  # no kernel is run, and what is asked of tensors before one they do not answer there
         return "eager"
+    reasons: dict[str, str] = {}
     for name in BACKENDS[:-1] if backend == "auto" else (backend,):
         reason = MODULES[name].declined(xs, args, norm)
         if reason is None:
+            _log_choice(xs, norm, name, reasons)
             return name
-    if backend == "auto":
-        return "eager"
-    raise ValueError(f"backend must accept the call, got {backend!r}, which declines: {reason}")
+        reasons[name] = reason
+    if backend != "auto":
+        raise ValueError(f"backend must accept the call, got {backend!r}, which declines: {reason}")
+    _log_choice(xs, norm, "eager", reasons)
+    return "eager"
+
+
+def _log_choice(xs: Sequence[torch.Tensor], norm: NormKind | None, backend: str, reasons: dict[str, str]) -> None:
+    if not _log.isEnabledFor(logging.DEBUG):
+        return
+    heads = " and ".join(str(x.shape[2]) for x in xs)
+    operation = "rotates" if norm is None else f"norms ({norm.value}) and rotates"
+    message = f"{backend} {operation} {heads} heads of {xs[0].shape[3]} channels, {xs[0].dtype} on {xs[0].device}"
+    message = "; ".join((message, *(f"{name} declines: {reason}" for name, reason in reasons.items())))
+    if message in _logged:
+        return
+    if len(_logged) >= _MAX_REMEMBERED:
+        _logged.clear()
+    _logged.add(message)
+    _log.debug("%s", message)
 
 
 def _is_eager(xs: Sequence[torch.Tensor], backend: str) -> bool:
@@ -112,7 +138,7 @@ def explain_backends(device: str | torch.device) -> list[tuple[str, str]]:
     target = torch.device(device)
     x = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=target)
     rows = torch.zeros(2, 1, 32, device=target)
-    args = RotationArgs(rows, None, (32,), (1,), (0,), 0, 0, 1, Pairing.INTERLEAVED, False, False)
+    args = RotationArgs.of_rows(rows, None, (32,), 1, Pairing.INTERLEAVED)
     chosen = choose_backend([x], args)
     lines = []
     for name in BACKENDS:

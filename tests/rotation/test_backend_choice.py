@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -76,6 +77,28 @@ def test_choose_backend_falls_through_those_that_decline(table: RopeTable, monke
         choose_backend([OnGpu()], table.args(), "cuda")  # type: ignore[list-item]
     monkeypatch.setattr(MODULES["triton"], "declined", lambda xs, args, norm=None: "nor I")
     assert choose_backend([OnGpu()], table.args()) == "eager"  # type: ignore[list-item]
+
+
+def test_choice_and_reasons_are_logged_once_for_each_kind_of_call(
+    table: RopeTable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backend_choice, "_logged", set())
+    monkeypatch.setattr(MODULES["cuda"], "declined", lambda xs, args, norm=None: "no GPU")
+    monkeypatch.setattr(MODULES["triton"], "declined", lambda xs, args, norm=None: "no Triton")
+    monkeypatch.setattr(backend_choice, "_is_eager", lambda xs, backend: False)
+    (q, k), args = queries_and_keys(), table.args()
+    choose_backend([q, k], args)
+    assert not caplog.messages
+    with caplog.at_level(logging.DEBUG, "dit_rope"):
+        for length in (24, 12):
+            choose_backend([q[:, :length], k[:, :length]], args)
+        choose_backend([q], args, norm=NormKind.PER_HEAD)
+    assert {record.name for record in caplog.records} == {"dit_rope.rotation.choice"}
+    reasons = "torch.float32 on cpu; cuda declines: no GPU; triton declines: no Triton"
+    assert caplog.messages == [
+        f"eager rotates 4 and 2 heads of 16 channels, {reasons}",
+        f"eager norms (per_head) and rotates 4 heads of 16 channels, {reasons}",
+    ]
 
 
 def test_explain_backends_gives_a_reason_for_each_that_is_not_chosen() -> None:
