@@ -83,6 +83,29 @@ class RotationArgs:
     entries: torch.Tensor | None = None
     head_rows: int = 0
 
+    @classmethod
+    def of_rows(
+        cls,
+        rows: torch.Tensor,
+        positions: torch.Tensor | None,
+        pairs: tuple[int, ...],
+        count: int,
+        pairing: Pairing,
+        *,
+        prefix: int = 0,
+        inverse: bool = False,
+        exact: bool = False,
+        entries: torch.Tensor | None = None,
+        head_rows: int = 0,
+    ) -> RotationArgs:
+        """The rotation of ``count`` tokens by ``rows``, of which each has those of its positions.
+
+        Without positions there is one axis, and token i has row i.
+        """
+        zeros = (0,) * len(pairs)
+        sizes = (count,) if positions is None else zeros
+        return cls(rows, positions, pairs, sizes, zeros, 0, prefix, count, pairing, inverse, exact, entries, head_rows)
+
     def at(self, positions: torch.Tensor) -> RotationArgs:
         """The same rotation at other positions."""
         other = object.__new__(RotationArgs)  # a tenth of what dataclasses.replace takes, in every call of a layer

@@ -30,19 +30,8 @@ def one_axis_args(
     if positions is None and rows.device.type == "cpu":
         # The eager backend remembers what it makes of rows that it finds by themselves, which here would serve none.
         positions = torch.arange(count, dtype=torch.int32, device=rows.device)[None, :, None]
-    return RotationArgs(
-        rows=rows,
-        positions=positions,
-        pairs=(rows.shape[2],),
-        sizes=(count,),
-        first_rows=(0,),
-        token_offset=0,
-        prefix=0,
-        count=count,
-        pairing=Pairing.INTERLEAVED if interleaved else Pairing.HALF,
-        inverse=inverse,
-        exact=exact,
-    )
+    pairing = Pairing.INTERLEAVED if interleaved else Pairing.HALF
+    return RotationArgs.of_rows(rows, positions, (rows.shape[2],), count, pairing, inverse=inverse, exact=exact)
 
 
 def cache_rows(cache: torch.Tensor, queries: torch.dtype) -> torch.Tensor:

@@ -124,15 +124,18 @@ class PackedTable:
     def _make_args(self, length: int, align: Align, exact: bool) -> RotationArgs:
         count = min(length, self.tokens)
         first = self.tokens - count if align is Align.END else 0
-        free = (0,) * len(self.pairs)
+        prefix = length - count if align is Align.END else 0
+        if self.positions is not None:
+            where = (self.rows, self.positions[:, first : first + count], self.pairs, count, self.pairing)
+            return RotationArgs.of_rows(*where, prefix=prefix, exact=exact, head_rows=self.head_rows)
         return RotationArgs(
             rows=self.rows,
-            positions=None if self.positions is None else self.positions[:, first : first + count],
+            positions=None,
             pairs=self.pairs,
-            sizes=free if self.positions is not None else self.sizes or (self.tokens,),
-            first_rows=free if self.positions is not None else self.first_rows or (0,),
-            token_offset=0 if self.positions is not None else self.token_offset + first,
-            prefix=length - count if align is Align.END else 0,
+            sizes=self.sizes or (self.tokens,),
+            first_rows=self.first_rows or (0,),
+            token_offset=self.token_offset + first,
+            prefix=prefix,
             count=count,
             pairing=self.pairing,
             inverse=False,

@@ -367,18 +367,6 @@ def _arguments(
     if axes > 1:
         positions = steps.new_full((*steps.shape, axes), -1)
         positions[..., angles.axis] = steps
-    none = (0,) * axes
-    return RotationArgs(
-        rows=rows,
-        positions=positions,
-        pairs=spec.pairs,
-        sizes=none,
-        first_rows=none,
-        token_offset=0,
-        prefix=0,
-        count=keys.shape[1],
-        pairing=spec.pairing,
-        inverse=towards_start,
-        exact=False,
-        entries=blocks,
+    return RotationArgs.of_rows(
+        rows, positions, spec.pairs, keys.shape[1], spec.pairing, inverse=towards_start, entries=blocks
     )

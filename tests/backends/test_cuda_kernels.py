@@ -36,7 +36,7 @@ def norm_and_rotation(kind: NormKind, folder: Path, tuning: Tuning | None = None
     There are several blocks, of several warps for each token.
     """
     rows = torch.stack((torch.zeros(5, 64), torch.ones(5, 64)))
-    args = RotationArgs(rows, None, (64,), (5,), (0,), 0, 0, 5, Pairing.INTERLEAVED, False, False)
+    args = RotationArgs.of_rows(rows, None, (64,), 5, Pairing.INTERLEAVED)
     x = torch.randn(1, 5, 24, 128).bfloat16()
     outs = torch.zeros_like(x), torch.zeros_like(x)
     eager.rotate([x], args, [outs[1]], Norm(kind, 1e-6))

@@ -257,7 +257,7 @@ def swept_rows(tuning: Tuning, operation: str = "norm across heads, rotate") -> 
 
 
 def test_table_is_made_of_what_a_sweep_kept(repository: Path) -> None:
-    script = runpy.run_path(str(repository / "scripts" / "write_cuda_tuning.py"))
+    script = runpy.run_path(str(repository / "scripts" / "gpu_checks" / "write_cuda_tuning.py"))
     tuning = Tuning(thread_chunks=8, late_weights=True, stores="streaming", stages=2, min_blocks=2)
     other = {**H200, "device": "NVIDIA B200", "split": True}
     table = script["merged"]([other, {**H200, "split": True}], swept_rows(tuning))

@@ -61,7 +61,7 @@ def test_declined_does_not_import_triton_for_a_tensor_on_cpu() -> None:
         "from dit_rope.rotation.backends import triton_kernels\n"
         "from dit_rope.rotation_args import RotationArgs\n"
         "from dit_rope.spec import Pairing\n"
-        "args = RotationArgs(torch.zeros(2, 1, 1), None, (1,), (1,), (0,), 0, 0, 1, Pairing.HALF, False, False)\n"
+        "args = RotationArgs.of_rows(torch.zeros(2, 1, 1), None, (1,), 1, Pairing.HALF)\n"
         "assert triton_kernels.declined([torch.zeros(1, 1, 1, 2)], args)\n"
         "assert 'triton' not in sys.modules\n"
     )

@@ -90,8 +90,8 @@ def test_norm_with_rotation_has_all_derivatives(norm: NormKind, exact: bool) -> 
 @MODES
 def test_rotation_by_own_angles_of_heads_has_all_derivatives(exact: bool) -> None:
     angles = torch.randn(8, 3, dtype=F64)
-    where = ((3,), (4,), (0,), 0, 1, 4, Pairing.INTERLEAVED, False, exact)
-    args = RotationArgs(torch.stack((angles.cos(), angles.sin())), None, *where, head_rows=4)
+    rows = torch.stack((angles.cos(), angles.sin()))
+    args = RotationArgs.of_rows(rows, None, (3,), 4, Pairing.INTERLEAVED, prefix=1, exact=exact, head_rows=4)
     check_all_derivatives(lambda *xs: tuple(ops.rotate(xs, args)), (tokens(), tokens(1, 6, 1, 7)))
 
 

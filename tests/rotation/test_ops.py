@@ -100,8 +100,7 @@ def own_angles(heads: int, exact: bool, dtype: torch.dtype) -> RotationArgs:
     """Angles of 4 pairs for each of ``heads``, of 12 tokens after one that does not turn."""
     angles = torch.randn(heads * 12, 4, dtype=torch.float64)
     rows = torch.stack((angles.cos(), angles.sin())).to(dtype)
-    where = ((4,), (12,), (0,), 0, 1, 12, Pairing.INTERLEAVED, False, exact)
-    return RotationArgs(rows, None, *where, head_rows=12)
+    return RotationArgs.of_rows(rows, None, (4,), 12, Pairing.INTERLEAVED, prefix=1, exact=exact, head_rows=12)
 
 
 @pytest.mark.parametrize("exact", [False, True])

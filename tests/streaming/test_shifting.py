@@ -176,9 +176,7 @@ BLOCK_AFTER = torch.tensor(
 
 
 def rotation_args(rows: torch.Tensor, positions: torch.Tensor, spec: RopeSpec) -> RotationArgs:
-    none = (0,) * len(spec.dims)
-    where = (positions, spec.pairs, none, none, 0, 0, BLOCK)
-    return RotationArgs(rows, *where, pairing=spec.pairing, inverse=False, exact=False)
+    return RotationArgs.of_rows(rows, positions, spec.pairs, BLOCK, spec.pairing)
 
 
 @both_pairings
