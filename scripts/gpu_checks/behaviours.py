@@ -241,10 +241,10 @@ def one_kernel(setting: Setting) -> str:
 
 def wan_without_copies(setting: Setting) -> str:
     """A patched Wan copies nothing from the host in its second step; exactly patched, it gives the unpatched bits."""
-    import wan_models
+    from zoo import wan
 
     dtype = torch.bfloat16 if setting.real else torch.float32
-    model = wan_models.build("wan", dtype).to(setting.device)
+    model = wan.build("wan", dtype).to(setting.device)
     latent = setting.noise(1, 4, 3, 8, 12, dtype=dtype)
     text = setting.noise(1, 12, 16, dtype=dtype)
     timestep = torch.tensor([500], device=setting.device)

@@ -24,11 +24,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import dit_rope
-import wan_models
 from benchmarks.architectures import ARCHITECTURES
 from benchmarks.results import Row
 from benchmarks.rotation import one_line
 from benchmarks.timing import measurement, take_turns
+from zoo import wan
 
 from .results import RESULTS, Record, result_path, table
 
@@ -152,7 +152,7 @@ def run(device: str, rounds: int, rehearse: bool, record: Record) -> None:
     """Eager, then compiled; the rows of each are written when they are known."""
     dtype = torch.float32 if rehearse else torch.bfloat16
     # Built on the CPU, as from_pretrained does: a GPU computes other last bits of some table entries.
-    model = wan_models.build("wan") if rehearse else ARCHITECTURES["wan-1.3b"].build(None, "cpu", dtype).to(device)
+    model = wan.build("wan") if rehearse else ARCHITECTURES["wan-1.3b"].build(None, "cpu", dtype).to(device)
     latent = torch.randn(1, model.config.in_channels, *(TINY_SIZES if rehearse else SIZES), device=device).to(dtype)
     twins, problems = models(model, "eager" if rehearse else "cuda")
     record.add([_problem("eager", name, reason) for name, reason in problems.items()])

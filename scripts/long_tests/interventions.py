@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 nice python scripts/long_tests/interventions.py --jobs 2             # some 5 hours of two cores
     OMP_NUM_THREADS=1 nice python scripts/long_tests/interventions.py --jobs 2 --share 4   # every fourth pair
 
-Every example model of ``tests/support/zoo`` and the Wan ones, under every intervention of
+Every example model of ``tests/support/zoo``, under every intervention of
 ``scripts/long_tests/intervention_cases``: put on before the patch, after it, taken off before ``undo()``, and after a
 patch that was undone; in exact and fast mode. A case must give what the unpatched twin gives under the same
 intervention: the same bits in exact mode, the same but for rounding in fast mode, the same type of error where the twin
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"
 from benchmarks.results import environment, write_csv
 from long_tests.intervention_cases import INTERVENTIONS, Intervention, judge, tables
 from long_tests.intervention_cases.runner import Row
-from long_tests.intervention_cases.zoo_examples import examples, named
+from zoo import EXAMPLES, named
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("wan", "flux", "hunyuan-video-no-norm", "hidream", "cogvideox-1.5", "joyimage")
@@ -94,7 +94,7 @@ def write(folder: Path, chosen: list[Intervention], results: Path) -> list[Row]:
     """Writes the tables of all that is in the work folder so far, and returns its rows."""
     wanted = {one.name for one in chosen}
     rows = [
-        row for one in examples() for name, found in done(folder, one.name).items() if name in wanted for row in found
+        row for one in EXAMPLES for name, found in done(folder, one.name).items() if name in wanted for row in found
     ]
     if rows:
         write_csv(results / "interventions.csv", tables.counts(rows), "cpu")
@@ -107,7 +107,7 @@ def write(folder: Path, chosen: list[Intervention], results: Path) -> list[Row]:
 
 def share_of(example: str, chosen: list[Intervention], share: int) -> list[Intervention]:
     """Those of the interventions that an example meets where one pair in ``share`` is run."""
-    first = [one.name for one in examples()].index(example)
+    first = [one.name for one in EXAMPLES].index(example)
     numbers = {one.name: number for number, one in enumerate(INTERVENTIONS, first)}
     return [one for one in chosen if numbers[one.name] % share == 0]
 
@@ -157,7 +157,7 @@ def main() -> None:
     options = parser.parse_args()
     chosen = [one for one in INTERVENTIONS if any(only in one.name or only == one.group for only in options.only)]
     chosen = [one for one in chosen if one.quick or not options.quick]
-    names = options.examples or (list(QUICK) if options.quick else [one.name for one in examples()])
+    names = options.examples or (list(QUICK) if options.quick else [one.name for one in EXAMPLES])
     folder = options.work / str(environment("cpu")["commit"])
     folder.mkdir(parents=True, exist_ok=True)
     run(names, chosen, folder, options)

@@ -14,9 +14,9 @@ import torch._inductor.config
 from diffusers import hooks
 
 from long_tests.intervention_cases import INTERVENTIONS
-from long_tests.intervention_cases.zoo_examples import examples
+from zoo import EXAMPLES
 
 torch.set_num_threads(1)
 torch.compile(torch.abs, backend="aot_eager")(torch.ones(2))  # imports what compilation needs
 
-__all__ = ["INTERVENTIONS", "diffusers", "examples", "hooks", "peft", "torch"]
+__all__ = ["EXAMPLES", "INTERVENTIONS", "diffusers", "hooks", "peft", "torch"]

@@ -152,10 +152,8 @@ def in_a_pass(module: torch.nn.Module, args: Any, kwargs: Any) -> object:
 @torch.no_grad()
 def attention_modules(rounds: int) -> list[dict[str, object]]:
     """Rows for some models: of one call of an attention module."""
-    from compiled_graphs import WAN
-
     rows: list[dict[str, object]] = []
-    for example in (one for one in (WAN, *EXAMPLES) if one.name in ATTENTION):
+    for example in (one for one in EXAMPLES if one.name in ATTENTION):
         print(example.name)
         cases = attention_cases(example)
         with mock.patch.object(ops, "rotate", lambda xs, *_, **__: list(xs)):
@@ -174,7 +172,7 @@ def driver_calls(processes: int, beside: Path | None) -> list[dict[str, object]]
         environment = stub_driver.environment(stub_driver.build(Path(folder)))
         for _ in range(processes):
             for root in filter(None, (beside, ROOT)):
-                command = [sys.executable, str(ROOT / "scripts" / "driver_host_time.py"), str(TURNS)]
+                command = [sys.executable, str(Path(__file__).with_name("driver_host_time.py")), str(TURNS)]
                 done = subprocess.run(
                     command, env=environment | {"PYTHONPATH": str(root)}, check=True, capture_output=True, text=True
                 )

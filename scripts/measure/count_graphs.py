@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
 
 from benchmarks.results import RESULTS, Row, environment, read_csv, write_results
-from compiled_graphs import WAN, Compiled, compiled, equal
+from compiled_graphs import Compiled, compiled, equal
 from zoo import EXAMPLES, Example
 
 NAME = "compiled-graphs"
@@ -36,7 +36,7 @@ WIDTHS = (1, 2, 3)
 
 def chosen(names: list[str]) -> list[Example]:
     """The examples called ``names``, or the first of every class that a patch knows."""
-    supported = [one for one in (WAN, *EXAMPLES) if any(adapter.model == one.model for adapter in ADAPTERS)]
+    supported = [one for one in EXAMPLES if any(adapter.model == one.model for adapter in ADAPTERS)]
     if names:
         return [one for one in supported if one.name in names]
     return list({one.model: one for one in reversed(supported)}.values())[::-1]

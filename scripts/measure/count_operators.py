@@ -24,7 +24,6 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,49 +43,15 @@ from dit_rope.patching import adapter_of
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
 
-import wan_models
 from benchmarks.operator_counts import FIGURES, TABLE_FIGURES, constant_weights, count_patched
 from benchmarks.results import Row, write_results
-from zoo import EXAMPLES, Example, Noise
+from zoo import EXAMPLES, Example, Noise, wan
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "docs" / "operators.svg"
 DTYPE = torch.bfloat16
 LONGEST_BAR = 150  # units; a longer bar is cut off
 NEW_IN_EACH_STEP = ("hidden_states", "audio_hidden_states", "x", "timestep", "t")
-
-
-@dataclass(frozen=True)
-class WanExample(Example):
-    """A model of ``tests/support/wan_models.py``, which has no inputs but makes them in each forward pass."""
-
-    def build(self, dtype: torch.dtype = torch.float32, released: bool = False) -> torch.nn.Module:
-        """As :meth:`Example.build`."""
-        own = dict(wan_models._COMMON)
-        wan_models._COMMON.update(self.released if released else {})
-        try:
-            return wan_models.build(self.name, dtype)
-        finally:
-            wan_models._COMMON.update(own)
-
-    def run(self, model: Any, inputs: Any) -> Any:
-        """One forward pass of 480 tokens."""
-        return wan_models.forward(model, DTYPE, frames=5, height=16, width=24)
-
-
-def _wan(name: str, file: str, model_class: str) -> WanExample:
-    released = {"num_attention_heads": 24, "attention_head_dim": 128}  # Wan 2.2 5B
-    return WanExample(name, f"diffusers.models.transformers.{file}.{model_class}", {}, lambda *_: {}, released)
-
-
-ALL_EXAMPLES: tuple[Example, ...] = (
-    _wan("wan", "transformer_wan", "WanTransformer3DModel"),
-    _wan("vace", "transformer_wan_vace", "WanVACETransformer3DModel"),
-    _wan("animate", "transformer_wan_animate", "WanAnimateTransformer3DModel"),
-    _wan("chronoedit", "transformer_chronoedit", "ChronoEditTransformer3DModel"),
-    _wan("skyreels-v2", "transformer_skyreels_v2", "SkyReelsV2Transformer3DModel"),
-    *EXAMPLES,
-)
 
 
 def measure(example: Example) -> list[Row]:
@@ -101,7 +66,7 @@ def measure(example: Example) -> list[Row]:
     adapter = adapter_of(model)
     if adapter is None:
         raise ValueError(f"example must be of a class that an adapter knows, got {example.name}")
-    inputs = example.inputs(model, Noise(DTYPE))
+    inputs = inputs_of(example, model)
 
     def forward() -> None:
         new = {name: inputs[name] for name in NEW_IN_EACH_STEP if name in inputs}
@@ -116,6 +81,12 @@ def measure(example: Example) -> list[Row]:
     ]  # fmt: skip
 
 
+def inputs_of(example: Example, model: torch.nn.Module) -> dict[str, Any]:
+    """Inputs of one forward pass: 480 tokens of the Wan family, whose small examples have one prompt and few tokens."""
+    sizes = {"frames": 5, "height": 16, "width": 24}
+    return wan.inputs(model, Noise(DTYPE), **sizes) if example in wan.EXAMPLES else example.inputs(model, Noise(DTYPE))
+
+
 def chosen(names: list[str], every: bool) -> list[Example]:
     """Examples of supported classes whose name holds one of ``names``, the first of each class or all of them.
 
@@ -125,7 +96,7 @@ def chosen(names: list[str], every: bool) -> list[Example]:
     supported = [adapter.model for adapter in ADAPTERS]
     found = [
         example
-        for example in ALL_EXAMPLES
+        for example in EXAMPLES
         if example.model in supported
         and (not names or any(name.lower() in example.model.rpartition(".")[2].lower() for name in names))
     ]
@@ -137,7 +108,7 @@ def chosen(names: list[str], every: bool) -> list[Example]:
 
 def without_example() -> list[Row]:
     """Rows without figures for classes that cannot run here, such as one that needs torchvision."""
-    run = {example.model for example in ALL_EXAMPLES}
+    run = {example.model for example in EXAMPLES}
     blank = dict.fromkeys(("example", "module", *FIGURES, *TABLE_FIGURES), "")
     missing = [adapter.model_class for adapter in ADAPTERS if adapter.model not in run]
     return [{"model": name, **blank, "diffusers": version("diffusers")} for name in missing]

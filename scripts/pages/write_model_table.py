@@ -18,7 +18,6 @@ from dit_rope.models import ADAPTERS, ModelAdapter
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
 
-import wan_models
 from zoo import EXAMPLES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,14 +85,8 @@ def _context_parallel(adapter: ModelAdapter) -> str:
 
 
 def _gradients(adapter: ModelAdapter) -> str:
-    trained = {example.model for example in EXAMPLES if example.trains} | _wan_classes()
+    trained = {example.model for example in EXAMPLES if example.trains}
     return "same" if adapter.model in trained and adapter.model_class not in NOT_HERE else "not tested"
-
-
-def _wan_classes() -> set[str]:
-    """Dotted names of the classes whose examples are in ``tests/support/wan_models.py``."""
-    models = {type(make()) for make in wan_models.MODELS.values()}
-    return {f"{model.__module__}.{model.__qualname__}" for model in models}
 
 
 def rows() -> str:

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import dit_rope
-from compiled_graphs import named, tensors
 from dit_rope.hooks.class_override import Override
-from zoo import Noise
+from zoo import Noise, named, tensors
 
 # Turns in norms, in projections, by a rebound function, and by a processor of ours.
 NORMS, PROJECTIONS, REBOUND, PROCESSOR = "wan", "hunyuan-video-no-norm", "hidream", "ideogram4"

@@ -11,9 +11,9 @@ import torch
 import torch._dynamo.testing
 
 import dit_rope
-from compiled_graphs import compiled, equal, inputs_of, named, tensors
+from compiled_graphs import compiled, equal, inputs_of
 from dit_rope import Grid, NormKind, RopeSpec, rope_table
-from zoo import Example, Noise
+from zoo import Example, Noise, named, tensors
 
 KINDS = {
     "axis tables": "wan",

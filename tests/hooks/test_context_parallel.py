@@ -21,7 +21,6 @@ import dit_rope
 from dit_rope.models import ADAPTERS
 from ranks import Ranks, end_groups
 from split_models import (
-    BY_NAME,
     CASES,
     UNEVEN,
     WORLD,
@@ -37,7 +36,7 @@ from split_models import (
     ulysses,
     wrapped,
 )
-from zoo import Noise
+from zoo import Noise, named
 
 
 @contextmanager
@@ -122,7 +121,7 @@ def test_every_class_that_can_be_split_is_here() -> None:
             module = ".".join(("diffusers", *path.relative_to(root).with_suffix("").parts))
             members = vars(importlib.import_module(module)).values()
             found |= {cls.__name__ for cls in members if isinstance(cls, type) and getattr(cls, "_cp_plan", None)}
-    assert found == {BY_NAME[name].model_class.__name__ for name in CASES}
+    assert found == {named(name).model_class.__name__ for name in CASES}
     assert found <= {adapter.model_class for adapter in ADAPTERS}
 
 

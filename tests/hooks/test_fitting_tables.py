@@ -10,7 +10,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_rope
-from compiled_graphs import named, tensors
 from dit_rope.hooks.adapter import AttentionRotation, Layout, Tokens
 from dit_rope.hooks.formats import HEAD_HALVES, INTERLEAVED, Format
 from dit_rope.hooks.heads import fits
@@ -18,7 +17,7 @@ from dit_rope.hooks.packed_tables import PackedTable, pack
 from dit_rope.models.qwen_image import NUCLEUS
 from dit_rope.models.stable_audio import STABLE_AUDIO_3
 from dit_rope.spec import Pairing
-from zoo import Noise
+from zoo import Noise, named, tensors
 
 CPU = torch.device("cpu")
 Change = Callable[[torch.Tensor], torch.Tensor]

@@ -9,9 +9,9 @@ import torch
 from test_known_code import run
 
 import dit_rope
-from compiled_graphs import named
 from dit_rope.hooks import fused_norms
 from dit_rope.hooks.fused_norms import fused_norm, makes_fresh_results
+from zoo import named
 
 
 @pytest.fixture(autouse=True)

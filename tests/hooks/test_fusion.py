@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import dit_rope
-import wan_models
 from dit_rope import Fusion, Scaling
 from dit_rope.hooks.class_override import Override
-from zoo import EXAMPLES, Example, Noise
+from zoo import Noise, named, tensors, wan
 
 NAMES = ("hunyuan-video", "flux", "ltx-padded", "qwen-image", "kandinsky5")
 FUSIONS = pytest.mark.parametrize("fuse", Fusion, ids=lambda fuse: fuse.value)
@@ -25,14 +24,10 @@ def _quiet(one_thread: None) -> None:
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, Any]:
     """A model, and a function that runs it."""
-    if name in wan_models.MODELS:
-        model = wan_models.build(name, dtype)
-        return model, lambda: [wan_models.forward(model, dtype, frames=2)]
-    example: Example = next(one for one in EXAMPLES if one.name == name)
-    other = example.build(dtype)
-    inputs = example.inputs(other, Noise(dtype))
-    leaves = torch.utils._pytree.tree_leaves
-    return other, lambda: [leaf for leaf in leaves(example.run(other, inputs)) if isinstance(leaf, torch.Tensor)]
+    example = named(name)
+    model = example.build(dtype)
+    inputs = example.inputs(model, Noise(dtype))
+    return model, lambda: tensors(example.run(model, inputs))
 
 
 def run(forward: Any) -> list[torch.Tensor]:
@@ -101,7 +96,7 @@ def test_rotation_leaves_the_norm_to_the_model(name: str, rotations: list[str]) 
     ],
 )
 def test_report_says_what_is_fused(options: dict[str, Any], said: str) -> None:
-    with dit_rope.patch(wan_models.build("wan"), **options) as handle:
+    with dit_rope.patch(wan.build("wan"), **options) as handle:
         assert f"  fused: {said}\n" in handle.report()
 
 
@@ -112,28 +107,28 @@ def test_report_says_where_there_is_no_norm_to_fuse() -> None:
 
 
 def test_nothing_fused_scales_dense_tables() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     scaling = Scaling.of("linear", factor=2.0)
     with dit_rope.patch(model, scaling=scaling):
-        expected = run(lambda: [wan_models.forward(model)])
-    assert not same(run(lambda: [wan_models.forward(model)]), expected)
+        expected = run(lambda: [wan.forward(model)])
+    assert not same(run(lambda: [wan.forward(model)]), expected)
     for given in (scaling, lambda: scaling):
         with dit_rope.patch(model, scaling=given, fuse=Fusion.NOTHING):
-            assert same(run(lambda: [wan_models.forward(model)]), expected)
+            assert same(run(lambda: [wan.forward(model)]), expected)
 
 
 def test_nothing_fused_compiles_with_scaled_tables() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     with dit_rope.patch(model, scaling=Scaling.of("linear", factor=2.0), fuse=Fusion.NOTHING):
-        expected = run(lambda: [wan_models.forward(model)])
+        expected = run(lambda: [wan.forward(model)])
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        assert same(run(lambda: [wan_models.forward(compiled)]), expected)
+        assert same(run(lambda: [wan.forward(compiled)]), expected)
     torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("fuse", ["rotation", None, True])
 def test_patch_refuses_a_fuse_that_is_no_fusion(fuse: Any) -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     with pytest.raises(TypeError, match=r"fuse must be a Fusion, got "):
         dit_rope.patch(model, fuse=fuse)
     assert not any(isinstance(module, Override) for module in model.modules())

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from test_patching import forward, state_of
+from test_patching import forward
 
 import dit_rope
-import wan_models
 from dit_rope.hooks.class_override import Override
+from model_state import state_of
+from zoo import wan
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,7 @@ def _quiet(one_thread: None) -> None:
 
 def test_copy_of_a_block_is_given_back_with_its_model() -> None:
     """People exchange blocks for copies of others, and copies of a patched block are patched."""
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     handle = dit_rope.patch(model)
     model.blocks[1] = copy.deepcopy(model.blocks[0])
     patched = forward(model)
@@ -32,7 +33,7 @@ def test_copy_of_a_block_is_given_back_with_its_model() -> None:
 
 
 def test_copy_of_a_model_outlives_the_undo_of_the_model() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     with dit_rope.patch(model):
         twin = copy.deepcopy(model)
     assert not isinstance(model.rope, Override)
@@ -44,7 +45,7 @@ def test_copy_of_a_model_outlives_the_undo_of_the_model() -> None:
 @pytest.mark.parametrize("first", [0, 1])
 def test_object_of_two_models_is_patched_until_both_are_undone(first: int) -> None:
     """Two stages of a pipeline that share a rope module and a block."""
-    models = [wan_models.build("wan"), wan_models.build("wan")]
+    models = [wan.build("wan"), wan.build("wan")]
     models[1].rope, models[1].blocks[0] = models[0].rope, models[0].blocks[0]
     before = [state_of(model) for model in models]
     expected = forward(models[0])

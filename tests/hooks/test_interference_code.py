@@ -13,10 +13,9 @@ import pytest
 import torch
 
 import dit_rope
-from compiled_graphs import named
 from dit_rope.hooks.class_override import unpatched_class
 from twins import BEFORE_AND_AFTER, Act, Outcome, assert_like, attentions, check, run
-from zoo import Noise
+from zoo import Noise, named
 
 WHEN = pytest.mark.parametrize("when", BEFORE_AND_AFTER)
 MODE = pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import dit_rope
-from compiled_graphs import named, tensors
 from twins import BEFORE_AND_AFTER, Outcome, run
+from zoo import named, tensors
 
 WHEN = pytest.mark.parametrize("when", BEFORE_AND_AFTER)
 MODE = pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])

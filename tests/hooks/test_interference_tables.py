@@ -11,10 +11,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 import dit_rope
-import wan_models
-from compiled_graphs import named, tensors
 from twins import BEFORE_AND_AFTER, Act, Outcome, assert_like, attentions, run
-from zoo import Noise
+from zoo import Noise, named, tensors, wan
 
 WHEN = pytest.mark.parametrize("when", BEFORE_AND_AFTER)
 MODE = pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
@@ -92,9 +90,9 @@ def test_prompts_longer_than_the_rows_that_a_model_keeps(tokens: int, exact: boo
 
 @MODE
 def test_video_longer_than_the_rows_of_wan_raises_as_unpatched(exact: bool) -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     with dit_rope.patch(model, exact=exact), pytest.raises(RuntimeError, match="shape"), torch.no_grad():
-        wan_models.forward(model, frames=40)
+        wan.forward(model, frames=40)
 
 
 @pytest.mark.parametrize("name", ["ltx-coords", "flux2", "wan"])

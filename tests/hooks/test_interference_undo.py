@@ -16,10 +16,9 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import dit_rope
-from compiled_graphs import named, tensors
 from dit_rope.hooks.class_override import INSTALLED, Override
 from twins import BEFORE_AND_AFTER, Outcome, assert_like, attentions, check, run
-from zoo import Noise
+from zoo import Noise, named, tensors
 
 WHEN = pytest.mark.parametrize("when", BEFORE_AND_AFTER)
 MODE = pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])

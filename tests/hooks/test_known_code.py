@@ -9,16 +9,15 @@ import pytest
 import torch
 
 import dit_rope
-import wan_models
-from compiled_graphs import named, tensors
 from dit_rope.hooks.adapter import ModelTables
 from dit_rope.hooks.attention import why_unknown
 from dit_rope.hooks.class_override import copy_of
 from dit_rope.hooks.known_code import Guard, guard_of
 from dit_rope.hooks.rope_modules import why_not_memoized
-from dit_rope.models import flux, wan
+from dit_rope.models import flux
+from dit_rope.models.wan import WAN
 from known_classes import known, memoize
-from zoo import Noise
+from zoo import Noise, named, tensors, wan
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +36,7 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
 
 def forward(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return wan_models.forward(model)
+        return wan.forward(model)
 
 
 def backwards(x: torch.Tensor, rotary: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -171,7 +170,7 @@ def test_known_processor_of_another_model_is_not_known_here() -> None:
     processor = FluxAttnProcessor()
     guard = guard_of(FluxAttnProcessor, "__call__")
     assert why_unknown(processor, guard, flux.FLUX.rotations[0]) is None
-    assert "is not a processor that it knows there" in str(why_unknown(processor, guard, wan.WAN.rotations[0]))
+    assert "is not a processor that it knows there" in str(why_unknown(processor, guard, WAN.rotations[0]))
 
 
 def test_function_that_wraps_a_known_one_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +246,7 @@ def _processor(norms: int) -> Any:
 
 def test_known_code_that_leaves_out_a_norm_is_an_error() -> None:
     """Its keys would not be rotated."""
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     model.blocks[1].attn1.processor = _processor(1)
     expected = forward(model)
     with (
@@ -260,7 +259,7 @@ def test_known_code_that_leaves_out_a_norm_is_an_error() -> None:
 
 
 def test_method_that_a_processor_holds_itself_is_what_runs(rotations: list[str]) -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     processor = model.blocks[1].attn1.processor = _processor(2)
     with dit_rope.patch(model) as handle:
         forward(model)
@@ -275,7 +274,7 @@ def test_method_that_a_processor_holds_itself_is_what_runs(rotations: list[str])
 
 def test_stand_in_is_gone_after_the_call(rotations: list[str]) -> None:
     """During it, it is of the module's class, has its attributes, and leaves the module as it is."""
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     attention = model.blocks[0].attn1
     before, seen = dict(vars(attention)), []
 
@@ -309,7 +308,7 @@ def test_stand_in_is_gone_after_the_call(rotations: list[str]) -> None:
 
 
 def test_report_follows_processors_that_come_and_go(rotations: list[str]) -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     attention = model.blocks[1].attn1
     own = type(attention.processor)
 
@@ -336,7 +335,7 @@ def test_report_follows_processors_that_come_and_go(rotations: list[str]) -> Non
 
 
 def test_report_follows_modules_that_come_and_go() -> None:
-    model, other = wan_models.build("wan"), wan_models.build("wan")
+    model, other = wan.build("wan"), wan.build("wan")
     with dit_rope.patch(model) as handle:
         first = handle.report()
         rope, attention = model.rope, model.blocks[1].attn1
@@ -360,7 +359,7 @@ def test_same_source_among_other_names_is_not_known(monkeypatch: pytest.MonkeyPa
 
 
 def test_processor_put_in_while_patched_rotates_in_norms_too(rotations: list[str]) -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     expected = forward(model)
     with dit_rope.patch(model, exact=True):
         for block in model.blocks:

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import dit_rope
-from compiled_graphs import named, tensors
 from dit_rope.hooks.plan import make_plan
 from dit_rope.patching import adapter_of
-from zoo import Noise
+from zoo import Noise, named, tensors
 
 MISSING = [
     ("glm-image", ("norm_k",)),

@@ -1,4 +1,4 @@
-"""Every model of the zoo, where Wan is not: the same bits as unpatched, nothing left behind, something gained."""
+"""Every model that a patch knows: the same bits as unpatched, nothing left behind, something gained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from dit_rope.hooks.packed_tables import UnfitTable
 from dit_rope.models import ADAPTERS
 from dit_rope.patching import adapter_of
 from dit_rope.rotation import ops
-from zoo import EXAMPLES, Example, Noise
+from model_state import state_of
+from zoo import EXAMPLES, Example, Noise, tensors
 
 DTYPES = [torch.float32, torch.bfloat16]
 PATCHED = [example for example in EXAMPLES if example.model in {adapter.model for adapter in ADAPTERS}]
@@ -25,11 +26,6 @@ BY_NAME = pytest.mark.parametrize("example", PATCHED, ids=lambda example: exampl
 @pytest.fixture(autouse=True)
 def _quiet(one_thread: None) -> None:
     dit_rope.cache_clear()
-
-
-def tensors(output: Any) -> list[torch.Tensor]:
-    """Every tensor in the output of a model."""
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
 def forward(example: Example, model: torch.nn.Module, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -43,38 +39,21 @@ def assert_equal(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> No
         assert torch.equal(ours, theirs)
 
 
-def objects(model: torch.nn.Module) -> dict[str, Any]:
-    """Identities of everything a patch may touch, per module."""
-    return {
-        path: (
-            type(module),
-            {name: (id(value), type(value)) for name, value in vars(module).items()},
-            {name: id(value) for name, value in module._parameters.items()},
-            {name: id(value) for name, value in module._buffers.items()},
-            list(module._forward_pre_hooks.values()),
-            list(module._forward_hooks.values()),
-            dict(module._forward_pre_hooks_with_kwargs),
-            dict(module._forward_hooks_always_called),
-        )
-        for path, module in model.named_modules()
-    }
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @BY_NAME
 def test_patched_equals_unpatched_bitwise_and_undo_leaves_nothing(example: Example, dtype: torch.dtype) -> None:
     model = example.build(dtype)
     forward(example, model, dtype)
-    earlier = objects(model)
+    earlier = state_of(model)
     expected = forward(example, model, dtype)
-    before, keys = objects(model), list(model.state_dict())
+    before, keys = state_of(model), list(model.state_dict())
     assigned = {name for path in before for name in before[path][1] if before[path][1][name] != earlier[path][1][name]}
     handle = dit_rope.patch(model, exact=True)
     assert list(model.state_dict()) == keys
     for _ in range(2):
         assert_equal(forward(example, model, dtype), expected)
     handle.undo()
-    after = objects(model)
+    after = state_of(model)
     for name in assigned:  # by the model's own forward
         for _, attributes, *_ in (*before.values(), *after.values()):
             attributes.pop(name, None)

@@ -11,14 +11,13 @@ import pytest
 import torch
 
 import dit_rope
-import wan_models
-from compiled_graphs import named
 from dit_rope.hooks.formats import AXES
 from dit_rope.hooks.packed_tables import Align, PackedTable, axis_form_of, axis_rows, pack
 from dit_rope.patching import adapter_of
 from dit_rope.rotation import ops
 from dit_rope.spec import Pairing
 from twins import BEFORE_AND_AFTER, attentions, check, run
+from zoo import named, wan
 
 CPU = torch.device("cpu")
 WHEN = pytest.mark.parametrize("when", BEFORE_AND_AFTER)
@@ -66,7 +65,7 @@ def nudge(rope: Any, change: Change) -> None:
 
 def nudged(name: str, change: Change, when: str, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense tables of a patched model of the Wan family that was changed before or after the patch."""
-    model = wan_models.build(name)
+    model = wan.build(name)
     latent = torch.empty(1, 0, frames, 8, 12)
     if when == "before":
         nudge(model.rope, change)

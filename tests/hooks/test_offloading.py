@@ -12,10 +12,9 @@ import pytest
 import torch
 
 import dit_rope
-from compiled_graphs import named, tensors
 from dit_rope.hooks.class_override import Override
 from dit_rope.hooks.rope_modules import MemoizedMethod
-from zoo import Noise
+from zoo import Noise, named, tensors
 
 # Axis tables; memo and norms; projections; rebound; a method of the model; complex; processor of ours; own seam.
 KINDS = (

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import dit_rope
-import wan_models
 from dit_rope.hooks import formats
 from dit_rope.hooks.class_override import add_hooks
 from dit_rope.hooks.formats import AXES, INTERLEAVED
 from dit_rope.hooks.forward_pass import BeginPass, EndPass, current_pass
 from dit_rope.hooks.packed_tables import Align, PackedTable, axis_form_of, is_known
 from dit_rope.rotation import ops
+from zoo import wan
 
 CPU = torch.device("cpu")
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -36,7 +36,7 @@ def with_grad(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def dense(name: str = "wan", frames: int = 3) -> Pair:
     """Tables as the rope module of a patched model returns them."""
-    model = wan_models.build(name)
+    model = wan.build(name)
     with dit_rope.patch(model):
         cos, sin = model.rope(torch.empty(1, 0, frames, 8, 12))
     return cos, sin

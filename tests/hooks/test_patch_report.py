@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import dit_rope
-from compiled_graphs import named
 from dit_rope.hooks.class_override import unpatched_class
 from twins import attentions, check, run
+from zoo import named
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import dit_rope
-import wan_models
 from dit_rope import patching
 from dit_rope.hooks import plan as plan_module
 from dit_rope.hooks.class_override import Override
 from dit_rope.models import ADAPTERS
 from dit_rope.rotation import ops
+from model_state import state_of
+from zoo import wan
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -29,56 +30,22 @@ def _quiet(one_thread: None) -> None:
 
 def forward(model: torch.nn.Module, dtype: torch.dtype = torch.float32, **size: int) -> torch.Tensor:
     with torch.no_grad():
-        return wan_models.forward(model, dtype, **size)
+        return wan.forward(model, dtype, **size)
 
 
-def state_of(model: torch.nn.Module) -> dict[str, Any]:
-    """Identities of everything a patch may touch, per module."""
-    return {
-        path: (
-            type(module),
-            {name: id(value) for name, value in vars(module).items()},
-            {name: id(value) for name, value in module._parameters.items()},
-            {name: id(value) for name, value in module._buffers.items()},
-            list(module._forward_pre_hooks.values()),
-            list(module._forward_hooks.values()),
-            dict(module._forward_pre_hooks_with_kwargs),
-            dict(module._forward_hooks_always_called),
-        )
-        for path, module in model.named_modules()
-    }
-
-
-@pytest.mark.parametrize("frames", [2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", wan_models.MODELS)
-def test_patched_equals_unpatched_bitwise(name: str, dtype: torch.dtype, frames: int) -> None:
-    model = wan_models.build(name, dtype)
-    expected = forward(model, dtype, frames=frames)
+@pytest.mark.parametrize("name", ["wan", "chronoedit"])
+def test_patched_equals_unpatched_at_any_number_of_frames(name: str, dtype: torch.dtype) -> None:
+    model = wan.build(name, dtype)
+    expected = [forward(model, dtype, frames=frames) for frames in (2, 3)]
     with dit_rope.patch(model):
-        hits = dit_rope.cache_info().models.hits
         for _ in range(2):
-            assert torch.equal(forward(model, dtype, frames=frames), expected)
-        assert dit_rope.cache_info().models.hits > hits
-    assert torch.equal(forward(model, dtype, frames=frames), expected)
-
-
-@pytest.mark.parametrize("name", wan_models.MODELS)
-def test_patched_model_rotates_in_its_norms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equality alone would not notice a patch that does nothing."""
-    model = wan_models.build(name)
-    calls = []
-    real = ops.rotate
-    monkeypatch.setattr(ops, "rotate", lambda *a, **k: calls.append(1) or real(*a, **k))
-    with dit_rope.patch(model) as handle:
-        forward(model)
-        attentions = handle._plans[0].rotations
-    assert len(calls) == 2 * len(attentions) >= 4
+            assert all(torch.equal(forward(model, dtype, frames=2 + i), expected[i]) for i in range(2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fast_mode_is_close_and_fused(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = wan_models.build("wan", dtype)
+    model = wan.build("wan", dtype)
     expected = forward(model, dtype)
     calls = []
     real = ops.rotate
@@ -92,7 +59,7 @@ def test_fast_mode_is_close_and_fused(dtype: torch.dtype, monkeypatch: pytest.Mo
 
 
 def test_patch_changes_no_state_dict_key_and_undo_restores_every_object() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     keys, before = list(model.state_dict()), state_of(model)
     handle = dit_rope.patch(model)
     assert list(model.state_dict()) == keys
@@ -106,7 +73,7 @@ def test_patch_changes_no_state_dict_key_and_undo_restores_every_object() -> Non
 
 
 def test_undo_keeps_hooks_of_others() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     seen = []
     with dit_rope.patch(model):
         model.blocks[0].attn1.register_forward_hook(lambda *_: seen.append(1))
@@ -116,7 +83,7 @@ def test_undo_keeps_hooks_of_others() -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_patched_model_copies_into_one_that_uses_its_own_weights(how: str) -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     expected = forward(model)
     with dit_rope.patch(model):
         if how == "deepcopy":
@@ -140,7 +107,7 @@ def test_patched_model_copies_into_one_that_uses_its_own_weights(how: str) -> No
 
 
 def test_two_threads_generate_at_two_sizes_with_one_patched_model() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     sizes = [{"frames": 3, "height": 8, "width": 12}, {"frames": 5, "height": 12, "width": 8}]
     expected = [forward(model, **size) for size in sizes]
     wrong: list[object] = []
@@ -163,7 +130,7 @@ def test_two_threads_generate_at_two_sizes_with_one_patched_model() -> None:
 
 
 def test_second_step_builds_no_table() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     with dit_rope.patch(model):
         forward(model)
         first = dit_rope.cache_info()
@@ -177,7 +144,7 @@ def test_second_step_builds_no_table() -> None:
 
 def test_second_step_runs_no_operator_to_get_its_tables() -> None:
     """None to build, and none to cast or to copy from the host."""
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     latent = torch.empty(1, 0, 2, 4, 6)
     with dit_rope.patch(model):
         model.rope(latent)
@@ -191,7 +158,7 @@ def test_second_step_runs_no_operator_to_get_its_tables() -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_error_in_a_forward_does_not_reach_the_next(error: type[BaseException]) -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     expected = forward(model)
 
     def fail(*_: object) -> None:
@@ -221,7 +188,7 @@ def skips_a_norm(name: str, processor: Any) -> Any:
 @pytest.mark.parametrize("name", ["Mine", "WanAttnProcessor"])
 def test_unknown_processor_is_left_to_rotate_by_itself(name: str) -> None:
     """A name is no proof: the code is looked at."""
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     attention = model.blocks[1].attn1
     own = attention.processor
     attention.set_processor(skips_a_norm(name, own))
@@ -235,7 +202,7 @@ def test_unknown_processor_is_left_to_rotate_by_itself(name: str) -> None:
 
 def test_replaced_norm_is_left_to_the_model() -> None:
     """Others put modules of their own in place of ours; the whole attention module is theirs then."""
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     mine = torch.nn.RMSNorm(48, eps=0.5)
     model.blocks[0].attn1.norm_q, kept = mine, model.blocks[0].attn1.norm_q
     expected = forward(model)
@@ -249,7 +216,7 @@ def test_skipped_attention_is_no_error() -> None:
     """Pyramid Attention Broadcast returns the output of an earlier step without running the module."""
     from diffusers import PyramidAttentionBroadcastConfig
 
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     config = PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=(0, 1000),
@@ -267,7 +234,7 @@ def test_skipped_attention_is_no_error() -> None:
 
 
 def test_patch_refuses_a_patched_model_and_leaves_it_patched() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     with dit_rope.patch(model):
         before = state_of(model)
         with pytest.raises(ValueError, match="model must not be patched already"):
@@ -277,7 +244,7 @@ def test_patch_refuses_a_patched_model_and_leaves_it_patched() -> None:
 
 @pytest.mark.parametrize("patched", [False, True], ids=["before", "after"])
 def test_tables_that_were_changed_are_the_models_own(patched: bool) -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     if patched:
         dit_rope.patch(model)
         forward(model)
@@ -292,12 +259,12 @@ def test_tables_that_were_changed_are_the_models_own(patched: bool) -> None:
 
 
 def test_patch_leaves_no_entry_in_the_table_cache() -> None:
-    with dit_rope.patch(wan_models.build("wan")):
+    with dit_rope.patch(wan.build("wan")):
         assert dit_rope.cache_info().tables.entries == 0
 
 
 def test_rope_module_whose_forward_was_replaced_is_left_to_it() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     own = model.rope.forward
     model.rope.forward = lambda latent: tuple(2 * part for part in own(latent))
     expected = forward(model)
@@ -311,7 +278,7 @@ def test_rope_module_whose_forward_was_replaced_is_left_to_it() -> None:
 
 
 def test_failing_patch_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     before = state_of(model)
     real = plan_module.override_method
 
@@ -361,7 +328,7 @@ def test_subclass_is_patched() -> None:
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return super().forward(*args, **kwargs)
 
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     expected = forward(model)
     model.__class__ = Tuned
     with dit_rope.patch(model) as handle:
@@ -375,7 +342,7 @@ def test_subclass_is_patched() -> None:
 def test_models_inside_another_are_found() -> None:
     """Several ControlNets come as one module that holds them."""
     nets = torch.nn.Module()
-    nets.nets = torch.nn.ModuleList([wan_models.build("wan"), wan_models.build("wan")])
+    nets.nets = torch.nn.ModuleList([wan.build("wan"), wan.build("wan")])
     with dit_rope.patch(nets) as handle:
         assert "model.nets.0: WanTransformer3DModel" in handle.report()
         assert "model.nets.1: WanTransformer3DModel" in handle.report()
@@ -385,7 +352,7 @@ def test_pipeline_has_both_of_its_transformers_patched() -> None:
     """Wan 2.2 switches between two transformers along the way."""
     import diffusers
 
-    first, second = wan_models.build("wan"), wan_models.build("wan")
+    first, second = wan.build("wan"), wan.build("wan")
     pipe = diffusers.WanPipeline(
         tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=first, transformer_2=second
     )
@@ -397,7 +364,7 @@ def test_pipeline_has_both_of_its_transformers_patched() -> None:
 
 
 def test_options_are_checked() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     with pytest.raises(TypeError, match="exact must be True, False or None, got 1"):
         dit_rope.patch(model, exact=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="backend must be one of"):
@@ -405,7 +372,7 @@ def test_options_are_checked() -> None:
 
 
 def test_inspect_says_what_patch_would_do_and_does_nothing() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     before = state_of(model)
     text = patching.inspect(model)
     assert state_of(model) == before

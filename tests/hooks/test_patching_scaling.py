@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import dit_rope
-import wan_models
 from dit_rope import RopeSpec, Scaling
 from dit_rope.tables.scaling import axis_frequencies
 from every_scaling import every_scaling
+from zoo import wan
 
 TRAINED_FRAMES = 32
 LONGER = 40
@@ -30,7 +30,7 @@ def _quiet(one_thread: None) -> None:
 
 def forward(model: torch.nn.Module, dtype: torch.dtype = torch.float32, **size: int) -> torch.Tensor:
     with torch.no_grad():
-        return wan_models.forward(model, dtype, **size)
+        return wan.forward(model, dtype, **size)
 
 
 def with_angles(
@@ -68,7 +68,7 @@ def riflex_angles(axis: int, positions: torch.Tensor) -> torch.Tensor:
 
 
 def test_edit_frames_of_chronoedit_stand_as_far_apart_in_scaled_tables() -> None:
-    model = wan_models.build("chronoedit")
+    model = wan.build("chronoedit")
     scaling = (Scaling.of("linear", factor=2.0), None, None)
     expected = forward(with_scaling(model, scaling), frames=2)
     assert not torch.equal(forward(model, frames=2), expected)
@@ -78,7 +78,7 @@ def test_edit_frames_of_chronoedit_stand_as_far_apart_in_scaled_tables() -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_riflex_on_a_video_longer_than_the_models_tables_is_bitwise_its_definition(dtype: torch.dtype) -> None:
-    model = wan_models.build("wan", dtype)
+    model = wan.build("wan", dtype)
     assert model.rope.max_seq_len == TRAINED_FRAMES < LONGER
     expected = forward(with_angles(model, riflex_angles), dtype, frames=LONGER)
     with dit_rope.patch(model), pytest.raises(RuntimeError, match="shape"):  # as unpatched
@@ -93,7 +93,7 @@ def test_riflex_on_a_video_longer_than_the_models_tables_is_bitwise_its_definiti
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_patched_model_with_any_scaling_is_bitwise_the_model_with_such_tables(name: str) -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     expected, unscaled = forward(with_scaling(model, SCALINGS[name])), forward(model)
     with dit_rope.patch(model, scaling=SCALINGS[name]):
         assert torch.equal(forward(model), expected)
@@ -101,9 +101,9 @@ def test_patched_model_with_any_scaling_is_bitwise_the_model_with_such_tables(na
     assert not torch.equal(expected, unscaled)
 
 
-@pytest.mark.parametrize("name", wan_models.MODELS)
+@pytest.mark.parametrize("name", wan.NAMES)
 def test_every_model_can_be_scaled(name: str) -> None:
-    model = wan_models.build(name)
+    model = wan.build(name)
     scaling = (Scaling.of("linear", factor=2.5), None, Scaling.of("ntk", factor=2.0))
     for frames in (2, 3):
         expected = forward(with_scaling(model, scaling), frames=frames)
@@ -115,7 +115,7 @@ def test_every_model_can_be_scaled(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fast_mode_with_scaling_is_close(dtype: torch.dtype) -> None:
-    model = wan_models.build("wan", dtype)
+    model = wan.build("wan", dtype)
     expected = forward(with_scaling(model, SCALINGS["yarn"]), dtype)
     with dit_rope.patch(model, exact=False, scaling=SCALINGS["yarn"]):
         actual = forward(model, dtype)
@@ -138,7 +138,7 @@ class LuminaSwitch:
 
 
 def test_function_chooses_the_scaling_of_each_forward() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     switch = LuminaSwitch()
     expected = {
         0.0: forward(with_scaling(model, Scaling.of("linear", factor=2.0))),
@@ -156,7 +156,7 @@ def test_function_chooses_the_scaling_of_each_forward() -> None:
 
 
 def test_function_may_choose_none_and_one_per_axis() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     unscaled, scaled = forward(model), forward(with_scaling(model, RIFLEX))
     choices = [None, RIFLEX, (None, None, None)]
     with dit_rope.patch(model, scaling=lambda: choices.pop(0)):
@@ -165,14 +165,14 @@ def test_function_may_choose_none_and_one_per_axis() -> None:
 
 
 def test_function_that_chooses_something_else_is_refused_where_it_is_asked() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     refused = pytest.raises(TypeError, match="scaling must be a Scaling, None, or a tuple of them, .* got 'linear'")
     with dit_rope.patch(model, scaling=lambda: "linear"), refused:  # type: ignore[arg-type, return-value]
         forward(model)
 
 
 def test_scaling_of_every_step_leaves_no_more_tables_than_the_cap() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     steps = iter(range(1, 41))
     entries = dit_rope.cache_info().tables.max_entries
     with dit_rope.patch(model, scaling=lambda: Scaling.of("linear", factor=float(next(steps)))):
@@ -184,7 +184,7 @@ def test_scaling_of_every_step_leaves_no_more_tables_than_the_cap() -> None:
 
 
 def test_compiled_model_has_scaled_tables() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     scaling = (RIFLEX[0], SCALINGS["yarn"], None)
     expected = {frames: forward(with_scaling(model, scaling), frames=frames) for frames in (3, LONGER)}
     with dit_rope.patch(model, scaling=scaling):
@@ -194,7 +194,7 @@ def test_compiled_model_has_scaled_tables() -> None:
 
 
 def test_compiled_blocks_behind_an_eager_rope_module_have_scaled_tables() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     expected = forward(with_scaling(model, SCALINGS["yarn"]))
     with dit_rope.patch(model, scaling=SCALINGS["yarn"]):
         model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
@@ -202,7 +202,7 @@ def test_compiled_blocks_behind_an_eager_rope_module_have_scaled_tables() -> Non
 
 
 def test_compiled_model_asks_the_function_in_every_forward_and_compiles_once() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     graphs = []
 
     def count(graph: Any, inputs: Any) -> Any:
@@ -221,7 +221,7 @@ def test_compiled_model_asks_the_function_in_every_forward_and_compiles_once() -
 
 
 def test_report_names_the_scaling_and_undo_takes_it_out() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     unscaled = forward(model)
     handle = dit_rope.patch(model, scaling=RIFLEX)
     assert "frequencies scaled: riflex(frames=120, k=2) on axis 0, none on axis 1, none on axis 2" in handle.report()
@@ -248,7 +248,7 @@ def test_report_names_the_scaling_and_undo_takes_it_out() -> None:
     ],
 )
 def test_patch_refuses_a_scaling_and_leaves_the_model_alone(scaling: Any, error: type, message: str) -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     classes = [type(module) for module in model.modules()]
     with pytest.raises(error, match=message):
         dit_rope.patch(model, scaling=scaling)

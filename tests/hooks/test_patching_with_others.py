@@ -11,11 +11,10 @@ import torch
 import torch._dynamo.testing
 
 import dit_rope
-import wan_models
 from dit_rope.hooks.formats import AXES
 from dit_rope.hooks.packed_tables import Align
 from dit_rope.rotation import ops
-from zoo import EXAMPLES, Example
+from zoo import EXAMPLES, Example, wan
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -27,20 +26,20 @@ def _quiet(one_thread: None) -> None:
 
 def forward(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     with torch.no_grad():
-        return wan_models.forward(model, dtype)
+        return wan.forward(model, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_model_cast_as_a_whole_stays_bitwise_equal(dtype: torch.dtype) -> None:
     """``model.to(dtype)`` casts the rope buffers too, and all of the rotation's arithmetic with them."""
-    model = wan_models.build("wan").to(dtype)
+    model = wan.build("wan").to(dtype)
     expected = forward(model, dtype)
     with dit_rope.patch(model):
         assert torch.equal(forward(model, dtype), expected)
 
 
 def test_model_cast_after_patching_stays_bitwise_equal() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     expected = forward(copy.deepcopy(model).to(torch.bfloat16), torch.bfloat16)
     with dit_rope.patch(model):
         model.to(torch.bfloat16)
@@ -49,7 +48,7 @@ def test_model_cast_after_patching_stays_bitwise_equal() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fused_projections_stay_bitwise_equal(dtype: torch.dtype) -> None:
-    model = wan_models.build("wan", dtype)
+    model = wan.build("wan", dtype)
     model.fuse_qkv_projections()
     expected = forward(model, dtype)
     with dit_rope.patch(model):
@@ -63,7 +62,7 @@ def test_lora_stays_bitwise_equal_loaded_before_or_after_the_patch() -> None:
     from peft import LoraConfig
 
     config = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
-    model, later = wan_models.build("wan"), wan_models.build("wan")
+    model, later = wan.build("wan"), wan.build("wan")
     plain = forward(model)
     torch.manual_seed(5)
     model.add_adapter(config)
@@ -82,13 +81,13 @@ def test_lora_stays_bitwise_equal_loaded_before_or_after_the_patch() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_stay_bitwise_equal(checkpointing: bool, dtype: torch.dtype) -> None:
-    model = wan_models.build("wan", dtype).train()
+    model = wan.build("wan", dtype).train()
     if checkpointing:
         model.enable_gradient_checkpointing()
 
     def gradients() -> list[torch.Tensor]:
         model.zero_grad()
-        wan_models.forward(model, dtype).float().square().mean().backward()
+        wan.forward(model, dtype).float().square().mean().backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     expected = gradients()
@@ -99,10 +98,10 @@ def test_gradients_stay_bitwise_equal(checkpointing: bool, dtype: torch.dtype) -
 
 
 def test_gradients_of_fast_mode_are_close() -> None:
-    model = wan_models.build("wan").train()
-    expected = torch.autograd.grad(wan_models.forward(model).square().mean(), list(model.blocks.parameters()))
+    model = wan.build("wan").train()
+    expected = torch.autograd.grad(wan.forward(model).square().mean(), list(model.blocks.parameters()))
     with dit_rope.patch(model, exact=False):
-        actual = torch.autograd.grad(wan_models.forward(model).square().mean(), list(model.blocks.parameters()))
+        actual = torch.autograd.grad(wan.forward(model).square().mean(), list(model.blocks.parameters()))
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-5 * e.abs().max().item())
 
@@ -111,7 +110,7 @@ def test_gradients_of_fast_mode_are_close() -> None:
 def test_first_block_cache_stays_bitwise_equal(cache_first: bool) -> None:
     import diffusers
 
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     config = diffusers.FirstBlockCacheConfig(threshold=0.0)
 
     def run() -> list[torch.Tensor]:
@@ -132,7 +131,7 @@ def test_first_block_cache_stays_bitwise_equal(cache_first: bool) -> None:
 
 
 def test_autocast_stays_bitwise_equal() -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     with torch.autocast("cpu", torch.bfloat16):
         expected = forward(model)
         with dit_rope.patch(model):
@@ -141,7 +140,7 @@ def test_autocast_stays_bitwise_equal() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_by_aot_eager_stays_bitwise_equal(dtype: torch.dtype) -> None:
-    model = wan_models.build("wan", dtype)
+    model = wan.build("wan", dtype)
     expected = forward(model, dtype)
     torch._dynamo.reset()
     with dit_rope.patch(model):
@@ -151,7 +150,7 @@ def test_compiled_by_aot_eager_stays_bitwise_equal(dtype: torch.dtype) -> None:
 
 def test_compiled_blocks_behind_an_eager_rope_module_stay_bitwise_equal() -> None:
     """The blocks' graphs get rows of axis tables from outside, and make dense tables of them."""
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     expected = forward(model)
     torch._dynamo.reset()
     with dit_rope.patch(model):
@@ -161,7 +160,7 @@ def test_compiled_blocks_behind_an_eager_rope_module_stay_bitwise_equal() -> Non
 
 def test_equal_blocks_are_compiled_once() -> None:
     """Dynamo guards on hooks, also on their numbers; each block would be compiled anew, until a limit refuses."""
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     model.blocks.extend(copy.deepcopy(model.blocks[0]) for _ in range(9))
     expected = forward(model)
     torch._dynamo.reset()
@@ -194,7 +193,7 @@ def test_compiled_models_with_tables_of_their_own_stay_bitwise_equal(example: Ex
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_by_inductor_stays_within_the_unpatched_models_error(dtype: torch.dtype) -> None:
     """The bound: what compiling the unpatched model changes, plus one rounding of the output."""
-    model = wan_models.build("wan", dtype)
+    model = wan.build("wan", dtype)
     eager = forward(model, dtype)
     torch._dynamo.reset()
     unpatched = forward(torch.compile(model, fullgraph=True), dtype)
@@ -209,7 +208,7 @@ def test_compiled_by_inductor_stays_within_the_unpatched_models_error(dtype: tor
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_rotation_of_a_split_rope_output_is_the_part_of_the_whole(world: int, split: Callable[..., Any]) -> None:
     """Context parallelism splits what the rope module returns along dim 1, four dims as the model's own tables have."""
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     latent = torch.empty(1, 0, 3, 8, 12)
     with dit_rope.patch(model):
         whole = model.rope(latent)

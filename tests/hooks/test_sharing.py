@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import dit_rope
-from compiled_graphs import inputs_of, named, tensors
+from compiled_graphs import inputs_of
 from dit_rope.hooks.class_override import Override
+from zoo import named, tensors
 
 # Memo of a module, of the model's own arguments, of a method; rebound; complex; axis tables.
 FAMILIES = ("wan", "hunyuan-video", "flux", "joyimage", "anyflow-far", "qwen-image")

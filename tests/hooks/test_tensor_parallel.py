@@ -14,8 +14,8 @@ import torch
 
 import dit_rope
 from ranks import Ranks
-from split_models import BY_NAME, counted_turns, error, groups_of, run, same, wrapped
-from zoo import Example
+from split_models import counted_turns, error, groups_of, run, same, wrapped
+from zoo import Example, named
 
 WORLD = 4
 # Widths that 4 ranks can share.
@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def example_of(name: str) -> Example:
-    return replace(BY_NAME[name], config={**BY_NAME[name].config, **CASES.get(name, {})})
+    return replace(named(name), config={**named(name).config, **CASES.get(name, {})})
 
 
 def share_heads(model: Any, degree: int) -> None:
@@ -83,7 +83,7 @@ def test_every_class_that_can_share_heads_is_here() -> None:
             module = ".".join(("diffusers", *path.relative_to(root).with_suffix("").parts))
             members = vars(importlib.import_module(module)).values()
             found |= {cls.__name__ for cls in members if isinstance(cls, type) and getattr(cls, "_tp_plan", None)}
-    assert found == {BY_NAME[name].model_class.__name__ for name in CASES}
+    assert found == {named(name).model_class.__name__ for name in CASES}
 
 
 @pytest.mark.parametrize("first", ["patch", "share"])
@@ -102,7 +102,7 @@ def projections_that_share_heads(first: str) -> tuple[bool, float, int]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    example = BY_NAME["hunyuan-video-no-norm"]
+    example = named("hunyuan-video-no-norm")
     example = replace(example, config={**example.config, "num_attention_heads": 4})
     mesh = init_device_mesh("cpu", (WORLD,))
 
@@ -157,7 +157,7 @@ def keep_heads(model: Any, rank: int, world: int) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.usefixtures("one_thread")
 def test_model_with_some_of_the_heads_stays_bitwise_equal(name: str, rank: int) -> None:
-    example = BY_NAME[name]
+    example = named(name)
     model, whole = example.build(), run(example, example.build())
     keep_heads(model, rank, 2)
     expected = run(example, model)

@@ -12,13 +12,12 @@ import pytest
 import torch
 
 import dit_rope
-import wan_models
 from dit_rope import Grid, RopeSpec, rope_table
 from dit_rope.cache import FifoCache
 from dit_rope.hooks import formats, forward_pass
 from dit_rope.streaming import shift as shifting
 from dit_rope.streaming.shift import ShiftTable
-from zoo import EXAMPLES, Noise
+from zoo import EXAMPLES, Noise, wan
 
 GPU = torch.device("cuda:0")
 CPU = torch.device("cpu")
@@ -269,7 +268,7 @@ def test_graph_of_a_rotation_survives_the_eviction_of_its_table() -> None:
 
 @pytest.mark.gpu
 def test_graph_of_a_patched_model_follows_its_inputs_and_survives_eviction() -> None:
-    model = wan_models.build("wan").cuda()
+    model = wan.build("wan").cuda()
     latents, text = torch.randn(1, 4, 3, 8, 12, device="cuda"), torch.randn(1, 12, 16, device="cuda")
     step = torch.tensor([500], device="cuda")
     other = torch.randn_like(latents)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import dit_rope
+import zoo
 from long_tests.intervention_cases import INTERVENTIONS, Intervention, judge, runner, tables
 from long_tests.intervention_cases.core import Subject
 from long_tests.intervention_cases.parts import (
@@ -22,7 +23,7 @@ from long_tests.intervention_cases.parts import (
     tables_turned_back,
     turned_twice,
 )
-from long_tests.intervention_cases.zoo_examples import examples, named
+from zoo import named
 
 BY_NAME = {one.name: one for one in INTERVENTIONS}
 EXAMPLES = ("wan", "flux", "hunyuan-video-no-norm", "hidream", "cogvideox-1.5", "joyimage")
@@ -254,7 +255,7 @@ def test_every_example_has_parts_that_rotate() -> None:
         assert parts.attentions
         assert parts.blocks
         assert parts.norms or parts.projections
-    assert len(examples()) == len({one.name for one in examples()}) >= 129
+    assert len(zoo.EXAMPLES) == len({example.name for example in zoo.EXAMPLES}) >= 129
 
 
 def test_helpers_change_what_they_say() -> None:

@@ -20,17 +20,17 @@ import torch
 import typer
 
 import dit_rope
-import wan_models
 from benchmarks.results import read_csv
 from dit_rope.hooks.class_override import Override
 from long_tests import patch_on_construction, upstream_tests
 from long_tests.patch_on_construction import PatchOnConstruction
+from zoo import wan
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = "tests/models/transformers/test_tiny.py"
 UPSTREAM = """
 import pytest
-import wan_models
+from zoo import wan
 from diffusers import WanTransformer3DModel
 
 
@@ -38,10 +38,10 @@ class TestTiny:
     model_class = WanTransformer3DModel
 
     def test_forward(self):
-        wan_models.forward(wan_models.build("wan"))
+        wan.forward(wan.build("wan"))
 
     def test_rope_class(self):
-        assert type(wan_models.build("wan").rope).__name__ == "WanRotaryPosEmbed", "own class"
+        assert type(wan.build("wan").rope).__name__ == "WanRotaryPosEmbed", "own class"
 
     def test_two_errors(self, raises_afterwards):
         raise KeyError("both runs")
@@ -51,10 +51,10 @@ class TestTiny:
         pass
 
     def test_patched_models_return_something_else(self):
-        model = wan_models.build("wan")
+        model = wan.build("wan")
         if type(model.rope).__name__ != "WanRotaryPosEmbed":
             model.proj_out.register_forward_hook(lambda module, args, output: output * 1.000001)
-        wan_models.forward(model)
+        wan.forward(model)
 
     @pytest.fixture
     def raises_afterwards(self):
@@ -108,7 +108,7 @@ def plain_classes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize("name", ["wan", "vace", "skyreels-v2"])
 def test_a_supported_model_is_patched_when_constructed(plugin: PatchOnConstruction, name: str) -> None:
-    model = wan_models.build(name)
+    model = wan.build(name)
     assert is_patched(model)
     assert plugin.patched == {type(model).__name__: 1}
     assert plugin.summary() == f"dit_rope: 1 models patched (1 {type(model).__name__}), 0 refused"
@@ -127,7 +127,7 @@ def test_an_unsupported_subclass_stays_plain(plugin: PatchOnConstruction) -> Non
     class Derived(diffusers.WanTransformer3DModel):
         pass
 
-    config = wan_models.build("wan").config
+    config = wan.build("wan").config
     assert not is_patched(Derived.from_config(config))
     assert plugin.patched.total() == 1
 
@@ -168,7 +168,7 @@ def test_left_plain_nothing_is_patched() -> None:
     plugin = PatchOnConstruction(leave_plain=True)
     plugin.install()
     try:
-        assert not is_patched(wan_models.build("wan"))
+        assert not is_patched(wan.build("wan"))
     finally:
         plugin.remove()
     assert plugin.summary() == "dit_rope: 0 models patched, 0 refused"
@@ -192,7 +192,7 @@ def test_refusals_are_noted_in_the_report_of_the_test(
 
 @torch.no_grad()
 def test_loaded_and_copied_models_are_patched_and_compute_the_same(plugin: PatchOnConstruction, tmp_path: Path) -> None:
-    model = wan_models.build("wan")
+    model = wan.build("wan")
     cls = type(model)
     model.save_pretrained(tmp_path)
     loaded = cls.from_pretrained(tmp_path)
@@ -202,8 +202,8 @@ def test_loaded_and_copied_models_are_patched_and_compute_the_same(plugin: Patch
     assert plugin.patched == {"WanTransformer3DModel": 3}
     assert all(is_patched(each) for each in copies)
     plugin.remove()
-    expected = wan_models.forward(wan_models.build("wan"))
-    assert all(torch.equal(wan_models.forward(each), expected) for each in (model, *copies))
+    expected = wan.forward(wan.build("wan"))
+    assert all(torch.equal(wan.forward(each), expected) for each in (model, *copies))
 
 
 def test_a_refused_model_stays_plain_and_is_counted(
@@ -213,7 +213,7 @@ def test_a_refused_model_stays_plain_and_is_counted(
         raise ValueError("model must be another")
 
     monkeypatch.setattr(dit_rope, "patch", refuse)
-    models = [wan_models.build("wan") for _ in range(2)]
+    models = [wan.build("wan") for _ in range(2)]
     assert not any(is_patched(model) for model in models)
     expected = "dit_rope: 0 models patched, 2 refused (2 WanTransformer3DModel: model must be another)"
     assert plugin.summary() == expected
@@ -225,7 +225,7 @@ def test_a_fault_of_patch_is_not_a_refusal(plugin: PatchOnConstruction, monkeypa
 
     monkeypatch.setattr(dit_rope, "patch", fail)
     with pytest.raises(AttributeError, match="fault"):
-        wan_models.build("wan")
+        wan.build("wan")
 
 
 def compare(checkout: Path, work: Path, time_limit: int = 600) -> tuple[int, str]:

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 import dit_rope
-import wan_models
 from dit_rope.hooks import table_keys
 from dit_rope.models import ADAPTERS
 from pages import write_model_table
-from split_models import BY_NAME, CASES
-from zoo import EXAMPLES, Noise
+from split_models import CASES
+from zoo import Noise, named
 
 
 def cells() -> dict[str, list[str]]:
@@ -27,7 +26,7 @@ def test_every_class_has_a_row() -> None:
 
 
 def test_classes_with_context_parallelism_are_those_that_were_split() -> None:
-    split = {BY_NAME[name].model_class.__name__ for name in CASES}
+    split = {named(name).model_class.__name__ for name in CASES}
     assert {name for name, (*_, parallel, _) in cells().items() if parallel == "yes"} == split
 
 
@@ -51,7 +50,7 @@ def test_tables_say_where_they_are_memoized() -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_tables_memoized_on_a_cpu_are_those_that_depend_on_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where values cannot be compared, as on a GPU, nothing of these is memoized, and all of the others."""
-    example = next(example for example in EXAMPLES if example.name == name)
+    example = named(name)
     model = example.build(torch.float32)
 
     def no_value(tensor: torch.Tensor) -> None:
@@ -69,25 +68,6 @@ def test_exact_mode_says_who_rotates() -> None:
     rows = cells()
     assert [rows[name][2] for name in ("FluxTransformer2DModel", "QwenImageTransformer2DModel")] == ["yes", "no"]
     assert rows["LTX2VideoTransformer3DModel"][2] == "partly"
-
-
-@pytest.mark.parametrize("name", wan_models.MODELS)
-@pytest.mark.usefixtures("one_thread")
-def test_gradients_of_the_wan_family_are_the_same(name: str) -> None:
-    """Those of all other classes are in ``test_models.py``."""
-    model = wan_models.build(name)
-    frames = 2 if name == "chronoedit" else 3
-
-    def gradients() -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        wan_models.forward(model, frames=frames).square().sum().backward()
-        return {path: p.grad.clone() for path, p in model.named_parameters() if p.grad is not None}
-
-    expected = gradients()
-    with dit_rope.patch(model, exact=True):
-        actual = gradients()
-    assert actual.keys() == expected.keys()
-    assert [path for path, gradient in expected.items() if not torch.equal(actual[path], gradient)] == []
 
 
 def test_text_without_the_marks_is_refused() -> None:

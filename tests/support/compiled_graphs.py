@@ -11,30 +11,7 @@ import torch._dynamo.testing
 from torch._dynamo.utils import counters
 
 import dit_rope
-import wan_models
-from zoo import EXAMPLES, Example, Noise
-
-
-def _wan_inputs(model: Any, noise: Noise) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(1, 4, 3, 8, 12),
-        "encoder_hidden_states": noise(1, 12, 16),
-        "timestep": torch.tensor([500]),
-    }
-
-
-WAN = Example(
-    "wan",
-    "diffusers.models.transformers.transformer_wan.WanTransformer3DModel",
-    {**wan_models._COMMON, "in_channels": 4, "out_channels": 4},
-    _wan_inputs,
-)
-"""The model whose rope module gets axis tables of ours."""
-
-
-def named(name: str) -> Example:
-    """The example of that name, :data:`WAN` included."""
-    return next(example for example in (WAN, *EXAMPLES) if example.name == name)
+from zoo import Example, Noise, tensors
 
 
 @dataclass(frozen=True)
@@ -50,11 +27,6 @@ class Compiled:
     graphs: tuple[int, ...]
     breaks: frozenset[str]
     outputs: list[list[torch.Tensor]]
-
-
-def tensors(output: Any) -> list[torch.Tensor]:
-    """Every tensor in the output of a model."""
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
 def inputs_of(example: Example, model: torch.nn.Module, times: int = 1) -> dict[str, Any]:

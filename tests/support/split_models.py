@@ -11,29 +11,12 @@ from typing import Any
 
 import torch
 
-import wan_models
 from dit_rope.hooks import rotating_norms
-from zoo import EXAMPLES, Example, Noise
+from zoo import Example, Noise, named
 
 WORLD = 4
 
 
-def _wan_inputs(model: Any, noise: Noise) -> dict[str, Any]:
-    frames = 2 if type(model).__name__.startswith("Chrono") else 3
-    return {
-        "hidden_states": noise(1, 4, frames, 8, 12),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": noise(1, 12, 16),
-    }
-
-
-_WAN_CONFIG = {**wan_models._COMMON, "in_channels": 4, "out_channels": 4}
-_MODELS = "diffusers.models.transformers"
-_WAN = (
-    Example("wan", f"{_MODELS}.transformer_wan.WanTransformer3DModel", _WAN_CONFIG, _wan_inputs),
-    Example("chronoedit", f"{_MODELS}.transformer_chronoedit.ChronoEditTransformer3DModel", _WAN_CONFIG, _wan_inputs),
-)
-BY_NAME = {example.name: example for example in (*_WAN, *EXAMPLES)}
 _FOUR_HEADS = {"num_attention_heads": 4}
 
 
@@ -70,7 +53,7 @@ _HELIOS_SHAPES = _HELIOS_SIZES | {f"latents_history_{which}": ((3, 4), (4, 8)) f
 _NO_LONG_HISTORY = {"latents_history_long": None, "indices_latents_history_long": None}
 CASES = {
     "wan": Case(),
-    "chronoedit": Case(),
+    "chronoedit": Case({**_FOUR_HEADS, "image_dim": None}),
     "flux": Case(shapes=_shapes(28, 4, 0)),
     "flux2": Case(shapes=_shapes(28, 4, 1)),
     "qwen-image": Case(shapes=_MASKED, inputs={"img_shapes": [[(1, 4, 7)]] * 2}),
@@ -99,7 +82,7 @@ UNEVEN = {
 
 def example_of(name: str, even: bool = True) -> Example:
     """The example, changed as its case says."""
-    example, case = BY_NAME[name], (CASES if even else UNEVEN)[name]
+    example, case = named(name), (CASES if even else UNEVEN)[name]
 
     def inputs(model: Any, noise: Noise) -> dict[str, Any]:
         given = {**example.inputs(model, noise), **case.inputs}

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 import dit_rope
-from compiled_graphs import named, tensors
 from dit_rope.patching import adapter_of
-from zoo import Example, Noise
+from zoo import Example, Noise, named, tensors
 
 Act = Callable[[Any], Any]
 BEFORE_AND_AFTER = ("before", "after")

@@ -124,9 +124,9 @@ def test_condition_tokens_are_cut_apart_from_the_video() -> None:
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_tables_that_are_split_like_the_models_own_rotate_like_them(world: int) -> None:
     """The recipe of xDiT cuts both rotary tensors of Wan, which a patched model hands out as the model does."""
-    import wan_models
+    from zoo import wan
 
-    model: Any = wan_models.build("wan")
+    model: Any = wan.build("wan")
     whole = model.rope(torch.empty(1, 0, 3, 8, 12))
     hidden = torch.randn(1, 72 // world, 48)
     with torch.no_grad():
@@ -156,16 +156,16 @@ def test_chronoedit_with_heads_of_64_channels_keeps_its_own_tables() -> None:
     """diffusers#12538: it builds tables of 24, 20 and 20 channels and reads them as 22, 21 and 21."""
     from diffusers import ChronoEditTransformer3DModel
 
-    import wan_models
+    from zoo import named, wan
 
-    config = {**wan_models._COMMON, "attention_head_dim": 64, "in_channels": 4, "out_channels": 4}
+    config = {**named("wan").config, "attention_head_dim": 64}
     torch.manual_seed(0)
     model = ChronoEditTransformer3DModel(**config).eval()
     with torch.no_grad():
-        expected = wan_models.forward(model)
+        expected = wan.forward(model)
         with dit_rope.patch(model) as handle:
             assert "small array for each axis, of the same values, where these" in handle.report()
-            assert torch.equal(wan_models.forward(model), expected)
+            assert torch.equal(wan.forward(model), expected)
             assert "kernels read a row for each token" in handle.report()
 
 

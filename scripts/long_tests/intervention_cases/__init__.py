@@ -7,7 +7,7 @@ import pkgutil
 
 from .core import INTERVENTIONS, Intervention, NotApplicable, Subject
 
-_NO_THEME = {"core", "judge", "parts", "runner", "forked", "tables", "zoo_examples"}
+_NO_THEME = {"core", "judge", "parts", "runner", "forked", "tables"}
 
 for _found in pkgutil.iter_modules(__path__):
     if _found.name not in _NO_THEME:

@@ -141,7 +141,7 @@ lasting("LoRA unloaded in step 1", changes=True)(_injected(_lora, _unloaded))
 @lasting("LoRA trained", roundings=512)
 def trained(subject: Subject) -> None:
     """Gradients of the adapter alone."""
-    if not getattr(subject.example.zoo, "trains", True):
+    if not subject.example.trains:
         raise NotApplicable("does not train")
     subject.model.requires_grad_(False)
     _injected(_lora)(subject)

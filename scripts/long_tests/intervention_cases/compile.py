@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from zoo import Noise
+
 from .core import TWO_ORDERS, NotApplicable, Subject, intervention
 from .parts import parent_of
 
@@ -150,7 +152,7 @@ def exported(subject: Subject) -> None:
         for path, block in blocks.items()
     ]
     with torch.no_grad():
-        subject.example.run(other, subject.example.inputs(other, subject.example.noise(subject.dtype, 1)))
+        subject.example.run(other, subject.example.inputs(other, Noise(subject.dtype, 1)))
     for handle in handles:
         handle.remove()
     for path in found:

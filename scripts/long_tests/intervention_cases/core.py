@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from zoo import Noise
+
 from .parts import Parts
 
 EVERY_ORDER = ("before", "after", "taken off first", "again")
@@ -69,7 +71,7 @@ class Subject:
 
     def made(self, seed: int) -> dict[str, Any]:
         """New inputs."""
-        return self.example.inputs(self.model, self.example.noise(self.dtype, seed))
+        return self.example.inputs(self.model, Noise(self.dtype, seed))
 
     def default_inputs(self, number: int) -> dict[str, Any]:
         """Steps 0 and 1 get the same objects, step 2 new ones with other noise."""

@@ -24,7 +24,7 @@ def _backward(subject: Subject, inputs: Any) -> Any:
 @ranked("DDP")
 def ddp(subject: Subject) -> None:
     """Gradients of two ranks with different inputs, averaged."""
-    if not getattr(subject.example.zoo, "trains", True):
+    if not subject.example.trains:
         raise NotApplicable("does not train")
     parallel = torch.nn.parallel.DistributedDataParallel(subject.model, find_unused_parameters=True)
     subject.callee = parallel
@@ -59,8 +59,9 @@ ranked("FSDP2 of blocks in bfloat16", rounded=torch.bfloat16)(
 
 def on_rank(example: str, name: str) -> list[dict[str, Any]]:
     """All rows of one example under one intervention, in this rank."""
+    from zoo import named
+
     from . import runner
-    from .zoo_examples import named
 
     found = next(one for one in INTERVENTIONS if one.name == name)
     return [vars(row) for row in runner.rows_of(named(example), found)]

@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from zoo import Example
+
 from . import judge
 from .core import Intervention
 from .runner import Row, rows_of
-from .zoo_examples import AnyExample
 
 
-def forked(example: AnyExample, interventions: list[Intervention], seconds: float) -> Iterator[tuple[str, list[Row]]]:
+def forked(example: Example, interventions: list[Intervention], seconds: float) -> Iterator[tuple[str, list[Row]]]:
     """The rows of one example by name of intervention, each in a fork of this process.
 
     One that takes longer than ``seconds`` is killed, and counts as crashed, as one does that ends its process.
@@ -37,7 +38,7 @@ def forked(example: AnyExample, interventions: list[Intervention], seconds: floa
         yield intervention.name, pickle.loads(answer) if answer else [_ended(example, intervention, started, status)]
 
 
-def _answer(example: AnyExample, intervention: Intervention, pipe: int) -> None:
+def _answer(example: Example, intervention: Intervention, pipe: int) -> None:
     """Runs in the fork, and does not return."""
     code = 1
     try:
@@ -60,6 +61,6 @@ def _received(pipe: int, seconds: float) -> bytes:
     return b""
 
 
-def _ended(example: AnyExample, intervention: Intervention, started: float, status: Any) -> Row:
+def _ended(example: Example, intervention: Intervention, started: float, status: Any) -> Row:
     what = f"its process ended with {os.waitstatus_to_exitcode(status)} after {time.monotonic() - started:.0f} s"
     return Row(example.name, intervention.group, intervention.name, "", "", judge.CRASHED, what)

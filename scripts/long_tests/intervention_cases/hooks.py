@@ -213,7 +213,7 @@ for _kind in ("norms", "projections", "attentions"):
 @intervention("backward hooks on every part")
 def backward(subject: Subject) -> None:
     """Gradients that are read and scaled on their way."""
-    if not getattr(subject.example.zoo, "trains", True):
+    if not subject.example.trains:
         raise NotApplicable("does not train")
     for kind in ("attentions", "blocks"):
         for module in subject.each(kind):

@@ -297,7 +297,7 @@ _LONG = ("img_ids", "txt_ids")
 @intervention("float inputs want gradients")
 def gradients(subject: Subject) -> None:
     """Gradients of the inputs themselves, as guidance by a loss takes them."""
-    if not getattr(subject.example.zoo, "trains", True):
+    if not subject.example.trains:
         raise NotApplicable("does not train")
 
     def run(inputs: Any) -> Any:

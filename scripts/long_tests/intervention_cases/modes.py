@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from zoo import Noise
+
 from .core import TWO_ORDERS, NotApplicable, Subject, intervention
 
 
@@ -88,9 +90,7 @@ def _cast(dtype: torch.dtype) -> Any:
 
     def put(subject: Subject) -> None:
         subject.model.to(dtype)
-        subject.inputs = lambda number: subject.example.inputs(
-            subject.model, subject.example.noise(dtype, 3 if number == 2 else 1)
-        )
+        subject.inputs = lambda number: subject.example.inputs(subject.model, Noise(dtype, 3 if number == 2 else 1))
 
     return put
 
@@ -147,7 +147,7 @@ intervention("profiler", quick=False)(
 
 
 def _trains(subject: Subject) -> None:
-    if not getattr(subject.example.zoo, "trains", True):
+    if not subject.example.trains:
         raise NotApplicable("does not train")
 
 

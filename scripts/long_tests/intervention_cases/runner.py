@@ -16,12 +16,12 @@ import torch
 import dit_rope
 from dit_rope.models import ADAPTERS
 from dit_rope.rotation import ops
+from zoo import Example, Noise, named
 
 from . import judge
 from .core import Intervention, NotApplicable, Stopped, Subject
 from .judge import Step
 from .parts import Parts, find_parts
-from .zoo_examples import AnyExample, named
 
 MODES = {"exact": True, "fast": False}
 ONE_MODE = {"taken off first": "exact", "again": "fast"}
@@ -62,15 +62,15 @@ def _parts_named(name: str) -> Parts:
     example = named(name)
     model = example.build(torch.float32)
     with torch.no_grad():
-        return find_parts(model, lambda: example.run(model, example.inputs(model, example.noise(torch.float32, 1))))
+        return find_parts(model, lambda: example.run(model, example.inputs(model, Noise(torch.float32, 1))))
 
 
-def parts_of(example: AnyExample) -> Parts:
+def parts_of(example: Example) -> Parts:
     """Found on a model of its own."""
     return _parts_named(example.name)
 
 
-def subject_of(example: AnyExample, intervention: Intervention) -> Subject:
+def subject_of(example: Example, intervention: Intervention) -> Subject:
     """A newly built model."""
     return Subject(example, example.build(intervention.dtype), parts_of(example), intervention.dtype)
 
@@ -105,7 +105,7 @@ def steps(subject: Subject, numbers: tuple[int, ...]) -> list[Step]:
     return found
 
 
-def twin_of(example: AnyExample, intervention: Intervention, warm: bool = False) -> _Run:
+def twin_of(example: Example, intervention: Intervention, warm: bool = False) -> _Run:
     """The unpatched model under the intervention: the same rounds, in which nothing is patched.
 
     A ``warm`` one is called once before, as a model is that was patched before: some remember tables of their own.
@@ -126,7 +126,7 @@ def twin_of(example: AnyExample, intervention: Intervention, warm: bool = False)
 
 
 def patched(
-    example: AnyExample, intervention: Intervention, when: str, exact: bool, patch: Patching = dit_rope.patch
+    example: Example, intervention: Intervention, when: str, exact: bool, patch: Patching = dit_rope.patch
 ) -> _Run:
     """The same rounds of a model that is patched, in one of the orders."""
     subject, run = subject_of(example, intervention), _Run()
@@ -183,7 +183,7 @@ def _patched_or_refused(subject: Subject, patch: Patching, run: _Run) -> Any:
     return None
 
 
-def bound_of(example: AnyExample, intervention: Intervention) -> float:
+def bound_of(example: Example, intervention: Intervention) -> float:
     """How far results may be off where only roundings differ, relative to the largest value of a tensor.
 
     It is counted in roundings of the coarsest dtype that queries and keys are rounded to.
@@ -222,7 +222,7 @@ def judged(run: _Run, twin: _Run, when: str, exact: bool, bound: float, undo_rea
 
 
 def rows_of(
-    example: AnyExample, intervention: Intervention, patch: Patching = dit_rope.patch, orders: Any = None
+    example: Example, intervention: Intervention, patch: Patching = dit_rope.patch, orders: Any = None
 ) -> Iterator[Row]:
     """All orders and modes of one example under one intervention."""
     orders = [each for each in intervention.orders if orders is None or each in orders]
@@ -249,7 +249,7 @@ def rows_of(
                 yield _row(example, intervention, (when, mode, exact), twin, bound, patch, changed)
 
 
-def modes_of(example: AnyExample, intervention: Intervention, when: str) -> tuple[str, ...]:
+def modes_of(example: Example, intervention: Intervention, when: str) -> tuple[str, ...]:
     """The modes that one order runs in."""
     if when in ONE_MODE:
         return (ONE_MODE[when],)
@@ -260,7 +260,7 @@ def modes_of(example: AnyExample, intervention: Intervention, when: str) -> tupl
 
 
 def _row(
-    example: AnyExample, intervention: Intervention, how: tuple[str, str, bool], twin: _Run, bound: float,
+    example: Example, intervention: Intervention, how: tuple[str, str, bool], twin: _Run, bound: float,
     patch: Patching, changed: bool | None,
 ) -> Row:  # fmt: skip
     when, mode, exact = how
@@ -275,13 +275,13 @@ def _row(
     return row(outcome, detail, run.turned)
 
 
-def _nondeterministic(example: AnyExample, intervention: Intervention, twin: _Run, warm: bool) -> bool:
+def _nondeterministic(example: Example, intervention: Intervention, twin: _Run, warm: bool) -> bool:
     other = twin_of(example, intervention, warm)
     found = [judge.compared(a, b, True, 0.0)[0] for a, b in zip(other.rounds, twin.rounds, strict=True)]
     return any(outcome not in (judge.EQUAL, judge.SAME_ERROR) for outcome in found)
 
 
-def _changed(example: AnyExample, intervention: Intervention, twin: _Run) -> bool:
+def _changed(example: Example, intervention: Intervention, twin: _Run) -> bool:
     """Whether the intervention changes what the unpatched model gives, or makes it raise."""
     subject = subject_of(example, intervention)
     alone = steps(subject, ROUNDS[0])

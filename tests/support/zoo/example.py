@@ -10,6 +10,11 @@ from typing import Any
 import torch
 
 
+def tensors(output: Any) -> list[torch.Tensor]:
+    """Every tensor in the output of a model."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
 class Noise:
     """Seeded inputs in one dtype; ``noise(2, 3)`` is a normal ``[2, 3]`` tensor."""
 
@@ -47,8 +52,8 @@ class Example:
     def model_class(self) -> type[torch.nn.Module]:
         """The class itself."""
         module, _, name = self.model.rpartition(".")
-        found: type[torch.nn.Module] = getattr(importlib.import_module(module), name)
-        return found
+        cls: type[torch.nn.Module] = getattr(importlib.import_module(module), name)
+        return cls
 
     def build(self, dtype: torch.dtype = torch.float32, released: bool = False) -> torch.nn.Module:
         """A seeded random model as ``from_pretrained(torch_dtype=dtype)`` gives it: parts kept in float32 stay so.
