@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..cache import FifoCache
 from ..spec import Grid, RopeSpec
 from ..torch_state import in_mode
+from .caches import AXES
 from .scaling import axis_frequencies
 from .scaling_types import AxisFrequencies
 
@@ -49,9 +49,6 @@ def build_axis(frequencies: AxisFrequencies, first: int, stop: int, dtype: torch
             "theta or scaling"
         )
     return table
-
-
-AXES: FifoCache[AxisKey, torch.Tensor] = FifoCache("axis", 256, 64 * 2**20, lambda array: (array,))
 
 
 def axis_block(start: int, size: int) -> tuple[int, int]:

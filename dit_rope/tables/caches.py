@@ -1,4 +1,9 @@
-"""The caches of the package in one place: what each keeps, their counters, their caps, and how to empty them."""
+"""The caches of the package in one place: what each keeps, their counters, their caps, and how to empty them.
+
+Whatever keeps tensors beyond the objects that they belong to is one of these. What else is remembered goes with its
+object (the validated calls of a table, what a table of a model was packed to) or holds no tensor (specs, launches, the
+source of functions).
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,7 @@ import torch
 
 from ..cache import CacheInfo, FifoCache
 from ..scalars import integer
-from .axes import AXES
-from .scaling import FREQUENCIES
+from .scaling_types import AxisFrequencies
 
 
 class HoldsTensors(Protocol):
@@ -19,7 +23,7 @@ class HoldsTensors(Protocol):
 
     @property
     def tensors(self) -> Iterable[torch.Tensor]:
-        """Everything it keeps in memory."""
+        """Every tensor that the value keeps in memory."""
 
 
 def _tensors_of(value: HoldsTensors | torch.Tensor) -> Iterable[torch.Tensor]:
@@ -27,14 +31,21 @@ def _tensors_of(value: HoldsTensors | torch.Tensor) -> Iterable[torch.Tensor]:
 
 
 TABLES: FifoCache[Hashable, HoldsTensors | torch.Tensor] = FifoCache("table", 16, 256 * 2**20, _tensors_of)
-# What the eager backend expands of tables on CPU.
+"""What users ask for: tables, their dense forms, positions."""
+AXES: FifoCache[Hashable, torch.Tensor] = FifoCache("axis", 256, 64 * 2**20, _tensors_of)
+"""Cos and sin of single axes in host memory, by :class:`~dit_rope.tables.axes.AxisKey`."""
 ANGLES: FifoCache[Hashable, Sequence[torch.Tensor]] = FifoCache("angle", 8, 64 * 2**20, lambda tensors: tensors)
-# What rope modules of patched models build themselves, and what their keys hold.
+"""Cos and sin of every token, which the eager backend expands of tables on CPU."""
 MODEL_TABLES: FifoCache[Hashable, HoldsTensors] = FifoCache(
     "model table", 64, 2**30, _tensors_of, across_streams=False, in_default_device=True
 )
-# Rows of the angles by which whole keys are shifted, one for each shift that is in no table.
+"""What rope modules of patched models build themselves, and what their keys hold."""
+FREQUENCIES: FifoCache[Hashable, AxisFrequencies] = FifoCache(
+    "frequency", 256, 2**20, lambda frequencies: (frequencies.inverse,)
+)
+"""Frequencies of scaled axes: a stream, or steps of a changing scaling, ask for the same ones again."""
 SHIFTS: FifoCache[Hashable, torch.Tensor] = FifoCache("shift", 256, 2**20, _tensors_of)
+"""Cos and sin by which whole keys are shifted, one row for each shift that is in no table."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +53,12 @@ class TableCacheInfo:
     """Counters of every cache, as :func:`cache_info` gives them.
 
     Attributes:
-        tables: entries as a user counts them: tables, dense forms and position tensors.
-        axes: the arrays of single axes, in host memory, which tables of many grids and shards share.
-        angles: what the eager backend expands of tables on CPU, for the next call with the same table.
+        tables: tables, dense forms and position tensors, one entry each.
+        axes: cos and sin of single axes in host memory, which tables of many grids and shards share.
+        angles: cos and sin of every token, which the eager backend expands of tables on CPU.
         models: tables that patched models build themselves.
-        frequencies: what scalings come to on single axes, and copies of it on devices.
-        shifts: angles that :func:`~dit_rope.shift_keys` makes for a spec.
+        frequencies: frequencies of scaled axes, and their copies on devices.
+        shifts: cos and sin by which :func:`~dit_rope.shift_keys` moves whole keys.
     """
 
     tables: CacheInfo
@@ -75,9 +86,9 @@ def cache_info() -> TableCacheInfo:
 
 
 def cache_clear() -> None:
-    """Forgets all that is cached and zeroes the counters; tables already handed out stay valid.
+    """Drops every entry of every cache and zeroes the counters; tables already handed out stay valid.
 
-    What only a CUDA graph still reads is freed: replay no graph after this that was captured before.
+    This also frees memory that only CUDA graphs read: a graph captured before must not be replayed after it.
 
     Example:
         >>> import dit_rope
@@ -96,19 +107,31 @@ def cache_configure(
     max_model_entries: int | None = None,
     max_model_bytes: int | None = None,
 ) -> None:
-    """Sets the caps of the table cache (16 entries, 256 MiB at first) and of the model tables (64 entries, 1 GiB).
+    """Sets the caps of the cache of tables and of the cache of model tables; the other caches have fixed caps.
 
-    The oldest entries leave where a new cap is passed.
+    The oldest entries leave a cache that exceeds its new cap. None leaves a cap as it is.
+
+    Args:
+        max_entries: entries of the cache of tables; 16 when the package is imported.
+        max_bytes: bytes of its tensors; 256 MiB.
+        max_model_entries: entries of the cache of model tables; 64.
+        max_model_bytes: bytes of its tensors; 1 GiB.
 
     Raises:
-        TypeError, ValueError: for caps that are no positive ints.
+        TypeError, ValueError: a cap that is not an int of at least 1.
+
+    Example:
+        >>> import dit_rope
+        >>> dit_rope.cache_configure(max_entries=32, max_bytes=2**28)
+        >>> dit_rope.cache_info().tables.max_entries
+        32
     """
-    given = {
+    caps = {
         "max_entries": max_entries,
         "max_bytes": max_bytes,
         "max_model_entries": max_model_entries,
         "max_model_bytes": max_model_bytes,
     }
-    caps = {name: None if value is None else integer(name, value, 1) for name, value in given.items()}
+    caps = {name: None if cap is None else integer(name, cap, 1) for name, cap in caps.items()}
     TABLES.configure(max_entries=caps["max_entries"], max_bytes=caps["max_bytes"])
     MODEL_TABLES.configure(max_entries=caps["max_model_entries"], max_bytes=caps["max_model_bytes"])

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..cache import FifoCache
 from ..spec import RopeSpec, Scaling
 from ..torch_state import WITHOUT_FLOAT64_OR_COMPLEX, in_mode
+from .caches import FREQUENCIES
 from .scaling_types import TYPES, AxisFrequencies, ScalingFunction, ScalingType, default
 
 # Keys of transformers' dictionaries that say which type it is, or belong to the rotation and not to its scaling.
@@ -25,9 +25,6 @@ _WITHOUT_EFFECT = frozenset({"finetuned"})  # in checkpoints of YaRN's authors; 
 _OF_THE_SPEC = frozenset({*_TYPE_KEYS, "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"})
 _IN_MODEL_CONFIG = ("rope_parameters", "rope_scaling")
 _CONTEXT_OF_MODEL = ("max_position_embeddings", "original_max_position_embeddings")
-
-# Asked for once per axis of each new table: a stream, or steps of a changing scaling, ask for the same ones again.
-FREQUENCIES: FifoCache[Hashable, AxisFrequencies] = FifoCache("frequency", 256, 2**20, lambda found: (found.inverse,))
 
 
 def register_scaling(name: str, function: ScalingFunction) -> None:

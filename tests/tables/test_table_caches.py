@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+import re
 from pathlib import Path
 
 import numpy as np
@@ -66,10 +67,13 @@ def test_info_shows_every_entry_of_every_cache():
 def test_no_function_remembers_tensors_on_its_own():
     """``lru_cache`` keeps what nobody counts and nobody can clear; it may keep plans, specs, launches and names."""
     allowed = {"cuda_kernels.py", "cuda_plan.py", "cuda_tuning.py", "triton_kernels.py", "fastvideo.py"}
-    package = Path(dit_rope.__file__).parent
-    owned = [path for path in SOURCES if path.parent in (package, package / "compat", package / "backends")]
-    users = {path.name for path in owned if "lru_cache" in path.read_text() or "functools.cache\n" in path.read_text()}
-    assert users <= allowed
+    allowed |= {"known_code.py"}
+    users = {path.name for path in SOURCES if re.search(r"^@functools\.(lru_)?cache\b", path.read_text(), re.MULTILINE)}
+    assert users == allowed
+
+
+def test_every_cache_is_made_where_all_are_listed():
+    assert [path.name for path in SOURCES if re.search(r"= FifoCache\(", path.read_text())] == ["caches.py"]
 
 
 def test_every_module_of_the_package_is_looked_at():
