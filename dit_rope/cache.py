@@ -25,13 +25,13 @@ class CacheInfo:
     """Counters of one cache since it was made or last cleared.
 
     Attributes:
-        hits: calls answered without a build, those that waited for another thread's build included.
-        misses: builds of an entry, rebuilds included. Builds that the cache must not keep are not counted.
+        hits: calls answered without a build, including those that waited for the build of another thread.
+        misses: builds of an entry, including rebuilds. Builds that the cache must not keep are not counted.
         evictions: entries dropped to make room.
-        rebuilds: entries dropped because somebody had written to their tensors.
-        entries, bytes: what is held now.
+        rebuilds: entries dropped because their tensors had been written to.
+        entries, bytes: entries in the cache now, and the bytes of their tensors.
         max_entries, max_bytes: the caps.
-        captured_bytes: held for CUDA graphs that may read them, in entries or not; no cap counts them.
+        captured_bytes: bytes kept for CUDA graphs that may read them, evicted or not. The caps do not count them.
     """
 
     hits: int
@@ -57,8 +57,8 @@ class _Entry(Generic[Value]):
         self.bytes = sum(storage.nbytes() for storage in storages.values())
 
 
-class _Flight(Generic[Value]):
-    """One build under way: its thread, and its value for whoever waits."""
+class _Build(Generic[Value]):
+    """A build that runs: its thread, and its value for the threads that wait."""
 
     __slots__ = ("done", "owner", "result")
 
@@ -69,28 +69,39 @@ class _Flight(Generic[Value]):
 
 
 class FifoCache(Generic[Key, Value]):
-    """Keeps what ``build`` returned per key and device, the oldest entry leaving first; a hit protects nothing.
+    """Keeps the value that ``build`` returned for a key and a device. The oldest entry leaves first, hit or not.
 
-    Two threads asking for one missing key build it once; when that build raises, its caller sees the exception and
-    each waiting thread builds for itself. Builds run without autograd, outside inference mode and outside every
-    torch function mode (a default device is one), so a first call from such a place leaves no trace in the entry.
-    Under tracing, dispatch modes and function transforms, and on the meta device, nothing is looked up or kept.
-    An entry whose tensors were written to is dropped with a RuntimeWarning and built again; writes that torch does
-    not count (``.data``, numpy views) go unseen. Fork-safe: a child keeps the entries and none of the locks.
-    An entry handed out while a CUDA graph is captured is held until :meth:`clear`, evicted or not, because the graph
-    reads its memory at every replay; a miss is refused then, because the graph would own what is built.
+    - Threads: if two threads ask for one missing key, one builds and the other waits. If that build raises, its caller
+      sees the exception and each waiting thread builds for itself. A forked child keeps the entries, not the locks.
+    - Modes: builds run without autograd, outside inference mode and outside every torch function mode (a default
+      device is one), so an entry does not depend on the modes of the first caller. Under tracing, a dispatch mode or
+      a function transform, and on the meta device, every call builds and nothing is kept.
+    - Writes: an entry whose tensors were written to is dropped with a RuntimeWarning and built again. Writes that torch
+      does not count (``.data``, numpy views) are not seen.
+    - CUDA graphs: a graph reads the memory of an entry at every replay. So an entry that is handed out during a capture
+      is kept until :meth:`clear`, evicted or not, and a miss raises, because the graph would own the built memory.
 
     Args:
-        name: what warnings and errors call this cache.
-        max_entries: entries held at most, at least 1.
-        max_bytes: bytes of tensor storage held at most; a larger value is returned but not kept.
-        tensors_of: the tensors a value holds, whose bytes count and whose mutation is watched.
-        across_streams: an entry may be hit from other streams than built it, so that a build on a GPU is waited for;
-            where keys name their stream, nobody has to.
-        in_default_device: builds run in the default device of their caller, which keys have to name.
+        name: the name of this cache in warnings and errors.
+        max_entries: the most entries, at least 1.
+        max_bytes: the most bytes of tensor storage. A larger value is returned but not kept.
+        tensors_of: the tensors of a value; their bytes count, and their version counters are checked at every hit.
+        across_streams: whether calls on other streams may hit an entry. If so, a build on a GPU waits for its stream;
+            a cache whose keys name the stream needs no wait.
+        in_default_device: whether builds run under the default device of their caller, which keys must name then.
 
     Raises:
         ValueError: for caps that are not positive.
+
+    Example:
+        >>> import torch
+        >>> cache = FifoCache("square", max_entries=2, max_bytes=2**20, tensors_of=lambda tensor: (tensor,))
+        >>> cpu = torch.device("cpu")
+        >>> four = cache.get(2, cpu, lambda: torch.tensor(2.0) ** 2)
+        >>> cache.get(2, cpu, lambda: torch.tensor(2.0) ** 2) is four
+        True
+        >>> cache.info().hits, cache.info().misses
+        (1, 1)
     """
 
     def __init__(
@@ -109,22 +120,22 @@ class FifoCache(Generic[Key, Value]):
         self._lock = threading.RLock()
         self._entries: dict[tuple[Key, torch.device], _Entry[Value]] = {}
         self._captured: dict[int, _Entry[Value]] = {}  # by identity: one key may have had several entries
-        self._flights: dict[tuple[Key, torch.device], _Flight[Value]] = {}
+        self._builds: dict[tuple[Key, torch.device], _Build[Value]] = {}
         self._zero_counters()
         self.configure(max_entries=max_entries, max_bytes=max_bytes)
         _ALL_CACHES.add(self)
 
     def get(self, key: Key, device: torch.device, build: Callable[[], Value]) -> Value:
-        """The entry of ``key`` on ``device``, the same object at every call; ``build()`` makes a missing one.
+        """The entry of ``key`` on ``device``: the same object at every call, built by ``build()`` if it is missing.
 
         Raises:
-            RuntimeError: when a build asks for its own key, or would run while a CUDA graph is being captured.
+            RuntimeError: a build asks for its own key, or a CUDA graph is being captured and the entry is missing.
         """
         if in_mode():
             return build()
         slot = (key, device)
-        # Without the lock, for which threads that only read would queue: an entry is whole before it is in the
-        # dictionary, and one that leaves it at this moment is as good as one that left a moment later.
+        # Without the lock, because threads that only read would queue for it. This is safe: an entry is complete before
+        # it is in the dictionary, and an entry that is evicted at this moment is as valid as before.
         entry = self._entries.get(slot)
         if entry is not None:
             for tensor, version in entry.versions:
@@ -145,7 +156,7 @@ class FifoCache(Generic[Key, Value]):
 
     def _miss(self, slot: tuple[Key, torch.device], build: Callable[[], Value]) -> Value:
         """Builds the entry, or waits for the thread that is building it."""
-        mine: _Flight[Value] = _Flight()
+        attempt: _Build[Value] = _Build()
         try:
             while True:
                 with self._lock:
@@ -158,33 +169,34 @@ class FifoCache(Generic[Key, Value]):
                     if written:
                         del self._entries[slot]
                         self._rebuilds += 1
-                    flight = self._flights.setdefault(slot, mine)
-                    if flight is mine:
+                    running = self._builds.setdefault(slot, attempt)
+                    if running is attempt:
                         self._misses += 1
                         break
-                if flight.owner == threading.get_ident():
+                if running.owner == threading.get_ident():
                     raise RuntimeError(f"the {self.name} cache must not be asked for a key by that key's own build")
-                flight.done.wait()
-                # A graph needs the entry: if it was too large to be kept, the build here is refused.
-                if flight.result is not None and not capturing(slot[1]):
+                running.done.wait()
+                # A capture needs an entry, to keep it for the graph. A value too large for an entry is not enough: the
+                # next round finds none and refuses to build.
+                if running.result is not None and not capturing(slot[1]):
                     next(self._hit_numbers)
-                    return flight.result[0]
-            return self._build(slot, build, mine, written)
+                    return running.result[0]
+            return self._build_entry(slot, build, attempt, written)
         finally:
             try:
-                self._land(slot, mine)
-            finally:  # once more, because a KeyboardInterrupt may have come in between; others would wait forever
-                self._land(slot, mine)
+                self._end_build(slot, attempt)
+            finally:  # again, because a KeyboardInterrupt may cut the first call short; others would wait forever
+                self._end_build(slot, attempt)
 
-    def _land(self, slot: tuple[Key, torch.device], flight: _Flight[Value]) -> None:
-        """Ends a flight and wakes whoever waits for it; does nothing more a second time."""
+    def _end_build(self, slot: tuple[Key, torch.device], attempt: _Build[Value]) -> None:
+        """Ends a build and wakes the threads that wait for it; a second call does nothing more."""
         with self._lock:
-            if self._flights.get(slot) is flight:
-                del self._flights[slot]
-        flight.done.set()
+            if self._builds.get(slot) is attempt:
+                del self._builds[slot]
+        attempt.done.set()
 
-    def _build(
-        self, slot: tuple[Key, torch.device], build: Callable[[], Value], flight: _Flight[Value], written: bool
+    def _build_entry(
+        self, slot: tuple[Key, torch.device], build: Callable[[], Value], attempt: _Build[Value], written: bool
     ) -> Value:
         """Runs ``build`` without the lock, and stores its value unless the cache was cleared since."""
         device = slot[1]
@@ -207,9 +219,9 @@ class FifoCache(Generic[Key, Value]):
             finish(device)
         entry = _Entry(value, self._tensors_of(value))
         with self._lock:
-            if self._flights.get(slot) is flight:
+            if self._builds.get(slot) is attempt:
                 self._store(slot, entry)
-        flight.result = (value,)
+        attempt.result = (value,)
         return value
 
     def _store(self, slot: tuple[Key, torch.device], entry: _Entry[Value]) -> None:
@@ -219,7 +231,7 @@ class FifoCache(Generic[Key, Value]):
         self._entries[slot] = entry
 
     def _held_bytes(self) -> int:
-        """Summed up anew: an interrupt between an entry and a running count of bytes would part them for good."""
+        """A sum at each call: a running count would stay wrong after an interrupt between an entry and its bytes."""
         return sum(entry.bytes for entry in self._entries.values())
 
     def _make_room(self, entries: int, size: int) -> None:
@@ -229,7 +241,7 @@ class FifoCache(Generic[Key, Value]):
             self._evictions += 1
 
     def configure(self, *, max_entries: int | None = None, max_bytes: int | None = None) -> None:
-        """Changes the caps that are given, evicting the oldest entries at once where they no longer fit.
+        """Changes the caps that are not None; entries that no longer fit leave at once, the oldest first.
 
         Raises:
             ValueError: for caps that are not positive.
@@ -245,17 +257,17 @@ class FifoCache(Generic[Key, Value]):
             self._make_room(self._max_entries, self._max_bytes)
 
     def discard(self, unwanted: Callable[[Key], bool]) -> None:
-        """Drops the entries whose key is ``unwanted``, which are no evictions."""
+        """Drops the entries whose key is ``unwanted``. They do not count as evictions."""
         with self._lock:
             for slot in [slot for slot in self._entries if unwanted(slot[0])]:
                 del self._entries[slot]
 
     def clear(self) -> None:
-        """Drops every entry, those held for CUDA graphs too, and zeroes the counters; a build under way is not kept."""
+        """Drops every entry, also those kept for CUDA graphs, and zeroes the counters. Running builds are not kept."""
         with self._lock:
             self._entries = {}
             self._captured = {}
-            self._flights = {}
+            self._builds = {}
             self._zero_counters()
 
     def info(self) -> CacheInfo:
@@ -277,7 +289,7 @@ class FifoCache(Generic[Key, Value]):
 
     def _zero_counters(self) -> None:
         self._misses = self._evictions = self._rebuilds = 0
-        # Counts hits: taking its next number is one step, between which no other thread can come. Looking takes one.
+        # Counts hits without the lock: taking the next number is one atomic step. Reading the count takes a number too.
         self._hit_numbers = itertools.count()
         self._hits_looked_up = 0
 
@@ -289,7 +301,7 @@ class FifoCache(Generic[Key, Value]):
 
     def _after_fork_in_child(self) -> None:
         self._lock = threading.RLock()
-        self._flights = {}
+        self._builds = {}
 
 
 _ALL_CACHES: weakref.WeakSet[FifoCache[Any, Any]] = weakref.WeakSet()
@@ -311,5 +323,5 @@ def _after_fork_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):  # Windows has no fork
-    # The locks are held over the fork, so that no entry is half stored in the child.
+    # A fork while another thread stores an entry would leave half of it in the child. So the locks are held over it.
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

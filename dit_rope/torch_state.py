@@ -1,4 +1,4 @@
-"""What torch is doing at this moment: tracing, differentiating, capturing a graph, on which stream."""
+"""What torch is doing at this moment: tracing, differentiating, capturing a CUDA graph, working on a stream."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 WITHOUT_FLOAT64_OR_COMPLEX = frozenset({"mps", "npu"})
-"""Kinds of devices."""
+"""Types of devices that have neither float64 nor complex numbers."""
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
-# Looked up once: they run at every hit.
+# Looked up once, because they run at every hit of a cache.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_transforms = torch._C._functorch.peek_interpreter_stack
 _function_modes = torch._C._len_torch_function_stack
@@ -25,11 +25,11 @@ _jit_tracing = torch._C._get_tracing_state
 
 
 def in_mode() -> bool:
-    """Whether tensors made now belong to a mode of this moment rather than to everybody.
+    """Whether tensors made now belong to a mode: tracing, a dispatch mode or a function transform.
 
-    Under tracing, a dispatch mode (fake, functional) or a function transform (vmap, grad) they may not be real: stored,
-    they would reach callers for whom that mode does not exist, and a stored real tensor would not be fake where a fake
-    one is needed. A mode that only watches, such as one that counts operators, says so by ``only_watches = True``.
+    Such tensors may not be real (fake, functional, batched), so a cache must neither keep them nor answer with real
+    ones. A dispatch mode that only watches, such as one that counts operators, declares ``only_watches = True``; it is
+    ignored here.
     """
     return (
         torch.compiler.is_compiling()
@@ -41,38 +41,39 @@ def in_mode() -> bool:
 def in_level() -> bool:
     """Whether a level of torch.func (grad, jvp, vmap) or of dual numbers is active.
 
-    Under it a call has to be made of operations that torch knows: one that a kernel answers would have no tangent.
+    A call under it must consist of torch's own operations: the result of a kernel would have no tangent.
     """
     return _function_transforms() is not None or forward_ad._current_level >= 0
 
 
 def in_transform() -> bool:
-    """Whether somebody differentiates, batches, records or replaces torch's operations.
+    """Whether torch's operations are differentiated, batched, recorded or replaced.
 
-    That is :func:`in_level`, torch.jit, or a torch function mode that is no default device and does not only watch.
+    True under :func:`in_level`, under tracing by torch.jit, and under a torch function mode. A default device, and a
+    mode that declares ``only_watches = True``, are ignored.
     """
     return in_level() or _jit_tracing() is not None or (_function_modes() > 0 and _replaces_functions())
 
 
-# torch.compile takes the answers of the moment it traces. torch's decorator for this would import dynamo.
+# torch.compile takes the answers as constants of its trace. torch's decorator for this would import dynamo.
 in_level._dynamo_marked_constant = True  # type: ignore[attr-defined]
 in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured where this thread works: what it is given it reads at every replay."""
+    """Whether this thread captures a CUDA graph, which reads the memory of its tensors again at every replay."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def stream_of(device: torch.device) -> int:
-    """The stream whose work orders a build before its use: whoever keys on it need not wait for the build."""
+    """The id of the current stream. A cache with this id in its keys need not wait for builds."""
     return 0 if device.type in ("cpu", "meta") else torch.accelerator.current_stream(device).stream_id
 
 
 def finish(device: torch.device) -> None:
-    """Waits for what was just made on ``device``, before it is put where calls on any stream find it.
+    """Waits for the current stream of ``device``, so that tensors it fills can be read on any stream.
 
-    None of those streams waits for the one that fills the memory.
+    Other streams do not wait for it by themselves.
     """
     if device.type in ("cuda", "xpu"):
         torch.accelerator.current_stream(device).synchronize()
@@ -93,9 +94,10 @@ def _replaces_functions() -> bool:
 
 
 def uncompiled(function: Callable[Params, Result]) -> Callable[Params, Result]:
-    """``function``, which torch.compile leaves alone: its numbers are new in every chunk and would be compiled in.
+    """Wraps ``function`` so that torch.compile runs it uncompiled.
 
-    Disabled only when somebody compiles, because asking for that imports the compiler, which takes a second.
+    For functions whose numbers change in every call and would be compiled in as constants. ``torch.compiler.disable``
+    is called only while something compiles, because it imports the compiler, which takes a second.
     """
 
     @functools.wraps(function)

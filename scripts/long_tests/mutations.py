@@ -143,13 +143,13 @@ MUTATIONS = (
     _cache("newest-leaves-first", "self._entries.pop(next(iter(self._entries)))", "self._entries.popitem()[1]"),
     _cache(
         "stored-after-clear",
-        "if self._flights.get(slot) is flight:\n                self._store(slot, entry)",
+        "if self._builds.get(slot) is attempt:\n                self._store(slot, entry)",
         "if True:\n                self._store(slot, entry)",
     ),
     _cache(
         "flight-never-lands",
-        "                del self._flights[slot]\n        flight",
-        "                pass\n        flight",
+        "                del self._builds[slot]\n        attempt",
+        "                pass\n        attempt",
     ),
     _cache(
         "lands-once",
@@ -160,7 +160,7 @@ MUTATIONS = (
     _cache("transforms-unseen", "or _function_transforms() is not None", "or False", "torch_state"),
     _cache("dispatch-modes-unseen", "(_dispatch_modes() > 0 and not _watched())", "False", "torch_state"),
     _cache("built-in-inference-mode", "with torch.inference_mode(False), torch.no_grad()", "with torch.no_grad()"),
-    _cache("child-keeps-flights", "self._lock = threading.RLock()\n        self._flights = {}\n\n\n", "pass\n\n\n"),
+    _cache("child-keeps-flights", "self._lock = threading.RLock()\n        self._builds = {}\n\n\n", "pass\n\n\n"),
     # Eager rotation.
     _eager(
         "reference-sign", "x1 * cos - x2 * sin, x1 * sin + x2 * cos))", "x1 * cos + x2 * sin, x1 * sin + x2 * cos))"

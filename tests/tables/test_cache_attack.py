@@ -118,7 +118,7 @@ def test_64_threads_get_what_they_ask_for_while_others_evict_clear_configure_and
     assert in_many_threads(attack) == [[]] * THREADS
     assert watched.broken == []
     assert watched.most > 0
-    assert watched._flights == {}
+    assert watched._builds == {}
     assert watched.get(-1, CPU, lambda: value_of(0)).numel() == 256
 
 
@@ -305,7 +305,7 @@ def test_builder_that_raises_wakes_all_who_wait_and_each_builds_for_itself(watch
     assert len(failed) == 1
     assert len(attempts) == 2
     assert watched.info().entries == 1
-    assert watched._flights == {}
+    assert watched._builds == {}
 
 
 def test_value_of_just_the_byte_cap_is_kept_and_one_byte_more_is_not(watched: Watched) -> None:
@@ -462,7 +462,7 @@ def test_interrupt_at_any_line_leaves_a_cache_that_works(prepare: Callable[[Watc
         line += 1
         watched = Watched(8, 256 * 1024)
         came = interrupted(line, prepare(watched))
-        assert watched._flights == {}, f"line {line}: others would wait for this key forever"
+        assert watched._builds == {}, f"line {line}: others would wait for this key forever"
         watched.configure(max_entries=2, max_bytes=20 * 1024)
         # From another thread, which a lock that was not given back would stop; more than fits, so that some leave.
         values = in_threads(
@@ -487,17 +487,17 @@ def test_interrupt_of_a_thread_that_waits_leaves_the_build_of_the_other_alone(wa
     thread = threading.Thread(target=watched.get, args=(3, CPU, build))
     thread.start()
     building.wait(timeout=20)
-    (flight,) = watched._flights.values()
+    (attempt,) = watched._builds.values()
 
     class Interrupting:
         def wait(self) -> None:
             raise KeyboardInterrupt
 
-    done, flight.done = flight.done, Interrupting()  # type: ignore[assignment]
+    done, attempt.done = attempt.done, Interrupting()  # type: ignore[assignment]
     with pytest.raises(KeyboardInterrupt):
         watched.get(3, CPU, build)
-    flight.done = done
-    assert list(watched._flights.values()) == [flight]
+    attempt.done = done
+    assert list(watched._builds.values()) == [attempt]
     release.set()
     thread.join(timeout=20)
     assert watched.get(3, CPU, build)[0] == 3.0
