@@ -18,26 +18,39 @@ FREQUENCY_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Pairing(enum.Enum):
-    """Which two channels of a head turn together.
+    """Which two channels of a head rotate together.
 
-    ``INTERLEAVED`` turns channels (0, 1), (2, 3), ... (GPT-J, Wan, Flux); ``HALF`` turns channels
-    (i, i + rotary_dim / 2) (GPT-NeoX, Llama, Cosmos).
+    ``INTERLEAVED``: channels (0, 1), (2, 3), ... (GPT-J, Wan, Flux). ``HALF``: channels (i, i + rotary_dim / 2)
+    (GPT-NeoX, Llama, Cosmos).
+
+    Example:
+        >>> import torch
+        >>> from dit_rope import Grid, Pairing, RopeSpec, rope_table, rotate
+        >>> x = torch.tensor([[[[1.0, 0.0, 0.0, 0.0]]]])
+        >>> tables = [rope_table(RopeSpec((4,), pairing=pairing), Grid(1, start_frame=1)) for pairing in Pairing]
+        >>> [rotate(x, table).nonzero()[:, 3].tolist() for table in tables]
+        [[0, 1], [0, 2]]
     """
 
     INTERLEAVED = "interleaved"
     HALF = "half"
 
-    # Enum's own hash is a Python function, which would run in every lookup of a cache; members are singletons.
+    # The hash of Enum is a Python function, which would run in every lookup of a cache. Members are singletons.
     __hash__ = object.__hash__
 
 
 class NormKind(enum.Enum):
-    """Which norm of queries or keys comes before the rotation, and what it averages over.
+    """The norm of queries or keys before the rotation, and the channels that it averages over.
 
-    ``PER_HEAD`` is an RMSNorm over the D channels of each head (HunyuanVideo, Flux, Mochi), ``ACROSS_HEADS`` one over
-    all H * D channels of a token (Wan, LTX). ``LAYER_PER_HEAD`` (CogVideoX) and ``LAYER_ACROSS_HEADS`` are LayerNorms
-    (Ba, Kiros and Hinton, arXiv:1607.06450) over the same channels: they subtract the mean, divide by the root of the
-    biased variance plus eps, and may add a bias after the weight.
+    ``PER_HEAD`` is an RMSNorm over the D channels of each head (HunyuanVideo, Flux, Mochi). ``ACROSS_HEADS`` is an
+    RMSNorm over all H * D channels of a token (Wan, LTX). ``LAYER_PER_HEAD`` (CogVideoX) and ``LAYER_ACROSS_HEADS`` are
+    LayerNorms (Ba, Kiros and Hinton, arXiv:1607.06450) over the same channels: they subtract the mean, divide by the
+    root of the biased variance plus eps, and may add a bias after the weight.
+
+    Example:
+        >>> from dit_rope import NormKind
+        >>> NormKind.ACROSS_HEADS.across_heads, NormKind.ACROSS_HEADS.centred
+        (True, False)
     """
 
     PER_HEAD = "per_head"
@@ -49,21 +62,20 @@ class NormKind(enum.Enum):
 
     @property
     def across_heads(self) -> bool:
-        """Whether all heads of a token are normed together, by weights ``[H * D]``; else each by weights ``[D]``."""
+        """Whether all heads of a token share one average and weights are ``[H * D]``; otherwise they are ``[D]``."""
         return self in (NormKind.ACROSS_HEADS, NormKind.LAYER_ACROSS_HEADS)
 
     @property
     def centred(self) -> bool:
-        """Whether this is a LayerNorm, which subtracts the mean and alone may have a bias."""
+        """Whether this is a LayerNorm: it subtracts the mean. Only a LayerNorm may have a bias."""
         return self in (NormKind.LAYER_PER_HEAD, NormKind.LAYER_ACROSS_HEADS)
 
 
 class Fusion(enum.Enum):
-    """What :func:`dit_rope.patch` takes over of a model's queries and keys; tables are memoized in any case.
+    """Which operations on queries and keys :func:`dit_rope.patch` takes over; tables are memoized in any case.
 
-    ``NORM_AND_ROTATION`` does both in one pass, in fast mode and where the kernels know the norm; else, and where there
-    is no norm, it is ``ROTATION``, which leaves the norm to the model. ``NOTHING`` leaves it both: what is gained then
-    is gained by the tables alone.
+    ``NORM_AND_ROTATION``: norm and rotation in one pass, in fast mode and for norms that the kernels know; otherwise
+    as ``ROTATION``. ``ROTATION``: the rotation; the model runs its own norms. ``NOTHING``: the model norms and rotates.
     """
 
     NOTHING = "nothing"
@@ -78,15 +90,20 @@ ScalingValue = float | int | bool | tuple[float, ...] | None
 
 @dataclass(frozen=True)
 class Scaling:
-    """A frequency scaling of one axis, by the name of its type and its options: make one with :meth:`of`.
+    """A frequency scaling of one axis: the name of a type and its options. :meth:`of` makes one.
 
-    The types are those of :func:`~dit_rope.known_scalings`; :mod:`dit_rope.tables.scaling_types` has formulas and
-    options. Whether a type is known and takes the options is checked when a table is made.
+    :func:`~dit_rope.known_scalings` lists the types; :mod:`dit_rope.tables.scaling_types` has their formulas and
+    options. Type and options are checked when a table is made.
 
     ``parameters`` is a sorted tuple of (name, value) pairs, so that equal scalings are equal and hashable.
 
     Raises:
-        TypeError: for a type that is no string, or an option that is neither a number nor numbers.
+        TypeError: a type that is not a string, or an option that is not a number, numbers or None.
+
+    Example:
+        >>> from dit_rope import Scaling
+        >>> Scaling.of("linear", factor=4.0)
+        Scaling(kind='linear', parameters=(('factor', 4.0),))
     """
 
     kind: str
@@ -106,7 +123,12 @@ class Scaling:
 
     @classmethod
     def of(cls, kind: str, **parameters: ScalingValue | Sequence[float]) -> Scaling:
-        """Makes a scaling from keyword parameters: ``Scaling.of("linear", factor=4.0)``."""
+        """Makes a scaling from keyword parameters; lists become tuples, numbers of numpy those of Python.
+
+        Example:
+            >>> print(Scaling.of("longrope", short_factor=[1.0, 2.0], seq_len=64))
+            longrope(seq_len=64, short_factor=(1.0, 2.0))
+        """
         frozen = {
             name: tuple(map(_plain, value))
             if isinstance(value, Sequence) and not isinstance(value, str)
@@ -120,7 +142,7 @@ class Scaling:
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy as an int or a float; everything else as it is."""
+    """A number of numpy as an int or a float; any other value unchanged."""
     number = as_number(value)
     return value if number is None else number
 
@@ -169,7 +191,7 @@ def _per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple[flo
 
 
 def _scalings(scaling: Scalings, axes: int) -> Scaling | tuple[Scaling | None, ...] | None:
-    """One spelling for equal choices: what all axes share on its own, else a tuple of one Scaling or None per axis."""
+    """One form for equal scalings: the scaling itself if all axes share it, else a tuple of one or None per axis."""
     if scaling is None or isinstance(scaling, Scaling):
         return scaling
     if not isinstance(scaling, (tuple, list)) or not all(s is None or isinstance(s, Scaling) for s in scaling):
@@ -267,24 +289,20 @@ class RopeSpec:
 
     def _option(self, name: str) -> tuple[float, ...]:
         warnings.warn(_DEPRECATED, DeprecationWarning, stacklevel=3)
-        scalings = [self.axis_scaling(axis) for axis in range(len(self.dims))]
-        options: list[dict[str, Any]] = [
-            dict(scaling.parameters) if scaling is not None and scaling.kind == "fastvideo" else {}
-            for scaling in scalings
-        ]
-        return tuple(axis.get(name, 1.0) for axis in options)
+        scalings: list[Any] = [self.axis_scaling(axis) for axis in range(len(self.dims))]
+        return tuple(dict(s.parameters).get(name, 1.0) if s and s.kind == "fastvideo" else 1.0 for s in scalings)
 
     def axis_scaling(self, axis: int) -> Scaling | None:
         """The scaling of one axis."""
         return self.scaling[axis] if isinstance(self.scaling, tuple) else self.scaling
 
     def with_scaling(self, scaling: Scalings) -> RopeSpec:
-        """The same rotation with another scaling, or with none."""
+        """The same rotation with another scaling; None for no scaling."""
         return replace(self, scaling=_scalings(scaling, len(self.dims)))
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of a head that turn."""
+        """Channels of a head that are rotated."""
         return sum(self.dims)
 
     @property
@@ -297,10 +315,15 @@ class RopeSpec:
 class Grid:
     """A token grid after patching, first axis slowest: ``Grid(T, H, W, start_frame=0)``, 1 to 4 axes.
 
-    ``start_frame`` is the position of the first row of axis 0, for autoregressive video that continues.
+    ``start_frame`` is the position of the first index of axis 0, for autoregressive video that continues.
 
     Raises:
         TypeError, ValueError: for sizes that are not positive ints, or a negative start_frame.
+
+    Example:
+        >>> from dit_rope import Grid
+        >>> Grid(21, 45, 80).tokens
+        75600
     """
 
     sizes: tuple[int, ...]
@@ -323,14 +346,22 @@ class Grid:
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a grid's tokens that one sequence-parallel rank holds.
+    """The tokens of a grid that one sequence-parallel rank holds.
 
-    With ``axis`` the rank holds ``chunk(world)[rank]`` of that grid axis, which must divide evenly. Without, the
-    flattened tokens are cut into ``world`` equal slices of ``ceil(tokens / world)``; rows past the last token are
-    padding and do not turn. :meth:`of_tokens` gives any contiguous slice of the flattened tokens instead.
+    With ``axis``, the rank holds ``chunk(world)[rank]`` of that grid axis, which must divide evenly. Without it, the
+    flattened tokens are cut into ``world`` slices of ``ceil(tokens / world)`` each; indices past the last token are
+    padding and are not rotated. :meth:`of_tokens` makes any contiguous slice of the flattened tokens.
 
     Raises:
         TypeError, ValueError: naming the field, the rule and the value.
+
+    Example:
+        >>> from dit_rope import Grid, RopeSpec, Shard, rope_table
+        >>> spec, grid = RopeSpec((8, 4, 4)), Grid(3, 4, 5)
+        >>> [rope_table(spec, grid, shard=Shard(rank, 4, axis=1)).sizes for rank in range(2)]
+        [(3, 1, 5), (3, 1, 5)]
+        >>> rope_table(spec, grid, shard=Shard(0, 8)).count
+        8
     """
 
     rank: int = 0
@@ -355,5 +386,10 @@ class Shard:
 
     @classmethod
     def of_tokens(cls, start: int, stop: int) -> Shard:
-        """The flattened tokens ``start <= i < stop``; those past the end of the grid are padding and do not turn."""
+        """The flattened tokens ``start <= i < stop``; indices past the end of the grid are padding, not rotated.
+
+        Example:
+            >>> Shard.of_tokens(100, 200).tokens
+            (100, 200)
+        """
         return cls(tokens=(start, stop))

@@ -18,27 +18,27 @@ def checked_device(device: torch.device | str | int) -> torch.device:
     """``device`` as a torch.device.
 
     Raises:
-        TypeError, ValueError: something that names no device, or one of a kind that this torch or machine has none of.
+        TypeError, ValueError: not the name of a device, or a device that this torch or machine does not have.
     """
     if isinstance(device, bool) or not isinstance(device, (torch.device, str, int)):
         raise TypeError(f"device must be a torch.device, a string or an int, got {device!r}")
     try:
-        found = torch.device(device)
-        if found.type not in ("cpu", "meta"):
-            torch.get_device_module(found)
+        checked = torch.device(device)
+        if checked.type not in ("cpu", "meta"):
+            torch.get_device_module(checked)
     except (RuntimeError, ValueError, OverflowError) as error:
         raise ValueError(f"device must name a device of this torch, got {device!r}: {error}") from error
-    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+    if checked.type == "cuda" and (checked.index or 0) >= (count := torch.cuda.device_count()):
         raise ValueError(f"device must be one of the {count} CUDA devices that torch sees, got {device!r}")
-    return found
+    return checked
 
 
 def check_values(name: str, x: object) -> None:
-    """Checks that a kernel reads from memory what is meant: a strided tensor of a known dtype, not lazily negated.
+    """Checks that memory holds the values of ``x``: a strided tensor of a supported dtype, not lazily negated.
 
     Raises:
-        TypeError: no tensor, or one of another dtype or layout.
-        ValueError: a lazily negated view, whose memory has the other signs.
+        TypeError: not a tensor, or a tensor of another dtype or layout.
+        ValueError: a lazily negated view, whose memory holds the opposite signs.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -48,22 +48,22 @@ def check_values(name: str, x: object) -> None:
 
 
 def check_memory(name: str, x: torch.Tensor) -> None:
-    """Checks that a tensor of any dtype is strided and no lazily negated view.
+    """Checks that a tensor of any dtype is strided and not a lazily negated view.
 
     Raises:
-        TypeError, ValueError: naming the argument, and the method that makes it so.
+        TypeError, ValueError: naming the argument and the method that converts it.
     """
     if x.layout is not torch.strided:
         raise TypeError(f"{name} must be a strided tensor, got {x.layout}; call {name}.to_dense()")
-    if not torch.compiler.is_compiling() and x.is_neg():  # dynamo has no such views, nor the question
+    if not torch.compiler.is_compiling() and x.is_neg():  # dynamo has neither such views nor is_neg
         raise ValueError(f"{name} must hold its own values, got a lazily negated view; call {name}.resolve_neg()")
 
 
 def check_tensors(names: Sequence[str], xs: Sequence[torch.Tensor], rotary_dim: int, device: torch.device) -> None:
-    """Checks queries and keys ``[B, S, H, D]`` against one another and the table they are turned by.
+    """Checks queries and keys ``[B, S, H, D]`` against each other and against the table that rotates them.
 
     Raises:
-        TypeError: an argument that is no tensor, or of an unsupported or different dtype.
+        TypeError: an argument that is not a tensor, or of an unsupported or different dtype.
         ValueError: a wrong number of dims, a D below ``rotary_dim``, a strided last dim, or another B, S, D or device.
     """
     for name, x in zip(names, xs, strict=True):
@@ -89,10 +89,10 @@ def check_tensors(names: Sequence[str], xs: Sequence[torch.Tensor], rotary_dim: 
 
 
 def check_around(length: int, prefix: int, suffix: int) -> None:
-    """Checks the numbers of tokens before and after those that turn, of ``length`` together.
+    """Checks the numbers of tokens before and after the rotated ones in a sequence of ``length`` tokens.
 
     Raises:
-        TypeError, ValueError: naming the number that is off.
+        TypeError, ValueError: naming the argument, the rule and the value.
     """
     for label, value in (("prefix", prefix), ("suffix", suffix)):
         if as_int(value) is None and not isinstance(value, torch.SymInt):
@@ -107,7 +107,7 @@ def check_token_count(name: str, length: int, prefix: int, count: int, suffix: i
     """Checks that prefix, the table's tokens and suffix make up the sequence.
 
     Raises:
-        ValueError: naming the count that is off and what to do.
+        ValueError: naming the rule, the counts and the remedy.
     """
     if prefix + count + suffix != length:
         raise ValueError(
@@ -133,14 +133,14 @@ def check_positions(positions: torch.Tensor, batch: int, count: int, axes: int, 
 
 
 def check_rows(positions: torch.Tensor, blocks: Sequence[tuple[int, int]]) -> None:
-    """Checks on CPU, where looking costs no wait, that positions are rows of their own axis, or negative.
+    """Checks positions on CPU: each must be a row of its axis, or negative. Reading them on a GPU would wait for it.
 
     Args:
         positions: ``[1 or B, count, axes]``.
         blocks: first row of each axis, and the row after its last.
 
     Raises:
-        ValueError: one is past the table, or a row of another axis.
+        ValueError: a position past the table, or a row of another axis.
     """
     if positions.device.type != "cpu" or not positions.numel() or in_mode():
         return
@@ -169,14 +169,14 @@ def check_rows(positions: torch.Tensor, blocks: Sequence[tuple[int, int]]) -> No
 def coordinate_rows(
     axis: int, coordinate: object, first: int, end: int, base: int, device: torch.device
 ) -> torch.Tensor:
-    """The int32 rows ``base + coordinate`` of one axis; where a coordinate is negative, -1.
+    """The int32 rows ``base + coordinate`` of one axis; -1 for a negative coordinate.
 
     Args:
-        axis: for messages.
+        axis: the number of the axis, for messages.
         coordinate: an int, or an int32 or int64 tensor ``[S]`` or ``[B, S]`` on ``device``.
-        first, end: coordinates are ``first <= c < end``. On CPU others are refused, elsewhere they count as negative.
-        base: added to a coordinate, its row.
-        device: of the table.
+        first, end: coordinates are ``first <= c < end``. Others raise on CPU; on other devices they give -1.
+        base: the row of coordinate 0.
+        device: the device of the table.
 
     Raises:
         TypeError, ValueError: naming the axis, the rule and the value.
@@ -208,7 +208,9 @@ def check_norm(
     norm: NormKind,
     biases: Sequence[torch.Tensor | None] = (),
 ) -> None:
-    """Checks eps, the weights and, of a LayerNorm alone, the biases: ``[D]`` per head, ``[H * D]`` across, or None.
+    """Checks eps, weights and biases of a norm: None, or ``[D]`` per head, ``[H * D]`` across heads.
+
+    Only a LayerNorm has biases.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
@@ -219,12 +221,12 @@ def check_norm(
         raise TypeError(f"eps must be a float, got {eps!r}")
     if not 0 <= eps <= _LARGEST_EPS:
         raise ValueError(f"eps must be finite and at least 0, got {eps}")
-    for what, given in (("weight", weights), ("bias", biases or [None] * len(xs))):
-        for name, x, parameter in zip(names, xs, given, strict=True):
+    for role, parameters in (("weight", weights), ("bias", biases or [None] * len(xs))):
+        for name, x, parameter in zip(names, xs, parameters, strict=True):
             if parameter is None:
                 continue
-            label = what if len(xs) == 1 else f"{name}_{what}"
-            if what == "bias" and not norm.centred:
+            label = role if len(xs) == 1 else f"{name}_{role}"
+            if role == "bias" and not norm.centred:
                 raise ValueError(f"{label} must be None for {norm}, got {parameter!r:.60}; only a LayerNorm has a bias")
             _check_parameter(label, parameter, name, x, norm)
 
@@ -246,13 +248,14 @@ def _check_parameter(label: str, parameter: torch.Tensor, name: str, x: torch.Te
 def check_inplace(
     names: Sequence[str], xs: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor] = (), *, chosen: bool = True
 ) -> None:
-    """Checks that tensors may be overwritten: nothing needs their old values, and no two elements share memory.
+    """Checks that tensors may be overwritten: autograd does not need their values, and no two elements share memory.
 
     Args:
-        names: of the tensors, as the caller has them.
-        xs: what is overwritten.
+        names: the names of the arguments.
+        xs: the tensors that are overwritten.
         parameters: weights and biases of the norm, which are read.
-        chosen: by ``inplace=True``; else the function overwrites in any case, and the messages name no argument.
+        chosen: whether the caller passed ``inplace=True``. If not, the function always overwrites, and messages do not
+            name that argument.
 
     Raises:
         ValueError: grad is enabled and a tensor or parameter of the norm requires it; a tensor overlaps itself,
@@ -304,11 +307,11 @@ def _overlaps_itself(x: torch.Tensor) -> bool:
 
 
 def _disjoint(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two views that do not overlap themselves share no element.
+    """Whether two views, neither of which overlaps itself, share no element.
 
-    Separate ranges of memory are disjoint. So are views whose large strides are all multiples of a period and whose
-    remaining extents, taken modulo that period, are separate ranges: packed QKV in any layout is of that kind. Anything
-    else is taken to overlap.
+    Separate ranges of memory are disjoint. So are views whose large strides are all multiples of one period, if their
+    remaining extents are separate ranges modulo that period; slices of packed QKV are such views. All other views are
+    taken to overlap.
     """
     if a.device.type == "meta" or a.numel() == 0 or b.numel() == 0:
         return True
@@ -328,14 +331,14 @@ def _disjoint(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _in_memory(x: torch.Tensor) -> torch.Tensor:
-    """The tensor that torch.func has wrapped, which has memory and the dims that are batched away; else ``x``."""
+    """The tensor inside the wrappers of torch.func, which has memory and the batched dims; ``x`` if not wrapped."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x
 
 
 def _span(x: torch.Tensor, period: int | None) -> int:
-    """Elements from the first to the last of ``x``, dims whose stride is a multiple of ``period`` left out."""
+    """Elements from the first to the last of ``x``, without dims whose stride is a multiple of ``period``."""
     return 1 + sum(
         stride * (size - 1)
         for stride, size in zip(x.stride(), x.shape, strict=True)
