@@ -1,7 +1,8 @@
 """Rotary position embedding for diffusion transformers: each table built once, each rotation one pass."""
 
+from .adapters import UnsupportedModelError, register_adapter, unregister_adapter
 from .deprecated import rotary_dim
-from .patching import Patch, UnsupportedModelError, patch, unpatch
+from .patching import Patch, patch, unpatch
 from .rotation import norm_rotate, norm_rotate_qk, rotate, rotate_qk
 from .spec import Fusion, Grid, NormKind, Pairing, RopeSpec, Scaling, Shard
 from .streaming import PositionPolicy, RollingCache, RopeStream, ShiftTable, plan_eviction, shift_keys
@@ -44,6 +45,7 @@ __all__ = [
     "norm_rotate_qk",
     "patch",
     "plan_eviction",
+    "register_adapter",
     "register_scaling",
     "rope_table",
     "rotary_dim",
@@ -52,4 +54,5 @@ __all__ = [
     "scaling_from_config",
     "shift_keys",
     "unpatch",
+    "unregister_adapter",
 ]

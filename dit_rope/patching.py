@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -10,17 +9,12 @@ from typing import Any
 
 import torch
 
+from .adapters import UnsupportedModelError, adapter_of, supported_models, unsupported
+from .hooks.adapter import ModelAdapter
 from .hooks.plan import Options, PatchPlan, make_plan, restore
 from .hooks.report import describe
-from .models import ADAPTERS, ModelAdapter
 from .rotation.choice import check_backend
 from .spec import Fusion, Scalings
-
-_BY_CLASS = {adapter.model: adapter for adapter in ADAPTERS}
-
-
-class UnsupportedModelError(ValueError):
-    """Nothing in what was given can be patched; the message names what can."""
 
 
 @dataclass
@@ -135,51 +129,16 @@ def _modules(target: Any) -> list[tuple[str, torch.nn.Module]]:
         found = [(name, part) for name, part in components.items() if isinstance(part, torch.nn.Module)]
     else:
         raise UnsupportedModelError(
-            f"target must be a diffusers pipeline or transformer, got {type(target).__name__}; {_supported()}"
+            f"target must be a diffusers pipeline or transformer, got {type(target).__name__}; {supported_models()}"
         )
     return [(name, getattr(module, "_orig_mod", module)) for name, module in found]
-
-
-def adapter_named(name: str) -> ModelAdapter:
-    """The adapter of the class called ``name``.
-
-    Raises:
-        UnsupportedModelError: there is none; names those with similar names.
-    """
-    for adapter in ADAPTERS:
-        if name == adapter.model_class:
-            return adapter
-    raise UnsupportedModelError(f"target must be a supported model, got {name}{_meant([name])}; {_supported()}")
-
-
-def _unsupported(modules: list[tuple[str, torch.nn.Module]]) -> UnsupportedModelError:
-    got = ", ".join(f"{name}: {_class_name(type(module))}" for name, module in modules) or "nothing of torch's"
-    meant = _meant([type(module).__name__ for _, module in modules])
-    return UnsupportedModelError(f"target must hold a supported model, got {got}{meant}; {_supported()}")
-
-
-def _class_name(cls: type) -> str:
-    """The name of a class that is not supported; whole where a supported one has the same."""
-    if all(cls.__name__ != adapter.model_class for adapter in ADAPTERS):
-        return cls.__name__
-    return f"{cls.__module__}.{cls.__qualname__}, another class than that of diffusers"
-
-
-def _meant(names: list[str]) -> str:
-    known = [adapter.model_class for adapter in ADAPTERS if adapter.model_class not in names]
-    near = {near for name in names for near in difflib.get_close_matches(name, known, 3, 0.75)}
-    return f"; did you mean {' or '.join(sorted(near))}?" if near else ""
-
-
-def _supported() -> str:
-    return "supported models: " + ", ".join(adapter.model_class for adapter in ADAPTERS)
 
 
 def _plans(target: Any, fuse: Fusion) -> list[PatchPlan]:
     modules = _modules(target)
     found = [each for name, module in modules for each in _supported_in(name, module)]
     if not found:
-        raise _unsupported(modules)
+        raise unsupported(modules)
     if fuse is Fusion.NOTHING:
         found = [(name, module, replace(adapter, rotations=())) for name, module, adapter in found]
     return [make_plan(*each) for each in found]
@@ -191,12 +150,3 @@ def _supported_in(name: str, module: torch.nn.Module) -> list[tuple[str, torch.n
     if adapter is not None:
         return [(name, module, adapter)]
     return [found for path, part in module.named_children() for found in _supported_in(f"{name}.{path}", part)]
-
-
-def adapter_of(model: torch.nn.Module) -> ModelAdapter | None:
-    """The adapter of ``model``'s class, or of the class that it derives from."""
-    for cls in type(model).__mro__:
-        adapter = _BY_CLASS.get(f"{cls.__module__}.{cls.__qualname__}")
-        if adapter is not None:
-            return adapter
-    return None

@@ -11,6 +11,7 @@ import torch
 import typer
 
 from .. import patching
+from ..adapters import UnsupportedModelError, adapter_named
 from ..hooks.report import declared
 from ..models import ADAPTERS
 from .checkout import from_checkout
@@ -59,7 +60,7 @@ def run(
         typer.echo(f"{name}:" if name else f"{model}:")
         try:
             typer.echo(patching.inspect(transformer))
-        except patching.UnsupportedModelError as error:
+        except UnsupportedModelError as error:
             typer.echo(str(error), err=True)
             raise typer.Exit(1) from error
     if picture is not None:
@@ -68,8 +69,8 @@ def run(
 
 def _declared(name: str) -> str:
     try:
-        return declared(patching.adapter_named(name))
-    except patching.UnsupportedModelError as error:
+        return declared(adapter_named(name))
+    except UnsupportedModelError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
 

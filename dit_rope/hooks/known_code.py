@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 
-_LIBRARY = "diffusers"
+LIBRARY = "diffusers"
+"""Where the models come from, and the general code that they use."""
 # Called with queries and keys that have been rotated, or before there are any: nothing is taken over from them.
 _NOT_FOLLOWED = frozenset({"dispatch_attention_fn", "deprecate", "is_torch_npu_available", "is_torch_xla_available"})
 
@@ -148,11 +149,39 @@ _guards: dict[tuple[type, str], Guard] = {}
 _MAX_GUARDS = 4096
 
 
+_registered: dict[str, Mapping[str, str]] = {}
+"""Digests of the code of registered adapters, by the dotted name of the model."""
+
+
 @functools.cache
 def known_digests() -> dict[str, frozenset[str]]:
     """Digests of the known sources, by the name under which their caller finds them."""
     text = importlib.resources.files(__package__).joinpath("known_code.json").read_text(encoding="utf-8")
-    return {slot: frozenset(digests) for slot, digests in json.loads(text).items()}
+    known = {slot: frozenset[str](digests) for slot, digests in json.loads(text).items()}
+    added: dict[str, frozenset[str]] = {}
+    for digests in _registered.values():
+        for slot, digest in digests.items():
+            # A registration does not change what is known of the code under dit_rope's own adapters.
+            if slot not in known:
+                added[slot] = added.get(slot, frozenset()) | {digest}
+    return known | added
+
+
+def register_code(model: str, digests: Mapping[str, str]) -> None:
+    """Makes code known for the adapter of ``model``."""
+    _registered[model] = digests
+    _forget_guards()
+
+
+def unregister_code(model: str) -> None:
+    """Takes back :func:`register_code`: code that no other adapter needs is unknown from the next call on."""
+    del _registered[model]
+    _forget_guards()
+
+
+def _forget_guards() -> None:
+    known_digests.cache_clear()
+    _guards.clear()
 
 
 def source_digest(function: FunctionType) -> str | None:
@@ -216,7 +245,7 @@ def _imports(code: CodeType, package: str) -> Iterator[tuple[Mapping[str, Any], 
             continue
         level, names = instructions[index - 2].argval, instructions[index - 1].argval
         name = importlib.util.resolve_name("." * level + instruction.argval, package) if level else instruction.argval
-        if not name.startswith(_LIBRARY):
+        if name.partition(".")[0] not in (LIBRARY, package.partition(".")[0]):
             continue
         module = sys.modules.get(name) or importlib.import_module(name)
         yield from ((vars(module), each) for each in names or () if each not in _NOT_FOLLOWED)

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from dit_rope import patching
+from dit_rope.adapters import adapter_named
 from dit_rope.cli.inspect import build_transformers
 from dit_rope.cli.options import parse_sizes
 from dit_rope.spec import Scaling, Scalings
@@ -59,7 +59,7 @@ class Picture:
             self._draw(transformer, self.path.with_stem(f"{self.path.stem}-{name}") if several else self.path)
 
     def _draw(self, transformer: Any, path: Path) -> None:
-        adapter = patching.adapter_named(type(transformer).__name__)
+        adapter = adapter_named(type(transformer).__name__)
         usual = _IMAGE if "2D" in adapter.model_class else _VIDEO
         frames, height, width = self.sizes or parse_sizes(usual, "--grid", _WORDS)
         try:
@@ -101,7 +101,7 @@ def _parse_scaling(text: str) -> Scaling | None:
 
 def _default_model(name: str) -> Any:
     """The transformer of a class in its default configuration, without weights."""
-    module, _, _ = patching.adapter_named(name).model.rpartition(".")
+    module, _, _ = adapter_named(name).model.rpartition(".")
     try:
         with EmptyOnMeta():
             return getattr(importlib.import_module(module), name)()

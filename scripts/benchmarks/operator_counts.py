@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from dit_rope.adapters import adapter_of
 from dit_rope.hooks.formats import Format
 from dit_rope.hooks.plan import PatchPlan, make_plan
-from dit_rope.patching import adapter_of, patch
+from dit_rope.patching import patch
 from dit_rope.tables.caches import cache_clear
 
 from .architectures import ARCHITECTURES, Architecture, Noise

@@ -37,8 +37,8 @@ from rich.table import Table
 from torch.utils import _pytree as pytree
 
 import dit_rope
+from dit_rope.adapters import adapter_of
 from dit_rope.models import ADAPTERS
-from dit_rope.patching import adapter_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))

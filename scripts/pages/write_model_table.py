@@ -104,7 +104,7 @@ def compatibility() -> str:
 
 
 def not_patched() -> str:
-    """What is left alone in each class, and why."""
+    """What is not patched in each class, and why."""
     return "".join(
         f"- `{adapter.model_class}`: {'; '.join(adapter.not_patched)}.\n" for adapter in ADAPTERS if adapter.not_patched
     )

@@ -22,8 +22,8 @@ from benchmarks.frequency_plot import Setting, draw
 from benchmarks.inspect_plot import parse_scalings
 from benchmarks.model_frequencies import EmptyOnMeta, ModelFrequencies, frequencies_of
 from dit_rope import Grid, RopeSpec, Scaling, Shard, cli
+from dit_rope.adapters import adapter_named
 from dit_rope.models import ADAPTERS
-from dit_rope.patching import adapter_named
 from zoo import EXAMPLES, Example, Noise
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import dit_rope
+from dit_rope.adapters import adapter_of
 from dit_rope.hooks.plan import make_plan
-from dit_rope.patching import adapter_of
 from zoo import Noise, named, tensors
 
 MISSING = [

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import dit_rope
+from dit_rope.adapters import adapter_of
 from dit_rope.hooks import attention, rotating_norms
 from dit_rope.hooks.packed_tables import UnfitTable
 from dit_rope.models import ADAPTERS
-from dit_rope.patching import adapter_of
 from dit_rope.rotation import ops
 from model_state import state_of
 from zoo import EXAMPLES, Example, Noise, tensors

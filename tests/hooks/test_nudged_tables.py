@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import dit_rope
+from dit_rope.adapters import adapter_of
 from dit_rope.hooks.formats import AXES
 from dit_rope.hooks.packed_tables import Align, PackedTable, axis_form_of, axis_rows, pack
-from dit_rope.patching import adapter_of
 from dit_rope.rotation import ops
 from dit_rope.spec import Pairing
 from twins import BEFORE_AND_AFTER, attentions, check, run

@@ -137,15 +137,15 @@ def test_api_page_has_every_public_name() -> None:
 
 def test_tables_of_models_are_those_of_the_adapters() -> None:
     again = write_model_table.with_section(MODELS, write_model_table.compatibility(), "compatibility")
-    assert write_model_table.with_section(again, write_model_table.left_alone()) == MODELS
+    assert write_model_table.with_section(again, write_model_table.not_patched()) == MODELS
     assert write_model_table.with_section(README, write_model_table.rows()) == README
     assert all(f"| `{adapter.model_class}` |" in README for adapter in ADAPTERS)
 
 
-def test_numbers_of_classes_are_those_of_the_adapters() -> None:
-    numbers = [number for page in PAGES for number in re.findall(r"(\d+) (?:transformer )?classes\b", page.read_text())]
-    assert numbers
-    assert set(numbers) == {str(len(ADAPTERS))}
+def test_no_page_counts_the_classes() -> None:
+    """A number would be wrong after the next model."""
+    pages = {page.name: re.findall(r"\d+ (?:transformer |supported )?classes\b", page.read_text()) for page in PAGES}
+    assert {name: found for name, found in pages.items() if found} == {}
 
 
 @pytest.mark.parametrize("page", write_measured_tables.PAGES, ids=lambda page: page.name)

@@ -42,6 +42,7 @@ LAYERS = (
     ("dit_rope.streaming.rolling_cache",),
     ("dit_rope.streaming", "dit_rope.compat", "dit_rope.hooks"),
     ("dit_rope.models", "dit_rope.deprecated"),
+    ("dit_rope.adapters",),
     ("dit_rope.patching",),
     ("dit_rope.comparison", "dit_rope"),
     ("dit_rope.cli",),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import dit_rope
-from dit_rope.patching import adapter_of
+from dit_rope.adapters import adapter_of
 from zoo import Example, Noise, named, tensors
 
 Act = Callable[[Any], Any]

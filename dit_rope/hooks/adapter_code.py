@@ -1,0 +1,94 @@
+"""The code that an adapter depends on, and digests of its source.
+
+``scripts/pages/write_known_code.py`` writes those of dit_rope's own adapters into ``known_code.json``. Those of an
+adapter that somebody registers are taken at that moment.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+from .adapter import ModelAdapter
+from .known_code import LIBRARY, Walk, source_digest
+
+
+class AdapterMethod(NamedTuple):
+    """A method that an adapter depends on.
+
+    Attributes:
+        class_name: name of its class, as the adapter has it.
+        cls: the class; None if no module knows one by that name.
+        name: name of the method.
+    """
+
+    class_name: str
+    cls: type | None
+    name: str
+
+
+class Digests(Walk):
+    """Digests of everything that a method runs, of diffusers and of the package that defines the model.
+
+    Attributes:
+        digests: by the name under which the caller looks the function up.
+
+    Raises:
+        ValueError: a function has no source that Python can read.
+    """
+
+    def __init__(self, cls: type, method: str, packages: frozenset[str]) -> None:
+        self.digests: dict[str, str] = {}
+        self._packages = packages
+        super().__init__(cls, method)
+
+    def wants(self, slot: str, found: Any) -> bool:
+        """Whether it is a function of these packages."""
+        return isinstance(found, FunctionType) and _top(found.__module__) in self._packages
+
+    def accepts(self, slot: str, found: Any, function: Any) -> bool:
+        """Takes every function as known, and notes its digest."""
+        digest = source_digest(function) if isinstance(function, FunctionType) else None
+        if digest is None:
+            raise ValueError(f"{slot} must be a function in a file that Python can read, got {found!r}")
+        self.digests[slot] = digest
+        return True
+
+
+def packages_of(adapter: ModelAdapter) -> frozenset[str]:
+    """The packages whose functions are part of the code of ``adapter``: diffusers, and that of the model's class."""
+    return frozenset({LIBRARY, _top(adapter.model)})
+
+
+def methods_of(adapter: ModelAdapter) -> Iterator[AdapterMethod]:
+    """The methods that ``adapter`` depends on: they build tables or attend.
+
+    Raises:
+        ModuleNotFoundError: there is no module of the model's name.
+    """
+    module = importlib.import_module(adapter.model.rpartition(".")[0])
+    for tables in adapter.tables:
+        for name in tables.builders:
+            yield AdapterMethod(name, class_named(name, module), tables.method)
+    for rotation in adapter.rotations:
+        for name in rotation.processors or (rotation.attention_class,):
+            cls = class_named(name, module)
+            yield AdapterMethod(name, cls, "__call__" if rotation.processors else "forward")
+
+
+def class_named(name: str, module: ModuleType) -> type | None:
+    """The class that ``module`` knows by ``name``, or diffusers' general attention code, or a module beside it."""
+    general = (f"{LIBRARY}.models.attention_processor", f"{LIBRARY}.models.attention")
+    modules = [module, *map(importlib.import_module, general)]
+    # A model may borrow a class from another file, under no name of its own.
+    packages = (f"{LIBRARY}.models.", f"{_top(module.__name__)}.")
+    modules += [other for key, other in list(sys.modules.items()) if key.startswith(packages)]
+    return next((vars(each)[name] for each in modules if isinstance(vars(each).get(name), type)), None)
+
+
+def _top(name: str) -> str:
+    """The package of a dotted name."""
+    return name.partition(".")[0]
