@@ -12,16 +12,17 @@ import torch
 from .spec import NormKind, Pairing
 
 Memo = dict[object, Any]
-"""What a backend keeps for the next call whose tensors have the same layouts and whose arguments are the same."""
+"""A backend's memory between calls that differ in the addresses of their tensors alone."""
 
 # Looked up once: they are needed for every tensor of every call.
 _TENSOR, _STRIDED = torch.Tensor, torch.strided
 
 
 def layout_of(x: object) -> object:
-    """What of one tensor decides whether a call is valid, which backend takes it and how: all but where it lies.
+    """The part of a cache key for one argument: everything about a tensor but its address and its values.
 
-    Of anything else its type, so that nothing that is refused can pass as something that was accepted.
+    That decides whether a call is valid, and which backend takes it. For anything else its type, so that an argument
+    that is refused never shares a key with one that was accepted.
     """
     if isinstance(x, _TENSOR):
         return (x.shape, x.stride() if x.layout is _STRIDED else x.layout, x.dtype, x.device, x.is_neg())
@@ -30,21 +31,21 @@ def layout_of(x: object) -> object:
 
 @dataclass(frozen=True, eq=False)
 class RotationArgs:
-    """Where each token stands, where its cos and sin are, and how its channels turn.
+    """The position of each token, its cos and sin, and the channels that they rotate.
 
-    Token ``i`` of a sequence of S tokens is number ``j = i - prefix`` of the grid's tokens. It turns when
+    Token ``i`` of a sequence of S tokens is number ``j = i - prefix`` of the grid's tokens. It rotates when
     ``0 <= j < count`` and, without ``positions``, ``token_offset + j < prod(sizes)``; every other token is copied.
 
-    Its row on axis ``a`` is ``positions[b, j, a]`` where ``positions`` is given (dims of size 1 are shared; a negative
-    row leaves the pairs of that axis unturned), else ``first_rows[a]`` plus the ``a``-th coordinate of flat index
+    Its row on axis ``a`` is ``positions[b, j, a]`` with ``positions`` (dims of size 1 are shared; a negative row leaves
+    the pairs of that axis unrotated), else ``first_rows[a]`` plus the ``a``-th coordinate of flat index
     ``token_offset + j`` in a row-major grid of ``sizes``. ``rows[0, row, p]`` and ``rows[1, row, p]`` are cos and sin
-    of pair ``p`` of the axis; the pairs of the axes follow one another: axis 0 owns the first ``pairs[0]`` pairs of
-    the head, and so on.
+    of pair ``p`` of the axis. The pairs of the axes follow one another: axis 0 has the first ``pairs[0]`` pairs of the
+    head, and so on.
 
-    With ``head_rows`` every head has angles of its own: the row of head ``h`` lies ``h * head_rows`` further on than
-    that of head 0, which is the one above, on every axis. A negative row is negative for all heads.
+    With ``head_rows`` every head has its own cos and sin: the row of head ``h`` is the one above plus
+    ``h * head_rows``, on every axis. A negative row is negative for all heads.
 
-    A dense table is one axis of as many rows as tokens, or, with angles for each head, as tokens and heads together.
+    A dense table is one axis of as many rows as tokens, or, with a table for each head, as tokens and heads together.
 
     With ``n = sum(pairs)``, pair ``p`` of a head is channels (2 p, 2 p + 1) when interleaved and (p, p + n) when half;
     channels past ``2 n`` are copied. A pair (x1, x2) becomes (x1 cos - x2 sin, x1 sin + x2 cos); ``inverse`` takes
@@ -59,14 +60,14 @@ class RotationArgs:
         token_offset: flat index of the first token, ignored with positions.
         prefix: tokens before the grid's.
         count: the grid's tokens in this sequence, padding included.
-        pairing: which channels turn together.
-        inverse: turn backwards.
+        pairing: which channels are a pair.
+        inverse: rotate backwards.
         exact: the roundings of the model's eager code, no fused multiply-add; else float32 arithmetic (float64 for
             float64 data), rounded once.
-        entries: int32 ``[n]``: only these batch entries of the tensors turn, in place, and positions are ``[1 or n,
-            1 or count, axes]``, the b-th row for batch entry ``entries[b]``; None for all of them, in order.
-        head_rows: rows of ``rows`` from those of one head to those of the next, at least 0; 0 where all heads share
-            them. The tensors of a call may have different numbers of heads.
+        entries: int32 ``[n]``: only these batch entries of the tensors rotate, in place, and positions are ``[1 or n,
+            1 or count, axes]``, the b-th for batch entry ``entries[b]``; None for all batch entries, in order.
+        head_rows: distance in ``rows`` from the rows of one head to those of the next, at least 0; 0 where all heads
+            share them. The tensors of a call may have different numbers of heads.
     """
 
     rows: torch.Tensor
@@ -98,7 +99,7 @@ class RotationArgs:
         entries: torch.Tensor | None = None,
         head_rows: int = 0,
     ) -> RotationArgs:
-        """The rotation of ``count`` tokens by ``rows``, of which each has those of its positions.
+        """The rotation of ``count`` tokens by the rows that ``positions`` names for each.
 
         Without positions there is one axis, and token i has row i.
         """
@@ -123,7 +124,7 @@ class RotationArgs:
 
     @cached_property
     def numbers(self) -> tuple[object, ...]:
-        """Everything but the tensors, to tell one rotation from another in a dictionary."""
+        """Everything but the tensors, as part of a cache key."""
         return (
             self.pairs,
             self.sizes,

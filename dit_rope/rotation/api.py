@@ -1,4 +1,4 @@
-"""Rotates queries and keys: checks the arguments, chooses a backend, and calls one operator."""
+"""The public functions that rotate queries and keys: they check their arguments, then call :func:`.ops.rotate`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from ..validation import (
     check_tensors,
     check_token_count,
 )
-from . import autograd as autograd  # which tells torch the derivatives of the operators
+from . import autograd as autograd  # registers the derivatives of the operators
 from . import derivatives, ops
 from .choice import Choice, check_backend, remembered_choice
 
-# Layouts of calls that are remembered as valid, per table; a model has a few.
+# Valid layouts of calls that a table remembers; a model has a few.
 _MAX_REMEMBERED = 64
 
 _Parameters = tuple[torch.Tensor | None, ...]
@@ -54,6 +54,14 @@ def rotate(
 
     Returns:
         A new tensor, or ``x`` itself when ``inplace``.
+
+    Example:
+        >>> import torch, dit_rope
+        >>> table = dit_rope.rope_table(dit_rope.RopeSpec((8, 4, 4)), dit_rope.Grid(2, 3, 4))
+        >>> x = torch.randn(1, 24, 2, 16)
+        >>> rotated = dit_rope.rotate(x, table)
+        >>> torch.allclose(dit_rope.rotate(rotated, table, inverse=True), x, atol=1e-6)
+        True
     """
     return _rotate(("x",), (x,), table, prefix, suffix, positions, inverse, exact, inplace, backend)[0]
 
@@ -75,26 +83,36 @@ def rotate_qk(
 
     Args:
         q, k: ``[B, S, H, D]``, each with its own H, last dim contiguous, any outer strides; float32, float16,
-            bfloat16 or float64. Channels past the table's rotary_dim do not turn.
+            bfloat16 or float64. Channels past the table's rotary_dim are copied.
         table: from :func:`~dit_rope.rope_table`, on the same device, shared by the batch.
-        prefix, suffix: tokens before and after the grid's (text) that do not turn;
+        prefix, suffix: tokens before and after the grid's (text), which are copied;
             ``prefix + table.count + suffix`` must be S.
-        positions: ``[1 or B, S - prefix - suffix, axes]`` int32 rows of ``table.rows``, such as ``table.positions()``
-            and ``table.positions_at(...)`` give, for tokens in another order or number than the table's; a negative row
-            does not turn. On a CPU a row of another axis is refused; a tensor that is given again is looked at anew
-            after a write that torch counts, which those through ``.data`` or numpy are not.
-        inverse: turn backwards.
-        inplace: overwrite q and k. Refused when a gradient is wanted.
-        exact: the same bits as the model's eager code gives, products rounded before they are added, in the dtype
-            that the data and the table promote to. Else float32 arithmetic (float64 for float64 data), rounded once.
-        backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"eager"``; one that is named is used or refused. Under
-            torch.func and dual numbers it is torch's own operations that rotate, whatever the backend.
+        positions: ``[1 or B, S - prefix - suffix, axes]`` int32 rows of ``table.rows``, as ``table.positions()`` and
+            ``table.positions_at(...)`` return them, for tokens in another order or number than the table's. A negative
+            row leaves the pairs of its axis unrotated. On a CPU the rows are checked: one of another axis is refused.
+            They are checked again after a write that torch counts; it does not count writes through ``.data`` or numpy.
+        inverse: rotate backwards.
+        inplace: overwrite q and k. Refused where a gradient is wanted.
+        exact: the bits of the model's eager code: products are rounded before they are added, in the dtype that the
+            data and the table promote to. Else float32 arithmetic (float64 for float64 data), rounded once.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"eager"``. A named backend rotates or is refused. Under
+            torch.func and with dual numbers torch's own operations rotate, whatever the backend.
 
     Returns:
         New tensors ``(q, k)``, or the same objects when ``inplace``.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
+
+    Example:
+        Five tokens of text stand before the 24 of the grid:
+
+        >>> import torch, dit_rope
+        >>> table = dit_rope.rope_table(dit_rope.RopeSpec((8, 4, 4)), dit_rope.Grid(2, 3, 4))
+        >>> q, k = torch.randn(2, 1, 5 + 24, 4, 16)
+        >>> q_rotated, k_rotated = dit_rope.rotate_qk(q, k, table, prefix=5)
+        >>> torch.equal(q_rotated[:, :5], q[:, :5])
+        True
     """
     rotated = _rotate(("q", "k"), (q, k), table, prefix, suffix, positions, inverse, exact, inplace, backend)
     return rotated[0], rotated[1]
@@ -124,6 +142,15 @@ def norm_rotate(
 
     Returns:
         A new tensor, or ``x`` itself when ``inplace``.
+
+    Example:
+        >>> import torch, dit_rope
+        >>> table = dit_rope.rope_table(dit_rope.RopeSpec((8, 4, 4)), dit_rope.Grid(2, 3, 4))
+        >>> x = torch.randn(1, 24, 2, 16)
+        >>> rotated = dit_rope.norm_rotate(x, table, torch.ones(16))
+        >>> expected = dit_rope.rotate(torch.nn.functional.rms_norm(x, (16,), eps=1e-6), table)
+        >>> torch.allclose(rotated, expected, atol=1e-6)
+        True
     """
     normed = (norm, eps, (weight,), () if bias is None else (bias,))
     return _rotate(("x",), (x,), table, prefix, suffix, positions, inverse, exact, inplace, backend, normed)[0]
@@ -148,20 +175,29 @@ def norm_rotate_qk(
     exact: bool = False,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Norms every token of queries and keys, then rotates them, in one launch; in exact mode the norm comes apart.
+    """Norms every token of queries and keys, then rotates them, in one launch; in exact mode the norm is a pass before.
 
     The norm is an RMSNorm (Zhang and Sennrich, arXiv:1910.07467), or, of a layer kind, a LayerNorm (Ba, Kiros and
     Hinton, arXiv:1607.06450): the mean is subtracted, the variance is biased, the bias comes after the weight.
+    Unrotated tokens and channels are normed too.
 
     Args:
         q_weight, k_weight: ``[D]`` per head, ``[H * D]`` across heads, or None.
         q_bias, k_bias: of the same shapes, or None; of a LayerNorm alone.
         eps: added to the mean of squares, or to the variance.
-        norm: which norm, and what one mean is taken over.
+        norm: the kind of norm, which says whether a mean is taken over a head or over all heads.
         exact: ``torch.nn.functional.rms_norm`` or ``layer_norm`` first, then the exact rotation. Else norm and
             rotation in float32 (float64 for float64 data), rounded once at the end.
 
     The other arguments, the return and the errors are those of :func:`rotate_qk`.
+
+    Example:
+        >>> import torch, dit_rope
+        >>> table = dit_rope.rope_table(dit_rope.RopeSpec((8, 4, 4)), dit_rope.Grid(2, 3, 4))
+        >>> q, k, weight = torch.randn(1, 24, 4, 16), torch.randn(1, 24, 2, 16), torch.ones(16)
+        >>> q_rotated, k_rotated = dit_rope.norm_rotate_qk(q, k, table, weight, weight)
+        >>> q_rotated.square().mean(-1).round().unique()
+        tensor([1.])
     """
     normed = (norm, eps, (q_weight, k_weight), () if q_bias is None and k_bias is None else (q_bias, k_bias))
     rotated = _rotate(("q", "k"), (q, k), table, prefix, suffix, positions, inverse, exact, inplace, backend, normed)
@@ -198,25 +234,25 @@ def _rotate(
 
 
 class _Known:
-    """What is remembered of calls of one layout, found valid: their arguments but for positions, and their backend."""
+    """The memory of valid calls of one layout: their arguments without positions, and their backend."""
 
-    __slots__ = ("args", "checked", "choice", "looks_at_rows")
+    __slots__ = ("args", "checked", "checks_rows", "choice")
 
     def __init__(self, args: RotationArgs, choice: Choice) -> None:
         positions = args.positions
         self.args = replace(args, positions=None)
         self.choice = choice
-        self.looks_at_rows = positions is not None and positions.device.type == "cpu"
+        self.checks_rows = positions is not None and positions.device.type == "cpu"
         self.checked: tuple[weakref.ref[torch.Tensor], int] | None = None
 
     def at(self, positions: torch.Tensor, table: RopeTable) -> RotationArgs:
-        """The arguments with ``positions``, whose rows are looked at again when they are others or were written to."""
-        if self.looks_at_rows:
+        """The arguments with ``positions``, whose rows are checked unless they were last, and are unwritten since."""
+        if self.checks_rows:
             checked = self.checked
             if checked is None or checked[0]() is not positions or checked[1] != positions._version:
                 check_rows(positions, table.blocks)
-                looked = not (positions.is_inference() or in_mode())
-                self.checked = (weakref.ref(positions), positions._version) if looked else None
+                counted = not (positions.is_inference() or in_mode())  # else torch does not count writes to them
+                self.checked = (weakref.ref(positions), positions._version) if counted else None
         return self.args.at(positions)
 
 
@@ -233,7 +269,7 @@ def _check(
     backend: str,
     norm: _NormArguments | None,
 ) -> tuple[RotationArgs, Choice]:
-    """The arguments of a validated call and its backend, found by one key, as every layer asks again."""
+    """The arguments of a validated call and its backend; every layer repeats a call, so one lookup returns both."""
     if not isinstance(table, RopeTable):
         raise TypeError(f"table must be a RopeTable, got {type(table).__name__}; make one with dit_rope.rope_table")
     if torch.compiler.is_compiling():  # the operator chooses when it runs, on real tensors
@@ -245,17 +281,17 @@ def _check(
         normed = (kind, eps, type(eps), *map(layout_of, (*weights, *biases)))
     key = (
         *map(layout_of, xs), layout_of(positions), prefix, suffix, inverse, exact, inplace, backend, normed,
-        # True is equal to 1, and would find what was accepted of it.
+        # True equals 1: without the types a call with one would pass as a call with the other.
         type(prefix), type(suffix), type(inverse), type(exact), type(inplace),
     )  # fmt: skip
     try:
         known = table.validated.get(key)
-    except TypeError:  # something that has no hash, which validation names
+    except TypeError:  # an unhashable argument, which validation names
         known = None
     if known is None:
         args = _validated(names, xs, table, prefix, suffix, positions, inverse, exact, inplace, backend, norm)
         choice = remembered_choice(xs, args, None if norm is None or exact else Norm.of(xs, *norm), backend)
-        if in_level() or in_mode():  # whose tensors and choice are not those of other calls
+        if in_level() or in_mode():  # their tensors and choice are not valid for other calls
             return args, choice
         if len(table.validated) >= _MAX_REMEMBERED:
             table.validated.clear()
@@ -303,7 +339,7 @@ def _needs_grad(xs: Sequence[torch.Tensor]) -> bool:
 def _torch_norm(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, norm: NormKind
 ) -> torch.Tensor:
-    """The norm as torch has it, which is what models call; torch's LayerNorm takes one dtype, the widest given."""
+    """Torch's own norm, which models call; its LayerNorm takes one dtype, the widest of the arguments."""
     flat = x.flatten(2) if norm.across_heads else x
     if norm.centred:
         wide = functools.reduce(torch.promote_types, (t.dtype for t in (weight, bias) if t is not None), x.dtype)

@@ -18,7 +18,7 @@ from ..torch_state import in_level
 from . import derivatives
 from .ops import library, rotate, unflatten, write_all
 
-_ARGS_TENSORS = 3  # rows, positions and entries, the first of a RotationArgs' fields in a schema
+_ARGS_TENSORS = 3  # rows, positions and entries, the first fields of RotationArgs in a schema
 _ROTATE, _ROTATE_INPLACE = torch.ops.dit_rope.rotate.default, torch.ops.dit_rope.rotate_.default
 _NORM_ROTATE, _NORM_ROTATE_INPLACE = torch.ops.dit_rope.norm_rotate.default, torch.ops.dit_rope.norm_rotate_.default
 
@@ -155,11 +155,11 @@ class _NormRotate(torch.autograd.Function):
 
 
 def _save(ctx: Any, flat: Sequence[Any], further: Sequence[torch.Tensor]) -> None:
-    """Keeps what backward needs: torch then refuses a backward pass after one of these tensors was written to."""
+    """Saves what backward needs; torch then refuses a backward pass after a write to one of these tensors."""
     ctx.set_materialize_grads(False)
     ctx.rest = flat[_ARGS_TENSORS:]
     tensors = (*flat[:_ARGS_TENSORS], *further)
-    # Those of inference mode count no writes, and autograd takes none of them.
+    # Tensors of inference mode have no version counter, and autograd does not save them.
     ctx.save_for_backward(*[t.clone() if t is not None and t.is_inference() else t for t in tensors])
 
 
@@ -170,7 +170,7 @@ def _saved(ctx: Any) -> tuple[RotationArgs, str, Sequence[torch.Tensor]]:
 
 
 def _rotate_back(grads: Sequence[torch.Tensor], args: RotationArgs, backend: str) -> list[torch.Tensor]:
-    """Gradients rotated back; they may come lazily negated, expanded or strided in their last dim."""
+    """Gradients rotated back; they may be lazily negated, expanded, or strided in their last dim."""
     if args.exact or any(map(derivatives.is_batched_gradient, grads)):
         return [derivatives.gradient(grad, args) for grad in grads]
     if not grads:

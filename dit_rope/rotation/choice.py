@@ -1,4 +1,4 @@
-"""Which backend takes a call, and why each other does not.
+"""The choice of a backend, and why the others decline.
 
 At debug level the logger ``dit_rope`` says which backend takes a call, and why those that were asked before it
 declined: one message for each kind of call (its dtype, device, heads and norm) and each set of reasons.
@@ -25,7 +25,7 @@ _MAX_REMEMBERED = 1024
 
 
 class Choice(NamedTuple):
-    """The backend of a call, and what it keeps of calls with the same layout; None where nothing must be kept."""
+    """The backend of a call, and its memo for calls of the same layout; None where it must remember nothing."""
 
     backend: str
     memo: Memo | None = None
@@ -38,11 +38,7 @@ _logged: set[str] = set()
 
 
 def check_backend(name: str) -> None:
-    """Refuses what is no backend's name, nor ``"auto"``.
-
-    Raises:
-        ValueError: naming those that there are.
-    """
+    """Raises ValueError, with the names of all backends, unless ``name`` is one of them or ``"auto"``."""
     if name not in _NAMES:
         raise ValueError(f"backend must be one of {_NAMES}, got {name!r}")
 
@@ -61,7 +57,7 @@ def choose_backend(
     check_backend(backend)
     if _is_eager(xs, backend):
         return "eager"
-    if in_level():  # no kernel is run, and what is asked of tensors before one they do not answer there
+    if in_level():  # no kernel runs there, and batched tensors do not answer all that a kernel asks of them
         return "eager"
     reasons: dict[str, str] = {}
     for name in BACKENDS[:-1] if backend == "auto" else (backend,):
@@ -92,7 +88,7 @@ def _log_choice(xs: Sequence[torch.Tensor], norm: NormKind | None, backend: str,
 
 
 def _is_eager(xs: Sequence[torch.Tensor], backend: str) -> bool:
-    """Whether no other backend has to be asked."""
+    """Whether the eager backend takes the call without asking another."""
     return backend == "eager" or (backend == "auto" and xs[0].device.type in ("cpu", "meta", "mps"))
 
 
@@ -103,11 +99,11 @@ def remembered_choice(
     backend: str = "auto",
     outs: Sequence[torch.Tensor] = (),
 ) -> Choice:
-    """What :func:`choose_backend` says, remembered with a memo for the backend.
+    """The result of :func:`choose_backend`, remembered with a memo for the backend.
 
     Args:
         xs, args, norm, backend: those of the call.
-        outs: the tensors that are written to; none where those are ``xs``, or new and laid out as torch lays out.
+        outs: the tensors that are written to; empty where they are ``xs``, or new ones of torch's ``empty_like``.
 
     Raises:
         ValueError: as there.
@@ -115,7 +111,7 @@ def remembered_choice(
     check_backend(backend)
     if _is_eager(xs, backend):
         return _EAGER
-    if in_level() or in_mode():  # whose choice is not that of other calls
+    if in_level() or in_mode():  # a choice made there is not valid for other calls
         return Choice(choose_backend(xs, args, backend, norm and norm.kind))
     normed: tuple[object, ...] = ()
     if norm is not None:

@@ -1,7 +1,7 @@
-"""The rotation in torch's own operations, for whoever differentiates or batches it, and its backward formulas.
+"""The rotation in torch's own operations, to be differentiated or batched, and its backward formulas.
 
 A backend's kernel has no tangent and no batching rule. Under torch.func and under dual numbers the rotation is
-therefore these few operations of torch, of which every derivative is torch's own.
+therefore made of a few torch operations, whose derivatives torch knows.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 
 from ..rotation_args import Norm, RotationArgs
 from ..spec import NormKind, Pairing
-from .backends import eager, token_angles
+from .backends import cos_sin, eager
 
 
 def is_batched_gradient(x: torch.Tensor) -> bool:
-    """Whether ``x`` is several gradients in one (``is_grads_batched``), by a way of batching older than torch.func."""
+    """Whether ``x`` is a batch of gradients (``is_grads_batched``), which torch batches in an older way."""
     return bool(torch._C._functorch.is_legacy_batchedtensor(x))
 
 
@@ -29,13 +29,13 @@ def rotated(x: torch.Tensor, args: RotationArgs, norm: Norm | None = None) -> to
     if norm is not None:
         out = rotated(normed(x, norm), replace(args, exact=False)).to(x.dtype)
         return _in_order_of(out, x)
-    cos, sin = token_angles.dense_angles(args, *x.shape[1:3])
+    cos, sin = cos_sin.dense_cos_sin(args, *x.shape[1:3])
     if args.exact:
         out = eager.reference(x, cos, sin, args.pairing)
     else:
         wide = _wide(x.dtype)
         out = eager.reference(x.to(wide), cos.to(wide), sin.to(wide), args.pairing).to(x.dtype)
-    return _in_order_of(_with_still(x, out, args), x)
+    return _in_order_of(_with_unrotated(x, out, args), x)
 
 
 def normed(x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -50,23 +50,23 @@ def normed(x: torch.Tensor, norm: Norm) -> torch.Tensor:
 
 
 def gradient(grad: torch.Tensor, args: RotationArgs) -> torch.Tensor:
-    """Gradient ``[B, S, H, D]`` of the rotation, in the layout of ``grad``; differentiable in its turn.
+    """Gradient ``[B, S, H, D]`` of the rotation, in the layout of ``grad``; itself differentiable.
 
-    The roundings in exact mode are those of autograd through :func:`.eager.reference`: each product is
-    cast to the dtype of the data before the two are added, since each of them is the gradient of one use of a channel.
-    Only such operations as the batching of ``is_grads_batched`` has too.
+    The roundings in exact mode are those of autograd through :func:`.eager.reference`: each product is cast to the
+    dtype of the data before the two are added, because each is the gradient of one use of a channel. The operations are
+    those that the batching of ``is_grads_batched`` supports.
     """
-    cos, sin = token_angles.dense_angles(args, *grad.shape[1:3])
+    cos, sin = cos_sin.dense_cos_sin(args, *grad.shape[1:3])
     if args.exact:
         wide, rounded = torch.promote_types(grad.dtype, cos.dtype), grad.dtype
     else:
         wide = rounded = _wide(grad.dtype)
         cos, sin = cos.to(wide), sin.to(wide)
     pairs, interleaved = cos.shape[-1], args.pairing is Pairing.INTERLEAVED
-    turning = grad[..., : 2 * pairs] if 2 * pairs < grad.shape[-1] else grad
-    shape = turning.shape
+    covered = grad[..., : 2 * pairs] if 2 * pairs < grad.shape[-1] else grad
+    shape = covered.shape
     dim = -1 if interleaved else -2
-    first, second = turning.reshape(*shape[:-1], *((pairs, 2) if interleaved else (2, pairs))).to(wide).unbind(dim)
+    first, second = covered.reshape(*shape[:-1], *((pairs, 2) if interleaved else (2, pairs))).to(wide).unbind(dim)
     channels = (
         (first * cos).to(rounded) + (second * sin).to(rounded),
         (second * cos).to(rounded) - (first * sin).to(rounded),
@@ -74,8 +74,8 @@ def gradient(grad: torch.Tensor, args: RotationArgs) -> torch.Tensor:
     out = torch.stack(channels, dim=dim).reshape(shape).to(grad.dtype)
     if 2 * pairs < grad.shape[-1]:
         out = torch.cat((out, grad[..., 2 * pairs :]), dim=-1)
-    # Sums that upstream's code forms of it later add up in an order that follows from where its numbers lie.
-    return torch.empty_like(grad).copy_(_with_still(grad, out, args))
+    # The order of sums over this gradient later follows from its layout, which must be that of upstream's code.
+    return torch.empty_like(grad).copy_(_with_unrotated(grad, out, args))
 
 
 def norm_gradient(
@@ -129,17 +129,17 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _with_still(x: torch.Tensor, out: torch.Tensor, args: RotationArgs) -> torch.Tensor:
-    """``out`` with the channels of ``x`` that keep their values, infinities and NaNs next to others too."""
-    still = token_angles.still_channels(args, x.shape[1])
-    if still is None:
+def _with_unrotated(x: torch.Tensor, out: torch.Tensor, args: RotationArgs) -> torch.Tensor:
+    """``out`` with the unrotated channels of ``x``, which so keep infinities and NaNs too."""
+    unrotated = cos_sin.unrotated_channels(args, x.shape[1])
+    if unrotated is None:
         return out
-    further = x.shape[-1] - still.shape[-1]
-    return torch.where(torch.nn.functional.pad(still, (0, further), value=True) if further else still, x, out)
+    further = x.shape[-1] - unrotated.shape[-1]
+    return torch.where(torch.nn.functional.pad(unrotated, (0, further), value=True) if further else unrotated, x, out)
 
 
 def _in_order_of(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """``out``, its dims in memory one after another as those of ``x`` are, as ``empty_like`` would have them."""
+    """``out`` with its dims in the memory order of those of ``x``, as ``empty_like`` gives them."""
     if x.is_contiguous():
         return out.contiguous()
     strides = x.stride()

@@ -53,7 +53,7 @@ def rotate(
         args, norm: the rotation, and the norm before it.
         inplace: overwrite ``xs``, which are then returned; else new tensors.
         backend: as in :func:`~dit_rope.rotate_qk`.
-        choice: what :func:`.choice.remembered_choice` says, where the caller knows it.
+        choice: the result of :func:`.choice.remembered_choice`, where the caller has it.
     """
     if choice is None:
         choice = Choice(backend) if torch.compiler.is_compiling() else remembered_choice(xs, args, norm, backend)
@@ -70,7 +70,7 @@ def rotate(
 def rotate_into(
     xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], *, backend: str = "auto"
 ) -> None:
-    """Rotates ``xs`` ``[B, S, H, D]`` into ``outs``, such as a cache, without gradients; nothing is checked."""
+    """Rotates ``xs`` ``[B, S, H, D]`` into ``outs``, such as a cache, without gradients; arguments are not checked."""
     if torch.compiler.is_compiling() or in_level():
         write_all(outs, rotate(xs, args, backend=backend))
         return
@@ -82,7 +82,7 @@ def rotate_into(
 def _dispatched(
     xs: Sequence[torch.Tensor], args: RotationArgs, norm: Norm | None, inplace: bool, backend: str
 ) -> list[torch.Tensor]:
-    """The rotation by torch's dispatcher, which hands it to whoever has to see it."""
+    """The rotation through torch's dispatcher, so that autograd, tracers, modes and subclasses see it."""
     if inplace and _recorded(args):
         write_all(xs, _dispatched(xs, args, norm, False, backend))
         return list(xs)
@@ -97,9 +97,10 @@ def _dispatched(
 
 
 def _needs_dispatcher(*tensors: torch.Tensor) -> bool:
-    """Whether anybody but the backend has to see the call: autograd, a tracer, a mode or a tensor subclass.
+    """Whether autograd, a tracer, a mode or a tensor subclass has to see the call.
 
-    The dispatcher takes longer to hand a list of tensors to Python and back than a small rotation takes.
+    Other calls go to the backend at once: the dispatcher needs longer to pass a list of tensors to Python and back than
+    a small rotation takes.
     """
     if torch.compiler.is_compiling() or _dispatch_modes() > 0 or _function_modes() > 0 or in_transform():
         return True  # modes that only watch count too
@@ -109,7 +110,7 @@ def _needs_dispatcher(*tensors: torch.Tensor) -> bool:
 
 
 def _recorded(args: RotationArgs) -> bool:
-    """Whether torch.jit records the call, which leaves out an operator without a result."""
+    """Whether torch.jit records the call: it drops operators without a result, such as those in place."""
     return torch._C._get_tracing_state() is not None and args.entries is None
 
 

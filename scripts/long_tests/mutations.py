@@ -172,15 +172,15 @@ MUTATIONS = (
     _eager("across-heads-per-head", "(-2, -1) if norm.kind.across_heads else (-1,)", "(-1,)"),
     _eager("mean-per-head", "x.mean(self.dims, keepdim=True), out=out)", "x.mean((-1,), keepdim=True), out=out)"),
     _eager("weight-of-the-first", "self.norm.weights[index]", "self.norm.weights[0]"),
-    _eager("negative-row-turns", "+ 1).clamp(min=0)", "+ 1).clamp(min=1)", file="token_angles"),
-    _eager("prefix-forgotten", "slice(args.prefix, args.prefix + turn.count)", "slice(0, turn.count)"),
+    _eager("negative-row-turns", "+ 1).clamp(min=0)", "+ 1).clamp(min=1)", file="cos_sin"),
+    _eager("prefix-forgotten", "slice(args.prefix, args.prefix + rotation.count)", "slice(0, rotation.count)"),
     _eager("angle-key-without-inverse", "args.pairing, args.inverse, self.exact", "args.pairing, self.exact"),
     _angles(
         "angle-key-without-offset", "args.first_rows, args.token_offset, args.count", "args.first_rows, args.count"
     ),
     _angles("angle-key-without-stride", "x.data_ptr(), x.shape, x.stride(), x.dtype", "x.data_ptr(), x.shape, x.dtype"),
     _eager("rest-lost-in-place", "and not (in_place and norm is None)", "and not in_place"),
-    _eager("wrong-coordinate", "coordinate + first for coordinate", "coordinate for coordinate", file="token_angles"),
+    _eager("wrong-coordinate", "coordinate + first for coordinate", "coordinate for coordinate", file="cos_sin"),
     # The operators and the calls.
     _ops("backward-forward", "inverse=not args.inverse)", "inverse=args.inverse)", file="autograd"),
     _ops("norm-gradient-sign", "x_grad = back - values *", "x_grad = back + values *", file="derivatives"),

@@ -142,8 +142,8 @@ _FITS = (
     of_models(
         "prefix-at-the-start",
         "hooks/packed_tables",
-        "prefix=length - count if align is Align.END else 0",
-        "prefix=0",
+        "prefix = length - count if align is Align.END else 0",
+        "prefix = 0",
         "cogvideox",
     ),
     of_models(

@@ -262,7 +262,7 @@ def test_angles_are_not_those_of_freed_memory() -> None:
     for seed in range(20):
         positions = table.positions()[:, torch.randperm(60, generator=torch.Generator().manual_seed(seed))]
         (out,) = run([x], table, exact=True, positions=positions)
-        cos, sin = eager.dense_angles(table.args(positions=positions), 60)
+        cos, sin = eager.dense_cos_sin(table.args(positions=positions), 60)
         assert torch.equal(out, eager.reference(x, cos, sin, Pairing.INTERLEAVED))
 
 
@@ -289,7 +289,7 @@ def own_angles(heads: int, tokens: int, dtype: torch.dtype = torch.float32, **kw
 def test_dense_angles_of_every_head() -> None:
     args = own_angles(3, 20, prefix=2)
     args.positions[0, 4] = -1
-    cos, sin = eager.dense_angles(args, 25, heads=2)
+    cos, sin = eager.dense_cos_sin(args, 25, heads=2)
     assert cos.shape == sin.shape == (1, 25, 2, 7)
     expected = args.rows.view(2, 20, 3, 7)[:, :, :2].clone()
     expected[0, 4], expected[1, 4] = 1.0, 0.0

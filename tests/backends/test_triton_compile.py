@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from dit_rope.rotation.backends.triton_device import norm_turn_kernel  # noqa: E402
+from dit_rope.rotation.backends.triton_device import norm_rotate_kernel  # noqa: E402
 
 HALF = replace(WAN, pairing=Pairing.HALF)
 
@@ -57,16 +57,16 @@ def specialise(
     _, arguments, options = launch_arguments(xs, args, outs, norm)
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
-    binder = create_function_from_signature(norm_turn_kernel.signature, norm_turn_kernel.params, backend)
+    binder = create_function_from_signature(norm_rotate_kernel.signature, norm_rotate_kernel.params, backend)
     bound, types, _ = binder(**arguments, **options)
     return Specialised(types, bound, options, backend, target)
 
 
 def compiled(launch: Specialised) -> Any:
-    options, signature, constants, attributes = norm_turn_kernel._pack_args(
+    options, signature, constants, attributes = norm_rotate_kernel._pack_args(
         launch.backend, dict(launch.options), launch.bound, launch.types, {}
     )
-    source = ASTSource(norm_turn_kernel, signature, constants, attributes)
+    source = ASTSource(norm_rotate_kernel, signature, constants, attributes)
     return triton.compile(source, target=launch.target, options=options.__dict__)
 
 
@@ -277,6 +277,6 @@ def test_launch_uses_one_dimension_of_the_grid_past_65535_blocks() -> None:
 
 
 def test_launch_types_of_strides_are_64_bit_and_of_nothing_else() -> None:
-    types = dict(zip(norm_turn_kernel.arg_names, specialise([meta(1, 60)], WAN, [meta(1, 60)]).types, strict=True))
+    types = dict(zip(norm_rotate_kernel.arg_names, specialise([meta(1, 60)], WAN, [meta(1, 60)]).types, strict=True))
     strides = {name for name in types if name.endswith(("_batch", "_token", "_head", "_axis", "_plane", "_row"))}
     assert {name for name, (kind, *_) in types.items() if kind == "i64"} == strides | {"head_rows"}

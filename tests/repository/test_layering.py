@@ -58,7 +58,7 @@ TUNING, PLAN, ARGUMENTS, LAUNCH, CUDA = (
 GPU_CALLS = "dit_rope.rotation.backends.gpu_calls"
 BESIDE = {TRITON, (ARGUMENTS, PLAN), (LAUNCH, PLAN), (LAUNCH, ARGUMENTS), (CUDA, PLAN), (CUDA, ARGUMENTS)}
 BESIDE |= {
-    ("dit_rope.rotation.backends.eager", "dit_rope.rotation.backends.token_angles"),
+    ("dit_rope.rotation.backends.eager", "dit_rope.rotation.backends.cos_sin"),
     (PLAN, TUNING),
     (CUDA, TUNING),
 }

@@ -15,7 +15,7 @@ import properties
 from benchmarks.results import read_csv
 from dit_rope import Grid, Pairing, RopeSpec
 from dit_rope.rotation import ops
-from dit_rope.rotation.backends import token_angles
+from dit_rope.rotation.backends import cos_sin
 from dit_rope.streaming import shift as shifting
 from dit_rope.tables.table import RopeTable
 from properties import F32, RIGHT, RotationDraw, TableDraw
@@ -108,8 +108,8 @@ def test_the_check_of_a_backend_notices_angles_of_another_head(monkeypatch: pyte
         None, False, False, 7,
     )  # fmt: skip
     assert kernel_properties.check_kernel(draw) == RIGHT
-    real = token_angles.row_indices
-    monkeypatch.setattr(token_angles, "row_indices", lambda args, heads: real(args, heads).flip(2))
+    real = cos_sin.row_indices
+    monkeypatch.setattr(cos_sin, "row_indices", lambda args, heads: real(args, heads).flip(2))
     from dit_rope import cache_clear
 
     cache_clear()

@@ -97,7 +97,7 @@ WRONG_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"entries": torch.zeros(1, dtype=torch.int64)}, "entries must be int32, got torch.int64"),
     (
         {"entries": torch.zeros(1, dtype=torch.int32), "head_rows": 3},
-        "entries must turn by angles that all heads share, got head_rows 3",
+        "entries need cos and sin that all heads share, got head_rows 3",
     ),
     ({"pairs": (1,) * 5}, "1 to 4 axes, got 5"),
     ({"token_offset": 2**31 - 1}, "grid tokens must be at most"),

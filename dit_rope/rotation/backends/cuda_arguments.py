@@ -11,7 +11,7 @@ import torch
 from ...rotation_args import Norm, RotationArgs
 from ...spec import MAX_AXES
 from .cuda_plan import Plan
-from .gpu_calls import keeps_still, shared_strides, turning_tokens
+from .gpu_calls import rotated_tokens, shared_strides, skips_unrotated
 
 # struct RotationArgs of kernels/rope.cuh: 11 pointers, 18 other members of 8 bytes, 22 of 4.
 POINTERS, _NUMBERS = struct.Struct("=11q"), struct.Struct("=18q21if")
@@ -69,10 +69,10 @@ def pack_numbers(
         args.rows.shape[1],
         x.shape[1],
         args.prefix,
-        turning_tokens(args, x.shape[1]),
+        rotated_tokens(args, x.shape[1]),
         token_offset,
         args.inverse,
-        keeps_still(xs, outs, norm),
+        skips_unrotated(xs, outs, norm),
         *sizes,
         *spans,
         *args.first_rows,

@@ -30,8 +30,8 @@ from .gpu_calls import (
     Constraint,
     batch_entries,
     first_reason,
-    keeps_still,
     shared_strides,
+    skips_unrotated,
 )
 
 MIN_CAPABILITY = (8, 0)
@@ -143,7 +143,7 @@ def plan_of(
         _signature(Call(xs, args, norm.kind if norm else None)),
         weights=_dtypes(weights),
         biases=_dtypes(biases),
-        keep_still=keeps_still(xs, outs, norm),
+        skip_unrotated=skips_unrotated(xs, outs, norm),
         alignment=_alignment([*xs, *outs]),
         weight_alignment=_alignment([*weights, *biases]),
         table_alignment=_alignment([args.rows]) if args.head_rows else ACCESS_BYTES,
@@ -196,7 +196,7 @@ def _signature(call: Call) -> Signature:
         exact=args.exact,
         norm=call.norm,
         own_angles=args.head_rows != 0,
-        keep_still=False,
+        skip_unrotated=False,
         some_entries=args.entries is not None,
         alignment=ACCESS_BYTES,
         weight_alignment=ACCESS_BYTES,

@@ -177,7 +177,7 @@ class Signature:
 
     Attributes:
         data, table, weights, biases, heads, head_dim, pairs, half, exact, norm, own_angles: as in :class:`Plan`.
-        keep_still: what does not turn is neither read nor written.
+        skip_unrotated: what does not turn is neither read nor written.
         some_entries: only some batch entries turn.
         alignment, weight_alignment, table_alignment: bytes that every row of the data, of weights and biases, and of
             the table is aligned to; of the table where every head has its own angles, else 16.
@@ -194,7 +194,7 @@ class Signature:
     exact: bool
     norm: NormKind | None
     own_angles: bool
-    keep_still: bool
+    skip_unrotated: bool
     some_entries: bool
     alignment: int
     weight_alignment: int
@@ -254,7 +254,7 @@ def tuned_shape(signature: Signature, device: str) -> Tuned:
     if signature.norm is not None:
         operation = "norm across heads" if signature.norm.across_heads else "norm per head"
     else:
-        operation = "rotate in place" if signature.keep_still else "rotate"
+        operation = "rotate in place" if signature.skip_unrotated else "rotate"
     return Tuned(device, operation, signature.heads, signature.head_dim, signature.data.itemsize)
 
 
@@ -278,7 +278,7 @@ def deal_threads(signature: Signature, tuning: Tuning = DEFAULT) -> Threads:
     half, norm, pairs = signature.half, signature.norm, sum(signature.pairs)
     heads = signature.heads[:1] if tuning.split else signature.heads
     chunk = _chunk(signature)
-    width = -(-2 * pairs // chunk) * chunk if signature.keep_still else signature.head_dim
+    width = -(-2 * pairs // chunk) * chunk if signature.skip_unrotated else signature.head_dim
     # In half pairing every lane owns two chunks, those of the channels that do not turn too.
     lanes = pairs // chunk + -(-(width - 2 * pairs) // (2 * chunk)) if half else width // chunk
     if norm is not None and not norm.across_heads:

@@ -2,10 +2,10 @@
 
 On CPU the work is cut into chunks of tokens whose scratch stays in the caches, so that data crosses memory once.
 An interleaved pair is one complex number: a rotation multiplies it by cos + i sin, which PyTorch does in one
-vectorised pass. In exact mode that pass will not do, because compilers fuse the multiplies and adds of its scalar
-tail: the two products are formed by two complex multiplies with cos + 0 i and 0 + i sin. One operand of each sum in
-those is zero, so the result is the correctly rounded product whether fused or not, and the sum that follows rounds as
-the model's code does. (A zero may come out with the other sign; infinities come out as NaN.)
+vectorised pass. Exact mode cannot use that pass, because compilers fuse the multiplies and adds of its scalar tail.
+It forms the two products by two complex multiplies, with cos + 0 i and 0 + i sin. One operand of each sum in those is
+zero, so each result is the correctly rounded product, fused or not, and the sum that follows rounds as the model's code
+does. (A zero may change its sign; infinities become NaN.)
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ...rotation_args import Memo, Norm, RotationArgs
 from ...spec import Pairing
 from ...tables.caches import ANGLES
 from ...torch_state import WITHOUT_FLOAT64_OR_COMPLEX, in_mode
-from . import token_angles
-from .token_angles import dense_angles as dense_angles
+from . import cos_sin
+from .cos_sin import dense_cos_sin as dense_cos_sin
 
 # Bytes of one chunk of tokens on CPU, in the arithmetic dtype: scratch of that size stays in the level 3 cache, and
-# what a chunk costs in Python is little beside its work. Without scratch a chunk only has to keep its angles there.
+# the Python overhead of a chunk is small beside its work. Without scratch only the cos and sin of a chunk must fit.
 CHUNK_BYTES = 1 << 22
 DIRECT_CHUNK_BYTES = 1 << 24
 
@@ -38,16 +38,16 @@ def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: Pa
     Args:
         x: ``[B, S, H, D]``.
         cos, sin: ``[B or 1, S, 1 or H, pairs]``; channels past ``2 * pairs`` are returned as they are.
-        pairing: which channels turn together.
+        pairing: which channels are a pair.
 
     Returns:
         A new ``[B, S, H, D]`` tensor in the dtype of x.
     """
-    turning, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+    covered, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
     pattern = "b s h (p two)" if pairing is Pairing.INTERLEAVED else "b s h (two p)"
-    x1, x2 = rearrange(turning, f"{pattern} -> two b s h p", two=2).unbind(0)
-    turned = torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos))
-    out = rearrange(turned, f"two b s h p -> {pattern}").type_as(x)
+    x1, x2 = rearrange(covered, f"{pattern} -> two b s h p", two=2).unbind(0)
+    rotated = torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos))
+    out = rearrange(rotated, f"two b s h p -> {pattern}").type_as(x)
     return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
 
 
@@ -108,12 +108,13 @@ class _ChunkNorm:
         return self._squares[: x.numel()].view(x.shape)
 
 
-class _Turn:
-    """The angles of the tokens that turn, and how channels are multiplied by them.
+class _Rotation:
+    """The cos and sin of the rotated tokens, and the multiplication of channels by them.
 
     ``tables`` are ``[B or 1, count, 1, pairs]``, or ``[B or 1, count, heads, pairs]`` where every head has its own: one
     complex table in fast mode, two in exact mode, or real cos and sin where pairs are not adjacent, the arithmetic is
-    16-bit, or the device has no complex numbers.
+    16-bit, or the device has no complex numbers. ``unrotated`` says which channels keep their values, None where none
+    does.
     """
 
     def __init__(self, args: RotationArgs, dtype: torch.dtype, heads: int) -> None:
@@ -131,33 +132,33 @@ class _Turn:
             and args.rows.device.type not in WITHOUT_FLOAT64_OR_COMPLEX
         )
         self.exact_complex = self.complex and args.exact
-        found, number = self._remembered(), 1 if self.complex and not args.exact else 2
-        self.tables = found[:number]
-        self.still = found[number] if len(found) > number else None
+        tables, number = self._remembered(), 1 if self.complex and not args.exact else 2
+        self.tables = tables[:number]
+        self.unrotated = tables[number] if len(tables) > number else None
         self.count = self.tables[0].shape[1]
 
     def _remembered(self) -> Sequence[torch.Tensor]:
         """The tables, from the cache on CPU, where every layer of a model asks for them again.
 
-        Not those of positions on one axis: they take one gather, and who serves text brings new positions to each call.
-        With angles for each head they do: that gather is as large as the data.
+        Tables of positions on one axis are not cached: they take one gather, and a text server passes new positions in
+        each call. With a table for each head that gather is as large as the data, so those are cached.
         """
         args = self.args
         once = len(args.pairs) == 1 and args.positions is not None and not args.head_rows
         if once or args.rows.device.type != "cpu" or args.rows.is_inference() or in_mode():
             return self._gathered()
         where = (args.pairs, args.sizes, args.first_rows, args.token_offset, args.count, args.head_rows, self.heads)
-        told = (_identity(args.rows), _values(args.positions))
-        key = (told, where, args.pairing, args.inverse, self.exact_complex, self.dtype)
-        # The rows go in with the tables: their memory stays theirs, and a write to them is noticed.
+        tensors = (_identity(args.rows), _values(args.positions))
+        key = (tensors, where, args.pairing, args.inverse, self.exact_complex, self.dtype)
+        # The entry holds the rows: their memory is not reused while it lives, and a write to them invalidates it.
         return ANGLES.get(key, args.rows.device, lambda: [*self._gathered(), args.rows.detach()])[:-1]
 
     def _gathered(self) -> list[torch.Tensor]:
-        """The tables, and after them, where some pairs of some tokens do not turn, which channels those are."""
+        """The tables, and after them, where some pairs of some tokens do not rotate, the mask of their channels."""
         args = self.args
-        indices = token_angles.row_indices(args, self.heads)
-        table, rows = token_angles.needed_rows(args.rows, indices)
-        cos, sin = token_angles.identity_row(table.to(self.dtype)).unbind(0)
+        indices = cos_sin.row_indices(args, self.heads)
+        table, rows = cos_sin.needed_rows(args.rows, indices)
+        cos, sin = cos_sin.identity_row(table.to(self.dtype)).unbind(0)
         sin = -sin if args.inverse else sin
         if not self.complex:
             tables: tuple[torch.Tensor, ...] = (cos, sin)
@@ -166,31 +167,31 @@ class _Turn:
             tables = (torch.complex(cos, zero), torch.complex(zero, sin))
         else:
             tables = (torch.complex(cos, sin),)
-        gathered = [torch.cat(token_angles.gather(table, rows, args.pairs), dim=-1) for table in tables]
+        gathered = [torch.cat(cos_sin.gather(table, rows, args.pairs), dim=-1) for table in tables]
         first = indices[:, :, :1]  # the negative rows of one head are those of all
-        # On other devices than a CPU a look at them would be a wait.
-        if not token_angles.may_keep_values(args) or (first.device.type == "cpu" and not bool((first < 0).any())):
+        # Reading them on another device than a CPU would wait for it.
+        if not cos_sin.may_be_unrotated(args) or (first.device.type == "cpu" and not bool((first < 0).any())):
             return gathered
-        return [*gathered, token_angles.unturned_channels(first, args)]
+        return [*gathered, cos_sin.channels_of_negative_rows(first, args)]
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor, start: int, stop: int, scratch: torch.Tensor) -> None:
-        """Turns the tokens ``start <= j < stop``, ``x`` ``[B, n, H, width]``, into ``out``, which may be x."""
-        if self.still is None:
-            self._turn(x, out, start, stop, scratch)
+        """Rotates the tokens ``start <= j < stop``, ``x`` ``[B, n, H, width]``, into ``out``, which may be x."""
+        if self.unrotated is None:
+            self._rotate(x, out, start, stop, scratch)
             return
         kept = x.clone() if x.data_ptr() == out.data_ptr() else x
-        self._turn(x, out, start, stop, scratch)
-        # By (1, 0) an infinity would make its partner NaN, and a negative zero would lose its sign.
-        out.copy_(torch.where(self.still[:, start:stop], kept, out))
+        self._rotate(x, out, start, stop, scratch)
+        # Multiplied by (1, 0), an infinity would make its partner NaN, and a negative zero would lose its sign.
+        out.copy_(torch.where(self.unrotated[:, start:stop], kept, out))
 
-    def _turn(self, x: torch.Tensor, out: torch.Tensor, start: int, stop: int, scratch: torch.Tensor) -> None:
+    def _rotate(self, x: torch.Tensor, out: torch.Tensor, start: int, stop: int, scratch: torch.Tensor) -> None:
         tables = self.tables
         if stop - start != self.count:
             tables = [table[:, start:stop] for table in tables]
         if self.heads > x.shape[2]:
             tables = [table[:, :, : x.shape[2]] for table in tables]
         if not self.complex:
-            self._turn_real(x, out, *tables)
+            self._rotate_real(x, out, *tables)
             return
         source, target = _as_complex(x), _as_complex(out)
         if self.exact_complex:
@@ -199,47 +200,49 @@ class _Turn:
         else:
             torch.mul(source, tables[0], out=target)
 
-    def _turn_real(self, x: torch.Tensor, out: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    def _rotate_real(self, x: torch.Tensor, out: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         if self.adjacent:
             (x1, x2), (out1, out2) = (t.unflatten(-1, (-1, 2)).unbind(-1) for t in (x, out))
         else:
             (x1, x2), (out1, out2) = (t.chunk(2, dim=-1) for t in (x, out))
         if self.args.exact:
-            turned1, turned2 = x1 * cos - x2 * sin, x1 * sin + x2 * cos
+            y1, y2 = x1 * cos - x2 * sin, x1 * sin + x2 * cos
         else:
-            turned1 = (x1 * cos).addcmul_(x2, sin, value=-1)
-            turned2 = (x1 * sin).addcmul_(x2, cos)
-        out1.copy_(turned1)
-        out2.copy_(turned2)
+            y1 = (x1 * cos).addcmul_(x2, sin, value=-1)
+            y2 = (x1 * sin).addcmul_(x2, cos)
+        out1.copy_(y1)
+        out2.copy_(y2)
 
 
 def _run(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: _ChunkNorm | None) -> None:
     if args.entries is not None:
         _run_entries(xs, args.entries.long(), replace(args, entries=None), norm)
         return
-    turn = _Turn(args, xs[0].dtype, max(xs[0].shape[2], xs[-1].shape[2]))
-    turning = slice(args.prefix, args.prefix + turn.count)
+    rotation = _Rotation(args, xs[0].dtype, max(xs[0].shape[2], xs[-1].shape[2]))
+    rotated = slice(args.prefix, args.prefix + rotation.count)
     for index, (x, out) in enumerate(zip(xs, outs, strict=True)):
-        if turn.count == x.shape[1]:
-            _turn_tokens(x, out, turn, norm, index)
+        if rotation.count == x.shape[1]:
+            _rotate_tokens(x, out, rotation, norm, index)
             continue
-        for still in (slice(0, turning.start), slice(turning.stop, None)):
-            _copy_still(x[:, still], out[:, still], turn.dtype, norm, index)
-        _turn_tokens(x[:, turning], out[:, turning], turn, norm, index)
+        for unrotated in (slice(0, rotated.start), slice(rotated.stop, None)):
+            _copy_unrotated(x[:, unrotated], out[:, unrotated], rotation.dtype, norm, index)
+        _rotate_tokens(x[:, rotated], out[:, rotated], rotation, norm, index)
 
 
 def _run_entries(
     xs: Sequence[torch.Tensor], entries: torch.Tensor, args: RotationArgs, norm: _ChunkNorm | None
 ) -> None:
-    """Turns some batch entries of ``xs`` in place, which are gathered, turned together, and put back."""
+    """Rotates some batch entries of ``xs`` in place: gathers them, rotates them together, and puts them back."""
     picked = [x.index_select(0, entries) for x in xs]
     _run(picked, args, picked, norm)
-    for x, turned in zip(xs, picked, strict=True):
-        x.index_copy_(0, entries, turned)
+    for x, rotated in zip(xs, picked, strict=True):
+        x.index_copy_(0, entries, rotated)
 
 
-def _copy_still(x: torch.Tensor, out: torch.Tensor, dtype: torch.dtype, norm: _ChunkNorm | None, index: int) -> None:
-    """Tokens that do not turn: normed, or copied."""
+def _copy_unrotated(
+    x: torch.Tensor, out: torch.Tensor, dtype: torch.dtype, norm: _ChunkNorm | None, index: int
+) -> None:
+    """Copies tokens that do not rotate, normed where there is a norm."""
     if x.shape[1] == 0:
         return
     if norm is not None:
@@ -249,63 +252,65 @@ def _copy_still(x: torch.Tensor, out: torch.Tensor, dtype: torch.dtype, norm: _C
         out.copy_(x)
 
 
-def _turn_tokens(x: torch.Tensor, out: torch.Tensor, turn: _Turn, norm: _ChunkNorm | None, index: int) -> None:
-    """The turning tokens ``[B, n, H, D]`` of tensor number ``index``, chunk by chunk."""
-    width = turn.width
-    direct_in, direct_out = norm is None and _readable(x, turn), _readable(out, turn)
+def _rotate_tokens(
+    x: torch.Tensor, out: torch.Tensor, rotation: _Rotation, norm: _ChunkNorm | None, index: int
+) -> None:
+    """Rotates the tokens ``[B, n, H, D]`` of tensor number ``index``, chunk by chunk."""
+    width = rotation.width
+    direct_in, direct_out = norm is None and _readable(x, rotation), _readable(out, rotation)
     in_place = x.data_ptr() == out.data_ptr()
-    scratch_free = direct_in and direct_out and not turn.exact_complex
-    step = _chunk_tokens(x, turn.dtype, DIRECT_CHUNK_BYTES if scratch_free else CHUNK_BYTES)
+    scratch_free = direct_in and direct_out and not rotation.exact_complex
+    step = _chunk_tokens(x, rotation.dtype, DIRECT_CHUNK_BYTES if scratch_free else CHUNK_BYTES)
     shape = (x.shape[0], min(step, x.shape[1]), *x.shape[2:])
     wide = across = x  # stand-ins: what needs scratch replaces them
     if not (direct_in and direct_out):
         even = (*shape[:3], shape[3] + shape[3] % 2)  # complex numbers start at even channels
-        wide = torch.empty(even, dtype=turn.dtype, device=x.device)[..., : shape[3]]
-    if turn.exact_complex:
-        across = torch.empty((*shape[:3], width), dtype=turn.dtype, device=x.device)
+        wide = torch.empty(even, dtype=rotation.dtype, device=x.device)[..., : shape[3]]
+    if rotation.exact_complex:
+        across = torch.empty((*shape[:3], width), dtype=rotation.dtype, device=x.device)
     for start in range(0, x.shape[1], step):
         stop = min(start + step, x.shape[1])
         whole = stop - start == x.shape[1]
         source, target = (x, out) if whole else (x[:, start:stop], out[:, start:stop])
         if norm is not None:
-            source = norm(source.to(turn.dtype), index, wide[:, : stop - start])
+            source = norm(source.to(rotation.dtype), index, wide[:, : stop - start])
         elif not direct_in:
             source = wide[:, : stop - start].copy_(source)
-        turned = target[..., :width] if direct_out else wide[:, : stop - start, :, :width]
-        turn(source[..., :width], turned, start, stop, across)
+        rotated = target[..., :width] if direct_out else wide[:, : stop - start, :, :width]
+        rotation(source[..., :width], rotated, start, stop, across)
         if not direct_out:
-            target[..., :width].copy_(turned)
+            target[..., :width].copy_(rotated)
         if width < x.shape[-1] and not (in_place and norm is None):
             target[..., width:].copy_(source[..., width:])
 
 
-def _readable(x: torch.Tensor, turn: _Turn) -> bool:
-    """Whether the arithmetic can read and write ``x`` where it lies: as it is, or as complex numbers."""
-    if not turn.complex:
-        return turn.args.exact or x.dtype == turn.dtype
+def _readable(x: torch.Tensor, rotation: _Rotation) -> bool:
+    """Whether the arithmetic can read and write ``x`` without scratch: as it is, or as complex numbers."""
+    if not rotation.complex:
+        return rotation.args.exact or x.dtype == rotation.dtype
     even = all(stride % 2 == 0 for stride in x.stride()[:-1])
-    return x.dtype == turn.dtype and x.stride(-1) == 1 and even and x.storage_offset() % 2 == 0
+    return x.dtype == rotation.dtype and x.stride(-1) == 1 and even and x.storage_offset() % 2 == 0
 
 
 def _identity(x: torch.Tensor) -> tuple[object, ...]:
-    """What tells ``x`` from every other tensor while an alias of it is held.
+    """The part of a cache key that no other tensor shares while an alias of ``x`` lives.
 
-    The storage, not its address alone: another tensor may lie over the same memory of a numpy array, with other values
-    and a version of its own.
+    The address alone is not enough: two tensors over the memory of one numpy array have separate storages and version
+    counters, so that a write through one does not show in the other.
     """
     return (x.untyped_storage()._cdata, x.data_ptr(), x.shape, x.stride(), x.dtype)
 
 
 def _values(positions: torch.Tensor | None) -> object:
-    """Positions as what they say: whoever makes them may do so anew in each call, over memory that was rewritten.
+    """Positions by value, as part of a cache key: callers may pass new ones in each call, in memory used before.
 
-    A few bytes a token, beside hundreds of its angles.
+    A few bytes a token, beside hundreds of its cos and sin.
     """
     return None if positions is None else (tuple(positions.shape), positions.numpy().tobytes())
 
 
 def _chunk_tokens(x: torch.Tensor, dtype: torch.dtype, chunk_bytes: int) -> int:
-    """Tokens of ``x`` ``[B, n, H, D]`` in one chunk; all of them on devices without caches to mind."""
+    """Tokens of ``x`` ``[B, n, H, D]`` in one chunk; all of them on other devices than a CPU."""
     if x.device.type != "cpu":
         return max(1, x.shape[1])
     return max(1, chunk_bytes // max(1, x.shape[0] * x.shape[2] * x.shape[3] * dtype.itemsize))

@@ -1,4 +1,4 @@
-"""What the GPU backends have in common: a call, what must hold of it, and which of its tokens turn."""
+"""Shared by the GPU backends: a call, the constraints it must satisfy, and which of its tokens rotate."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ MAX_TENSORS = 2
 MAX_HEAD_DIM = 512
 # The widest memory access of one thread.
 ACCESS_BYTES = 16
-# Token numbers are int32 in the kernels; a program may count one block past the last token.
+# Token numbers are int32 in the kernels, and a program may count one block past the last token.
 MAX_TOKENS = 2**31 - 4096
 
 
 @dataclass(frozen=True)
 class Call:
-    """One rotation of ``xs`` ``[B, S, H_i, D]``, after a norm of kind ``norm`` unless that is None."""
+    """One rotation of ``xs`` ``[B, S, H_i, D]``, after a norm of kind ``norm`` unless it is None."""
 
     xs: Sequence[torch.Tensor]
     args: RotationArgs
@@ -31,7 +31,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Constraint:
-    """One thing a backend asks of a call, and what to say where it does not hold."""
+    """One condition that a backend has for a call, and the reason to give where it does not hold."""
 
     holds: Callable[[Call], bool]
     reason: Callable[[Call], str]
@@ -46,17 +46,17 @@ def first_reason(constraints: Sequence[Constraint], call: Call) -> str | None:
 
 
 def batch_entries(xs: Sequence[torch.Tensor], args: RotationArgs) -> int:
-    """How many batch entries turn."""
+    """How many batch entries rotate."""
     return int(xs[0].shape[0] if args.entries is None else args.entries.shape[0])
 
 
-def keeps_still(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], norm: Norm | None) -> bool:
-    """In place and without a norm, what does not turn is neither read nor written."""
+def skips_unrotated(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], norm: Norm | None) -> bool:
+    """Whether unrotated tokens and channels are neither read nor written: in place and without a norm."""
     return norm is None and all(x.data_ptr() == out.data_ptr() for x, out in zip(xs, outs, strict=True))
 
 
 def shared_strides(x: torch.Tensor, dims: int) -> tuple[int, ...]:
-    """Strides of the first ``dims`` dims; 0 where the size is 1: nobody steps by it, and it cannot cost alignment."""
+    """Strides of the first ``dims`` dims; 0 where the size is 1: unused, so that they do not reduce the alignment."""
     return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:dims], x.stride()[:dims], strict=True))
 
 
@@ -66,16 +66,16 @@ def power_of_two(n: int) -> int:
 
 
 def dense_last(x: torch.Tensor) -> bool:
-    """Whether channels are neighbours in memory."""
+    """Whether channels are contiguous in memory."""
     return x.shape[-1] == 1 or x.stride(-1) == 1
 
 
-def turning_tokens(args: RotationArgs, tokens: int) -> int:
-    """How many tokens after the prefix turn, of a sequence of ``tokens``: no padding, nothing past the grid."""
-    turning = min(args.count, tokens - args.prefix)
+def rotated_tokens(args: RotationArgs, tokens: int) -> int:
+    """How many tokens after the prefix rotate, of a sequence of ``tokens``: no padding, nothing past the grid."""
+    rotated = min(args.count, tokens - args.prefix)
     if args.positions is None:
-        turning = min(turning, math.prod(args.sizes) - args.token_offset)
-    return max(turning, 0)
+        rotated = min(rotated, math.prod(args.sizes) - args.token_offset)
+    return max(rotated, 0)
 
 
 def _last_token(args: RotationArgs) -> int:
@@ -117,7 +117,7 @@ COMMON = (
     ),
     Constraint(
         lambda call: call.args.entries is None or call.args.head_rows == 0,
-        lambda call: f"entries must turn by angles that all heads share, got head_rows {call.args.head_rows}",
+        lambda call: f"entries need cos and sin that all heads share, got head_rows {call.args.head_rows}",
     ),
     Constraint(
         lambda call: min(call.xs[0].shape[2], call.xs[-1].shape[2]) > 0,

@@ -2,9 +2,9 @@
 
 Imported by :mod:`dit_rope.rotation.backends.triton_kernels` on first use, so that nothing else needs Triton. A tile is
 ``[tokens, heads, channels]``. Triton lays threads along the contiguous dim first, then along the first: threads
-differ in channels and tokens, and the heads of a tile are registers of one thread, which so keeps the cos and sin of
-a few pairs of one token for every head of both tensors, unless each head has its own. Each element is loaded once and
-its pair is formed and stored by one thread, which makes a launch in place safe.
+differ in channels and tokens, and the heads of a tile are registers of one thread. So a thread keeps the cos and sin of
+a few pairs of one token for every head of both tensors, unless each head has its own. Each element is loaded once, and
+one thread rotates and stores both channels of a pair, which makes a launch in place safe.
 """
 
 from __future__ import annotations
@@ -18,74 +18,74 @@ RUN_TIME = (
     *(f"{x}_{stride}" for x in ("q", "q_out", "k", "k_out") for stride in ("batch", "token", "head")),
     *("rows_plane", "rows_row", "positions_batch", "positions_token", "positions_axis", "entries_batch"),
     "head_rows",
-    *("row_count", "entry_count", "tokens", "prefix", "turning", "token_offset", "span0", "span1", "span2"),
+    *("row_count", "entry_count", "tokens", "prefix", "rotated_tokens", "token_offset", "span0", "span1", "span2"),
     *("first0", "first1", "first2", "first3", "eps"),
 )
 
 
 @triton.jit
-def _load_angles(rows, rows_plane, row, rows_row, column, turn, INVERSE: tl.constexpr):
-    """Cos and sin (float32) at rows and columns of the table, (1, 0) where ``turn`` is false."""
+def _load_cos_sin(rows, rows_plane, row, rows_row, column, rotated, INVERSE: tl.constexpr):
+    """Cos and sin (float32) at rows and columns of the table, (1, 0) where ``rotated`` is false."""
     at = rows + row * rows_row + column
-    cos = tl.load(at, mask=turn, other=1.0, eviction_policy="evict_last").to(tl.float32)
-    sin = tl.load(at + rows_plane, mask=turn, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    cos = tl.load(at, mask=rotated, other=1.0, eviction_policy="evict_last").to(tl.float32)
+    sin = tl.load(at + rows_plane, mask=rotated, other=0.0, eviction_policy="evict_last").to(tl.float32)
     return cos, -sin if INVERSE else sin
 
 
 @triton.jit
-def _find_angles(
-    table, positions, positions_batch, positions_token, positions_axis, batch, j, turns, rest, spans, firsts,
+def _find_rows(
+    table, positions, positions_batch, positions_token, positions_axis, batch, j, rotates, rest, spans, firsts,
     BOUNDS: tl.constexpr, AXES: tl.constexpr, PADDED: tl.constexpr, OWN_ANGLES: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Cos and sin of the pairs of this program's tokens, and whether each turns: ``[tokens, 1, PADDED]``.
+    """Cos and sin of the pairs of this program's tokens, and whether each pair rotates: ``[tokens, 1, PADDED]``.
 
-    With OWN_ANGLES, by which each tile reads those of its heads, the rows of head 0, their columns, and ``turns``.
-    ``j`` and ``turns`` are ``[tokens]``: the token's number in the grid, and whether it turns; ``rest`` is its flat
-    index there. Each axis' row is found once per token, and selected for the pairs that the axis owns.
+    With OWN_ANGLES instead: the rows of head 0, their columns, and ``rotates``; each tile then reads the cos and sin of
+    its heads. ``j`` and ``rotates`` are ``[tokens]``: the token's number in the grid, and whether it rotates. ``rest``
+    is its flat index there. Each axis' row is computed once per token, and selected for the pairs of that axis.
     """
     rows, rows_plane, rows_row, row_count, _ = table
-    # Angles that heads share are found pairs first, so that a warp reads neighbouring pairs.
+    # Pairs come first where heads share their cos and sin, so that a warp reads neighbouring pairs.
     pair = tl.arange(0, PADDED)[None, None, :] if OWN_ANGLES else tl.arange(0, PADDED)[:, None]
     row = tl.full([j.shape[0], 1, PADDED] if OWN_ANGLES else [PADDED, j.shape[0]], -1, tl.int32)
     column = pair
     for a in tl.static_range(AXES):
         if positions is not None:
             at = positions + batch * positions_batch + j.to(tl.int64) * positions_token + a * positions_axis
-            axis_row = tl.load(at, mask=turns, other=-1)
+            axis_row = tl.load(at, mask=rotates, other=-1)
             axis_row = tl.where(axis_row < row_count, axis_row, -1)
         else:
             coordinate = rest if a == AXES - 1 else rest // spans[a]
             rest = rest - coordinate * spans[a]
             axis_row = firsts[a] + coordinate
-        own = (pair >= BOUNDS[a]) & (pair < BOUNDS[a + 1])
-        row = tl.where(own, axis_row[:, None, None] if OWN_ANGLES else axis_row[None, :], row)
-        column = tl.where(own, pair - BOUNDS[a], column)
+        in_axis = (pair >= BOUNDS[a]) & (pair < BOUNDS[a + 1])
+        row = tl.where(in_axis, axis_row[:, None, None] if OWN_ANGLES else axis_row[None, :], row)
+        column = tl.where(in_axis, pair - BOUNDS[a], column)
     if OWN_ANGLES:
-        angles = (row, column, turns[:, None, None])
+        angles = (row, column, rotates[:, None, None])
     else:
-        # A row stays negative for the pairs of an axis that its position leaves alone, or that it sends past the table,
-        # and past the last pair.
-        turn = (row >= 0) & turns[None, :]
-        cos, sin = _load_angles(rows, rows_plane, row, rows_row, column, turn, INVERSE)
-        angles = (tl.trans(cos)[:, None, :], tl.trans(sin)[:, None, :], tl.trans(turn)[:, None, :])
+        # A row stays -1 for the pairs of an axis whose position is negative or past the table, and past the last pair.
+        rotated = (row >= 0) & rotates[None, :]
+        cos, sin = _load_cos_sin(rows, rows_plane, row, rows_row, column, rotated, INVERSE)
+        angles = (tl.trans(cos)[:, None, :], tl.trans(sin)[:, None, :], tl.trans(rotated)[:, None, :])
     return angles
 
 
 @triton.jit
-def _tile_angles(angles, table, head, OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr, INVERSE: tl.constexpr):
-    """Cos, sin and what turns of the heads ``[1, heads, 1]`` of a tile, in shapes that broadcast with the tile.
+def _tile_cos_sin(angles, table, head, OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr, INVERSE: tl.constexpr):
+    """Cos, sin and rotated pairs of the heads ``[1, heads, 1]`` of a tile, in shapes that broadcast with the tile.
 
-    ``angles`` are those of :func:`_find_angles`. With OWN_ANGLES strides of the table come in units of TABLE_ALIGN
+    ``angles`` is what :func:`_find_rows` returns. With OWN_ANGLES strides of the table come in units of TABLE_ALIGN
     elements, as the data's do in units of ALIGN.
     """
-    cos, sin, turn = angles
+    cos, sin, rotated = angles
     if OWN_ANGLES:
-        row, column, turns = angles
+        row, column, rotates = angles
         rows, rows_plane, rows_row, row_count, head_rows = table
-        own_row = row + head * head_rows.to(tl.int64)
-        turn = (row >= 0) & (own_row < row_count) & turns
-        cos, sin = _load_angles(rows, rows_plane * TABLE_ALIGN, own_row, rows_row * TABLE_ALIGN, column, turn, INVERSE)
-    return cos, sin, turn
+        rows_plane, rows_row = rows_plane * TABLE_ALIGN, rows_row * TABLE_ALIGN
+        head_row = row + head * head_rows.to(tl.int64)
+        rotated = (row >= 0) & (head_row < row_count) & rotates
+        cos, sin = _load_cos_sin(rows, rows_plane, head_row, rows_row, column, rotated, INVERSE)
+    return cos, sin, rotated
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def _store_tile(
     row, y1, y2, tail, mask, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, PADDED: tl.constexpr,
     TAIL: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Stores what :func:`_load_tile` found, where it found it, rounded once to the dtype of memory."""
+    """Stores channels as :func:`_load_tile` loads them, rounded once to the dtype of memory."""
     dtype = row.dtype.element_ty
     if HALF:
         p = tl.arange(0, PADDED)[None, None, :]
@@ -144,11 +144,11 @@ def _product(x, factor, PRODUCT: tl.constexpr):
 
 
 @triton.jit
-def _turn_tile(
+def _rotate_tile(
     row, x1, x2, tail, scale, w1, w2, w_tail, b1, b2, b_tail, angles, mask, DIM: tl.constexpr, WIDTH: tl.constexpr,
     PAIRS: tl.constexpr, PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """Applies the norm's scale, weight and bias, where they are not None, turns the pairs and stores all at ``row``."""
+    """Applies scale, weight and bias of the norm, where not None, rotates the pairs, and stores all at ``row``."""
     x1, x2, tail = x1.to(tl.float32), x2.to(tl.float32), tail.to(tl.float32)
     if scale is not None:
         x1, x2, tail = x1 * scale, x2 * scale, tail * scale
@@ -160,16 +160,16 @@ def _turn_tile(
         x1, x2 = x1 + b1.to(tl.float32), x2 + b2.to(tl.float32)
         if TAIL > 0:
             tail = tail + b_tail.to(tl.float32)
-    cos, sin, turn = angles
-    # A select, not only cos = 1 and sin = 0: what does not turn is copied as it is, infinities and -0 included.
-    y1 = tl.where(turn, _product(x1, cos, PRODUCT) - _product(x2, sin, PRODUCT), x1)
-    y2 = tl.where(turn, _product(x1, sin, PRODUCT) + _product(x2, cos, PRODUCT), x2)
+    cos, sin, rotated = angles
+    # A select, not only cos = 1 and sin = 0: unrotated pairs keep their bits, infinities and -0 included.
+    y1 = tl.where(rotated, _product(x1, cos, PRODUCT) - _product(x2, sin, PRODUCT), x1)
+    y2 = tl.where(rotated, _product(x1, sin, PRODUCT) + _product(x2, cos, PRODUCT), x2)
     _store_tile(row, y1, y2, tail, mask, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF)
 
 
 @triton.jit
 def _terms(x, SQUARED: tl.constexpr):
-    """What is summed of each channel: itself or its square."""
+    """The summand of each channel: its value, or its square."""
     x = x.to(tl.float32)
     return x * x if SQUARED else x
 
@@ -217,15 +217,15 @@ def _row_total(sums, tail_sums, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _turn_row(
+def _rotate_row(
     x, x_rows, x_head, out, out_rows, out_head, weight, bias, live, angles, table, eps,
     HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
     PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr, CENTRED: tl.constexpr,
     OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Norms each token across its heads, then turns them: TILE heads at a time, of which it keeps all.
+    """Norms each token across its heads, then rotates them, TILE heads at a time.
 
-    The row stays in registers, in the dtype of memory, between the sums and the rotation: it is read once.
+    All heads stay in registers, in the dtype of memory, between the sums and the rotation: each is read once.
     """
     head = tl.arange(0, TILE)[None, :, None]
     w1, w2, w_tail, b1, b2, b_tail = None, None, None, None, None, None
@@ -266,21 +266,21 @@ def _turn_row(
         x1, x2, tail = tiles[first // TILE]
         if CENTRED:
             x1, x2, tail = x1.to(tl.float32) - mean, x2.to(tl.float32) - mean, tail.to(tl.float32) - mean
-        _turn_tile(
+        _rotate_tile(
             out + first * out_head + out_rows, x1, x2, tail, scale, w1, w2, w_tail, b1, b2, b_tail,
-            _tile_angles(angles, table, first + head, OWN_ANGLES, TABLE_ALIGN, INVERSE), mask, DIM, WIDTH, PAIRS,
+            _tile_cos_sin(angles, table, first + head, OWN_ANGLES, TABLE_ALIGN, INVERSE), mask, DIM, WIDTH, PAIRS,
             PADDED, TAIL, HALF, PRODUCT,
         )  # fmt: skip
 
 
 @triton.jit
-def _turn_heads(
+def _rotate_heads(
     x, x_rows, x_head, out, out_rows, out_head, weight, bias, live, angles, table, eps,
     HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
     PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr, NORM: tl.constexpr,
     CENTRED: tl.constexpr, OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Norms each head of each token, where NORM says so, and turns it, TILE heads at a time."""
+    """Norms each head of each token, where NORM says so, and rotates it, TILE heads at a time."""
     head = tl.arange(0, TILE)[None, :, None]
     one = tl.zeros([1, 1, 1], tl.int32)
     w1, w2, w_tail, b1, b2, b_tail = None, None, None, None, None, None
@@ -297,24 +297,24 @@ def _turn_heads(
             mean = tl.div_rn(_head_total(x1, x2, tail, TAIL, False), DIM)
             x1, x2, tail = _centred(x1, x2, tail, mean, live, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF)
         scale = _scale(_head_total(x1, x2, tail, TAIL, True), eps, DIM) if NORM == "per_head" else None
-        _turn_tile(
+        _rotate_tile(
             out + first * out_head + out_rows, x1, x2, tail, scale, w1, w2, w_tail, b1, b2, b_tail,
-            _tile_angles(angles, table, first + head, OWN_ANGLES, TABLE_ALIGN, INVERSE), mask, DIM, WIDTH, PAIRS,
+            _tile_cos_sin(angles, table, first + head, OWN_ANGLES, TABLE_ALIGN, INVERSE), mask, DIM, WIDTH, PAIRS,
             PADDED, TAIL, HALF, PRODUCT,
         )  # fmt: skip
 
 
 @triton.jit
-def _turn_tensor(
+def _rotate_tensor(
     x, x_batch, x_token, x_head, out, out_batch, out_token, out_head, weight, bias, entry, token, live, angles, table,
     eps, HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
     PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, ALIGN: tl.constexpr, PRODUCT: tl.constexpr,
     NORM: tl.constexpr, CENTRED: tl.constexpr, OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr,
     INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Norms and turns every head of one tensor for the tokens of this program, in batch entry ``entry``.
+    """Norms and rotates every head of one tensor for the tokens of this program, in batch entry ``entry``.
 
-    ``angles`` and ``table`` are those of :func:`_tile_angles`; ``token`` and ``live`` (whether it is written) are
+    ``angles`` and ``table`` are as in :func:`_tile_cos_sin`; ``token`` and ``live`` (whether it is written) are
     ``[tokens]``. Strides come in units of ALIGN elements: the multiplication here is what tells the compiler that
     every row starts on ALIGN elements, without specialising on strides. Offsets of rows are 64-bit.
     """
@@ -328,19 +328,19 @@ def _turn_tensor(
     x_rows = token * x_token * ALIGN + head * x_head
     out_rows = token * out_token * ALIGN + head * out_head
     if NORM == "across_heads":
-        _turn_row(
+        _rotate_row(
             x, x_rows, x_head, out, out_rows, out_head, weight, bias, live, angles, table, eps, HEADS, TILE, DIM, WIDTH,
             PAIRS, PADDED, TAIL, HALF, PRODUCT, CENTRED, OWN_ANGLES, TABLE_ALIGN, INVERSE,
         )  # fmt: skip
     else:
-        _turn_heads(
+        _rotate_heads(
             x, x_rows, x_head, out, out_rows, out_head, weight, bias, live, angles, table, eps, HEADS, TILE, DIM, WIDTH,
             PAIRS, PADDED, TAIL, HALF, PRODUCT, NORM, CENTRED, OWN_ANGLES, TABLE_ALIGN, INVERSE,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def norm_turn_kernel(
+def norm_rotate_kernel(
     q, q_out, q_weight, q_bias, k, k_out, k_weight, k_bias, rows, positions, entries,
     q_batch: tl.int64, q_token: tl.int64, q_head: tl.int64,
     q_out_batch: tl.int64, q_out_token: tl.int64, q_out_head: tl.int64,
@@ -348,52 +348,52 @@ def norm_turn_kernel(
     k_out_batch: tl.int64, k_out_token: tl.int64, k_out_head: tl.int64,
     rows_plane: tl.int64, rows_row: tl.int64, head_rows: tl.int64,
     positions_batch: tl.int64, positions_token: tl.int64, positions_axis: tl.int64, entries_batch: tl.int64,
-    row_count: tl.int32, entry_count: tl.int32, tokens: tl.int32, prefix: tl.int32, turning: tl.int32,
+    row_count: tl.int32, entry_count: tl.int32, tokens: tl.int32, prefix: tl.int32, rotated_tokens: tl.int32,
     token_offset: tl.int32, span0: tl.int32, span1: tl.int32, span2: tl.int32,
     first0: tl.int32, first1: tl.int32, first2: tl.int32, first3: tl.int32, eps: tl.float32,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BOUNDS: tl.constexpr, AXES: tl.constexpr, PADDED: tl.constexpr,
-    TAIL: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr, EXACT: tl.constexpr, KEEP_STILL: tl.constexpr,
+    TAIL: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr, EXACT: tl.constexpr, SKIP_UNROTATED: tl.constexpr,
     ALIGN: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr, OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Norms and turns TOKENS tokens of ``q`` and, unless None, ``k`` ``[B, tokens, heads, DIM]`` into their outs.
+    """Norms and rotates TOKENS tokens of ``q`` and, unless None, ``k`` ``[B, tokens, heads, DIM]`` into their outs.
 
     Program p of grid axis 0 has block ``p % blocks`` of batch entry ``p // blocks``, where ``blocks`` is
-    ``ceil(tokens / TOKENS)``; with ``entries``, of the batch entry that stands there, which is left alone unless it is
-    at least 0 and below ``entry_count``. Axis a owns the pairs ``BOUNDS[a] <= p < BOUNDS[a + 1]``. Token
-    ``prefix + j`` turns when ``0 <= j < turning``; ``span{a}`` is the product of the grid's sizes after axis a. WIDTH
-    is how many channels of a head are written, PADDED the next power of two of its pairs, TAIL that of the channels
-    past them where those are loaded apart (else 0). EXACT rounds products to the dtype of the table. KEEP_STILL leaves
-    tokens that do not turn as they are in the outs. NORM is "none", "per_head" or "across_heads", CENTRED whether it is
-    a LayerNorm. OWN_ANGLES: the rows of a head lie ``head_rows`` further on than those of the head before.
+    ``ceil(tokens / TOKENS)``. With ``entries``, ``entries[p // blocks]`` is the batch entry; it is skipped unless it is
+    at least 0 and below ``entry_count``. Axis a has the pairs ``BOUNDS[a] <= p < BOUNDS[a + 1]``. Token ``prefix + j``
+    rotates when ``0 <= j < rotated_tokens``; ``span{a}`` is the product of the grid's sizes after axis a. WIDTH
+    channels of a head are written; PADDED is the next power of two of its pairs, TAIL that of the channels past them
+    where those are loaded apart (else 0). EXACT rounds products to the dtype of the table. SKIP_UNROTATED does not
+    write unrotated tokens. NORM is "none", "per_head" or "across_heads", CENTRED whether it is a LayerNorm. OWN_ANGLES:
+    each head has rows of its own, ``head_rows`` after those of the head before.
     """
     program = tl.program_id(0)
     blocks = (tokens + (TOKENS - 1)) // TOKENS
     batch = (program // blocks).to(tl.int64)
     token = (program % blocks) * TOKENS + tl.arange(0, TOKENS)
     j = token - prefix
-    turns = (j >= 0) & (j < turning)
-    live = turns if KEEP_STILL else token < tokens
+    rotates = (j >= 0) & (j < rotated_tokens)
+    live = rotates if SKIP_UNROTATED else token < tokens
     entry = batch
     if entries is not None:
         entry = tl.load(entries + batch * entries_batch).to(tl.int64)
         known = (entry >= 0) & (entry < entry_count)
         live = live & known
-        turns = turns & known
+        rotates = rotates & known
     product: tl.constexpr = rows.dtype.element_ty if EXACT else tl.float32
 
     table = (rows, rows_plane, rows_row, row_count, head_rows)
-    angles = _find_angles(
-        table, positions, positions_batch, positions_token, positions_axis, batch, j, turns, token_offset + j,
+    angles = _find_rows(
+        table, positions, positions_batch, positions_token, positions_axis, batch, j, rotates, token_offset + j,
         (span0, span1, span2, 1), (first0, first1, first2, first3), BOUNDS, AXES, PADDED, OWN_ANGLES, INVERSE,
     )  # fmt: skip
-    _turn_tensor(
+    _rotate_tensor(
         q, q_batch, q_token, q_head, q_out, q_out_batch, q_out_token, q_out_head, q_weight, q_bias, entry, token, live,
         angles, table, eps, Q_HEADS, TILE, DIM, WIDTH, BOUNDS[AXES], PADDED, TAIL, HALF, ALIGN, product, NORM, CENTRED,
         OWN_ANGLES, TABLE_ALIGN, INVERSE,
     )  # fmt: skip
     if k is not None:
-        _turn_tensor(
+        _rotate_tensor(
             k, k_batch, k_token, k_head, k_out, k_out_batch, k_out_token, k_out_head, k_weight, k_bias, entry, token,
             live, angles, table, eps, K_HEADS, TILE, DIM, WIDTH, BOUNDS[AXES], PADDED, TAIL, HALF, ALIGN, product, NORM,
             CENTRED, OWN_ANGLES, TABLE_ALIGN, INVERSE,

@@ -28,10 +28,10 @@ from .gpu_calls import (
     Constraint,
     batch_entries,
     first_reason,
-    keeps_still,
     power_of_two,
+    rotated_tokens,
     shared_strides,
-    turning_tokens,
+    skips_unrotated,
 )
 
 DEVICE_TYPES = ("cuda", "xpu", "hip")
@@ -95,10 +95,10 @@ def rotate(
     programs, numbers = known
     if programs == 0:
         return
-    from .triton_device import norm_turn_kernel
+    from .triton_device import norm_rotate_kernel
 
     with _on_device(xs[0].device):
-        norm_turn_kernel[(programs,)](**tensors, **numbers)
+        norm_rotate_kernel[(programs,)](**tensors, **numbers)
 
 
 def launch_arguments(
@@ -110,8 +110,8 @@ def launch_arguments(
     constants alone, the dtypes, and whether the pointers are 16-byte aligned.
     """
     tokens, dim = xs[0].shape[1], xs[0].shape[3]
-    keep_still = keeps_still(xs, outs, norm)
-    width = 2 * sum(args.pairs) if keep_still else dim
+    skip_unrotated = skips_unrotated(xs, outs, norm)
+    width = 2 * sum(args.pairs) if skip_unrotated else dim
     tile = _tile(xs, args, width, norm)
     align = math.gcd(ACCESS_BYTES // xs[0].element_size(), *(s for x in (*xs, *outs) for s in shared_strides(x, 3)))
     arguments = {
@@ -132,7 +132,7 @@ def launch_arguments(
         "HALF": args.pairing is Pairing.HALF,
         "INVERSE": args.inverse,
         "EXACT": args.exact,
-        "KEEP_STILL": keep_still,
+        "SKIP_UNROTATED": skip_unrotated,
         "ALIGN": align,
         "NORM": "none" if norm is None else "across_heads" if norm.kind.across_heads else "per_head",
         "CENTRED": norm is not None and norm.kind.centred,
@@ -178,9 +178,9 @@ def _interpreting() -> bool:
         return False
     from triton import JITFunction
 
-    from .triton_device import norm_turn_kernel
+    from .triton_device import norm_rotate_kernel
 
-    return not isinstance(norm_turn_kernel, JITFunction)
+    return not isinstance(norm_rotate_kernel, JITFunction)
 
 
 def _takes(device: torch.device) -> bool:
@@ -270,7 +270,7 @@ def _table_arguments(args: RotationArgs, tokens: int) -> dict[str, Any]:
         **dict(zip(("positions_batch", "positions_token", "positions_axis"), strides, strict=True)),
         "row_count": args.rows.shape[1],
         "prefix": args.prefix,
-        "turning": turning_tokens(args, tokens),
+        "rotated_tokens": rotated_tokens(args, tokens),
         "token_offset": token_offset,
         **{f"span{a}": spans[a] for a in range(MAX_AXES - 1)},
         **{f"first{a}": firsts[a] for a in range(MAX_AXES)},
