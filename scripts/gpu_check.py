@@ -1,4 +1,4 @@
-"""Checks and times everything of dit_rope that needs an NVIDIA GPU, without a network, what matters most first.
+"""Checks and times everything that needs an NVIDIA GPU, without a network, the most important parts first.
 
     python scripts/gpu_check.py                                      # with whatever is installed; dit_rope need not be
     python scripts/gpu_check.py --seconds 240 --results first        # what fits into four minutes

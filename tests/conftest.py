@@ -12,11 +12,15 @@ import torch
 
 import dit_rope
 from dit_rope.tables.scaling_types import TYPES
+from quick import is_quick
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_quick(item.nodeid):
+            item.add_marker(pytest.mark.quick)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -1,4 +1,4 @@
-"""What a GPU backend must do besides giving right results on one stream: each check by its name.
+"""Checks how a GPU backend behaves besides its results: streams, graphs, memory, devices; one check by its name.
 
     python -m gpu_checks.behaviours --backend cuda graph-replay one-kernel        (in the folder scripts/)
 

@@ -1,4 +1,4 @@
-"""Runs the backends' whole contract over the CUDA kernel compiled with other choices than the defaults, on a CPU.
+"""Runs the contract of the backends over CUDA kernels compiled with other choices, on a CPU.
 
     python scripts/gpu_checks/check_cuda_choices.py
 

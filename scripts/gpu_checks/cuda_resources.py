@@ -1,4 +1,4 @@
-"""Compiles every shipped plan of the CUDA kernels for every architecture and writes what each costs. Needs no GPU.
+"""Compiles every shipped plan of the CUDA kernels for every architecture, without a GPU, and writes its cost.
 
     python scripts/gpu_checks/cuda_resources.py  # all plans of tests/support/cuda_plans.py, all architectures
     python scripts/gpu_checks/cuda_resources.py --check  # writes nothing; fails where a kernel has become larger

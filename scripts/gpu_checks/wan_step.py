@@ -1,4 +1,4 @@
-"""Times a denoising step of Wan 1.3B's architecture at 480p and 81 frames, with what dit_rope replaces added piecewise.
+"""Times a denoising step of Wan 1.3B's architecture at 480p and 81 frames, by what is patched.
 
     python -m gpu_checks.wan_step [--rounds 3] [--rehearse]        (in the folder scripts/)
 

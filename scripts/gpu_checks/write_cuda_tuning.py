@@ -1,4 +1,4 @@
-"""Writes the choices of the CUDA kernel that were fastest in a sweep into the table that plans read.
+"""Writes the fastest choices of a sweep into the table that the CUDA kernels' plans read.
 
     python scripts/gpu_checks/write_cuda_tuning.py scripts/results/sweep-nvidia-h200.csv
 

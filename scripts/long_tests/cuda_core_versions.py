@@ -1,4 +1,4 @@
-"""Runs the tests of the launch path over versions of cuda-core and cuda-bindings, and writes what became of them.
+"""Runs the tests of the launch over versions of cuda-core and cuda-bindings, and writes their outcomes.
 
     python scripts/long_tests/cuda_core_versions.py
     python scripts/long_tests/cuda_core_versions.py --pair 1.0.1 13.2.0

@@ -1,4 +1,4 @@
-"""Makes random calls, many more than the tests, and counts what became of them.
+"""Makes random calls, many more than the tests do, and counts their outcomes.
 
     python scripts/long_tests/fuzz.py --draws 100000
 

@@ -1,4 +1,4 @@
-"""Patched models under everything that people do to models besides, each beside an unpatched twin.
+"""Compares patched models with unpatched ones under everything else that people do to models.
 
     OMP_NUM_THREADS=1 nice python scripts/long_tests/interventions.py --jobs 2             # some 5 hours of two cores
     OMP_NUM_THREADS=1 nice python scripts/long_tests/interventions.py --jobs 2 --share 4   # every fourth pair

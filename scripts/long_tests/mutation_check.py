@@ -1,4 +1,4 @@
-"""Puts small faults into the source, one at a time and in a copy of the tree, and looks whether the tests notice.
+"""Puts small faults into a copy of the source, one at a time, and checks that the tests notice them.
 
     python scripts/long_tests/mutation_check.py [--jobs 2] [--only cache] [--work-dir DIR]
 

@@ -1,4 +1,4 @@
-"""Asks the caches for a million different things in one process, and watches its resident memory.
+"""Asks the caches for a million different tables in one process, and watches its resident memory.
 
     python scripts/long_tests/soak_cache.py [--requests 1000000]
 

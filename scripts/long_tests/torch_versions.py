@@ -1,4 +1,4 @@
-"""Runs the tests under other versions of torch than the one that `constraints.txt` pins.
+"""Runs the tests under other versions of torch than the pinned one.
 
     python scripts/long_tests/torch_versions.py [--torch 2.9.1 --torch 2.11.0] [--work-dir DIR] [-- -n 4]
 

@@ -1,4 +1,4 @@
-"""Runs diffusers' own model tests twice, plain and on patched models, and lists the tests whose outcome differs.
+"""Runs diffusers' own model tests twice, unpatched and patched, and lists the tests whose outcomes differ.
 
     git -C DIFFUSERS archive COMMIT tests | tar x -C CHECKOUT
     OMP_NUM_THREADS=1 nice python scripts/long_tests/upstream_tests.py CHECKOUT WORK

@@ -1,4 +1,4 @@
-"""Times whole denoising steps unpatched and patched part by part, and says how much any patch could gain.
+"""Times whole denoising steps unpatched and patched, by what is patched, and the most that a patch can gain.
 
     python scripts/measure/bench_end_to_end.py                   # five architectures, full width, a layer of each kind
     python scripts/measure/bench_end_to_end.py wan-1.3b --grid 5x30x52 --layers 2 --dtype bfloat16

@@ -1,4 +1,4 @@
-"""Times what the host does in one call of the CUDA backend, and in other parts of a forward pass.
+"""Times the host's work in one call of the CUDA backend, and in modules of patched models.
 
     python scripts/measure/bench_host_time.py --beside DIR
     python scripts/measure/bench_host_time.py --rope-modules

@@ -1,4 +1,4 @@
-"""Counts what torch.compile makes of every supported model, with and without the patch.
+"""Counts the graphs that torch.compile makes of every supported model, with and without the patch.
 
     python scripts/measure/count_graphs.py               # one example in tests/support/zoo of every class
     python scripts/measure/count_graphs.py flux wan      # these examples; writes nothing

@@ -1,4 +1,4 @@
-"""Measures what repeated shifts do to keys that are kept rotated, against one rotation from unrotated keys.
+"""Measures the drift of rotated keys that are shifted again and again, against one rotation of unrotated keys.
 
     python scripts/measure/key_drift.py
 

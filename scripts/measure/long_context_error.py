@@ -1,4 +1,4 @@
-"""How far cos, sin and a rotated vector are off float64 at long positions, by where the angles come from.
+"""Measures the error of cos, sin and a rotated vector at long positions, by the source of the angles.
 
     python scripts/measure/long_context_error.py
 

@@ -1,4 +1,4 @@
-"""How far rotation, and norm with rotation, are off the true values: ours, and the models' own code.
+"""Measures the error of rotation, and of norm with rotation: of this package and of the models' own code.
 
     python scripts/measure/measure_errors.py
 

@@ -1,4 +1,4 @@
-"""What rotation costs one rank when a sequence is split over many: formulas, and the points where they were measured.
+"""Computes and measures the cost of rotation for one rank when a sequence is split over many.
 
     python scripts/measure/scale_out.py
 

@@ -1,4 +1,4 @@
-"""Draws the figure of docs/how-it-works.md: axis tables, and where a patched model turns queries and keys.
+"""Draws the figure of docs/how-it-works.md: axis tables, and where a patched model rotates queries and keys.
 
     python scripts/pages/draw_how_it_works.py
 

@@ -1,4 +1,4 @@
-"""Render samples/gallery: clips of the sample without and with the patch, a stream, rotations wrong on purpose.
+"""Renders samples/gallery: clips of the sample without and with the patch, a stream, and wrong rotations.
 
     python scripts/pages/make_gallery.py  # all of it, and scripts/results/gallery.csv
     python scripts/pages/make_gallery.py --clip red-circle-moving-right --out .  # one of its pictures, to look at

@@ -1,4 +1,4 @@
-"""Writes the tables of figures into pages of docs/, from the CSV files in scripts/results.
+"""Writes the tables of figures into the pages of docs/, from the CSV files in scripts/results.
 
 python scripts/pages/write_measured_tables.py
 """

@@ -1,4 +1,4 @@
-"""Train a tiny text-to-video pipeline from scratch on a CPU and write it as a diffusers ``WanPipeline`` folder.
+"""Trains a tiny text-to-video pipeline on a CPU, and writes it as a diffusers ``WanPipeline`` folder.
 
 The data are clips that ``moving_shapes.py`` draws. Two models are trained in turn: the video autoencoder, then, on its
 latents, the transformer. Every step has a seed of its own, so a run that is killed goes on from its last checkpoint

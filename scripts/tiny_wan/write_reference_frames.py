@@ -1,4 +1,4 @@
-"""Write the frames that the SSIM tests compare with: what the sample pipeline draws without dit_rope.
+"""Writes the frames that the SSIM tests compare with: those of the sample pipeline without dit_rope.
 
 Usage: ``python scripts/tiny_wan/write_reference_frames.py``. Run it again only when the sample itself was trained anew,
 and look at the frames before committing them.

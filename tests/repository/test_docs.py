@@ -25,7 +25,7 @@ from pages import write_measured_tables, write_model_table
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "scripts" / "results"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
+TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "scripts/README.md")]
 SAMPLES = sorted((ROOT / "samples").rglob("README.md"))
 PAGES = DOCS + TOP + SAMPLES
 README = (ROOT / "README.md").read_text()
