@@ -1,4 +1,4 @@
-"""The cos and sin of single axes, cached in host memory: what tables of many grids, shards and streams share."""
+"""The cos and sin of single axes, cached in host memory and shared by tables of many grids, shards and streams."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class AxisKey:
-    """Everything the array of one axis depends on: numbers, not the names they came from. Rows first <= i < stop."""
+    """Everything that the array of one axis depends on: numbers, not names of scalings. Rows are first <= i < stop."""
 
     numbers: tuple[object, ...]
     first: int
@@ -35,13 +35,13 @@ def build_axis(frequencies: AxisFrequencies, first: int, stop: int, dtype: torch
     2f3d4074): scaled float32 positions, frequencies in their own dtype, a product in the wider of both.
     """
     angles = frequencies.angles(torch.arange(first, stop, dtype=torch.float32, device=_CPU))
-    # MKL, which computes cos and sin, wakes its threads from about 2,000 values on (unless threads were set by hand);
-    # on a busy machine waiting for them takes 8 ms, a thousand times as long as the values. Pieces stay below that.
+    # MKL computes cos and sin, and wakes its threads from about 2,000 values on. On a busy machine the wait for them
+    # takes 8 ms, a thousand times as long as the computation. So the angles are split into pieces below that size.
     pieces = (angles,) if torch.compiler.is_compiling() else torch.split(angles, max(1, 1000 // angles.shape[1]))
     table = torch.stack((torch.cat([p.cos() for p in pieces]), torch.cat([p.sin() for p in pieces])))
     if frequencies.magnitude != 1.0:
         table = table * frequencies.magnitude
-    # torch rounds float64 to 16 bits by way of float32, which is what models do to their tables in two steps.
+    # torch rounds float64 to 16 bits by way of float32. Models do the same in two steps, so the bits agree.
     table = table.to(dtype)
     if not in_mode() and not table.isfinite().all():
         raise ValueError(
@@ -52,12 +52,15 @@ def build_axis(frequencies: AxisFrequencies, first: int, stop: int, dtype: torch
 
 
 def axis_block(start: int, size: int) -> tuple[int, int]:
-    """The first position of the array that holds ``size`` of them from ``start`` on, and the one after its last."""
+    """First and last + 1 position of the array that holds positions ``start <= i < start + size``, in whole blocks."""
     return start // ROW_BLOCK * ROW_BLOCK, -(-(start + size) // ROW_BLOCK) * ROW_BLOCK
 
 
 def axis_arrays(spec: RopeSpec, grid: Grid, dtype: torch.dtype) -> list[tuple[int, torch.Tensor]]:
-    """Per axis, the position of the array's first row and the array; whole blocks of rows, so that streams share."""
+    """Per axis, the position of the array's first row, and the array: cos and sin ``[2, rows, dim / 2]`` on CPU.
+
+    Arrays are whole blocks of rows, so that a stream whose start frame moves asks for the same array many times.
+    """
     arrays = []
     for axis, size in enumerate(grid.sizes):
         first, stop = axis_block(grid.start_frame if axis == 0 else 0, size)
@@ -67,5 +70,5 @@ def axis_arrays(spec: RopeSpec, grid: Grid, dtype: torch.dtype) -> list[tuple[in
 
 def _axis_array(frequencies: AxisFrequencies, first: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
     build = functools.partial(build_axis, frequencies, first, stop, dtype)
-    # In a mode, frequencies may be fake or traced: they have no numbers, and the cache would keep nothing.
+    # In a mode, frequencies may be fake or traced. Then they have no numbers for a key, and the cache keeps nothing.
     return build() if in_mode() else AXES.get(AxisKey(frequencies.numbers, first, stop, dtype), _CPU, build)

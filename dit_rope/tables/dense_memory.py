@@ -1,4 +1,4 @@
-"""Memory for what a table is expanded to: how much at most, and where from."""
+"""Memory of dense tables: the limit, and the allocation."""
 
 from __future__ import annotations
 
@@ -10,20 +10,17 @@ import torch
 from ..torch_state import in_mode
 
 MAX_DENSE_BYTES = 16 * 2**30
-"""Bytes that one form of a table may take: rows of its axes, cos and sin of all tokens, complex numbers, or positions.
+"""The most bytes of one form of a table: rows of its axes, cos and sin of all tokens, complex numbers, or positions.
 
-A hundred times the float64 table of an 81-frame 720p video. What needs more is a wrong grid, or has to be sharded.
+This is a hundred times the float64 table of an 81-frame 720p video. A larger table means a wrong grid, or a grid that
+has to be sharded.
 """
 
 _HUGE_PAGES_FROM = 4 * 2**20
 
 
 def check_dense_bytes(form: str, size: int) -> None:
-    """Refuses a form of a table that takes more than :data:`MAX_DENSE_BYTES`.
-
-    Raises:
-        ValueError: naming the form, the limit and the size.
-    """
+    """Raises ValueError for a form of a table larger than :data:`MAX_DENSE_BYTES`; names form, limit and size."""
     if size > MAX_DENSE_BYTES:
         raise ValueError(
             f"grid must be small enough for {form} of at most {MAX_DENSE_BYTES:,} bytes, got {size:,}; pass a shard, "
@@ -32,10 +29,10 @@ def check_dense_bytes(form: str, size: int) -> None:
 
 
 def empty_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised memory; large tables on Linux hosts get huge pages.
+    """Uninitialised memory ``[rows, columns]``, in huge pages for large tables on Linux hosts.
 
     A dense 720p table is 155 MB. Filling it touches 38,000 fresh pages of 4 kB, which takes longer than writing the
-    values; with 2 MB pages the whole build is about twice as fast.
+    values. With pages of 2 MB the whole build is about twice as fast.
     """
     size = rows * columns * dtype.itemsize
     huge = size >= _HUGE_PAGES_FROM and device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE") and not in_mode()

@@ -1,6 +1,6 @@
-"""Frequency scaling: the registry of types, what a scaling comes to on an axis, and scalings read from configurations.
+"""Frequency scaling: the registry of types, the frequencies of a scaled axis, and scalings read from configurations.
 
-The types themselves are in :mod:`dit_rope.tables.scaling_types`; :func:`register_scaling` adds others.
+:mod:`dit_rope.tables.scaling_types` has the types that come with the package; :func:`register_scaling` adds others.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ..torch_state import WITHOUT_FLOAT64_OR_COMPLEX, in_mode
 from .caches import FREQUENCIES
 from .scaling_types import TYPES, AxisFrequencies, ScalingFunction, ScalingType, default
 
-# Keys of transformers' dictionaries that say which type it is, or belong to the rotation and not to its scaling.
+# Keys of transformers' dictionaries that name the type, or belong to the rotation and not to its scaling.
 _TYPE_KEYS = ("rope_type", "type")
-_OTHER_NAMES = {"mrope": "default"}  # Qwen2-VL's: axes of their own, frequencies as trained
-_WITHOUT_EFFECT = frozenset({"finetuned"})  # in checkpoints of YaRN's authors; nobody reads it
+_OTHER_NAMES = {"mrope": "default"}  # Qwen2-VL: several axes, frequencies as trained
+_WITHOUT_EFFECT = frozenset({"finetuned"})  # in checkpoints of YaRN's authors; no code reads it
 _OF_THE_SPEC = frozenset({*_TYPE_KEYS, "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"})
 _IN_MODEL_CONFIG = ("rope_parameters", "rope_scaling")
 _CONTEXT_OF_MODEL = ("max_position_embeddings", "original_max_position_embeddings")
@@ -30,12 +30,20 @@ _CONTEXT_OF_MODEL = ("max_position_embeddings", "original_max_position_embedding
 def register_scaling(name: str, function: ScalingFunction) -> None:
     """Makes ``Scaling.of(name, **options)`` call ``function(dim, theta, dtype, **options)``.
 
-    It returns the :class:`AxisFrequencies` of an axis of ``dim`` channels, and must depend on its arguments alone:
-    what it returned is remembered for them. ``torch.compile`` traces it where it traces the building of a table.
+    The function returns the :class:`AxisFrequencies` of an axis of ``dim`` channels. It must depend on its arguments
+    alone, because its result is cached for them. ``torch.compile`` traces it where it traces the building of a table.
 
     Raises:
-        TypeError: for a name that is no string, or something that cannot be called.
-        ValueError: for a name that is taken; what was remembered would keep the old meaning.
+        TypeError: a name that is not a string, or a function that cannot be called.
+        ValueError: a registered name; cached frequencies would keep its old meaning.
+
+    Example:
+        >>> import torch
+        >>> from dit_rope import AxisFrequencies, Grid, RopeSpec, Scaling, register_scaling, rope_table
+        >>> def slower(dim, theta, dtype, *, factor):
+        ...     return AxisFrequencies(theta ** -(torch.arange(0, dim, 2).to(dtype) / dim) / factor)
+        >>> register_scaling("slower", slower)
+        >>> table = rope_table(RopeSpec((8,), scaling=Scaling.of("slower", factor=2.0)), Grid(16))
     """
     if not isinstance(name, str) or not callable(function):
         raise TypeError(f"name must be a string and function callable, got {name!r} and {function!r}")
@@ -45,16 +53,21 @@ def register_scaling(name: str, function: ScalingFunction) -> None:
 
 
 def known_scalings() -> tuple[str, ...]:
-    """Names of the registered types, sorted."""
+    """Names of the registered types, sorted.
+
+    Example:
+        >>> from dit_rope import known_scalings
+        >>> "yarn" in known_scalings()
+        True
+    """
     return tuple(sorted(TYPES))
 
 
 def axis_frequencies(spec: RopeSpec, axis: int) -> AxisFrequencies:
-    """The numbers of one axis of ``spec``, with its scaling in them.
+    """The frequencies of one axis of ``spec``, with its scaling.
 
     Raises:
-        ValueError: for an unknown type, naming the known ones, or options that it does not take; for a type of the
-            frame axis on another.
+        ValueError: an unknown type, options that it does not take, or a type of the frame axis on another axis.
     """
     scaling = spec.axis_scaling(axis)
     if scaling is not None and axis > 0 and scaling.kind in TYPES and TYPES[scaling.kind].frame_axis_only:
@@ -67,24 +80,24 @@ def axis_frequencies(spec: RopeSpec, axis: int) -> AxisFrequencies:
 
 
 def device_frequencies(spec: RopeSpec, axis: int, device: torch.device) -> AxisFrequencies:
-    """:func:`axis_frequencies` on ``device``, for angles formed there: float64 where it has that, else float32.
+    """:func:`axis_frequencies` on ``device``, for angles computed there: float64, or float32 without float64.
 
-    Copied once, and there for every layer.
+    Copied once to the device, and cached for every layer.
     """
     wide = torch.float32 if device.type in WITHOUT_FLOAT64_OR_COMPLEX else torch.float64
 
     def on_device() -> AxisFrequencies:
-        found = axis_frequencies(spec, axis)
-        return replace(found, inverse=found.inverse.to(device, wide))
+        frequencies = axis_frequencies(spec, axis)
+        return replace(frequencies, inverse=frequencies.inverse.to(device, wide))
 
     return FREQUENCIES.get((spec, axis, wide), device, on_device)
 
 
 def scaled_frequencies(scaling: Scaling | None, dim: int, theta: float, dtype: torch.dtype) -> AxisFrequencies:
-    """The numbers of an axis of ``dim`` channels; shared with other callers, not to be written to.
+    """The frequencies of an axis of ``dim`` channels; shared with other callers, so do not write to them.
 
     Raises:
-        ValueError: for an unknown type, naming the known ones, or options that it does not take.
+        ValueError: an unknown type, naming the known ones, or options that it does not take.
     """
     build = functools.partial(_resolve, scaling, dim, theta, dtype)
     return FREQUENCIES.get((scaling, dim, theta, dtype), torch.device("cpu"), build)
@@ -97,19 +110,20 @@ def _resolve(scaling: Scaling | None, dim: int, theta: float, dtype: torch.dtype
     function = _function(scaling.kind)
     _check_options(scaling.kind, function, options)
     try:
-        found = function(dim, theta, dtype, **options)
+        frequencies = function(dim, theta, dtype, **options)
     except (ArithmeticError, TypeError) as error:
         raise ValueError(f"scaling must have options that its formula takes, got {scaling}: {error}") from error
-    if not isinstance(found, AxisFrequencies):
-        raise TypeError(f"{scaling.kind} scaling must return AxisFrequencies, got {type(found).__name__}")
-    if found.inverse.shape != (dim // 2,) or found.inverse.device.type != "cpu":
+    if not isinstance(frequencies, AxisFrequencies):
+        raise TypeError(f"{scaling.kind} scaling must return AxisFrequencies, got {type(frequencies).__name__}")
+    inverse = frequencies.inverse
+    if inverse.shape != (dim // 2,) or inverse.device.type != "cpu":
         raise ValueError(
             f"{scaling.kind} scaling must return {dim // 2} frequencies on CPU, "
-            f"got {list(found.inverse.shape)} on {found.inverse.device}"
+            f"got {list(inverse.shape)} on {inverse.device}"
         )
-    if not in_mode() and not found.inverse.isfinite().all():
-        raise ValueError(f"scaling must give finite frequencies, got {found.inverse.tolist()} from {scaling}")
-    return found
+    if not in_mode() and not inverse.isfinite().all():
+        raise ValueError(f"scaling must give finite frequencies, got {inverse.tolist()} from {scaling}")
+    return frequencies
 
 
 def _function(kind: str) -> ScalingFunction:
@@ -119,7 +133,7 @@ def _function(kind: str) -> ScalingFunction:
 
 
 def _options_of(function: ScalingFunction) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The named options of a type, those after (dim, theta, dtype), and whether it takes others besides."""
+    """The named options of a type, after (dim, theta, dtype), and whether it takes any other option."""
     parameters = list(inspect.signature(function).parameters.values())[3:]
     named = {parameter.name: parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
     return named, len(named) < len(parameters)
@@ -137,7 +151,7 @@ def _check_options(kind: str, function: ScalingFunction, options: Mapping[str, o
 
 
 def scaling_from_config(config: object, *, layer_type: str | None = None, **context: float | None) -> Scaling | None:
-    """The scaling that a configuration asks for, as transformers writes it; None where it asks for none.
+    """Reads the scaling of a configuration as transformers writes it; None if the configuration has no scaling.
 
     The base and the rotary channels of the spec are read from the same configuration: ``theta=config["rope_theta"]``,
     ``dims=(int(head_dim * config["partial_rotary_factor"]),)``.
@@ -146,13 +160,18 @@ def scaling_from_config(config: object, *, layer_type: str | None = None, **cont
         config: a ``rope_scaling`` or ``rope_parameters`` dictionary, a dataclass with such fields, a model's
             configuration that holds one of them, or None. As in transformers, ``rope_type`` is read before ``type``,
             and ``mrope`` is ``default``.
-        layer_type: which entry of a dictionary with one per layer type, such as ``"full_attention"``.
-        context: options that only the caller knows, used where the type takes them and ``config`` has none:
-            ``seq_len`` (for dynamic and longrope), ``max_position_embeddings``.
+        layer_type: the entry to read of a dictionary with one entry per layer type, such as ``"full_attention"``.
+        context: options that only the caller knows: ``seq_len`` (for dynamic and longrope) and
+            ``max_position_embeddings``. Used if the type takes them and ``config`` does not have them.
 
     Raises:
         TypeError: neither a dictionary nor an object with such attributes.
-        ValueError: no type given, an unknown one, or options that it lacks or does not take.
+        ValueError: a missing or unknown type, or options that it lacks or does not take.
+
+    Example:
+        >>> from dit_rope import scaling_from_config
+        >>> print(scaling_from_config({"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}))
+        linear(factor=4.0)
     """
     return _from_config(config, layer_type, context)
 
@@ -160,22 +179,22 @@ def scaling_from_config(config: object, *, layer_type: str | None = None, **cont
 def _from_config(config: object, layer_type: str | None, context: Mapping[str, float | None]) -> Scaling | None:
     if config is None:
         return None
-    given = _as_mapping(config)
-    if any(name in given for name in _IN_MODEL_CONFIG):
-        inner = next((given[name] for name in _IN_MODEL_CONFIG if given.get(name) is not None), None)
-        of_model = {name: given[name] for name in _CONTEXT_OF_MODEL if given.get(name) is not None}
+    entries = _as_mapping(config)
+    if any(name in entries for name in _IN_MODEL_CONFIG):
+        inner = next((entries[name] for name in _IN_MODEL_CONFIG if entries.get(name) is not None), None)
+        of_model = {name: entries[name] for name in _CONTEXT_OF_MODEL if entries.get(name) is not None}
         return _from_config(inner, layer_type, of_model | {n: v for n, v in context.items() if v is not None})
-    if given and all(entry is None or isinstance(entry, Mapping) for entry in given.values()):
-        if layer_type is None or layer_type not in given:
-            raise ValueError(f"layer_type must be one of {', '.join(given)}, got {layer_type!r}")
-        return _from_config(given[layer_type], None, context)
-    kind = next((given[key] for key in _TYPE_KEYS if given.get(key) is not None), None)
+    if entries and all(value is None or isinstance(value, Mapping) for value in entries.values()):
+        if layer_type is None or layer_type not in entries:
+            raise ValueError(f"layer_type must be one of {', '.join(entries)}, got {layer_type!r}")
+        return _from_config(entries[layer_type], None, context)
+    kind = next((entries[key] for key in _TYPE_KEYS if entries.get(key) is not None), None)
     if kind is None:
-        raise ValueError(f"rope_scaling must contain 'rope_type' or 'type', got {dict(given)}")
-    return _scaling(kind, given, context)
+        raise ValueError(f"rope_scaling must contain 'rope_type' or 'type', got {dict(entries)}")
+    return _scaling(kind, entries, context)
 
 
-def _scaling(kind: object, given: Mapping[str, Any], context: Mapping[str, float | None]) -> Scaling | None:
+def _scaling(kind: object, entries: Mapping[str, Any], context: Mapping[str, float | None]) -> Scaling | None:
     if not isinstance(kind, str):
         raise TypeError(f"the type in rope_scaling must be a string, got {kind!r}")
     kind = _OTHER_NAMES.get(kind, kind)
@@ -183,23 +202,23 @@ def _scaling(kind: object, given: Mapping[str, Any], context: Mapping[str, float
     named, _ = _options_of(function)
     options = {name: value for name, value in context.items() if name in named}
     ignored = _OF_THE_SPEC | _WITHOUT_EFFECT
-    options |= {name: value for name, value in given.items() if name in named or name not in ignored}
+    options |= {name: value for name, value in entries.items() if name in named or name not in ignored}
     options = {name: value for name, value in options.items() if value is not None}
     _check_options(kind, function, options)
     return None if function is default else Scaling.of(kind, **options)
 
 
 def _as_mapping(config: object) -> Mapping[str, Any]:
-    """A dictionary as it is; of an object, its public attributes."""
+    """A dictionary unchanged; for another object, its public attributes."""
     if isinstance(config, Mapping):
         return config
     named = (*_IN_MODEL_CONFIG, *_TYPE_KEYS, *_CONTEXT_OF_MODEL)
-    # A model's configuration may give these by __getattr__, and a dataclass with slots has no __dict__.
+    # A model's configuration may have these through __getattr__ alone, and a dataclass with slots has no __dict__.
     known = {*named, *getattr(config, "__dict__", ()), *getattr(config, "__dataclass_fields__", ())}
-    found = {name: getattr(config, name) for name in known if not name.startswith("_") and hasattr(config, name)}
-    if isinstance(config, type) or not any(name in found for name in (*_IN_MODEL_CONFIG, *_TYPE_KEYS)):
+    attributes = {name: getattr(config, name) for name in known if not name.startswith("_") and hasattr(config, name)}
+    if isinstance(config, type) or not any(name in attributes for name in (*_IN_MODEL_CONFIG, *_TYPE_KEYS)):
         raise TypeError(
             "config must be a rope_scaling dictionary, an object with such attributes, or None, "
             f"got {type(config).__name__}"
         )
-    return found
+    return attributes

@@ -1,9 +1,14 @@
-"""The types of frequency scaling that come with the package: one function each, which is all there is to a type.
+"""The types of frequency scaling that come with the package: one function for each type.
 
-A function takes the channels of one axis, theta, the dtype of frequencies and the type's own options, and returns the
-:class:`AxisFrequencies` that result. Formulas and names of options are those of each type's source: for language
-models transformers' ``modeling_rope_utils.py`` (5.23), so that a model's ``rope_parameters`` pass on as they are.
-``seq_len`` stands for the length that the two types which depend on it see there at run time.
+A function takes the channels of one axis, theta, the dtype of frequencies and the options of the type. It returns the
+:class:`AxisFrequencies` of the axis. Formulas and names of options are those of the source of each type. For language
+models this is transformers' ``modeling_rope_utils.py`` (5.23), so a model's ``rope_parameters`` work unchanged. Two
+types depend on the sequence length at run time there; here it is the option ``seq_len``.
+
+Example:
+    >>> import torch
+    >>> linear(4, 10_000.0, torch.float64, factor=4.0).inverse.tolist()
+    [0.25, 0.0025]
 """
 
 from __future__ import annotations
@@ -14,24 +19,33 @@ from dataclasses import dataclass
 
 import torch
 
+from ..scalars import positive
+
 ROUNDED_POSITIONS = 4096
-"""Below it scaled positions are rounded to float32, as the code of models rounds them, whose tables end before it."""
+"""Scaled positions below it are rounded to float32, as in the code of models. Tables of models end before it."""
 
 
 @dataclass(frozen=True, eq=False)
 class AxisFrequencies:
-    """What a scaling comes to: the numbers from which the angles of one axis follow.
+    """The frequencies of one axis, and the factors of its positions, angles, cos and sin.
 
     Attributes:
         inverse: radians per position of each pair, ``[dim / 2]`` on CPU, in the dtype of frequencies.
-        magnitude: what cos and sin are multiplied by.
-        position_divisor, position_scale: positions are divided by the one, then multiplied by the other.
+        magnitude: factor of cos and sin.
+        position_divisor, position_scale: positions are divided by the first, then multiplied by the second.
         angle_divisor: angles are divided by it.
 
-    Three numbers where one would do, because each model's code rounds at its own place.
+    One factor of the angles would be enough in exact arithmetic. There are three because each model's code rounds at
+    another place.
 
     Raises:
         TypeError, ValueError: naming the field, the rule and the value.
+
+    Example:
+        >>> import torch
+        >>> from dit_rope import AxisFrequencies
+        >>> AxisFrequencies(torch.tensor([1.0, 0.5]), position_divisor=2.0).angles(torch.tensor([4.0])).tolist()
+        [[2.0, 1.0]]
     """
 
     inverse: torch.Tensor
@@ -44,20 +58,20 @@ class AxisFrequencies:
         if not isinstance(self.inverse, torch.Tensor) or not self.inverse.is_floating_point():
             raise TypeError(f"inverse must be a floating point tensor, got {self.inverse!r}")
         for name in ("magnitude", "position_divisor", "position_scale", "angle_divisor"):
-            _positive(name, getattr(self, name))
+            positive(name, getattr(self, name))
 
     @property
     def numbers(self) -> tuple[object, ...]:
-        """Everything here as one hashable value: equal numbers, whatever they came from, are equal."""
+        """All fields as one hashable value, so that equal frequencies of different types are equal."""
         divisors = self.position_divisor, self.position_scale, self.angle_divisor
         return self.inverse.dtype, tuple(self.inverse.tolist()), self.magnitude, *divisors
 
     def angles(self, positions: torch.Tensor) -> torch.Tensor:
         """Radians ``[n, dim / 2]`` of ``positions`` ``[n]``, in the wider dtype of positions and frequencies.
 
-        float32 positions that are scaled are rounded to float32 again, as FastVideo's and Cosmos' code does, which is
-        off by up to 2^-23 of what they come to. From :data:`ROUNDED_POSITIONS` on, where that is 5e-4, they are scaled
-        in float64, unless frequencies are narrower themselves.
+        Scaled float32 positions are rounded to float32 again, as in the code of FastVideo and Cosmos. The relative
+        error is up to 2^-23. From :data:`ROUNDED_POSITIONS` on, where the error is 5e-4, positions are scaled in
+        float64 if frequencies are float64.
 
         Example:
             >>> import torch
@@ -84,7 +98,7 @@ ScalingFunction = Callable[..., AxisFrequencies]
 
 @dataclass(frozen=True)
 class ScalingType:
-    """A registered type: its function, and whether it means anything on axes other than the frame's."""
+    """A registered type: its function, and whether only the frame axis may have it."""
 
     function: ScalingFunction
     frame_axis_only: bool = False
@@ -113,10 +127,10 @@ def base_frequencies(dim: int, theta: float, dtype: torch.dtype) -> torch.Tensor
 
 
 def ntk_theta(dim: int, theta: float, factor: float) -> float:
-    """``theta * factor ** (dim / (dim - 2))``, which slows the slowest pair down by ``factor`` and leaves the fastest.
+    """``theta * factor ** (dim / (dim - 2))``: the slowest pair gets slower by ``factor``, the fastest stays as it is.
 
     Raises:
-        ValueError: on an axis of 2 channels, where the exponent does not exist.
+        ValueError: an axis of 2 channels, for which the exponent is not defined.
     """
     if dim == 2:
         raise ValueError("NTK scaling must have more than 2 channels per axis, got 2; dim / (dim - 2) is undefined")
@@ -131,14 +145,14 @@ def ntk_theta(dim: int, theta: float, factor: float) -> float:
 
 @_scaling_type("default", "none")
 def default(dim: int, theta: float, dtype: torch.dtype) -> AxisFrequencies:
-    """Frequencies as they were trained."""
+    """Frequencies as trained."""
     return AxisFrequencies(base_frequencies(dim, theta, dtype))
 
 
 @_scaling_type()
 def linear(dim: int, theta: float, dtype: torch.dtype, *, factor: float) -> AxisFrequencies:
     """Every frequency divided by ``factor`` (position interpolation, arXiv:2306.15595)."""
-    return AxisFrequencies(base_frequencies(dim, theta, dtype) / _positive("factor", factor))
+    return AxisFrequencies(base_frequencies(dim, theta, dtype) / positive("factor", factor))
 
 
 @_scaling_type()
@@ -149,7 +163,7 @@ def ntk(dim: int, theta: float, dtype: torch.dtype, *, factor: float, exponent: 
     ``transformer_cosmos.py``). Lumina-Next has exponent 1: ``theta * ntk_factor`` in ``get_1d_rotary_pos_embed`` of
     diffusers' ``embeddings.py``; its other branch, ``linear_factor``, is the type ``linear``.
     """
-    _positive("factor", factor)
+    positive("factor", factor)
     scaled = ntk_theta(dim, theta, factor) if exponent is None else theta * factor**exponent
     return AxisFrequencies(base_frequencies(dim, scaled, dtype))
 
@@ -163,8 +177,8 @@ def fastvideo(
     ``theta_rescale_factor`` and ``interpolation_factor`` of FastVideo's ``get_1d_rotary_pos_embed``
     (fastvideo/layers/rotary_embedding.py at 2f3d4074), which takes one of each per axis.
     """
-    theta = theta if _positive("theta_rescale", theta_rescale) == 1.0 else ntk_theta(dim, theta, theta_rescale)
-    scale = _positive("interpolation", interpolation)
+    theta = theta if positive("theta_rescale", theta_rescale) == 1.0 else ntk_theta(dim, theta, theta_rescale)
+    scale = positive("interpolation", interpolation)
     return AxisFrequencies(base_frequencies(dim, theta, dtype), position_scale=scale)
 
 
@@ -172,9 +186,9 @@ def fastvideo(
 def dynamic(
     dim: int, theta: float, dtype: torch.dtype, *, factor: float, max_position_embeddings: float, seq_len: float
 ) -> AxisFrequencies:
-    """NTK-aware: theta grows with ``seq_len / max_position_embeddings``, not at all up to a ratio of 1."""
-    ratio = max(1.0, _positive("seq_len", seq_len) / _positive("max_position_embeddings", max_position_embeddings))
-    growth = _positive("factor", factor) * ratio - (factor - 1.0)
+    """NTK-aware: theta grows with ``seq_len / max_position_embeddings`` where this is above 1."""
+    ratio = max(1.0, positive("seq_len", seq_len) / positive("max_position_embeddings", max_position_embeddings))
+    growth = positive("factor", factor) * ratio - (factor - 1.0)
     return AxisFrequencies(base_frequencies(dim, ntk_theta(dim, theta, growth), dtype))
 
 
@@ -194,19 +208,20 @@ def yarn(
     mscale_all_dim: float = 0.0,
     truncate: bool = True,
 ) -> AxisFrequencies:
-    """YaRN (arXiv:2309.00071): slow pairs interpolated, fast ones kept, a ramp between, cos and sin scaled up.
+    """YaRN (arXiv:2309.00071): slow pairs are interpolated, fast pairs kept, with a ramp between; cos and sin grow.
 
-    Without ``factor`` it is ``max_position_embeddings / original_max_position_embeddings``. ``beta_fast`` and
-    ``beta_slow``, in turns over the original length, bound the ramp, at whole pairs unless ``truncate`` is False;
-    ``mscale`` and ``mscale_all_dim``, both or neither, replace the scale of cos and sin by their ratio.
+    ``factor`` is ``max_position_embeddings / original_max_position_embeddings`` by default. ``beta_fast`` and
+    ``beta_slow``, in rotations over the original length, bound the ramp; the bounds are rounded to whole pairs unless
+    ``truncate`` is False. ``mscale`` and ``mscale_all_dim``, both or neither, replace the factor of cos and sin.
     """
-    length = _positive("original_max_position_embeddings", original_max_position_embeddings)
+    length = positive("original_max_position_embeddings", original_max_position_embeddings)
     factor = _growth("yarn", factor, max_position_embeddings, length)
 
-    def pair_that_turns(turns: float) -> float:
-        return dim * math.log(length / (_positive("beta", turns) * 2 * math.pi)) / (2 * math.log(theta))
+    def pair_with(rotations: float) -> float:
+        """The pair that rotates so many times over the original length."""
+        return dim * math.log(length / (positive("beta", rotations) * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = pair_that_turns(beta_fast), pair_that_turns(beta_slow)
+    low, high = pair_with(beta_fast), pair_with(beta_slow)
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -237,12 +252,12 @@ def longrope(
     attention_factor: float | None = None,
     factor: float | None = None,
 ) -> AxisFrequencies:
-    """LongRoPE (arXiv:2402.13753): a divisor per pair, from one list up to the original length, another past it.
+    """LongRoPE (arXiv:2402.13753): a divisor per pair, from ``short_factor`` up to the original length, else the other.
 
-    Cos and sin are multiplied by ``attention_factor``, or else by what follows from ``factor``, or else from
-    ``max_position_embeddings / original_max_position_embeddings``.
+    ``attention_factor`` is the factor of cos and sin. By default it follows from ``factor``, which is
+    ``max_position_embeddings / original_max_position_embeddings`` by default.
     """
-    length = _positive("original_max_position_embeddings", original_max_position_embeddings)
+    length = positive("original_max_position_embeddings", original_max_position_embeddings)
     name, divisors = ("long_factor", long_factor) if seq_len > length else ("short_factor", short_factor)
     if not isinstance(divisors, Sequence) or len(divisors) != dim // 2:
         raise ValueError(f"{name} must have one value per channel pair of an axis ({dim // 2}), got {divisors!r}")
@@ -264,24 +279,24 @@ def llama3(
     high_freq_factor: float,
     original_max_position_embeddings: float,
 ) -> AxisFrequencies:
-    """Llama 3.1: waves longer than ``length / low_freq_factor`` are interpolated, short ones kept, a blend between."""
+    """Llama 3.1: waves longer than ``length / low_freq_factor`` are interpolated, short waves kept, with a blend."""
     if high_freq_factor <= low_freq_factor:
         raise ValueError(f"high_freq_factor must be above low_freq_factor ({low_freq_factor}), got {high_freq_factor}")
     frequencies = base_frequencies(dim, theta, dtype)
-    length = _positive("original_max_position_embeddings", original_max_position_embeddings)
-    turns = length * frequencies / (2 * math.pi)
-    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return AxisFrequencies(frequencies * kept + frequencies / _positive("factor", factor) * (1 - kept))
+    length = positive("original_max_position_embeddings", original_max_position_embeddings)
+    rotations = length * frequencies / (2 * math.pi)
+    kept = ((rotations - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return AxisFrequencies(frequencies * kept + frequencies / positive("factor", factor) * (1 - kept))
 
 
 @_scaling_type()
 def proportional(
     dim: int, theta: float, dtype: torch.dtype, *, partial_rotary_factor: float = 1.0, factor: float = 1.0
 ) -> AxisFrequencies:
-    """The first ``partial_rotary_factor`` of the pairs turn as on the whole axis, the others do not turn."""
+    """The first ``partial_rotary_factor`` of the pairs rotate as on the whole axis; the others do not rotate."""
     if not 0.0 < partial_rotary_factor <= 1.0:
         raise ValueError(f"partial_rotary_factor must be above 0 and at most 1, got {partial_rotary_factor}")
-    frequencies = base_frequencies(dim, theta, dtype) / _positive("factor", factor)
+    frequencies = base_frequencies(dim, theta, dtype) / positive("factor", factor)
     frequencies[int(partial_rotary_factor * dim // 2) :] = 0.0
     return AxisFrequencies(frequencies)
 
@@ -297,22 +312,22 @@ def riflex(
     repetition: float | None = None,
     margin: float = 0.9,
 ) -> AxisFrequencies:
-    """RIFLEx (arXiv:2502.15894): slows the pair whose period makes long videos repeat, so that it turns less than once.
+    """RIFLEx (arXiv:2502.15894): slows the pair whose period makes long videos repeat to less than one rotation.
 
-    ``frames`` is the length to generate, in latent frames, as upstream's ``L_test``. The pair is number ``k``, counted
-    from 1, or the one whose period is nearest to ``repetition``, the latent frame at which videos of this model begin
-    to repeat. It turns at ``margin * 2 pi / frames`` per frame, and is never sped up. A video of no more frames than
-    the pair's period, rounded to whole frames, is rotated as trained: ``L_test > N_k`` is upstream's condition too.
+    ``frames`` is the length to generate, in latent frames (``L_test`` upstream). The pair is number ``k``, counted from
+    1, or the pair whose period is nearest to ``repetition``, the latent frame at which videos of this model begin to
+    repeat. Its frequency becomes ``margin * 2 pi / frames`` if that is slower. A video of no more frames than the
+    pair's period, rounded to whole frames, keeps the trained frequencies, as with ``L_test > N_k`` upstream.
     Source: ``riflex_utils.py`` and ``hunyuanvideo.py`` of thu-ml/DiT-Extrapolation (d54e1e2).
     """
     if (k is None) == (repetition is None):
         raise ValueError(f"riflex scaling must have k or repetition, and not both, got {k} and {repetition}")
     if k is None:
-        k, _ = intrinsic_pair(dim, theta, _positive("repetition", repetition))
-    if k not in range(1, dim // 2 + 1):  # which 4.0 is, and has to be: as a key of caches it is equal to 4
+        k, _ = intrinsic_pair(dim, theta, positive("repetition", repetition))
+    if k not in range(1, dim // 2 + 1):  # 4.0 is in it, and must be: as a key of caches it equals 4
         raise ValueError(f"k must be an int from 1 to the number of pairs of the axis ({dim // 2}), got {k}")
     frequencies = base_frequencies(dim, theta, dtype)
-    slowed = _positive("margin", margin) * 2 * math.pi / _positive("frames", frames)
+    slowed = positive("margin", margin) * 2 * math.pi / positive("frames", frames)
     pair = int(k) - 1
     if frames > _period(dim, theta, pair):
         frequencies[pair : pair + 1].clamp_(max=slowed)
@@ -322,7 +337,7 @@ def riflex(
 def intrinsic_pair(dim: int, theta: float, repetition: float) -> tuple[int, int]:
     """Number, from 1, and period of the pair whose period in positions is nearest to ``repetition``.
 
-    ``identify_k`` of RIFLEx: periods are rounded to whole positions, and the first of equals is taken.
+    ``identify_k`` of RIFLEx: periods are rounded to whole positions, and the first of equal distances is taken.
     """
     periods = [_period(dim, theta, pair) for pair in range(dim // 2)]
     nearest = min(range(len(periods)), key=lambda pair: abs(periods[pair] - repetition))
@@ -330,7 +345,7 @@ def intrinsic_pair(dim: int, theta: float, repetition: float) -> tuple[int, int]
 
 
 def _period(dim: int, theta: float, pair: int) -> int:
-    """Positions, rounded to whole ones, in which pair number ``pair``, from 0, comes round."""
+    """The period of pair number ``pair``, from 0, rounded to whole positions."""
     frequency: float = 1.0 / theta ** (2 * pair / dim)
     return round(2 * math.pi / frequency)
 
@@ -339,14 +354,14 @@ def _period(dim: int, theta: float, pair: int) -> int:
 def fps(
     dim: int, theta: float, dtype: torch.dtype, *, fps: float, base_fps: float = 24.0, factor: float = 1.0
 ) -> AxisFrequencies:
-    """Frames at their time: positions ``i / fps * base_fps``, and theta scaled as by ``ntk`` with ``factor``.
+    """Frames by time: positions ``i / fps * base_fps``, and theta scaled as by ``ntk`` with ``factor``.
 
     The frame axis of Cosmos (diffusers 0.42.1 ``transformer_cosmos.py``), whose height and width have ``ntk``.
     """
-    theta = theta if _positive("factor", factor) == 1.0 else ntk_theta(dim, theta, factor)
+    theta = theta if positive("factor", factor) == 1.0 else ntk_theta(dim, theta, factor)
     frequencies = base_frequencies(dim, theta, dtype)
     return AxisFrequencies(
-        frequencies, position_divisor=_positive("fps", fps), position_scale=_positive("base_fps", base_fps)
+        frequencies, position_divisor=positive("fps", fps), position_scale=positive("base_fps", base_fps)
     )
 
 
@@ -354,23 +369,17 @@ def fps(
 def kandinsky5(dim: int, theta: float, dtype: torch.dtype, *, scale: float = 1.0) -> AxisFrequencies:
     """Angles divided by ``scale``, frequencies as ``exp(-ln(theta) j / (dim / 2))``.
 
-    As Kandinsky 5 rounds them (diffusers 0.42.1 ``transformer_kandinsky.py``); its ``scale_factor`` is one per axis.
+    Rounded as in Kandinsky 5 (diffusers 0.42.1 ``transformer_kandinsky.py``), whose ``scale_factor`` is one per axis.
     """
     pairs = dim // 2
     frequencies = torch.exp(-math.log(theta) * torch.arange(pairs, device="cpu").to(dtype) / pairs)
-    return AxisFrequencies(frequencies, angle_divisor=_positive("scale", scale))
+    return AxisFrequencies(frequencies, angle_divisor=positive("scale", scale))
 
 
 def _growth(kind: str, factor: float | None, longest: float | None, original: float) -> float:
-    """``factor``, or else how many times longer than ``original`` the ``longest`` sequence is."""
+    """``factor`` by which sequences grow; ``longest / original`` if it is None."""
     if factor is None and longest is None:
         raise ValueError(f"{kind} scaling must have factor, or max_position_embeddings in its place, got neither")
     if factor is None:
-        return _positive("max_position_embeddings", longest) / original
-    return _positive("factor", factor)
-
-
-def _positive(name: str, value: float | None) -> float:
-    if not (isinstance(value, (int, float)) and 0.0 < value < math.inf):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
-    return value
+        return positive("max_position_embeddings", longest) / original
+    return positive("factor", factor)

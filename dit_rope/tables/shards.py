@@ -1,4 +1,4 @@
-"""Which tokens of a grid one shard holds, and where they stand."""
+"""The tokens of a grid that a shard holds, and their coordinates."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from ..spec import Grid, RopeSpec, Shard
 
 MAX_POSITION = 2**24
-_MAX_TOKENS = 2**62  # of which twice as many still have 64-bit numbers
+_MAX_TOKENS = 2**62  # so that twice as many still fit a 64-bit integer
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A shard's part of a grid.
+class TokenRange:
+    """The tokens of a shard: a range of flat indices in a row-major grid.
 
     Attributes:
-        sizes: of the part, which is the whole grid unless the shard is along an axis.
-        starts: position of the part's first row on each axis.
-        token_offset: flat index, in a row-major grid of ``sizes``, of the shard's first token.
-        count: tokens of the shard, padding included.
+        sizes: sizes of that grid: the whole grid, or with a shard along an axis the rank's block of it.
+        starts: position of its first index on each axis.
+        token_offset: flat index of the shard's first token.
+        count: tokens of the shard, including padding.
     """
 
     sizes: tuple[int, ...]
@@ -30,8 +30,8 @@ class Layout:
     count: int
 
     @classmethod
-    def of(cls, spec: RopeSpec, grid: Grid, shard: Shard) -> Layout:
-        """The layout of ``shard``; an axis is cut as ``chunk(world)[rank]``, after the start frame is added.
+    def of(cls, spec: RopeSpec, grid: Grid, shard: Shard) -> TokenRange:
+        """The tokens of ``shard``; an axis is cut as ``chunk(world)[rank]``, after the start frame is added.
 
         Raises:
             TypeError, ValueError: naming the argument, the rule and the value.
@@ -48,7 +48,7 @@ class Layout:
 
     @staticmethod
     def check(spec: RopeSpec, grid: Grid, shard: Shard) -> None:
-        """Refuses what are not these types, a grid of other axes than the spec, and numbers past what is counted in.
+        """Checks the types, that the grid has the axes of the spec, and that positions and tokens can be counted.
 
         Raises:
             TypeError, ValueError: naming the argument, the rule and the value.
@@ -72,7 +72,7 @@ class Layout:
                 raise ValueError(f"{name} must have numbers of tokens up to {_MAX_TOKENS}, got {last}")
 
     @classmethod
-    def _along(cls, axis: int, shard: Shard, sizes: tuple[int, ...], starts: tuple[int, ...]) -> Layout:
+    def _along(cls, axis: int, shard: Shard, sizes: tuple[int, ...], starts: tuple[int, ...]) -> TokenRange:
         if sizes[axis] % shard.world:
             raise ValueError(
                 f"shard.world must divide the grid's size on axis {axis} ({sizes[axis]}), got {shard.world}; "
@@ -85,21 +85,26 @@ class Layout:
 
     @property
     def inside(self) -> int:
-        """The shard's tokens that are the grid's; those after them are padding."""
+        """Tokens of the shard that are in the grid; the tokens after them are padding."""
         return max(0, min(self.count, math.prod(self.sizes) - self.token_offset))
 
     @property
     def whole(self) -> bool:
-        """Whether the shard's tokens are all of ``sizes`` and nothing else."""
+        """Whether the shard holds exactly the tokens of ``sizes``."""
         return self.token_offset == 0 and self.count == math.prod(self.sizes)
 
     def coordinates(self, device: torch.device) -> list[torch.Tensor]:
-        """Per axis, the coordinate ``[inside]`` int64 of each token within ``sizes``."""
+        """Per axis, the coordinates int64 ``[inside]`` of the tokens within ``sizes``."""
         return grid_coordinates(self.sizes, self.token_offset, self.count, device)
 
 
 def grid_coordinates(sizes: tuple[int, ...], offset: int, count: int, device: torch.device) -> list[torch.Tensor]:
-    """Per axis, the coordinate int64 of tokens ``offset <= i < offset + count`` of a row-major grid, inside it only."""
+    """Per axis, the int64 coordinates of the tokens ``offset <= i < offset + count`` that are in a row-major grid.
+
+    Example:
+        >>> [each.tolist() for each in grid_coordinates((2, 3), 2, 3, torch.device("cpu"))]
+        [[0, 1, 1], [2, 0, 1]]
+    """
     total = math.prod(sizes)
     tokens = torch.arange(min(offset, total), min(offset + count, total), device=device)
     coordinates = []

@@ -1,4 +1,4 @@
-"""Cos and sin tables of a token grid: built per axis, cached, and expanded only when somebody asks."""
+"""Cos and sin tables of a token grid: built per axis, cached, and expanded on request."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..torch_state import WITHOUT_FLOAT64_OR_COMPLEX
 from ..validation import checked_device, coordinate_rows
 from .axes import axis_arrays, axis_block
 from .caches import TABLES
-from .dense import DenseTable, Form, TableKey, build_complex, build_dense, layout_of
+from .dense import DenseTable, Form, TableKey, build_complex, build_dense, token_range
 from .dense_memory import check_dense_bytes
-from .shards import Layout
+from .shards import TokenRange
 
 _CPU = torch.device("cpu")
 _WHOLE = Shard()
@@ -25,24 +25,24 @@ _WHOLE = Shard()
 
 @dataclass(frozen=True, eq=False)
 class RopeTable:
-    """The cos and sin of one shard of a grid: a few kB that stand for ``count`` tokens. Made by :func:`rope_table`.
+    """The cos and sin of one shard of a grid: a few kB for ``count`` tokens. :func:`rope_table` makes it.
 
-    Tensors of a table, and those its methods return, are shared by everybody who asks: clone before writing. With
-    other rows, by ``dataclasses.replace(table, rows=...)``, it is a table of its own, which shares nothing.
+    The tensors of a table, and those its methods return, are shared by all callers: clone before writing.
+    ``dataclasses.replace(table, rows=...)`` makes a table of other rows, which shares nothing.
 
     Attributes:
-        spec, grid, shard: what the table is of.
-        device: where ``rows`` is.
-        dtype: of ``rows`` and of the dense forms.
+        spec, grid, shard: the arguments of :func:`rope_table`.
+        device: the device of ``rows``.
+        dtype: the dtype of ``rows`` and of the dense forms.
         rows: ``[2, R, P]`` cos and sin, axis after axis along R, P = max(spec.pairs); unused columns are zero.
         sizes: the grid's sizes on this shard.
         first_rows: row of ``rows`` that holds coordinate 0 of each axis of this shard.
         token_offset: flat index, in a row-major grid of ``sizes``, of the shard's first token.
-        count: tokens of the shard, padding included.
+        count: tokens of the shard, including padding.
         blocks: first row of each axis in ``rows``, and the row after its last.
-        validated: layouts of calls that were found to fit the table, and what is remembered of each; kept here by
-            :mod:`dit_rope.rotation.api` so that it lives as long as the table.
-        cached: whether the rows are those of spec and grid, so that dense forms come from the cache.
+        validated: checked calls by the layouts of their tensors. :mod:`dit_rope.rotation.api` keeps them here, so that
+            they live as long as the table.
+        cached: whether ``rows`` are those of spec and grid, so that dense forms come from the cache.
     """
 
     spec: RopeSpec
@@ -79,7 +79,7 @@ class RopeTable:
 
     @property
     def tensors(self) -> tuple[torch.Tensor]:
-        """What it keeps in memory."""
+        """The tensors that it keeps in memory."""
         return (self.rows,)
 
     @functools.cached_property
@@ -101,7 +101,13 @@ class RopeTable:
         """Cos and sin ``[sizes[axis], spec.pairs[axis]]`` of one axis: views of ``rows``.
 
         Raises:
-            TypeError, ValueError: no int, or not the number of an axis.
+            TypeError, ValueError: not an int, or not the number of an axis.
+
+        Example:
+            >>> from dit_rope import Grid, RopeSpec, rope_table
+            >>> table = rope_table(RopeSpec((8, 4, 4)), Grid(2, 3, 4))
+            >>> [part.shape for part in table.axis(1)]
+            [torch.Size([3, 2]), torch.Size([3, 2])]
         """
         axis = integer("axis", axis, 0)
         if axis >= len(self.sizes):
@@ -111,17 +117,23 @@ class RopeTable:
         return cos, sin
 
     def cos_sin(self, repeat: bool = True, broadcast: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cos and sin of every token, the dense form; cached as an entry of its own.
+        """Cos and sin of every token, the dense form. It is an entry of the cache of tables.
 
         Padding tokens have cos 1 and sin 0.
 
         Args:
-            repeat: ``[S, rotary_dim]``, each value at both channels of its pair (neighbours when interleaved, halves
-                when half); else ``[S, rotary_dim / 2]``.
-            broadcast: ``[1, S, 1, width]``, for ``[B, S, H, D]`` queries; the same memory.
+            repeat: True for ``[S, rotary_dim]``, each value at both channels of its pair (neighbours when interleaved,
+                halves when half); False for ``[S, rotary_dim / 2]``.
+            broadcast: True for views ``[1, S, 1, width]``, which broadcast over ``[B, S, H, D]`` queries.
 
         Raises:
             ValueError: it would take more than 16 GiB (``dense_memory.MAX_DENSE_BYTES``).
+
+        Example:
+            >>> from dit_rope import Grid, RopeSpec, rope_table
+            >>> cos, sin = rope_table(RopeSpec((8, 4, 4)), Grid(2, 3, 4)).cos_sin(broadcast=True)
+            >>> cos.shape
+            torch.Size([1, 24, 1, 16])
         """
         key = TableKey(self.spec, self.grid, self.shard, self.dtype, Form.REPEATED if repeat else Form.PAIRS)
         if not self.cached:
@@ -131,14 +143,20 @@ class RopeTable:
         return dense.broadcast if broadcast else dense.flat
 
     def complex(self) -> torch.Tensor:
-        """Cos + i sin of every token: ``[S, rotary_dim / 2]``, complex128 for float64 tables, else complex64."""
+        """Cos + i sin of every token: ``[S, rotary_dim / 2]``, complex128 for float64 tables, else complex64.
+
+        Example:
+            >>> from dit_rope import Grid, RopeSpec, rope_table
+            >>> rope_table(RopeSpec((4,)), Grid(1)).complex()
+            tensor([[1.+0.j, 1.+0.j]])
+        """
         key = TableKey(self.spec, self.grid, self.shard, self.dtype, Form.COMPLEX)
         if not self.cached:
             return build_complex(key, self.device, self._arrays())
         return cast(torch.Tensor, TABLES.get(key, self.device, lambda: build_complex(key, self.device)))
 
     def _arrays(self) -> list[tuple[int, torch.Tensor]]:
-        """What :func:`axis_arrays` gives, of these rows."""
+        """The axis arrays that ``rows`` holds, in the form of :func:`axis_arrays`."""
         arrays = []
         for (begin, end), start, size, pairs in zip(
             self.blocks, self._starts, self.grid.sizes, self.spec.pairs, strict=True
@@ -147,24 +165,30 @@ class RopeTable:
         return arrays
 
     def positions(self) -> torch.Tensor:
-        """The row of ``rows`` of every token on every axis: ``[1, S, axes]`` int32, -1 for padding tokens."""
+        """The row of ``rows`` of every token on every axis: ``[1, S, axes]`` int32, -1 for padding tokens.
+
+        Example:
+            >>> from dit_rope import Grid, RopeSpec, rope_table
+            >>> rope_table(RopeSpec((4, 4)), Grid(1, 2)).positions().tolist()
+            [[[0, 32], [0, 33]]]
+        """
         key = TableKey(self.spec, self.grid, self.shard, self.dtype, Form.POSITIONS)
         return cast(torch.Tensor, TABLES.get(key, self.device, lambda: build_positions(self)))
 
     def positions_at(self, *coordinates: torch.Tensor | int) -> torch.Tensor:
-        """What ``positions=`` takes, for tokens at any coordinates of the grid, in any order and number.
+        """The argument ``positions`` of a rotation, for tokens at any coordinates of the grid, in any order and number.
 
-        ``positions=`` counts rows of :attr:`rows`, where the axes follow one another; neither the frame, height and
-        width of a token nor its position in a text are such rows. This makes them.
+        ``positions`` counts rows of :attr:`rows`, in which the axes follow one another. Frame, height and width of a
+        token are not such rows; this method converts them.
 
         Args:
-            coordinates: one for each axis, ints or int32 or int64 tensors ``[S]`` or ``[B, S]`` on the table's device,
-                broadcast against each other. On axis 0 the position as the grid counts it, from ``grid.start_frame``
-                on; on the others from 0 on, whatever the shard. A negative one leaves that axis' channels as they are.
+            coordinates: one for each axis: ints, or int32 or int64 tensors ``[S]`` or ``[B, S]`` on the table's device,
+                broadcast against each other. Axis 0 counts from ``grid.start_frame``, the others from 0, for every
+                shard. A negative coordinate leaves the channels of its axis unrotated.
 
         Returns:
-            int32 ``[1 or B, S, axes]``, a new tensor on the table's device. A coordinate outside the grid is refused on
-            CPU; on a GPU, where looking would wait for the device, it counts as negative.
+            int32 ``[1 or B, S, axes]``, a new tensor on the table's device. A coordinate outside the grid raises on
+            CPU. On a GPU the check would wait for the device, so the coordinate counts as negative.
 
         Raises:
             TypeError, ValueError: another number of coordinates than axes, another dtype, shape or device, or on CPU a
@@ -193,14 +217,14 @@ class RopeTable:
         exact: bool = False,
         positions: torch.Tensor | None = None,
     ) -> RotationArgs:
-        """What a backend needs to rotate a sequence that holds ``prefix`` other tokens and then this shard's.
+        """The rotation of a sequence of ``prefix`` unrotated tokens and then the tokens of this shard.
 
-        ``positions``, ``[1 or B, count, axes]`` int32 rows of ``rows``, replace the shard's own.
+        ``positions``, ``[1 or B, count, axes]`` int32 rows of ``rows``, replace those of the shard.
 
         Raises:
-            ValueError: for a negative prefix, or positions of another shape or dtype.
+            ValueError: a negative prefix, or positions of another shape or dtype.
         """
-        number = as_int(prefix)  # None of a length that is traced
+        number = as_int(prefix)  # None for the length of a traced tensor
         prefix = prefix if number is None else number
         if number is not None and number < 0:
             raise ValueError(f"prefix must not be negative, got {prefix}")
@@ -240,14 +264,23 @@ def rope_table(
     Args:
         spec: channels and frequencies.
         grid: sizes after patching, one per axis of ``spec``, and the start frame.
-        shard: the part one sequence-parallel rank holds; None for the whole grid.
-        device: where the rows go, CPU when None. Values are computed on CPU, hence equal everywhere.
-        dtype: float32, float64, bfloat16 or float16, rounded once from the angles' dtype (16-bit ones by way of
-            float32, as models do). Devices without float64 get float32 instead.
+        shard: the tokens that one sequence-parallel rank holds; None for the whole grid.
+        device: the device of the rows; CPU when None. Values are computed on CPU, so they are equal on every device.
+        dtype: float32, float64, bfloat16 or float16; rounded once from the dtype of angles, to 16 bits by way of
+            float32, as models do. A device without float64 gets float32.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
-        RuntimeError: when a CUDA graph is being captured and the table is not cached yet.
+        RuntimeError: a CUDA graph is being captured and the table is not cached yet.
+
+    Example:
+        >>> from dit_rope import Grid, RopeSpec, rope_table
+        >>> wan = RopeSpec((44, 42, 42))
+        >>> table = rope_table(wan, Grid(21, 45, 80))
+        >>> table.count, table.rows.shape
+        (75600, torch.Size([2, 192, 22]))
+        >>> rope_table(wan, Grid(21, 45, 80)) is table
+        True
     """
     shard, device, dtype = _canonical(spec, grid, shard, device, dtype)
     key = TableKey(spec, grid, shard, dtype, Form.AXES)
@@ -255,7 +288,7 @@ def rope_table(
 
 
 def build_table(spec: RopeSpec, grid: Grid, *, device: torch.device, dtype: torch.dtype) -> RopeTable:
-    """The table that :func:`rope_table` gives, built anew, for a look that should leave no entry."""
+    """A table as from :func:`rope_table`, built without the cache, for inspection that must leave no entry."""
     return _build_table(TableKey(spec, grid, _WHOLE, dtype, Form.AXES), device)
 
 
@@ -267,7 +300,7 @@ def dense_table(
     dtype: torch.dtype,
     repeat: bool,
 ) -> DenseTable:
-    """The dense form alone, as :meth:`RopeTable.cos_sin` gives it, without an entry for the table it expands."""
+    """The dense form of a table as :meth:`RopeTable.cos_sin` returns it, without an entry for the table."""
     shard, device, dtype = _canonical(spec, grid, shard, device, dtype)
     key = TableKey(spec, grid, shard, dtype, Form.REPEATED if repeat else Form.PAIRS)
     return cast(DenseTable, TABLES.get(key, device, lambda: build_dense(key, device)))
@@ -276,17 +309,17 @@ def dense_table(
 def _canonical(
     spec: RopeSpec, grid: Grid, shard: Shard | None, device: torch.device | str | int | None, dtype: torch.dtype
 ) -> tuple[Shard, torch.device, torch.dtype]:
-    """One spelling for equal requests: a world of one is no shard, a device has its index, float64 only where it is.
+    """One form for equal arguments: a world of one as no shard, a device with its index, float64 if the device has it.
 
-    Refuses what is no key, since looking it up would fail without a name.
+    Raises TypeError for unhashable arguments, which a lookup would report without their names.
     """
     if not (isinstance(spec, RopeSpec) and isinstance(grid, Grid) and isinstance(dtype, torch.dtype)):
-        Layout.check(spec, grid, _WHOLE)
+        TokenRange.check(spec, grid, _WHOLE)
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
     if shard is None:
         shard = _WHOLE
     elif not isinstance(shard, Shard) or shard.world == 1:
-        Layout.check(spec, grid, shard)
+        TokenRange.check(spec, grid, shard)
         shard = shard if shard.tokens else _WHOLE
     if device is None:
         return shard, _CPU, dtype
@@ -303,13 +336,13 @@ def _canonical(
 
 
 def _build_table(key: TableKey, device: torch.device) -> RopeTable:
-    layout = layout_of(key)
-    check_dense_bytes("rows of its axes", 2 * sum(layout.sizes) * max(key.spec.pairs) * key.dtype.itemsize)
+    tokens = token_range(key)
+    check_dense_bytes("rows of its axes", 2 * sum(tokens.sizes) * max(key.spec.pairs) * key.dtype.itemsize)
     arrays = axis_arrays(key.spec, key.grid, key.dtype)
     height, width = sum(array.shape[1] for _, array in arrays), max(key.spec.pairs)
     rows = torch.zeros((2, height, width), dtype=key.dtype, device=_CPU)
     first_rows, packed = [], 0
-    for (first, array), start, pairs in zip(arrays, layout.starts, key.spec.pairs, strict=True):
+    for (first, array), start, pairs in zip(arrays, tokens.starts, key.spec.pairs, strict=True):
         rows[:, packed : packed + array.shape[1], :pairs] = array
         first_rows.append(packed + start - first)
         packed += array.shape[1]
@@ -320,10 +353,10 @@ def _build_table(key: TableKey, device: torch.device) -> RopeTable:
         device=device,
         dtype=key.dtype,
         rows=rows.to(device),
-        sizes=layout.sizes,
+        sizes=tokens.sizes,
         first_rows=tuple(first_rows),
-        token_offset=layout.token_offset,
-        count=layout.count,
+        token_offset=tokens.token_offset,
+        count=tokens.count,
     )
     object.__setattr__(table, "cached", True)
     return table
@@ -333,7 +366,7 @@ def _side_by_side(rows: list[torch.Tensor]) -> torch.Tensor:
     """``[S]`` or ``[B, S]`` of each axis as ``[1 or B, S, axes]``.
 
     Raises:
-        ValueError: they are of sizes that do not fit one another.
+        ValueError: shapes that do not broadcast.
     """
     try:
         together = torch.stack(torch.broadcast_tensors(*rows), dim=-1)
@@ -346,10 +379,10 @@ def _side_by_side(rows: list[torch.Tensor]) -> torch.Tensor:
 
 
 def build_positions(table: RopeTable) -> torch.Tensor:
-    """What :meth:`RopeTable.positions` gives, built anew."""
-    layout = Layout.of(table.spec, table.grid, table.shard)
-    check_dense_bytes("positions", 4 * layout.count * len(layout.sizes))
-    positions = torch.full((1, layout.count, len(layout.sizes)), -1, dtype=torch.int32, device=table.device)
-    for axis, coordinate in enumerate(layout.coordinates(table.device)):
-        positions[0, : layout.inside, axis] = coordinate + table.first_rows[axis]
+    """Positions as from :meth:`RopeTable.positions`, built without the cache."""
+    tokens = TokenRange.of(table.spec, table.grid, table.shard)
+    check_dense_bytes("positions", 4 * tokens.count * len(tokens.sizes))
+    positions = torch.full((1, tokens.count, len(tokens.sizes)), -1, dtype=torch.int32, device=table.device)
+    for axis, coordinate in enumerate(tokens.coordinates(table.device)):
+        positions[0, : tokens.inside, axis] = coordinate + table.first_rows[axis]
     return positions

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dit_rope.spec import Grid, RopeSpec, Shard
-from dit_rope.tables.shards import Layout
+from dit_rope.tables.shards import TokenRange
 
 from .model_frequencies import ModelFrequencies, Sizes
 
@@ -216,7 +216,7 @@ def _ways(setting: Setting) -> dict[str, tuple[Held, int]]:
 def _held(setting: Setting, axis: int | None) -> tuple[Held, int]:
     held, count = np.full(setting.sizes, np.nan), 0
     for rank in range(setting.ranks):
-        layout = Layout.of(_ANY_SPEC, Grid(*setting.sizes), Shard(rank, setting.ranks, axis))
+        layout = TokenRange.of(_ANY_SPEC, Grid(*setting.sizes), Shard(rank, setting.ranks, axis))
         places = zip(layout.coordinates(torch.device("cpu")), layout.starts, strict=True)
         held[tuple((place + start).numpy() for place, start in places)] = rank
         count = layout.count

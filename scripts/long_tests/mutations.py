@@ -10,7 +10,7 @@ from long_tests.mutation import Mutation
 from long_tests.mutations_hooks import HOOKS
 from long_tests.mutations_inputs import INPUTS
 
-_CORE = ("tests/tables/test_tables.py", "tests/tables/test_layout.py", "tests/tables/test_axis_tables.py")
+_CORE = ("tests/tables/test_tables.py", "tests/tables/test_token_range.py", "tests/tables/test_axis_tables.py")
 _QUICK = "not compile and not 720p and not fake_tensor"
 _SCALING = ("tests/tables/test_scaling.py", "tests/tables/test_axis_tables.py", "tests/tables/test_tables.py")
 _CACHE = ("tests/tables/test_cache.py", "tests/tables/test_cache_attack.py")
@@ -67,8 +67,8 @@ MUTATIONS = (
     ),
     _tables("first-row-off-by-one", "packed + start - first)", "packed + start - first + 1)"),
     _tables("axis-in-the-last-columns", "packed + array.shape[1], :pairs]", "packed + array.shape[1], -pairs:]"),
-    _dense("padding-turns", "flat[1][layout.inside :] = 0.0", "flat[1][layout.inside :] = 1.0"),
-    _tables("padding-of-positions", "len(layout.sizes)), -1, dtype", "len(layout.sizes)), 0, dtype"),
+    _dense("padding-turns", "flat[1][tokens.inside :] = 0.0", "flat[1][tokens.inside :] = 1.0"),
+    _tables("padding-of-positions", "len(tokens.sizes)), -1, dtype", "len(tokens.sizes)), 0, dtype"),
     _dense("axes-swapped-in-dense-shards", "value[coordinates[axis]]", "value[coordinates[-1 - axis]]"),
     _dense("interleaved-as-half", "values.repeat_interleave(2, dim=-1), [", "values.repeat(1, 1, 2), ["),
     _dense("half-beside-itself", "slice(column + half, column + half + pairs)", "slice(column, column + pairs)"),
@@ -110,7 +110,7 @@ MUTATIONS = (
     # Scaling.
     _scaling(
         "interpolation-in-place-of-scale",
-        '_positive("interpolation", interpolation)\n    return',
+        'positive("interpolation", interpolation)\n    return',
         "1.0 / interpolation\n    return",
         file="tables/scaling_types",
     ),
@@ -118,7 +118,7 @@ MUTATIONS = (
     _scaling("frequency-key-without-theta", ".get((scaling, dim, theta, dtype),", ".get((scaling, dim, dtype),"),
     _scaling(
         "rescale-dropped",
-        '_positive("theta_rescale", theta_rescale) == 1.0 else',
+        'positive("theta_rescale", theta_rescale) == 1.0 else',
         "True else",
         file="tables/scaling_types",
     ),
@@ -153,8 +153,8 @@ MUTATIONS = (
     ),
     _cache(
         "lands-once",
-        "                self._land(slot, mine)\n            finally:",
-        "                self._land(slot, mine)\n            except ZeroDivisionError:",
+        "                self._end_build(slot, attempt)\n            finally:",
+        "                self._end_build(slot, attempt)\n            except ZeroDivisionError:",
     ),
     _cache("slot-without-device-index", "slot = (key, device)", "slot = (key, torch.device(device.type))"),
     _cache("transforms-unseen", "or _function_transforms() is not None", "or False", "torch_state"),
