@@ -57,7 +57,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     ),
     "rotation.backends.eager": ("backends/test_eager.py::test_rotate", "backends/test_eager.py::test_norm_rotate"),
     "rotation.backends.gpu_calls": ("backends/test_triton_kernels.py::test_declined",),
-    "rotation.backends.token_angles": ("rotation/test_properties.py",),
+    "rotation.backends.cos_sin": ("rotation/test_properties.py",),
     "rotation.backends.triton_device": ("backends/test_triton_compile.py::test_kernel_fuses",),
     "rotation.backends.triton_kernels": ("backends/test_triton_kernels.py::test_declined",),
     "rotation.choice": (
