@@ -21,12 +21,21 @@ def _tells_steps(subject: Subject) -> dict[str, int]:
     return told
 
 
+def _forget_signatures() -> None:
+    """Diffusers remembers the arguments of blocks in the process: a missing one is another error the second time."""
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    for metadata in TransformerBlockRegistry._registry.values():
+        metadata._cached_parameter_indices = None
+
+
 def _cached(config_of: Any) -> Any:
     """A cache of diffusers', in the context that pipelines run their steps in."""
 
     def put(subject: Subject) -> None:
         if not hasattr(subject.model, "enable_cache"):
             raise NotApplicable("no enable_cache")
+        _forget_signatures()
         subject.model.enable_cache(config_of(subject, _tells_steps(subject)))
         real = subject.run
 
@@ -129,11 +138,8 @@ for _kind in ("blocks", "attentions", "norms", "projections", "ropes"):
 def _skipping(**options: bool) -> Any:
     def put(subject: Subject) -> None:
         from diffusers.hooks import LayerSkipConfig, apply_layer_skip
-        from diffusers.hooks._helpers import TransformerBlockRegistry
 
-        # What the process knows of a block's arguments since an earlier call decides which error a missing one is.
-        for metadata in TransformerBlockRegistry._registry.values():
-            metadata._cached_parameter_indices = None
+        _forget_signatures()
         subject.each("blocks")
         fqn = subject.parts.blocks[0].rpartition(".")[0]
         apply_layer_skip(subject.model, LayerSkipConfig(indices=[0], fqn=fqn, **options))
