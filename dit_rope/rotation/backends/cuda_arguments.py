@@ -1,4 +1,4 @@
-"""What a CUDA kernel is launched with: a grid, and the struct of its arguments as bytes."""
+"""The launch of a CUDA kernel: its grid, and the struct of its arguments as bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ARGUMENTS_SIZE = POINTERS.size + _NUMBERS.size
 
 @dataclass(frozen=True)
 class Launch:
-    """What calls with one layout of their tensors have in common.
+    """The launch that calls of one layout share.
 
     Attributes:
         plan: the constants of the kernel.
@@ -28,7 +28,7 @@ class Launch:
         numbers: ``struct RotationArgs`` of ``kernels/rope.cuh`` after the pointers.
         shape: the grid, threads of a block along x, y and z, and bytes of its dynamic shared memory, as the driver
             takes them; empty where there is nothing to launch.
-        functions: handles of the loaded kernel, by the index of a device; kept here by whoever launches.
+        functions: handles of the loaded kernel by device index, filled by ``cuda_launch``.
     """
 
     plan: Plan

@@ -21,7 +21,7 @@ import torch
 from ...rotation_args import Memo, Norm, RotationArgs
 from ...spec import NormKind, Pairing
 from .cuda_arguments import POINTERS, Launch, pack_numbers
-from .cuda_plan import MAX_HELD, WARP, Plan, Signature, deal_threads, plan_for, tuned_shape
+from .cuda_plan import MAX_HELD, WARP, Plan, Signature, distribute, plan_for, tuned_shape
 from .cuda_tuning import Tuning, device_name, tuning_for
 from .gpu_calls import (
     ACCESS_BYTES,
@@ -117,12 +117,12 @@ def make_launch(
     norm: Norm | None = None,
     tuning: Tuning | None = None,
 ) -> Launch:
-    """The launch of one call, made anew, with the choices of ``tuning`` or with those measured for its device."""
+    """A new launch of one call, with the choices of ``tuning``, else with those measured for its device."""
     plan = plan_of(xs, args, outs, norm, tuning)
     batch, tokens = batch_entries(xs, args), xs[0].shape[1]
     rows = min(batch, MAX_GRID_ROWS)
     blocks = -(-tokens // plan.tokens) * (2 if plan.split else 1)
-    if plan.stages:  # blocks that stay, as many as the device holds at once
+    if plan.stages:  # persistent blocks, as many as the device holds at once
         blocks = min(blocks, max(1, _processors(xs[0].device) * max(1, plan.min_blocks) // max(batch, 1)))
     return Launch(plan, (blocks, rows, -(-batch // max(rows, 1))), pack_numbers(xs, args, outs, norm, batch))
 
@@ -154,7 +154,7 @@ def plan_of(
 
 @contextmanager
 def tuned(tuning: Tuning) -> Iterator[None]:
-    """Calls inside, on any thread, have these choices, whatever was measured; what they launch is not remembered."""
+    """Calls inside, on any thread, use these choices instead of the measured ones; their launches are not kept."""
     global _forced
     before, _forced = _forced, tuning
     try:
@@ -164,9 +164,9 @@ def tuned(tuning: Tuning) -> Iterator[None]:
 
 
 def prepare(plans: Iterable[Plan], device: torch.device) -> None:
-    """Compiles the kernels of ``plans`` side by side, so that their first calls on ``device`` need not wait for it.
+    """Compiles the kernels of ``plans`` in parallel, so that their first calls on ``device`` do not wait.
 
-    One that fails is left to its first call, which says why.
+    A kernel that fails is compiled again by its first call, which raises the error.
     """
     _launcher().prepare(plans, device)
 
@@ -206,7 +206,7 @@ def _signature(call: Call) -> Signature:
 
 @functools.cache
 def _launcher() -> ModuleType:
-    """What needs the CUDA bindings, imported when the first call is made."""
+    """The module that needs the CUDA bindings, imported by the first call."""
     from . import cuda_launch
 
     return cuda_launch
@@ -244,7 +244,7 @@ def _is_even(call: Call) -> bool:
 
 def _fits_threads(call: Call) -> bool:
     signature = _signature(call)
-    threads = deal_threads(signature)
+    threads = distribute(signature)
     whole = signature.head_dim % threads.chunk == 0 and not (signature.half and sum(signature.pairs) % threads.chunk)
     one_warp = call.norm is None or call.norm.across_heads or threads.lanes <= WARP
     return whole and one_warp and threads.held <= MAX_HELD
@@ -270,12 +270,12 @@ def _why_no_device(device: torch.device) -> str | None:
 def _is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # the package that holds it
+    except ModuleNotFoundError:  # its parent package is not installed
         return False
 
 
 def _version(distribution: str) -> str | None:
-    """Version of a distribution, or None where its metadata is not there to tell."""
+    """Version of a distribution, or None without its metadata."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -31,17 +31,17 @@ class _Loaded:
 
 
 class _ThreadState(threading.local):
-    """Where a thread keeps the arguments of the launch it is making: the driver reads them while others run."""
+    """The arguments of a thread's launch: the driver reads them without Python's lock, while other threads launch."""
 
     def __init__(self) -> None:
         self._buffer = ctypes.create_string_buffer(ARGUMENTS_SIZE)
         self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(self._buffer))
-        devices = set[int]()  # whose context was current in this thread once
+        devices = set[int]()  # those whose context this thread has made current
         self.parts = memoryview(self._buffer).cast("B"), ctypes.addressof(self._parameters), devices
 
 
 _SPLIT = POINTERS.size
-# Once a kernel has faulted, every later call of the process gets its error.
+# After a kernel has faulted, every later call of the process returns its error.
 _FAULTS = (
     "ASSERT", "ECC_UNCORRECTABLE", "HARDWARE_STACK_ERROR", "ILLEGAL_ADDRESS", "ILLEGAL_INSTRUCTION",
     "INVALID_ADDRESS_SPACE", "INVALID_PC", "LAUNCH_FAILED", "LAUNCH_TIMEOUT", "MISALIGNED_ADDRESS", "UNKNOWN",
@@ -69,7 +69,7 @@ def run(launch: Launch, pointers: bytes, device: torch.device) -> None:
             run(launch, pointers, device)
         return
     arguments, parameters, devices = _state.parts
-    if index not in devices:  # a thread that has called nothing of CUDA yet has no context
+    if index not in devices:  # a new thread has no context
         with _explained(f"make the context of {device} current"):
             Device(index).set_current()
         devices.add(index)
@@ -83,7 +83,7 @@ def run(launch: Launch, pointers: bytes, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _explained(task: str) -> Iterator[None]:
-    """Says what an error of cuda-core or NVRTC got in the way of."""
+    """Names the task that an error of cuda-core or NVRTC has interrupted."""
     try:
         yield
     except Exception as error:
@@ -109,9 +109,9 @@ def compile_plan(plan: Plan, arch: str) -> bytes:
 
 
 def prepare(plans: Iterable[Plan], device: torch.device) -> None:
-    """Compiles and loads kernels, side by side on all cores: NVRTC runs without Python's lock.
+    """Compiles and loads kernels in parallel on all cores: NVRTC runs without Python's lock.
 
-    One that fails is left to its first call, which says why.
+    A kernel that fails is compiled again by its first call, which raises the error.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     arch = f"sm_{Device(index).arch}"
@@ -131,7 +131,7 @@ def _compile(plan: Plan, arch: str) -> ObjectCode:
 
 
 def _load(index: int, launch: Launch) -> int:
-    """The handle of a kernel on one device, compiled and loaded once, however many threads ask for it."""
+    """The handle of a kernel on one device, compiled and loaded once for all threads."""
     with _lock:
         loaded = _loaded.get((index, launch.plan))
         if loaded is None:
@@ -141,7 +141,7 @@ def _load(index: int, launch: Launch) -> int:
 
 
 def _compiled(index: int, plan: Plan) -> _Loaded:
-    """One kernel, compiled and loaded anew."""
+    """Compiles and loads one kernel."""
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{plan.operation} must be compiled before a CUDA graph is captured, got a first call with "
@@ -153,7 +153,7 @@ def _compiled(index: int, plan: Plan) -> _Loaded:
 
 
 def _on_device(index: int, plan: Plan, code: ObjectCode) -> _Loaded:
-    """Loads a kernel on the current device, with leave to have its dynamic shared memory."""
+    """Loads a kernel on the current device, and allows its dynamic shared memory."""
     kernel = code.get_kernel(plan.operation)
     loaded = _Loaded(kernel, int(kernel.handle))
     if plan.stage_bytes:

@@ -1,4 +1,4 @@
-"""What a CUDA kernel is compiled for: a struct of constants, and how a token is dealt to the threads of a block."""
+"""The constants that a CUDA kernel is compiled for, and the distribution of a token over the threads of a block."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .cuda_tuning import DEFAULT, LOADS, STORES, Tuned, Tuning
 from .gpu_calls import ACCESS_BYTES, power_of_two
 
 WARP = 32
-# More chunks than this many, and their weights, do not fit the registers of a thread.
+# More chunks, and their weights, do not fit the registers of a thread.
 MAX_HELD = 8
 # A block is no larger than this.
 MAX_THREADS = 512
@@ -44,41 +44,68 @@ def kernel_sources() -> Path:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The constants that a kernel is compiled for: the struct ``Plan`` of ``kernels/rope.cu``, field by field.
+class Traits:
+    """The part of a call that its kernel is compiled for, whatever is chosen.
 
     Attributes:
-        operation: the kernel's name, which profilers show.
         data, table: dtypes of the tensors and of the table.
         weights, biases: dtypes of the norm's weights and biases, one per tensor, or empty.
         heads: of each tensor, one or two.
         head_dim: channels of a head.
-        width: channels of a head that are read and written.
         pairs: channel pairs of each axis.
         half, exact: as in :class:`~dit_rope.rotation_args.RotationArgs`.
         norm: the norm before the rotation, or None.
-        own_angles: every head turns by angles of its own.
-        chunk: neighbouring channels that a thread owns.
-        access, weight_access: bytes of one memory access to data, and to weights and biases.
-        table_access: of one access to the table where every head has its own angles, else of one number.
-        lanes, rows, tokens: threads of a block along channels, heads and tokens.
-        min_blocks, late_weights, split, loads, stores, stages: as in
-            :class:`~dit_rope.rotation.backends.cuda_tuning.Tuning`.
+        own_angles: every head has its own cos and sin.
     """
 
-    operation: str
     data: torch.dtype
     table: torch.dtype
     weights: tuple[torch.dtype, ...]
     biases: tuple[torch.dtype, ...]
     heads: tuple[int, ...]
     head_dim: int
-    width: int
     pairs: tuple[int, ...]
     half: bool
     exact: bool
     norm: NormKind | None
     own_angles: bool
+
+
+@dataclass(frozen=True)
+class Signature(Traits):
+    """All of a call that the choice of a plan depends on. Calls of several signatures may share a plan, and a kernel.
+
+    Attributes:
+        skip_unrotated: unrotated tokens and channels are neither read nor written.
+        some_entries: only some batch entries rotate.
+        alignment, weight_alignment, table_alignment: bytes that every row of the data, of weights and biases, and of
+            the table is aligned to; of the table where every head has its own cos and sin, else 16.
+    """
+
+    skip_unrotated: bool
+    some_entries: bool
+    alignment: int
+    weight_alignment: int
+    table_alignment: int
+
+
+@dataclass(frozen=True)
+class Plan(Traits):
+    """The constants that a kernel is compiled for: the struct ``Plan`` of ``kernels/rope.cu``, field by field.
+
+    Attributes:
+        operation: the kernel's name, which profilers show.
+        width: channels of a head that are read and written.
+        chunk: neighbouring channels that one thread handles.
+        access, weight_access: bytes of one memory access to data, and to weights and biases.
+        table_access: of one access to the table where every head has its own cos and sin, else of one number.
+        lanes, rows, tokens: threads of a block along channels, heads and tokens.
+        min_blocks, late_weights, split, loads, stores, stages: as in
+            :class:`~dit_rope.rotation.backends.cuda_tuning.Tuning`.
+    """
+
+    operation: str
+    width: int
     chunk: int
     access: int
     weight_access: int
@@ -98,7 +125,7 @@ class Plan:
 
     @functools.cached_property
     def _hash(self) -> int:
-        """Found once: every launch looks its plan up, and hashing so many fields takes half a microsecond."""
+        """Computed once: every launch looks up its plan, and hashing so many fields takes half a microsecond."""
         return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     @functools.cached_property
@@ -132,9 +159,9 @@ class Plan:
         return "\n".join(lines)
 
     def _types(self) -> dict[str, torch.dtype]:
-        """The types of the struct; where there are no weights or biases, types that nothing is read by."""
-        given = self.weights or self.biases or (self.data,)
-        weights, biases = self.weights or given, self.biases or given
+        """The types of the struct; those of missing weights or biases are placeholders, which no code reads."""
+        placeholder = self.weights or self.biases or (self.data,)
+        weights, biases = self.weights or placeholder, self.biases or placeholder
         return {
             "Data": self.data,
             "Table": self.table,
@@ -172,38 +199,8 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Signature:
-    """What of a call a kernel is compiled for, before anything is chosen.
-
-    Attributes:
-        data, table, weights, biases, heads, head_dim, pairs, half, exact, norm, own_angles: as in :class:`Plan`.
-        skip_unrotated: what does not turn is neither read nor written.
-        some_entries: only some batch entries turn.
-        alignment, weight_alignment, table_alignment: bytes that every row of the data, of weights and biases, and of
-            the table is aligned to; of the table where every head has its own angles, else 16.
-    """
-
-    data: torch.dtype
-    table: torch.dtype
-    weights: tuple[torch.dtype, ...]
-    biases: tuple[torch.dtype, ...]
-    heads: tuple[int, ...]
-    head_dim: int
-    pairs: tuple[int, ...]
-    half: bool
-    exact: bool
-    norm: NormKind | None
-    own_angles: bool
-    skip_unrotated: bool
-    some_entries: bool
-    alignment: int
-    weight_alignment: int
-    table_alignment: int
-
-
-@dataclass(frozen=True)
 class Threads:
-    """How the channels and heads of one token are dealt to threads; ``held`` chunks of all tensors to each."""
+    """The distribution of one token's channels and heads over threads; each holds ``held`` chunks of all tensors."""
 
     chunk: int
     width: int
@@ -214,25 +211,15 @@ class Threads:
 
 @functools.lru_cache(maxsize=4096)
 def plan_for(signature: Signature, tuning: Tuning = DEFAULT) -> Plan:
-    """The plan of every call with this signature: one object for equal ones. It has of ``tuning`` what it can use."""
+    """The plan of every call with this signature, one object for equal ones. It ignores the choices it cannot use."""
     tuning = _usable(tuning, signature)
-    threads = deal_threads(signature, tuning)
+    threads = distribute(signature, tuning)
     norm, data = signature.norm, signature.data
     parameters = signature.weights + signature.biases or (data,)
     return Plan(
+        **{field.name: getattr(signature, field.name) for field in fields(Traits)},
         operation="shift" if signature.some_entries else "rotate" if norm is None else "norm_rotate",
-        data=data,
-        table=signature.table,
-        weights=signature.weights,
-        biases=signature.biases,
-        heads=signature.heads,
-        head_dim=signature.head_dim,
         width=threads.width,
-        pairs=signature.pairs,
-        half=signature.half,
-        exact=signature.exact,
-        norm=norm,
-        own_angles=signature.own_angles,
         chunk=threads.chunk,
         access=min(signature.alignment, threads.chunk * data.itemsize),
         weight_access=min(signature.weight_alignment, threads.chunk * min(dtype.itemsize for dtype in parameters)),
@@ -250,7 +237,7 @@ def plan_for(signature: Signature, tuning: Tuning = DEFAULT) -> Plan:
 
 
 def tuned_shape(signature: Signature, device: str) -> Tuned:
-    """What the choices for this signature are measured by, on a device of that name."""
+    """The key of the measured choices for this signature, on a device of that name."""
     if signature.norm is not None:
         operation = "norm across heads" if signature.norm.across_heads else "norm per head"
     else:
@@ -259,7 +246,7 @@ def tuned_shape(signature: Signature, device: str) -> Tuned:
 
 
 def _usable(tuning: Tuning, signature: Signature) -> Tuning:
-    """Without the choices that mean nothing to such a call, or that it must not have."""
+    """``tuning`` without the choices that such a call cannot use."""
     across = signature.norm is not None and signature.norm.across_heads
     split = tuning.split and len(signature.heads) == 2 and len(set(signature.heads)) == 1
     split = split and len(set(signature.weights)) < 2 and len(set(signature.biases)) < 2
@@ -273,17 +260,17 @@ def _usable(tuning: Tuning, signature: Signature) -> Tuning:
     )
 
 
-def deal_threads(signature: Signature, tuning: Tuning = DEFAULT) -> Threads:
-    """Deals out a token so that each thread holds few chunks, of which it loads all before it stores one."""
+def distribute(signature: Signature, tuning: Tuning = DEFAULT) -> Threads:
+    """Distributes a token so that each thread holds few chunks: it loads all of them before it stores one."""
     half, norm, pairs = signature.half, signature.norm, sum(signature.pairs)
     heads = signature.heads[:1] if tuning.split else signature.heads
     chunk = _chunk(signature)
     width = -(-2 * pairs // chunk) * chunk if signature.skip_unrotated else signature.head_dim
-    # In half pairing every lane owns two chunks, those of the channels that do not turn too.
+    # In half pairing every lane has two chunks, of unrotated channels too.
     lanes = pairs // chunk + -(-(width - 2 * pairs) // (2 * chunk)) if half else width // chunk
     if norm is not None and not norm.across_heads:
         lanes = power_of_two(lanes)
-    # Heads that a block works on at once: few enough threads that each holds as many chunks as it should.
+    # Threads along heads: the fewest with which none holds more chunks than wanted.
     limit = max(1, MAX_THREADS // lanes)
     for rows in range(1, limit + 1):
         held = (2 if half else 1) * sum(-(-count // rows) for count in heads)
@@ -308,7 +295,7 @@ def _chunk(signature: Signature) -> int:
 
 
 def _table_access(signature: Signature, pairs: int) -> int:
-    """Bytes of one access to the table by a lane of so many ``pairs``, all of them of one axis."""
+    """Bytes of one access to the table by a lane of ``pairs`` pairs, all of one axis."""
     size = signature.table.itemsize
     if not signature.own_angles:
         return size
@@ -317,9 +304,9 @@ def _table_access(signature: Signature, pairs: int) -> int:
 
 
 def _most_threads(signature: Signature) -> int:
-    """Threads of a block of several tokens at most: few where each takes many registers, so that an SM holds several.
+    """Most threads of a block of several tokens: few where each takes many registers, so that several fit an SM.
 
-    A LayerNorm keeps weights and biases, and angles of their own take as many registers as the heads they turn.
+    A LayerNorm keeps weights and biases, and the cos and sin of each head take as many registers as its channels.
     """
     heavy = signature.own_angles or (signature.norm is not None and signature.norm.centred)
     return MAX_THREADS // 2 if heavy else MAX_THREADS

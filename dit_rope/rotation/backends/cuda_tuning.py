@@ -1,7 +1,7 @@
-"""Choices of the CUDA kernel that change its speed and not its result, and which are fastest where it was measured.
+"""Choices of the CUDA kernel that change its speed and not its result, and the fastest ones where it was measured.
 
 ``cuda_tuning.json`` holds the choices by device and shape. ``scripts/gpu_checks/write_cuda_tuning.py`` writes it from
-what ``scripts/gpu_checks/sweep.py`` has measured; what it does not name keeps the defaults of :class:`Tuning`.
+what ``scripts/gpu_checks/sweep.py`` has measured; choices that it does not name have the defaults of :class:`Tuning`.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ FILE = Path(__file__).with_suffix(".json")
 
 @dataclass(frozen=True)
 class Tuning:
-    """One value for every choice. A plan leaves out what its call cannot use.
+    """One value for every choice. A plan ignores the choices that its call cannot use.
 
     Attributes:
         thread_chunks: chunks of 16 bytes that a thread holds: as many loads are under way before its first store.
         min_threads: a block is as small as one token needs, but no smaller than this.
         min_blocks: blocks that an SM must hold at once, for which the compiler saves registers; 0 leaves it free. With
             ``stages``, as many blocks are launched for each SM.
-        late_weights: of a norm across heads: each head's weights are read before it is written, not held from the
-            start.
-        split: queries and keys in blocks of their own.
-        loads: what the caches do with queries and keys that are read, one of :data:`LOADS`.
-        stores: and with what is written, one of :data:`STORES`.
-        stages: of a norm across heads: blocks stay, and bulk copies bring this many tokens ahead into shared memory;
-            0 launches a block for every token. Needs compute capability 9.0.
+        late_weights: for a norm across heads: each head's weights are read just before it is written, not held from
+            the start.
+        split: a block handles queries or keys, not both.
+        loads: cache policy of reads of queries and keys, one of :data:`LOADS`.
+        stores: cache policy of writes, one of :data:`STORES`.
+        stages: for a norm across heads: blocks are persistent, and bulk copies prefetch this many tokens into shared
+            memory; 0 launches a block for every token. Needs compute capability 9.0.
     """
 
     thread_chunks: int = 4
@@ -53,7 +53,7 @@ DEFAULT = Tuning()
 
 @dataclass(frozen=True)
 class Tuned:
-    """What choices were measured for: a device by its name, an operation, heads of each tensor, and their channels.
+    """The key of measured choices: a device by its name, an operation, heads of each tensor, and their channels.
 
     ``operation`` is ``"rotate"``, ``"rotate in place"``, ``"norm per head"`` or ``"norm across heads"``; ``itemsize``
     the bytes of a channel.
@@ -67,7 +67,7 @@ class Tuned:
 
 
 def tuning_for(tuned: Tuned) -> Tuning:
-    """What was fastest there, or the defaults where nothing was measured."""
+    """The fastest choices measured there, or the defaults without a measurement."""
     return _measured().get(tuned, DEFAULT)
 
 
@@ -86,7 +86,7 @@ def read(entries: list[dict[str, Any]]) -> dict[Tuned, Tuning]:
     """The table that ``cuda_tuning.json`` holds, one entry for each :class:`Tuned` with the choices that differ.
 
     Raises:
-        ValueError: an entry has an unknown member, a value that is none of the choices, or was there before.
+        ValueError: an entry has an unknown member or choice, or stands twice.
     """
     table: dict[Tuned, Tuning] = {}
     names = {field.name for field in fields(Tuned)}

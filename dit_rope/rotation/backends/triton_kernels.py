@@ -1,6 +1,6 @@
 """The rotation, and a norm with rotation, as one Triton launch: NVIDIA, AMD and Intel GPUs, or Triton's interpreter.
 
-This module decides whether Triton can take a call, and turns the call into the arguments of the one kernel in
+This module decides whether Triton can take a call, and packs the call into the arguments of the one kernel in
 :mod:`dit_rope.rotation.backends.triton_device`, which is imported, with Triton, on first use.
 """
 
@@ -106,8 +106,8 @@ def launch_arguments(
 ) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """Size of the grid, arguments and compile options of the kernel for one call; the call is not validated.
 
-    Everything that varies with length, position or address is a run-time argument; what Triton compiles for is the
-    constants alone, the dtypes, and whether the pointers are 16-byte aligned.
+    Everything that varies with length, position or address is a run-time argument: Triton compiles for the constants,
+    the dtypes, and whether the pointers are 16-byte aligned.
     """
     tokens, dim = xs[0].shape[1], xs[0].shape[3]
     skip_unrotated = skips_unrotated(xs, outs, norm)
@@ -150,9 +150,9 @@ def _has_triton() -> bool:
 
 @functools.cache
 def cache_problem() -> str | None:
-    """Why machine code that Triton keeps on disk must not be run: others may have put it there, and Triton runs it.
+    """Why Triton's cache on disk is unsafe, or None: Triton runs the machine code in it, which others may have written.
 
-    A folder that does not exist yet is made for the user alone.
+    Makes a folder that does not exist yet, for the user alone.
     """
     if not hasattr(os, "geteuid"):  # Windows
         return None
@@ -160,20 +160,20 @@ def cache_problem() -> str | None:
     try:
         folder = folder.expanduser()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except (OSError, RuntimeError):  # what cannot be made or found holds no code; Triton says so itself
+        status = folder.stat()
+    except (OSError, RuntimeError):  # a folder that cannot be made holds no code, and Triton reports it
         return None
-    strangers = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and found.st_gid != os.getegid())
-    if found.st_uid in (os.geteuid(), 0) and not strangers:
+    writable = status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and status.st_gid != os.getegid())
+    if status.st_uid in (os.geteuid(), 0) and not writable:
         return None
     return (
         f"Triton's cache folder must belong to this user, and others must not write to it, got {folder} of user "
-        f"{found.st_uid} with mode {stat.S_IMODE(found.st_mode):o}; set TRITON_CACHE_DIR to a private folder"
+        f"{status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}; set TRITON_CACHE_DIR to a private folder"
     )
 
 
 def _interpreting() -> bool:
-    """Whether the kernels run in Triton's interpreter; looks at the kernel, made when the module was imported."""
+    """Whether the kernels run in Triton's interpreter, as decided when their module was imported."""
     if not os.environ.get("TRITON_INTERPRET"):
         return False
     from triton import JITFunction
@@ -200,8 +200,8 @@ def _tile(xs: Sequence[torch.Tensor], args: RotationArgs, width: int, norm: Norm
     Every lane has 16 bytes of a row; a row read in two halves takes half as many lanes.
 
     Rotation and norm per head: 4 warps along tokens, so that a thread has the cos and sin of a single token, and 4
-    accesses of a thread in flight (4 heads, or 2 of half pairing, which reads two parts of each, or of heads with their
-    own angles, which are read too). At the 64 registers of the plain rotation 8 programs share a multiprocessor, with
+    accesses of a thread in flight (4 heads; 2 in half pairing, which reads two parts of each, and 2 with a table for
+    each head, which is read too). At the 64 registers of the plain rotation 8 programs share a multiprocessor, with
     64 kB in flight, twice what covers memory's latency.
 
     Norm across heads: a program has all heads of a token, in parts of 8 (or 4, where 8 would pad the heads by more),
@@ -227,7 +227,7 @@ def _tile(xs: Sequence[torch.Tensor], args: RotationArgs, width: int, norm: Norm
 def _tensors(
     xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor], norm: Norm | None
 ) -> dict[str, Any]:
-    """The tensors that the kernel reads and writes, None for those that a call does not have."""
+    """The tensors that the kernel reads and writes, None for those that a call lacks."""
     weights, biases = (norm.weights, norm.biases) if norm else ((), ())
     tensors: dict[str, Any] = {"rows": args.rows, "positions": args.positions, "entries": args.entries}
     for i, name in enumerate("qk"):
@@ -251,7 +251,7 @@ def _tensor_arguments(xs: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], 
 
 
 def _table_arguments(args: RotationArgs, tokens: int) -> dict[str, Any]:
-    """Where the angles of a token are: the tables, the positions or the grid, and which tokens turn."""
+    """The rows of each token: the tables, the positions or the grid, and which tokens rotate."""
     strides: tuple[int, ...] = (0, 0, 0)
     firsts, spans = [0] * MAX_AXES, [1] * MAX_AXES
     token_offset = 0  # with positions it may be too large for the kernel, which ignores it
@@ -278,7 +278,7 @@ def _table_arguments(args: RotationArgs, tokens: int) -> dict[str, Any]:
 
 
 def _entry_arguments(args: RotationArgs, batch: int) -> dict[str, Any]:
-    """Which of the ``batch`` entries of the tensors turn."""
+    """Which of the ``batch`` entries of the tensors rotate."""
     return {
         "entries_batch": 0 if args.entries is None else args.entries.stride(0),
         "entry_count": batch,
