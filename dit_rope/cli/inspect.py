@@ -12,7 +12,7 @@ import typer
 
 from .. import patching
 from ..adapters import UnsupportedModelError, adapter_named
-from ..hooks.report import declared
+from ..hooks.report import describe_adapter
 from ..models import ADAPTERS
 from .checkout import from_checkout
 
@@ -38,10 +38,10 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Print what dit_rope.patch would replace in a model, and what it would leave alone and why.
+    """Print what dit_rope.patch would replace in a model, and what it would not patch and why.
 
     Reads configurations only: the model is built without weights, on torch's meta device. The name of a class needs no
-    folder; it prints what dit_rope declares for it.
+    folder; it prints the adapter of the class.
 
     With --plot it also draws the model's frequencies on the axes of a grid, what they make of distance, which tokens
     each rank of a sharded grid holds, and the memory of the tables; for a class, of its default configuration.
@@ -52,7 +52,7 @@ def run(
     if plot is not None:
         picture = from_checkout("benchmarks.inspect_plot", "inspect --plot").Picture(plot, grid, ranks, scaling or [])
     if model.isidentifier() and not Path(model).exists():
-        typer.echo(_declared(model))
+        typer.echo(_adapter_text(model))
         if picture is not None:
             picture.draw_class(model)
         return
@@ -67,9 +67,9 @@ def run(
         picture.draw_model(model)
 
 
-def _declared(name: str) -> str:
+def _adapter_text(name: str) -> str:
     try:
-        return declared(adapter_named(name))
+        return describe_adapter(adapter_named(name))
     except UnsupportedModelError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error

@@ -23,6 +23,7 @@ from .adapter import AttentionRotation, CastTo, Layout
 from .class_override import INSTALLED, Installed, Override, copy_of, unpatched_class, unpatched_method
 from .heads import as_given, as_heads, fits, rotate_heads
 from .known_code import Guard, guard_of
+from .log import log_not_patched
 from .packed_tables import Align, UnfitTable
 from .rotating_norms import DTYPES, AttentionSettings, RotatedCall, rotating_modules, why_incomplete
 
@@ -69,13 +70,15 @@ def _rotated_call(
 ) -> Any:
     """The call with rotating norms, or with a rotating function; _LEFT where the model's own code has to run."""
     holder = attn if processor is None else processor
-    if why_unknown(holder, guard, settings.rotations) or why_incomplete(attn, settings.rotations):
-        return _LEFT
-    run = _with_rotating_norms if settings.rotations.norms else _with_rotating_function
-    try:
-        return run(processor, attn, guard, settings, args, kwargs)
-    except UnfitTable:
-        return _LEFT
+    reason = why_unknown(holder, guard, settings.rotations) or why_incomplete(attn, settings.rotations)
+    if reason is None:
+        run = _with_rotating_norms if settings.rotations.norms else _with_rotating_function
+        try:
+            return run(processor, attn, guard, settings, args, kwargs)
+        except UnfitTable:
+            reason = "its tables, dtypes or gradients do not allow it in this call"
+    log_not_patched(settings.name, reason, settings.logged)
+    return _LEFT
 
 
 def why_unknown(holder: Any, guard: Guard, declared: AttentionRotation) -> str | None:

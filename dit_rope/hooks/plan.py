@@ -34,11 +34,14 @@ from .class_override import (
 )
 from .forward_pass import BeginPass, EndPass
 from .known_code import guard_of
+from .log import log_not_patched
 from .rope_modules import MemoizedMethod, RopeOverride, TableSettings, why_not_memoized
 from .rotating_norms import AttentionSettings, rotating_modules, why_incomplete
 
 # Names under which wrappers hold the module that they wrap: torch.compile, activation checkpointing, FSDP and DDP.
 _WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+_BYPASSED = "another library has replaced its forward"
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class TablesPlan:
         """The class name that the object has without a patch."""
         return unpatched_class(self.target).__name__
 
-    def why_left(self, patched: bool = False) -> str | None:
+    def why_not_patched(self, patched: bool = False) -> str | None:
         """Why the object's own code builds its tables in every forward pass; None where they are memoized.
 
         ``patched`` tells whether an override should be in place.
@@ -102,7 +105,7 @@ class RotationPlan:
         """Names and modules of the norms and projections that rotate."""
         return [(name, getattr(self.attention, name)) for name in self.names]
 
-    def why_left(self, patched: bool) -> str | None:
+    def why_not_patched(self, patched: bool) -> str | None:
         """Why the model's own code rotates here; ``patched`` tells whether an override should be in place."""
         declared, holder = self.rotations, self.holder
         if holder is None:
@@ -114,7 +117,7 @@ class RotationPlan:
         if reason is not None:
             return reason
         if not declared.processors and is_bypassed(holder):
-            return "another library has replaced its forward"
+            return _BYPASSED
         if patched and not installed(self.attention):
             return "it was replaced after the patch; undo it and patch again"
         if patched and not isinstance(holder, Override):
@@ -156,7 +159,7 @@ class PatchPlan:
                 f"scaling must be None for {self.adapter.model_class}, which builds its own tables, "
                 f"got {options.scaling!r}"
             )
-        reason = grid.why_left()
+        reason = grid.why_not_patched()
         if reason is not None:
             raise ValueError(
                 f"scaling must be None where dit_rope does not know the code that builds tables, got "
@@ -177,20 +180,24 @@ class PatchPlan:
             self._apply_tables(each, scaled, options)
         fuses_norm = options.fuse is Fusion.NORM_AND_ROTATION
         for rotation in self.rotations:
-            settings = AttentionSettings(rotation.rotations, options.exact, options.backend, fuses_norm)
+            path = f"{self.name}.{plain_path(rotation.path)}"
+            settings = AttentionSettings(rotation.rotations, options.exact, options.backend, fuses_norm, path)
             install_rotation(rotation.attention, settings, self.state)
         install(self.model, None, self.state)
         add_hooks(self.model, BeginPass(prepare_attention), EndPass())
 
     def _apply_tables(self, each: TablesPlan, scaled: RopeSpec | None, options: Options) -> None:
         tables, target = each.tables, each.target
-        if each.why_left() is not None:
+        reason = each.why_not_patched()
+        if reason is not None:
+            log_not_patched(f"{self.name}.{tables.path or tables.method}", reason, set())
             return
         parameters = tuple(inspect.signature(getattr(target, tables.method)).parameters)
         axes = tables.axes
         spec = None if axes is None else axes.spec(target)
         choose = options.scaling if axes is not None and callable(options.scaling) else None
-        settings = TableSettings(tables, parameters, spec, scaled if axes is not None else None, choose)
+        path = f"{self.name}.{tables.path or tables.method}"
+        settings = TableSettings(tables, parameters, spec, scaled if axes is not None else None, choose, name=path)
         if tables.path:
             _override(target, RopeOverride, settings, self.state, tables.method)
         elif tables.method not in vars(target):
@@ -221,7 +228,9 @@ def install_rotation(attention: Any, settings: AttentionSettings, state: PatchSt
     if settings.rotations.processors:
         install(attention, settings, state)
         adopt_processor(attention)
-    elif not is_bypassed(attention):
+    elif is_bypassed(attention):
+        log_not_patched(settings.name, _BYPASSED, settings.logged)
+    else:
         _override(attention, AttentionOverride, settings, state, "forward")
 
 
@@ -232,7 +241,10 @@ def adopt_processor(attention: Any) -> None:
     if record is None or processor is None or not isinstance(record.settings, AttentionSettings):
         return
     cls = unpatched_class(processor)
-    if why_unknown(processor, guard_of(cls, "__call__"), record.settings.rotations) is None:
+    reason = why_unknown(processor, guard_of(cls, "__call__"), record.settings.rotations)
+    if reason is not None:
+        log_not_patched(record.settings.name, reason, record.settings.logged)
+    else:
         for state in record.states:
             _override(processor, ProcessorOverride, None, state, "__call__")
         _register(type(processor), cls)

@@ -1,4 +1,4 @@
-"""What a patch replaces and what it leaves alone, in words."""
+"""What a patch replaces, and what it does not patch and why, in words."""
 
 from __future__ import annotations
 
@@ -16,56 +16,57 @@ from .plan import Options, PatchPlan, RotationPlan, plain_path
 from .rope_modules import reads_axes
 
 
-def declared(adapter: ModelAdapter) -> str:
-    """What a patch of this class would replace, without a model to look at."""
+def describe_adapter(adapter: ModelAdapter) -> str:
+    """What a patch of this class would replace, without a model."""
     lines = [adapter.model_class]
-    lines += [f"  {place_of(tables)}: {builder_of(tables)}, {tables_of(tables)}" for tables in adapter.tables]
+    lines += [f"  {place_of(tables)}: {' or '.join(tables.builders)}, {tables_of(tables)}" for tables in adapter.tables]
     lines += [f"  {each.attention}: {rotates_in(each, tuple(each.norms))}" for each in adapter.rotations]
-    return "\n".join([*lines, *(f"  left alone: {sentence}" for sentence in adapter.not_patched)])
+    return "\n".join([*lines, *map(_not_patched, adapter.not_patched)])
+
+
+def _not_patched(text: str) -> str:
+    return f"  not patched: {text}"
 
 
 def place_of(tables: ModelTables) -> str:
-    """Path of the object that builds tables, or the name of the model's own method."""
+    """Path of the object that builds tables, or the name of the method if that is the model itself."""
     return tables.path or tables.method
 
 
-def builder_of(tables: ModelTables) -> str:
-    """The class names that build tables."""
-    return " or ".join(tables.builders)
-
-
 def tables_of(tables: ModelTables, by_axis: bool | None = None) -> str:
-    """What happens to the tables of one object; ``by_axis`` tells what kernels read of the last, if there were any."""
-    memoized = "tables memoized, the model's own"
+    """What happens to the tables of one object.
+
+    ``by_axis`` tells whether kernels read axis tables instead of the last dense tables; None if none were built.
+    """
     if tables.axes is None:
-        return memoized
+        return "tables memoized"
     if by_axis is False:
-        return f"{memoized}; kernels read a row for each token, as the last ones are not what arrays of axes expand to"
-    where = "" if by_axis else ", where these expand to them bit for bit"
-    return f"{memoized}; kernels read a small array for each axis, of the same values{where}"
+        return "tables memoized; kernels read a row per token, because the last tables differ from those of a grid"
+    where = "" if by_axis else ", if these expand to the model's tables bit for bit"
+    return f"tables memoized; kernels read a small array per axis{where}"
 
 
-def rotates_in(rotations: AttentionRotation, names: Sequence[str]) -> str:
-    """Where the queries and keys of one kind of attention module rotate: in its modules ``names``, if any."""
-    alone = "" if rotations.format.exact else ", in fast mode only: in exact mode the rotation is left to the model"
+def rotates_in(rotation: AttentionRotation, names: Sequence[str]) -> str:
+    """Where queries and keys of one kind of attention module rotate: in its modules ``names``, if there are any."""
+    mode = "" if rotation.format.exact else " in fast mode; in exact mode the model rotates"
     if not names:
-        assert rotations.replaced_function is not None
-        return f"{rotations.replaced_function.name} rotates in one pass{alone}"
-    together = ", ".join(names)
-    return f"{together} {'norm and rotate' if 'norm' in together else 'project and rotate'}{alone}"
+        assert rotation.replaced_function is not None
+        return f"{rotation.replaced_function.name} rotates in one pass{mode}"
+    modules = ", ".join(names)
+    return f"{modules} {'norm and rotate' if 'norm' in modules else 'project and rotate'}{mode}"
 
 
 def _scaling_of(scaling: Scalings | Callable[[], Scalings]) -> str:
     if callable(scaling):
         name = getattr(scaling, "__qualname__", type(scaling).__name__)
-        return f"what {name} returns, asked once in every forward pass"
+        return f"what {name} returns, called once in every forward pass"
     if scaling is None or isinstance(scaling, Scaling):
         return f"{scaling or 'none'} on every axis"
-    return ", ".join(f"{one or 'none'} on axis {axis}" for axis, one in enumerate(scaling))
+    return ", ".join(f"{value or 'none'} on axis {axis}" for axis, value in enumerate(scaling))
 
 
 def describe(plan: PatchPlan, options: Options) -> str:
-    """What is replaced in one model at this moment, the arithmetic and backend, and what is left alone and why."""
+    """What is replaced in one model at this moment, the arithmetic and backend, and what is not patched and why."""
     plan = plan.now()
     patched = plan.state.active and bool(plan.state.objects)
     undone = "" if plan.state.active else " (undone)"
@@ -74,56 +75,59 @@ def describe(plan: PatchPlan, options: Options) -> str:
         *_tables(plan, options, patched),
         *_rotations(plan, patched),
     ]
-    if any(each.why_left(patched) is None for each in plan.rotations):
+    if any(each.why_not_patched(patched) is None for each in plan.rotations):
         lines += [
             f"  arithmetic: {_arithmetic(options)}",
             f"  fused: {_fused(plan, options)}",
             f"  backend on {_device(plan)}: {_backend(_device(plan), options)}",
         ]
     if options.fuse is Fusion.NOTHING:
-        lines.append("  left alone: norm and rotation of queries and keys, as fuse asks")
+        lines.append(_not_patched("norm and rotation of queries and keys, because fuse is Fusion.NOTHING"))
     if options.scaling is not None:
         lines.append(f"  frequencies scaled: {_scaling_of(options.scaling)}")
-    under_compile = "all of it" if options.scaling is None else "all but the scaled tables"
-    lines.append(f"  left alone under torch.compile: {under_compile}, because the compiler fuses the model's own code")
+    compiled = "everything" if options.scaling is None else "everything but the scaled tables"
+    lines.append(f"  not patched under torch.compile: {compiled}, because the compiler fuses the model's own code")
     lines.append(
-        "  left alone under torch.func, dual numbers and jit tracing: all of it, because kernels have no tangents"
+        "  not patched under torch.func, dual numbers and jit tracing: everything, because kernels have no tangents"
     )
-    lines += _elsewhere(plan)
-    return "\n".join([*lines, *(f"  left alone: {sentence}" for sentence in plan.adapter.not_patched)])
+    return "\n".join([*lines, *_elsewhere(plan), *map(_not_patched, plan.adapter.not_patched)])
 
 
 def _tables(plan: PatchPlan, options: Options, patched: bool) -> Iterator[str]:
     """A line for each object that builds tables."""
     for each in plan.tables:
-        reason = each.why_left(patched)
-        what = tables_of(each.tables, reads_axes(each.target))
+        reason = each.why_not_patched(patched)
+        text = tables_of(each.tables, reads_axes(each.target))
         if reason is not None:
-            what = f"left alone, its tables are built in every forward pass: {reason}"
+            text = f"not patched, builds its tables in every forward pass: {reason}"
         elif options.scaling is not None and each.tables.axes is not None:
-            what = "tables memoized, scaled; kernels read a small array for each axis"
-        yield f"  {place_of(each.tables)}: {each.builder}, {what}"
+            text = "tables memoized, scaled; kernels read a small array per axis"
+        yield f"  {place_of(each.tables)}: {each.builder}, {text}"
 
 
 def _rotations(plan: PatchPlan, patched: bool) -> Iterator[str]:
-    """A line or two for each kind of attention module: where it rotates, or why the model does."""
+    """A line or two for each kind of attention module: where it rotates, or why it is not patched."""
     kinds: dict[tuple[str, tuple[str, ...], str | None], list[RotationPlan]] = {}
     for each in plan.rotations:
         stem = re.sub(r"\.\d+(?=\.|$)", ".*", plain_path(each.path))
-        kinds.setdefault((stem, tuple(each.names), each.why_left(patched)), []).append(each)
-    for (stem, names, reason), found in kinds.items():
-        which = f"{stem}, {len(found)} of them"
+        kinds.setdefault((stem, tuple(each.names), each.why_not_patched(patched)), []).append(each)
+    for (stem, names, reason), plans in kinds.items():
+        place = f"{stem} ({_count(len(plans), 'module')})"
         if reason is not None:
-            yield f"  left alone: {which}, where the model rotates: {reason}"
+            yield _not_patched(f"{place}, where the model rotates: {reason}")
             continue
-        yield f"  {which}: {rotates_in(found[0].rotations, names)}"
-        watched = sum(not makes_fresh_results(getattr(each.attention, name)) for each in found for name in names)
-        if watched:
-            yield f"  {which}: {watched} of their modules are hooked or unknown, run by themselves, and rotate after it"
+        yield f"  {place}: {rotates_in(plans[0].rotations, names)}"
+        slow = sum(not makes_fresh_results(getattr(each.attention, name)) for each in plans for name in names)
+        if slow:
+            yield f"  {place}: {_count(slow, 'hooked or unknown norm')}, which rotate in a second pass"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _elsewhere(plan: PatchPlan) -> Iterator[str]:
-    """A line for attention modules of the same classes that are not where a patch knows them to rotate."""
+    """A line for attention modules of the same classes at paths that the adapter does not name."""
     known = {id(each.attention) for each in plan.rotations}
     classes = {each.attention_class for each in plan.adapter.rotations if each.norms}
     others = [
@@ -131,18 +135,18 @@ def _elsewhere(plan: PatchPlan) -> Iterator[str]:
         for path, module in plan.model.named_modules()
         if id(module) not in known and unpatched_class(module).__name__ in classes
     ]
+    count = _count(len(others), "attention module")
     if others and plan.rotations:
-        yield f"  left alone: {len(others)} attention modules, which do not rotate"
+        yield _not_patched(f"{count} without rotary embedding")
     elif others:
-        yield (
-            f"  left alone: {len(others)} attention modules, such as {others[0]}, which are not where dit_rope knows "
-            "them to be: are their blocks wrapped?"
+        yield _not_patched(
+            f"{count} at other paths than dit_rope knows, such as {others[0]}; unwrap their blocks and patch again"
         )
 
 
 def _arithmetic(options: Options) -> str:
     same = "bitwise equal to unpatched" if options.scaling is None else "rounded as unpatched"
-    exact = f"exact ({same}; the model's own rotation where gradients are wanted)"
+    exact = f"exact ({same}; the model's own rotation if gradients are wanted)"
     fast = "fast (float32, rounded once)"
     if options.exact is None:
         return f"{exact} on CPU, {fast} elsewhere"
@@ -152,7 +156,7 @@ def _arithmetic(options: Options) -> str:
 def _fused(plan: PatchPlan, options: Options) -> str:
     """What happens in one pass."""
     if options.fuse is Fusion.ROTATION:
-        return "rotation, as fuse asks; norms are the model's own"
+        return "rotation, because fuse is Fusion.ROTATION; norms are the model's own"
     if not any("norm" in name for each in plan.rotations for name in each.names):
         return "rotation; there is no norm before it"
     if options.exact:
@@ -162,7 +166,7 @@ def _fused(plan: PatchPlan, options: Options) -> str:
 
 def _device(plan: PatchPlan) -> torch.device:
     device = next(plan.model.parameters()).device
-    if device.type == "meta":  # a model without weights, which would be loaded to where this machine computes
+    if device.type == "meta":  # a model without weights: assume the device on which this machine would run it
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return device
 

@@ -27,6 +27,7 @@ from .adapter import AxisTables, ForwardGrid, ModelTables
 from .class_override import INSTALLED, Installed, Override, unpatched_class, unpatched_method
 from .formats import AXES
 from .known_code import guard_of
+from .log import log_not_patched
 from .packed_tables import PackedTable, axis_rows, know, know_axis_form
 from .table_keys import Unkeyed, parts_of
 
@@ -62,6 +63,8 @@ class TableSettings:
     scaled: RopeSpec | None = None
     choose: Callable[[], Scalings] | None = None
     token: _Token = field(default_factory=_Token)
+    name: str = ""
+    logged: set[str] = field(default_factory=set, repr=False)
 
     @property
     def scales(self) -> bool:
@@ -160,12 +163,17 @@ def _memoized(
 ) -> Any:
     """What ``own``, a method of ``target``, returns, in containers of the caller's own."""
     tables = settings.tables
-    if in_mode() or in_transform() or _capturing() or why_not_memoized(target, tables) is not None:
+    if in_mode() or in_transform() or _capturing():
+        return own(*args, **kwargs)
+    reason = why_not_memoized(target, tables)
+    if reason is not None:
+        log_not_patched(settings.name, reason, settings.logged)
         return own(*args, **kwargs)
     held: list[torch.Tensor] = []
     try:
         parts = parts_of(target, tables, settings.parameters, args, kwargs, held)
     except Unkeyed:
+        log_not_patched(settings.name, "its tables depend on values that cannot be a cache key", settings.logged)
         with torch.inference_mode(False):
             result = own(*args, **kwargs)
         know([leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)])

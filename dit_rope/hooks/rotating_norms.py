@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,12 +22,17 @@ DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 @dataclass(frozen=True, eq=False)
 class AttentionSettings:
-    """How one attention module is patched, as :func:`dit_rope.patch` was asked: kept on the module itself."""
+    """How one attention module is patched, by the arguments of :func:`dit_rope.patch`: kept on the module itself.
+
+    ``name`` is its path for the log, ``logged`` holds the reasons that were logged.
+    """
 
     rotations: AttentionRotation
     exact: bool | None
     backend: str
     fuses_norm: bool
+    name: str = ""
+    logged: set[str] = field(default_factory=set, repr=False)
 
     def is_exact(self, device: torch.device) -> bool:
         """Whether this module rotates with the roundings of the model's own code on ``device``."""

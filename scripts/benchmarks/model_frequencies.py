@@ -125,7 +125,7 @@ def frequencies_of(model: Any, adapter: ModelAdapter, sizes: Sizes, scaling: Sca
         raise ValueError(f"scaling must be left out for {adapter.model_class}, which builds its own tables")
     form = adapter.rotations[0].format if adapter.rotations else None
     if form is None:
-        raise ValueError(f"{adapter.model_class} must have a rotation that dit_rope knows, and is left alone")
+        raise ValueError(f"{adapter.model_class} must have a rotation that dit_rope knows, got none")
     if min(sizes[1:]) < 2:
         raise ValueError(
             f"grid must have 2 tokens or more along height and width for {adapter.model_class}, got {sizes}"

@@ -67,7 +67,7 @@ def _kinds(adapter: ModelAdapter) -> dict[tuple[str, bool], None]:
 
 
 def _rotates(adapter: ModelAdapter) -> str:
-    return "; ".join(kind if exact else f"{kind}, fast mode only" for kind, exact in _kinds(adapter)) or "left alone"
+    return "; ".join(kind if exact else f"{kind}, fast mode only" for kind, exact in _kinds(adapter)) or "not patched"
 
 
 def _one_pass(adapter: ModelAdapter) -> str:

@@ -187,7 +187,7 @@ def test_frequencies_of_wan_give_the_tables_of_its_rope_module():
         ("LTX2VideoTransformer3DModel", "takes coords"),
         ("StableAudio3DiTModel", "takes seq_len"),
         ("AllegroTransformer3DModel", "it is handed them"),
-        ("SanaVideoTransformer3DModel", "is left alone"),
+        ("SanaVideoTransformer3DModel", "must have a rotation that dit_rope knows"),
         ("CogVideoXTransformer3DModel", "its configuration turns them off"),
         ("CogView4Transformer2DModel", "spaces its tokens evenly"),
     ],
@@ -387,7 +387,7 @@ def test_inspect_draws_a_class_and_still_prints_what_it_did(tmp_path):
     path = tmp_path / "wan.svg"
     result = invoke("WanTransformer3DModel", "--plot", path, "--grid", "4x6x8", "--scaling", "linear:factor=2")
     assert result.exit_code == 0, result.output
-    assert "kernels read a small array for each axis" in result.output
+    assert "kernels read a small array per axis" in result.output
     assert "a grid of 4 x 6 x 8 tokens, scaled by linear:factor=2" in path.read_text()
 
 

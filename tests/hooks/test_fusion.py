@@ -68,7 +68,7 @@ def test_nothing_fused_builds_tables_once_and_leaves_attention_alone(name: str, 
         seams = {path for path, module in model.named_modules() if isinstance(module, Override)}
         assert seams == {found.tables.path for plan in handle._plans for found in plan.tables}
         assert not any(len(module._forward_pre_hooks) for path, module in model.named_modules() if path)
-        assert "left alone: norm and rotation of queries and keys, as fuse asks" in handle.report()
+        assert "not patched: norm and rotation of queries and keys, because fuse is Fusion.NOTHING" in handle.report()
         assert "norm and rotate" not in handle.report()
 
 
@@ -92,7 +92,7 @@ def test_rotation_leaves_the_norm_to_the_model(name: str, rotations: list[str]) 
         ({}, "norm and rotation in fast mode, rotation in exact mode"),
         ({"exact": False}, "norm and rotation"),
         ({"exact": True}, "rotation; norms are the model's own in exact mode"),
-        ({"fuse": Fusion.ROTATION}, "rotation, as fuse asks; norms are the model's own"),
+        ({"fuse": Fusion.ROTATION}, "rotation, because fuse is Fusion.ROTATION; norms are the model's own"),
     ],
 )
 def test_report_says_what_is_fused(options: dict[str, Any], said: str) -> None:

@@ -79,7 +79,7 @@ def test_wrapped_and_exchanged_blocks(name: str, wrapper: str, every: bool, exac
 def test_wrapped_blocks_are_patched_and_unknown_wrappers_are_named(wrapper: str) -> None:
     model = named("wan").build()
     model.blocks[0] = WRAPPERS[wrapper](model.blocks[0])
-    assert "blocks.*.attn1, 2 of them: norm_q, norm_k norm and rotate" in dit_rope.patching.inspect(model)
+    assert "blocks.*.attn1 (2 modules): norm_q, norm_k norm and rotate" in dit_rope.patching.inspect(model)
     for index in range(2):
         model.blocks[index] = Wrapper(model.blocks[index])
     assert "such as blocks.0.block.attn1" in dit_rope.patching.inspect(model)

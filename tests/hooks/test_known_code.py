@@ -319,12 +319,12 @@ def test_report_follows_processors_that_come_and_go(rotations: list[str]) -> Non
         forward(model)  # of tables that were built the report says what kernels read
         rotations.clear()
         first = handle.report()
-        assert "left alone: blocks" not in first
+        assert "not patched: blocks" not in first
         kept = attention.processor
         attention.processor = Mine()
-        assert "blocks.*.attn1, 1 of them, where the model rotates: its processor was replaced" in handle.report()
+        assert "blocks.*.attn1 (1 module), where the model rotates: its processor was replaced" in handle.report()
         attention.processor = _processor(2)
-        assert "blocks.*.attn1, 1 of them, where the model rotates: its processor was replaced" in handle.report()
+        assert "blocks.*.attn1 (1 module), where the model rotates: its processor was replaced" in handle.report()
         forward(model)
         assert handle.report() == first
         assert len(rotations) == 4
@@ -340,9 +340,9 @@ def test_report_follows_modules_that_come_and_go() -> None:
         first = handle.report()
         rope, attention = model.rope, model.blocks[1].attn1
         model.rope = other.rope
-        assert "left alone, its tables are built in every forward pass: rope was replaced after" in handle.report()
+        assert "not patched, builds its tables in every forward pass: rope was replaced after" in handle.report()
         model.rope, model.blocks[1].attn1 = rope, other.blocks[1].attn1
-        assert "blocks.*.attn1, 1 of them, where the model rotates: it was replaced after the patch" in handle.report()
+        assert "blocks.*.attn1 (1 module), where the model rotates: it was replaced after the patch" in handle.report()
         model.blocks[1].attn1 = attention
         assert handle.report() == first
 

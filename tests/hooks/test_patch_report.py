@@ -34,7 +34,7 @@ def test_report_says_where_the_model_rotates_by_itself(rotations: list[str]) -> 
 
     with dit_rope.patch(model) as handle:
         assert rotated() == 4
-        assert "blocks.*.attn1, 2 of them: norm_q, norm_k norm and rotate" in handle.report()
+        assert "blocks.*.attn1 (2 modules): norm_q, norm_k norm and rotate" in handle.report()
 
         class Mine(unpatched_class(model.blocks[0].attn1.processor)):  # type: ignore[misc]
             def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -42,13 +42,13 @@ def test_report_says_where_the_model_rotates_by_itself(rotations: list[str]) -> 
 
         model.blocks[0].attn1.processor = Mine()
         assert rotated() == 2
-        assert "blocks.*.attn1, 1 of them: norm_q, norm_k norm and rotate" in handle.report()
-        assert "left alone: blocks.*.attn1, 1 of them, where the model rotates: " in handle.report()
+        assert "blocks.*.attn1 (1 module): norm_q, norm_k norm and rotate" in handle.report()
+        assert "not patched: blocks.*.attn1 (1 module), where the model rotates: " in handle.report()
         assert "Mine.__call__ is " in handle.report()
 
         model.blocks[1].attn1 = copy.deepcopy(model.blocks[0].attn1)
         assert rotated() == 0
-        assert "2 of them, where the model rotates: " in handle.report()
+        assert "(2 modules), where the model rotates: " in handle.report()
         assert "norm and rotate" not in handle.report()
         assert "arithmetic" not in handle.report()
     assert "(undone)" in handle.report()

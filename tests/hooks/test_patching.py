@@ -197,7 +197,7 @@ def test_unknown_processor_is_left_to_rotate_by_itself(name: str) -> None:
     with dit_rope.patch(model) as handle:
         attention.set_processor(skips_a_norm(name, own))
         assert torch.equal(forward(model), expected)
-        assert "left alone: blocks.*.attn1, 1 of them, where the model rotates: " in handle.report()
+        assert "not patched: blocks.*.attn1 (1 module), where the model rotates: " in handle.report()
 
 
 def test_replaced_norm_is_left_to_the_model() -> None:
@@ -270,7 +270,7 @@ def test_rope_module_whose_forward_was_replaced_is_left_to_it() -> None:
     expected = forward(model)
     with dit_rope.patch(model) as handle:
         assert torch.equal(forward(model), expected)
-        assert "rope: WanRotaryPosEmbed, left alone" in handle.report()
+        assert "rope: WanRotaryPosEmbed, not patched" in handle.report()
         with pytest.raises(ValueError, match="must not be patched already"):
             dit_rope.patch(model, scaling=dit_rope.Scaling.of("linear", factor=2.0))
     with pytest.raises(ValueError, match="scaling must be None where dit_rope does not know the code"):
@@ -378,5 +378,5 @@ def test_inspect_says_what_patch_would_do_and_does_nothing() -> None:
     assert state_of(model) == before
     with dit_rope.patch(model) as handle:
         assert handle.report() == text
-    assert "blocks.*.attn1, 2 of them: norm_q, norm_k norm and rotate" in text
-    assert "left alone: 2 attention modules, which do not rotate" in text
+    assert "blocks.*.attn1 (2 modules): norm_q, norm_k norm and rotate" in text
+    assert "not patched: 2 attention modules without rotary embedding" in text

@@ -232,7 +232,7 @@ def test_report_names_the_scaling_and_undo_takes_it_out() -> None:
     with dit_rope.patch(model, scaling=SCALINGS["ntk"]) as handle:
         assert "frequencies scaled: ntk(factor=2.0) on every axis" in handle.report()
     with dit_rope.patch(model, scaling=LuminaSwitch()) as handle:
-        assert "frequencies scaled: what LuminaSwitch returns, asked once in every forward" in handle.report()
+        assert "frequencies scaled: what LuminaSwitch returns, called once in every forward" in handle.report()
     with dit_rope.patch(model) as handle:
         assert "scaled" not in handle.report()
 

@@ -56,7 +56,7 @@ def test_sample_prints_a_report_and_equal_bits(sample: ModuleType, capsys: pytes
     sample.main()
     printed = capsys.readouterr().out
     assert "rope: Rope, tables memoized" in printed
-    assert "layers.*, 2 of them: norm_q, norm_k norm and rotate" in printed
+    assert "layers.* (2 modules): norm_q, norm_k norm and rotate" in printed
     assert "bits are the same: True" in printed
 
 
