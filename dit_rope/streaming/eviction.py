@@ -1,4 +1,4 @@
-"""Which cache blocks move, and how far, when others are evicted; :mod:`dit_rope.streaming.shift` then moves their keys.
+"""Plans how cache blocks move when others are evicted; :mod:`dit_rope.streaming.shift` then moves their keys.
 
 The numbers are those of OpenVINO GenAI (``cache_eviction.cpp`` at da1db864).
 """
@@ -15,13 +15,13 @@ _MOST_BLOCKS = 2**24  # a plan is made block by block
 
 @dataclass(frozen=True)
 class EvictionPlan:
-    """What evicting blocks does to those that stay: they close ranks, and the next token follows them.
+    """The blocks after an eviction: those that stay become consecutive, and the next token follows them.
 
     Attributes:
         kept: old numbers of the blocks that stay, in order: new block i is old block ``kept[i]``.
         blocks: new numbers of the blocks that move, ascending.
-        steps: by how many blocks each of them moves towards the start.
-        next_position: position of the next token: how many tokens stay.
+        steps: number of blocks by which each of them moves towards the start.
+        next_position: position of the next token, which is the number of tokens that stay.
     """
 
     kept: tuple[int, ...]
@@ -34,17 +34,18 @@ def plan_eviction(evicted: Collection[int], blocks: int, block_size: int, *, tok
     """Plans the shift after ``evicted`` of ``blocks`` cache blocks of ``block_size`` tokens each.
 
     Args:
-        evicted: numbers of the blocks that leave, each once.
-        blocks: how many there are.
-        block_size: tokens that a block holds.
-        tokens: how many they hold together, of which the last block has what is left; None where it is full.
+        evicted: numbers of the blocks that leave, none twice.
+        blocks: the number of blocks.
+        block_size: tokens of a full block.
+        tokens: tokens of all blocks together, if the last block is not full; None if it is.
 
     Raises:
-        TypeError: evicted is no collection of ints.
-        ValueError: an evicted block that is not there, or named twice; sizes that are not positive; tokens that do not
-            fill all blocks but the last.
+        TypeError: evicted is not a collection of ints.
+        ValueError: an evicted block that does not exist or is repeated; sizes that are not positive; tokens that do not
+            fill all blocks except the last.
 
     Example:
+        >>> from dit_rope import plan_eviction
         >>> plan = plan_eviction({1, 2}, blocks=4, block_size=16, tokens=49)
         >>> plan.blocks, plan.steps, plan.next_position
         ((1,), (2,), 17)
@@ -67,16 +68,16 @@ def plan_eviction(evicted: Collection[int], blocks: int, block_size: int, *, tok
             f"{blocks * block_size}, got {tokens}"
         )
     evicted = [int(block) for block in evicted]
-    gone = set(evicted)
-    outside = sorted(block for block in gone if not 0 <= block < blocks)
-    if outside or len(gone) != len(evicted):
+    leaving = set(evicted)
+    outside = sorted(block for block in leaving if not 0 <= block < blocks)
+    if outside or len(leaving) != len(evicted):
         wrong = f"{outside} outside" if outside else "repeated ones"
         raise ValueError(f"evicted must be different blocks below {blocks}, got {sorted(evicted)} with {wrong}")
-    kept = tuple(block for block in range(blocks) if block not in gone)
+    kept = tuple(block for block in range(blocks) if block not in leaving)
     moved = [(new, old - new) for new, old in enumerate(kept) if old != new]
     return EvictionPlan(
         kept=kept,
         blocks=tuple(new for new, _ in moved),
         steps=tuple(steps for _, steps in moved),
-        next_position=len(kept) * block_size - (0 if blocks - 1 in gone else block_size - last),
+        next_position=len(kept) * block_size - (0 if blocks - 1 in leaving else block_size - last),
     )

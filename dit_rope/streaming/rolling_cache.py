@@ -14,14 +14,14 @@ from ..validation import DTYPES, check_memory
 from .stream import Chunk, PositionPolicy, RopeStream, runs
 
 _MOST = 2**20
-"""Of anything but tokens; sizes past it are mistakes, and their product might not be a number that torch has."""
+"""The largest batch, heads and head_dim. Larger sizes are mistakes, and their product may overflow in torch."""
 
 
 class Window(NamedTuple):
-    """What a chunk attends to: the frames that are kept and its own.
+    """The keys and values that a chunk attends to: those of the kept frames and of the chunk.
 
-    ``keys`` ``[B, frames * tokens, H, D]``, rotated, and ``values`` are in the order in which the cache holds frames,
-    which is not that of time; ``positions``, one per frame in that order, are what the keys were rotated at.
+    ``keys`` ``[B, frames * tokens, H, D]``, rotated, and ``values`` are in the order of the slots of the cache, which
+    is not the order of time. ``positions`` has the frame position of the keys of each slot.
     """
 
     keys: torch.Tensor
@@ -30,19 +30,31 @@ class Window(NamedTuple):
 
 
 class RollingCache:
-    """Keys and values of one layer: a window of frames in memory that is allocated once and never moved.
+    """Keys and values of one layer: a window of frames in memory that is allocated once.
 
-    Sinks have the first slots; the other frames go round a ring, so that a new frame overwrites the oldest. Forwards of
-    one chunk write the same slots: what the last of them wrote stays.
+    Sinks have the first slots. The other slots are a ring, in which a new frame overwrites the oldest. All forwards of
+    a chunk write the same slots, so the last forward decides.
 
     Args:
-        stream: whose chunks are appended.
-        batch, heads, head_dim: of the keys.
-        dtype: of keys and values.
+        stream: the stream whose chunks are appended.
+        batch, heads, head_dim: sizes of the keys.
+        dtype: dtype of keys and values.
         value_dim: deprecated, gone in 0.3; channels of a value's head, ``head_dim`` when None.
 
     Attributes:
-        rotated_frames: frames of keys rotated so far, by which policies are compared.
+        rotated_frames: frames of keys rotated so far, to compare policies.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value.
+
+    Example:
+        >>> import torch
+        >>> from dit_rope import RollingCache, RopeSpec, RopeStream
+        >>> stream = RopeStream(RopeSpec((8, 4, 4)), (3, 4), window_frames=6)
+        >>> layer = RollingCache(stream, batch=1, heads=2, head_dim=16, dtype=torch.float32)
+        >>> chunk = stream.begin_chunk(2)
+        >>> layer.append(torch.randn(1, 24, 2, 16), torch.randn(1, 24, 2, 16)).keys.shape
+        torch.Size([1, 24, 2, 16])
     """
 
     def __init__(
@@ -82,25 +94,25 @@ class RollingCache:
         if stream.policy is PositionPolicy.WINDOW_RELATIVE:
             self._scratch = stream.scratch(self._keys)
         self._resets = stream.resets
-        self._end = 0  # frames of the stream that this cache has seen
+        self._end = 0  # frames of the stream that are stored
         self._sinks_at: tuple[int, ...] | None = None
 
     @property
     def bytes(self) -> int:
-        """Memory of this cache alone, all there from the start; layers share scratch under ``WINDOW_RELATIVE``."""
+        """Bytes of this cache, without the scratch memory that all layers share under ``WINDOW_RELATIVE``."""
         sinks = 0 if self._raw_sinks is None else self._raw_sinks.nbytes
         return self._keys.nbytes + self._values.nbytes + sinks
 
     @uncompiled
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> Window:
-        """Takes the chunk's keys, not yet rotated, and values; gives what its queries attend to.
+        """Stores the chunk's unrotated keys and values; returns the keys and values that its queries attend to.
 
         Args:
             keys, values: ``[B, frames * tokens, H, D]`` of the cache's sizes and dtype, frame after frame.
 
         Returns:
-            Views of the cache's memory, good until the next call; under ``WINDOW_RELATIVE`` the keys are good until the
-            next call on any cache of the stream.
+            Views of the cache's memory, valid until the next call. Under ``WINDOW_RELATIVE`` the keys are valid until
+            the next call on any cache of the stream.
 
         Raises:
             RuntimeError: no chunk has begun, or this cache missed one.
@@ -118,7 +130,7 @@ class RollingCache:
         with torch.no_grad():
             for slot, first, count in chunk.slots:
                 new = slice(first * stream.frame_tokens, (first + count) * stream.frame_tokens)
-                self._take(slot, chunk.positions[first : first + count], keys[:, new], values[:, new])
+                self._store(slot, chunk.positions[first : first + count], keys[:, new], values[:, new])
             if chunk.moved_sinks is not None and chunk.moved_sinks != self._sinks_at and self._raw_sinks is not None:
                 self._rotate(self._raw_sinks, chunk.moved_sinks, self._keys[:, : self._raw_sinks.shape[1]])
                 self._sinks_at = chunk.moved_sinks
@@ -127,7 +139,7 @@ class RollingCache:
         filled = len(chunk.window) * stream.frame_tokens
         return Window(window[:, :filled], self._values[:, :filled], chunk.window)
 
-    def _take(self, slot: int, positions: tuple[int, ...], keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _store(self, slot: int, positions: tuple[int, ...], keys: torch.Tensor, values: torch.Tensor) -> None:
         tokens = self.stream.frame_tokens
         place = slice(slot * tokens, (slot + len(positions)) * tokens)
         self._values[:, place] = values

@@ -1,8 +1,8 @@
-"""Moves keys that are rotated already to other positions, such as those :mod:`dit_rope.streaming.eviction` plans.
+"""Moves rotated keys to other positions, such as those that :mod:`dit_rope.streaming.eviction` plans.
 
-OpenVINO GenAI calls it token rotation (``cache_eviction.cpp`` at da1db864). A key rotated at position p and turned by
-the angle of d positions more is a key rotated at p + d. Every turn rounds: a 16-bit key that is turned again and again
-drifts (see ``docs/streaming.md``), which is why such dtypes are refused unless asked for.
+OpenVINO GenAI calls it token rotation (``cache_eviction.cpp`` at da1db864). A key rotated at position p, and rotated
+again by the angle of d positions, is a key rotated at p + d. Every rotation rounds, so 16-bit keys drift when they are
+shifted again and again (see ``docs/streaming.md``). They are refused unless the caller allows it.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from ..validation import DTYPES, check_inplace, check_memory, checked_device
 
 _LASTING_DTYPES = (torch.float32, torch.float64)
 _LEAST_ROWS = 64
-_MOST_ROWS = 2**20  # a wrong delta should not take all memory
-_LONGEST_STEP = 2**32  # float64 counts to the last row in such steps
+_MOST_ROWS = 2**20  # so that a wrong delta does not take all memory
+_LONGEST_STEP = 2**32  # float64 holds the position of the last row exactly
 _LONGEST_SHIFT = _LONGEST_STEP * _MOST_ROWS
 
 
 class ShiftTable:
-    """Cos and sin of the angles of 0, 1, 2, ... times ``step`` positions on one axis: one for all layers of a model.
+    """Cos and sin of shifts by 0, 1, 2, ... times ``step`` positions on one axis, for all layers of a model.
 
-    Angles are formed in float64 and rounded once. Always a unit rotation: a scaling's magnitude is in the keys already.
-    Rows that exist never change; :meth:`reserve` copies them into a longer tensor when longer deltas come. A table can
-    be copied and pickled.
+    Angles are computed in float64, cos and sin rounded once. Their magnitude is 1, because the keys have the magnitude
+    of a scaling already. Rows never change; :meth:`reserve` copies them into a longer tensor for longer shifts. A table
+    can be copied and pickled.
 
     Args:
-        spec: the rotation that the keys have.
+        spec: the rotation of the keys.
         axis: the axis along which keys move: 0 for the frames of a video, or the positions of a text.
         step: positions from one row to the next, such as the tokens of a cache block.
-        device: where the rows are; CPU when None.
-        dtype: of the rows; float32, or float64 for float64 keys.
+        device: the device of the rows; CPU when None.
+        dtype: the dtype of the rows: float32, or float64 for float64 keys.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
@@ -86,9 +86,9 @@ class ShiftTable:
         self._begin()
 
     def _begin(self) -> None:
-        """What belongs to a table in this process alone."""
+        """Makes the attributes that copies and pickles leave out."""
         self._lock = threading.Lock()
-        self._outgrown: list[torch.Tensor] = []  # a CUDA graph may read them; all of them are less than rows
+        self._outgrown: list[torch.Tensor] = []  # CUDA graphs may read them; together they are smaller than the rows
         _TABLES.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,17 +101,22 @@ class ShiftTable:
 
     @property
     def rows(self) -> torch.Tensor:
-        """``[2, R, P]`` cos and sin, row i of a shift by ``i * step``; P = max(spec.pairs), unused columns are zero."""
+        """``[2, R, P]`` cos and sin; row i shifts by ``i * step``. P = max(spec.pairs), unused columns are zero."""
         return self._rows
 
     def reserve(self, steps: int) -> torch.Tensor:
-        """The rows, of which there are now more than ``steps``; their number doubles when it has to grow.
+        """Grows the table to more than ``steps`` rows, at least to twice its size, and returns the rows.
 
-        Rows that are new are complete when they are seen: growing waits for the device.
+        Growing waits for the device, so the new rows are complete for every stream.
 
         Raises:
-            ValueError: for steps that are no int of at least 0, or more than a table holds.
-            RuntimeError: when it has to grow while a CUDA graph is being captured.
+            ValueError: steps that are not an int of at least 0, or more than a table holds.
+            RuntimeError: the table has to grow while a CUDA graph is being captured.
+
+        Example:
+            >>> from dit_rope import RopeSpec, ShiftTable
+            >>> ShiftTable(RopeSpec((64,))).reserve(100).shape
+            torch.Size([2, 128, 32])
         """
         number = as_int(steps)
         if number is None or number < 0:
@@ -122,14 +127,14 @@ class ShiftTable:
         if steps < self._rows.shape[1]:
             return self._rows
         with self._lock:
-            have = self._rows.shape[1]
-            if steps >= have:
+            count = self._rows.shape[1]
+            if steps >= count:
                 if capturing(self.device):
                     raise RuntimeError(
-                        f"a ShiftTable must hold row {steps} before a CUDA graph is captured, got {have} rows; call "
+                        f"a ShiftTable must hold row {steps} before a CUDA graph is captured, got {count} rows; call "
                         f"reserve({steps}) first"
                     )
-                more = self._build(have, 1 << steps.bit_length())
+                more = self._build(count, 1 << steps.bit_length())
                 with torch.inference_mode(False):
                     grown = torch.cat((self._rows, more), dim=1)
                 finish(self.device)
@@ -141,14 +146,14 @@ class ShiftTable:
     def _build(self, first: int, stop: int) -> torch.Tensor:
         with torch.inference_mode(False), torch.no_grad():
             positions = torch.arange(first, stop, dtype=torch.float64, device="cpu") * self.step
-            return _rows_at(positions, self.spec, self.axis, self.dtype).to(self.device)
+            return _rows_of(positions, self.spec, self.axis, self.dtype).to(self.device)
 
 
 _TABLES: weakref.WeakSet[ShiftTable] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
-    """A thread that is not in the child may hold a lock; rows are replaced in one step, so that none is half grown."""
+    """Makes new locks: a thread that the child lacks may hold the old ones. Rows are replaced in one step, so whole."""
     for table in _TABLES:
         table._lock = threading.Lock()
 
@@ -158,12 +163,12 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
 
 
 def _graphs_read(device: torch.device) -> bool:
-    """Whether a CUDA graph may read rows on ``device`` at every replay, long after they have been replaced."""
+    """Whether a CUDA graph may read replaced rows on ``device`` at its replays."""
     return device.type == "cuda"
 
 
-def _rows_at(positions: torch.Tensor, spec: RopeSpec, axis: int, dtype: torch.dtype) -> torch.Tensor:
-    """Cos and sin ``[2, n, P]`` of shifts by ``positions`` ``[n]`` on one axis, formed where these are."""
+def _rows_of(positions: torch.Tensor, spec: RopeSpec, axis: int, dtype: torch.dtype) -> torch.Tensor:
+    """Cos and sin ``[2, n, P]`` of shifts by ``positions`` ``[n]`` on one axis, computed on their device."""
     frequencies = device_frequencies(spec, axis, positions.device)
     angles = frequencies.angles(positions.to(frequencies.inverse.dtype))
     rows = torch.stack((angles.cos(), angles.sin())).to(dtype)
@@ -171,8 +176,8 @@ def _rows_at(positions: torch.Tensor, spec: RopeSpec, axis: int, dtype: torch.dt
 
 
 @dataclass(frozen=True)
-class _Angles:
-    """Whose angles a shift is by: of a table, or of a spec alone, for which rows are made as they are needed."""
+class _ShiftRows:
+    """The rows of shifts: those of a table, or computed from a spec for each call."""
 
     spec: RopeSpec
     axis: int
@@ -182,7 +187,7 @@ class _Angles:
     table: ShiftTable | None
 
     def of_whole_shift(self, delta: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows, and one row number ``[1, 1]`` for all keys; none for a delta of 0, so that keys keep their bits."""
+        """Rows, and the row number of all keys ``[1, 1]``; ``[0, 1]`` for a delta of 0: keys keep their bits then."""
         if delta % self.step:
             raise ValueError(f"delta_frames must be a multiple of the table's step {self.step}, got {delta}")
         if abs(delta) > _LONGEST_SHIFT:
@@ -200,15 +205,15 @@ class _Angles:
 
     def _row(self, position: int) -> torch.Tensor:
         positions = torch.full((1,), position, dtype=torch.float64, device="cpu")
-        return _rows_at(positions, self.spec, self.axis, self.dtype).to(self.device)
+        return _rows_of(positions, self.spec, self.axis, self.dtype).to(self.device)
 
     def of_deltas(self, deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows, and the row number of each delta; on CPU a table grows where it has to."""
+        """Rows, and the row number of each delta. On CPU a table grows for the longest delta."""
         if self.table is not None:
             if self.device.type == "cpu" and deltas.numel() and not in_mode():
                 _reserve(self.table, int(deltas.max()))
             return self.table.rows, deltas
-        rows = _rows_at(deltas.flatten(), self.spec, self.axis, self.dtype)
+        rows = _rows_of(deltas.flatten(), self.spec, self.axis, self.dtype)
         numbers = torch.arange(deltas.numel(), dtype=torch.int32, device=deltas.device).view(deltas.shape)
         return rows, torch.where(deltas < 0, -1, numbers)
 
@@ -224,33 +229,32 @@ def shift_keys(
     allow_lossy: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Turns rotated keys to where they would be had they been rotated at other positions of one axis.
+    """Moves rotated keys along one axis, as if they had been rotated at their new positions; other channels keep bits.
 
     Args:
-        keys: ``[blocks, block_size, H, D]``, or ``[B, S, H, D]``; last dim contiguous, any outer strides (a cache
-            ``[blocks, H, block_size, D]`` is passed transposed).
-        table: the angles; or the spec of the keys, which move by single positions on axis 0, by angles made as needed.
-        delta_frames: by how many positions all keys move; negative is towards the start. One row of angles is made for
-            it where the table has none, and kept in a cache.
-        deltas: int32 ``[n, 1]`` (per block) or ``[n, block_size]`` (per token), on the device of the keys: by how many
-            steps of ``table`` each moves towards the start, 0 or more. Either this or ``delta_frames``.
-        blocks: int32 ``[n]``, which blocks the rows of ``deltas`` are of, each once; None for all, in order. Others are
-            neither read nor written.
-        inplace: overwrite ``keys``; else the result is a new tensor.
-        allow_lossy: take float16 and bfloat16 keys, which lose about as much as one rounding in every call.
+        keys: ``[blocks, block_size, H, D]``, or ``[B, S, H, D]``; last dim contiguous, any outer strides (pass a cache
+            ``[blocks, H, block_size, D]`` transposed).
+        table: a :class:`ShiftTable`; or the spec of the keys, to move them by single positions on axis 0.
+        delta_frames: positions by which all keys move; negative moves towards the start. If the table has no row for
+            it, one row is computed and cached.
+        deltas: int32 ``[n, 1]`` (per block) or ``[n, block_size]`` (per token), on the device of the keys: steps of
+            ``table`` by which each moves towards the start, 0 or more. Pass either this or ``delta_frames``.
+        blocks: int32 ``[n]``, the block of each row of ``deltas``, no block twice; None for all blocks in order. Other
+            blocks are neither read nor written.
+        inplace: overwrite ``keys``; otherwise the result is a new tensor.
+        allow_lossy: accept float16 and bfloat16 keys, which lose about one rounding in every call.
         backend: as in :func:`~dit_rope.rotate`.
 
-    Channels of other axes, and channels past the rotary ones, keep their bits. On a GPU a delta past the table, a
-    negative one, or a block that is not there, leaves its keys as they are and reads nothing; on CPU, where looking
-    costs no wait, it raises. A table that is passed in must have been reserved for the longest delta when the deltas
-    are on a GPU; with a spec there is no longest delta.
+    Wrong deltas (negative, or past the table) and wrong blocks raise on CPU. On a GPU the check would wait for the
+    device: their keys keep their values, and nothing is read for them. So a table must be reserved for the longest
+    delta before deltas on a GPU are passed; a spec needs no such call.
 
     Returns:
-        The keys at their new positions; ``keys`` itself when ``inplace``.
+        The keys at their new positions; ``keys`` itself with ``inplace``.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
-        NotImplementedError: for quantized keys: integers, or floats of 8 bits.
+        NotImplementedError: quantized keys: integers, or floats of 8 bits.
 
     Example:
         >>> import torch
@@ -263,10 +267,10 @@ def shift_keys(
     _check_keys(keys, allow_lossy)
     if (delta_frames is None) == (deltas is None):
         raise ValueError(f"delta_frames or deltas must be given, not both, got {delta_frames!r} and {deltas!r}")
-    angles = _angles(keys, table)
+    source = _row_source(keys, table)
     if deltas is not None:
         _check_deltas(keys, deltas, blocks)
-        rows, steps = angles.of_deltas(deltas)
+        rows, steps = source.of_deltas(deltas)
         towards_start = True
     elif blocks is not None:
         raise ValueError("blocks must come with deltas, got delta_frames; pass deltas of one value per block")
@@ -274,31 +278,31 @@ def shift_keys(
         delta = as_int(delta_frames)
         if delta is None:
             raise TypeError(f"delta_frames must be an int, got {delta_frames!r}")
-        rows, steps = angles.of_whole_shift(delta)
+        rows, steps = source.of_whole_shift(delta)
         towards_start = delta < 0
     if inplace:
         check_inplace(("keys",), (keys,))
     target = keys if inplace else keys.clone()
     if steps.numel() and target.numel():
-        args = _arguments(target, angles, rows, steps, blocks, towards_start)
+        args = _arguments(target, source, rows, steps, blocks, towards_start)
         with torch.no_grad():
             ops.rotate([target], args, inplace=True, backend=backend)
     return target
 
 
-def _angles(keys: torch.Tensor, table: RopeSpec | ShiftTable) -> _Angles:
+def _row_source(keys: torch.Tensor, table: RopeSpec | ShiftTable) -> _ShiftRows:
     if isinstance(table, RopeSpec):
-        angles = _Angles(table, 0, 1, keys.device, torch.promote_types(keys.dtype, torch.float32), None)
+        source = _ShiftRows(table, 0, 1, keys.device, torch.promote_types(keys.dtype, torch.float32), None)
     elif isinstance(table, ShiftTable):
-        angles = _Angles(table.spec, table.axis, table.step, table.rows.device, table.dtype, table)
+        source = _ShiftRows(table.spec, table.axis, table.step, table.rows.device, table.dtype, table)
     else:
         raise TypeError(f"table must be a RopeSpec or a ShiftTable, got {type(table).__name__}")
-    if angles.device != keys.device or angles.spec.rotary_dim > keys.shape[-1]:
+    if source.device != keys.device or source.spec.rotary_dim > keys.shape[-1]:
         raise ValueError(
             f"table must be on the keys' device {keys.device} and turn at most their {keys.shape[-1]} channels, got "
-            f"{angles.device} and {angles.spec.rotary_dim} channels"
+            f"{source.device} and {source.spec.rotary_dim} channels"
         )
-    return angles
+    return source
 
 
 def _check_keys(keys: torch.Tensor, allow_lossy: bool) -> None:
@@ -346,7 +350,7 @@ def _check_deltas(keys: torch.Tensor, deltas: torch.Tensor, blocks: torch.Tensor
         raise ValueError(
             f"deltas must have shape [{count}, 1] or [{count}, {keys.shape[1]}], got {tuple(deltas.shape)}"
         )
-    if keys.device.type == "cpu" and deltas.numel() and not in_mode():  # where looking takes no wait for the device
+    if keys.device.type == "cpu" and deltas.numel() and not in_mode():  # on other devices it would wait
         if int(deltas.min()) < 0:
             raise ValueError(f"deltas must be 0 or more, got {int(deltas.min())}")
         listed = [] if blocks is None else blocks.tolist()
@@ -356,17 +360,17 @@ def _check_deltas(keys: torch.Tensor, deltas: torch.Tensor, blocks: torch.Tensor
 
 def _arguments(
     keys: torch.Tensor,
-    angles: _Angles,
+    source: _ShiftRows,
     rows: torch.Tensor,
     steps: torch.Tensor,
     blocks: torch.Tensor | None,
     towards_start: bool,
 ) -> RotationArgs:
-    spec, axes = angles.spec, len(angles.spec.dims)
+    spec, axes = source.spec, len(source.spec.dims)
     positions = steps.unsqueeze(2)
     if axes > 1:
         positions = steps.new_full((*steps.shape, axes), -1)
-        positions[..., angles.axis] = steps
+        positions[..., source.axis] = steps
     return RotationArgs.of_rows(
         rows, positions, spec.pairs, keys.shape[1], spec.pairing, inverse=towards_start, entries=blocks
     )

@@ -1,9 +1,9 @@
-"""Autoregressive video: chunks of frames, a rolling window of keys and values, and the positions of everything in it.
+"""Autoregressive video: chunks of frames, and the positions of a rolling window of keys.
 
 Causal video transformers (Self-Forcing, CausVid, LongLive and others) generate a few frames at a time. Each chunk runs
-several denoising forwards and a last clean one at the same positions, and attends to the frames before it, of which a
-window stays. What moves when a chunk is done, the next start frame, the frames that leave, the place of the sinks,
-moves in one place here: :meth:`RopeStream.commit`. :mod:`dit_rope.streaming.rolling_cache` holds what the layers keep.
+several denoising forwards and one last clean forward at the same positions. It attends to a window of earlier frames.
+:meth:`RopeStream.commit` ends a chunk; only it changes the start frame, the frames of the window and the positions of
+the sinks. :mod:`dit_rope.streaming.rolling_cache` holds the keys and values of each layer.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ from ..tables.table import RopeTable, rope_table
 from ..torch_state import uncompiled
 from ..validation import check_values, checked_device
 
-# Frames by which a stream's table moves on.
 _TABLE_STEP = 512
+"""Frames from one table of a stream to the next."""
 
 
 class PositionPolicy(enum.Enum):
-    """Which frame positions the keys of a window have.
+    """The frame positions of the keys of a window.
 
-    ``ABSOLUTE``: those they were born at. ``SINK_FOLLOW``: those too, but the sinks move along, to right before the
-    window; unrotated copies of them are rotated once per chunk. ``WINDOW_RELATIVE``: counted from the oldest frame that
-    is kept; keys are kept unrotated and the whole window is rotated in every forward. Queries see the same distances as
-    under ``SINK_FOLLOW``. ``CLAMP``: absolute until ``max_frames``, where the positions of later chunks stay.
+    - ``ABSOLUTE``: the position of a frame in the stream, which never changes.
+    - ``SINK_FOLLOW``: absolute, but the sinks move to right before the other frames of the window. Unrotated copies of
+      the sinks are rotated once per chunk.
+    - ``WINDOW_RELATIVE``: counted from the oldest frame of the window. Keys are stored unrotated, and the whole window
+      is rotated in every forward. Queries see the same distances as under ``SINK_FOLLOW``.
+    - ``CLAMP``: absolute up to ``max_frames``; later chunks all have the last positions below it.
     """
 
     ABSOLUTE = "absolute"
@@ -51,10 +53,10 @@ class Chunk:
 
     Attributes:
         start_frame, frames: the chunk is frames ``start_frame <= f < start_frame + frames`` of the stream.
-        positions: frame position of each of them, of queries and of new keys.
+        positions: frame position of each of them, for queries and new keys.
         slots: frame slots of the cache that the chunk fills: runs of (first slot, first frame of the chunk, frames).
-        window: frame position of each slot that is filled once the chunk is in.
-        moved_sinks: positions of the sinks, when their keys must be rotated anew before this chunk; else None.
+        window: frame position of each filled slot after the chunk is stored.
+        moved_sinks: new positions of the sinks if their keys must be rotated again for this chunk; else None.
     """
 
     start_frame: int
@@ -71,20 +73,33 @@ class RopeStream:
     Args:
         spec: the model's rotation, whose first axis is the frame.
         frame_size: tokens of one frame along the other axes, such as (height, width).
-        window_frames: frames a chunk attends to at most: sinks, kept frames and its own.
+        window_frames: the most frames that a chunk attends to: sinks, kept frames and the chunk.
         sink_frames: first frames of the stream that never leave the window.
         policy: the positions of keys.
-        max_frames: with ``CLAMP``, the number of positions that there are.
-        device: where the model runs; CPU when None.
+        max_frames: with ``CLAMP``, the number of positions.
+        device: the device of the model; CPU when None.
         backend: as in :func:`~dit_rope.rotate`.
 
     Attributes:
-        start_frame: frames committed so far, where the next chunk starts.
+        start_frame: frames committed so far; the next chunk starts there.
         frame_tokens: tokens of one frame.
-        resets: how often :meth:`reset` was called, by which caches notice it.
+        resets: number of calls of :meth:`reset`; caches compare it to notice a reset.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
+
+    Example:
+        >>> import torch
+        >>> from dit_rope import RollingCache, RopeSpec, RopeStream
+        >>> stream = RopeStream(RopeSpec((8, 4, 4)), (3, 4), window_frames=6, sink_frames=1)
+        >>> layer = RollingCache(stream, batch=1, heads=2, head_dim=16, dtype=torch.float32)
+        >>> for _ in range(4):
+        ...     chunk = stream.begin_chunk(2)
+        ...     query, key, value = torch.randn(3, 1, 2 * 12, 2, 16)
+        ...     query, window = stream.rotate(query), layer.append(key, value)
+        ...     stream.commit()
+        >>> window.keys.shape, window.positions
+        (torch.Size([1, 72, 2, 16]), (2, 6, 7, 3, 4, 5))
     """
 
     def __init__(
@@ -121,7 +136,7 @@ class RopeStream:
             raise ValueError(f"window_frames must be at most {MAX_POSITION - _TABLE_STEP}, got {window_frames}")
         check_backend(backend)
         for axis in range(len(spec.dims)):
-            axis_frequencies(spec, axis)  # an unknown scaling is refused here, and not by the first chunk
+            axis_frequencies(spec, axis)  # refuses an unknown scaling here, not in the first chunk
         self.spec = spec
         self.frame_size = tuple(integer("frame_size", size, 1) for size in frame_size)
         self.frame_tokens = Grid(1, *self.frame_size).tokens
@@ -134,17 +149,17 @@ class RopeStream:
         self.start_frame = 0
         self.resets = 0
         self._chunk: Chunk | None = None
-        self._born: dict[int, int] = {}  # slot -> position at which its key was rotated
+        self._positions: dict[int, int] = {}  # by slot, the position of its key
         self._tables: dict[int, RopeTable] = {}
         self._args: dict[tuple[int, ...], RotationArgs] = {}  # of this chunk
         self._scratch: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = {}
 
     @property
     def chunk(self) -> Chunk:
-        """The chunk that was begun and not committed.
+        """The chunk that has begun and is not committed.
 
         Raises:
-            RuntimeError: when there is none.
+            RuntimeError: no chunk has begun.
         """
         if self._chunk is None:
             raise RuntimeError("a chunk must be begun before it is used, got none; call begin_chunk(frames)")
@@ -153,11 +168,11 @@ class RopeStream:
     def begin_chunk(self, frames: int) -> Chunk:
         """Plans the next ``frames`` frames; every forward of the chunk then uses the same plan.
 
-        Where it raises, no chunk has begun, and it can be called again.
+        If it raises, no chunk has begun, and it can be called again.
 
         Raises:
-            RuntimeError: when a chunk has begun and is not committed.
-            ValueError: when the chunk does not fit the window beside the sinks.
+            RuntimeError: the last chunk is not committed.
+            ValueError: the chunk does not fit the window beside the sinks.
 
         Example:
             >>> from dit_rope import RopeSpec, RopeStream
@@ -186,28 +201,29 @@ class RopeStream:
                 f"frames must end at or before position {MAX_POSITION}, where float32 stops counting, got "
                 f"{chunk.positions[-1] + 1}; reset() the stream, or use WINDOW_RELATIVE"
             )
-        # Here, because nothing is built while a CUDA graph is captured; and first, because a build may fail.
+        # Tables are built here, because a capture of a CUDA graph in the chunk must not build them. They are built
+        # before the chunk begins, because a build may fail.
         args = {positions: self._args_at(positions) for positions in filter(None, (chunk.positions, chunk.moved_sinks))}
         self._chunk, self._args = chunk, args
         return chunk
 
     def commit(self) -> None:
-        """Ends the chunk: its frames stay in the window and the next chunk starts behind them.
+        """Ends the chunk: its frames stay in the window, and the next chunk starts after them.
 
         Raises:
-            RuntimeError: when no chunk has begun.
+            RuntimeError: no chunk has begun.
         """
         chunk = self.chunk
-        self._born = dict(enumerate(chunk.window))
+        self._positions = dict(enumerate(chunk.window))
         self.start_frame += chunk.frames
         self._chunk = None
 
     def reset(self) -> None:
-        """Goes back to frame 0; caches of the stream are empty then."""
+        """Starts again at frame 0. The caches of the stream drop their frames at their next ``append``."""
         self.start_frame = 0
         self.resets += 1
         self._chunk = None
-        self._born = {}
+        self._positions = {}
 
     @uncompiled
     def rotate(self, queries: torch.Tensor) -> torch.Tensor:
@@ -215,7 +231,7 @@ class RopeStream:
 
         Raises:
             RuntimeError: no chunk has begun.
-            TypeError: no tensor, or one of another dtype than :func:`~dit_rope.rotate` takes.
+            TypeError: not a tensor, or a dtype that :func:`~dit_rope.rotate` does not take.
             ValueError: naming the argument and the sizes; a lazily negated view.
         """
         chunk = self.chunk
@@ -224,28 +240,36 @@ class RopeStream:
         return ops.rotate([queries], args, backend=self.backend)[0]
 
     def args(self, positions: tuple[int, ...]) -> RotationArgs:
-        """The rotation of whole frames at consecutive frame positions; all layers ask for those of a chunk again."""
-        found = self._args.get(positions)
-        if found is None:
-            found = self._args[positions] = self._args_at(positions)
-        return found
+        """The rotation of whole frames at consecutive frame positions; kept for all layers of the chunk."""
+        args = self._args.get(positions)
+        if args is None:
+            args = self._args[positions] = self._args_at(positions)
+        return args
 
     def _args_at(self, positions: tuple[int, ...]) -> RotationArgs:
         table = self._table_of(positions[0])
         return table.args().of_frames(positions[0] - table.grid.start_frame, len(positions))
 
     def scratch(self, like: torch.Tensor) -> torch.Tensor:
-        """Memory of the shape and dtype of ``like``, the same for every layer that asks."""
+        """Memory of the shape and dtype of ``like``, shared by all layers."""
         key = (like.shape, like.dtype)
         if key not in self._scratch:
             self._scratch[key] = torch.empty_like(like)
         return self._scratch[key]
 
     def position_rows(self) -> tuple[RopeTable, torch.Tensor]:
-        """A table and int32 ``[1, frames * tokens, axes]`` rows of it for the chunk's tokens, made without a copy.
+        """A table, and for the chunk's tokens int32 ``[1, frames * tokens, axes]`` rows of it.
 
-        They are for compiled code, as ``rotate_qk(q, k, table, positions=rows)``: tensors are data, where numbers of a
-        start frame would be compiled in.
+        For compiled code, as ``rotate_qk(q, k, table, positions=rows)``: tensors are data there, while a start frame
+        would be compiled in as a constant.
+
+        Example:
+            >>> from dit_rope import RopeSpec, RopeStream
+            >>> stream = RopeStream(RopeSpec((8, 4, 4)), (1, 2), window_frames=6)
+            >>> chunk = stream.begin_chunk(1)
+            >>> table, rows = stream.position_rows()
+            >>> rows.shape
+            torch.Size([1, 2, 3])
         """
         first = self.chunk.positions[0]
         table = self._table_of(first)
@@ -256,7 +280,7 @@ class RopeStream:
         return table, torch.stack(rows, dim=-1).to(torch.int32)[None]
 
     def _table_of(self, first: int) -> RopeTable:
-        """The table that holds frame position ``first`` and a window more; two are kept, for a window across both."""
+        """The table of frame position ``first`` and a window after it. Two are kept, as a window may need both."""
         base = first // _TABLE_STEP * _TABLE_STEP
         table = self._tables.get(base)
         if table is None:
@@ -266,9 +290,9 @@ class RopeStream:
         return table
 
     def _build_table(self, base: int) -> RopeTable:
-        """The table from frame ``base`` on: that from frame 0, which streams share, with other rows for the frames.
+        """The table from frame ``base`` on: the cached table from frame 0, with other rows for the frames.
 
-        It is kept here alone. In the cache, tables of frames that are passed once would push out those of others.
+        It is not in the cache of tables, because a stream needs it once and it would evict tables of other code.
         """
         frames = _TABLE_STEP + self.window_frames
         first = rope_table(self.spec, Grid(frames, *self.frame_size), device=self.device)
@@ -292,11 +316,14 @@ class RopeStream:
             raise ValueError(f"queries must be on the stream's device {device}, got {queries.device}")
 
     def _plan(self, start: int, end: int) -> Chunk:
+        # The cache has a slot for each sink, then a ring of the other slots. A frame that enters the ring overwrites
+        # the oldest, so slots are not in the order of frames. Positions of slots change under two policies:
+        # WINDOW_RELATIVE renumbers all of them, and SINK_FOLLOW those of the sinks once a frame has left the ring.
         sinks, ring = min(self.sink_frames, end), self.window_frames - self.sink_frames
         oldest = max(sinks, end - ring)  # first frame after the sinks that is still kept
         filled = [self._slot(frame) for frame in range(oldest, end)]
         positions = tuple(range(start, end))
-        window = {slot: self._born.get(slot, -1) for slot in range(sinks + len(filled))}
+        window = {slot: self._positions.get(slot, -1) for slot in range(sinks + len(filled))}
         moved = None
         if self.policy is PositionPolicy.CLAMP and self.max_frames is not None:
             first = min(start, self.max_frames - (end - start))
@@ -314,13 +341,18 @@ class RopeStream:
         return Chunk(start, end - start, positions, slots, tuple(window[slot] for slot in sorted(window)), moved)
 
     def _slot(self, frame: int) -> int:
-        """Where the cache holds a frame: sinks first, then a ring."""
+        """The slot of a frame in the cache: sinks first, then a ring."""
         ring = self.window_frames - self.sink_frames
         return frame if frame < self.sink_frames else self.sink_frames + (frame - self.sink_frames) % ring
 
 
 def runs(numbers: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(first number, its index, length) of each stretch of consecutive numbers."""
+    """(first number, its index, length) of each run of consecutive numbers.
+
+    Example:
+        >>> list(runs([4, 5, 6, 1, 2]))
+        [(4, 0, 3), (1, 3, 2)]
+    """
     first = 0
     for i in range(1, len(numbers) + 1):
         if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:

@@ -221,7 +221,7 @@ MUTATIONS = (
         "not compile and not cuda",
     ),
     _shift("shift-backwards", "inverse=towards_start", "inverse=not towards_start", "gives_keys or video"),
-    _shift("shift-of-axis-0", "positions[..., angles.axis] = steps", "positions[..., 0] = steps", "video"),
+    _shift("shift-of-axis-0", "positions[..., source.axis] = steps", "positions[..., 0] = steps", "video"),
     Mutation(
         "shard-of-fastvideo",
         "dit_rope/compat/fastvideo.py",
