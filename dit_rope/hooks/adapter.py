@@ -37,12 +37,12 @@ class CastTo(enum.Enum):
 
 @dataclass(frozen=True)
 class ForwardGrid:
-    """The grid of one forward pass: ``grid`` is (T, H, W), in patches.
+    """The grid of one forward pass: ``sizes`` is (T, H, W), in patches.
 
     ``frames`` holds the frame positions of the video, each below T. None means 0, 1, ..., T - 1.
     """
 
-    grid: tuple[int, int, int]
+    sizes: tuple[int, int, int]
     frames: tuple[int, ...] | None = None
 
 

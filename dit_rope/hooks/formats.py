@@ -18,13 +18,13 @@ from ..torch_state import capturing
 from .packed_tables import (
     PackedTable,
     UnfitTable,
-    axis_form_of,
+    axis_tables_of,
     is_known,
-    leave_unless,
     pack,
     packed_once,
     recall,
     remember,
+    require_fit,
 )
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -82,10 +82,10 @@ class Format:
             found = recall((self, exact), rotary if type(rotary) is tuple else (rotary,), device)
             if found is not None:
                 return found
-        leave_unless(self.accepts(rotary))
+        require_fit(self.accepts(rotary))
         parts = list(_parts(rotary))
         tensors = [part for part in parts if isinstance(part, torch.Tensor)]
-        leave_unless(not exact or (self.exact and all(tensor.dtype not in _WIDE for tensor in tensors)))
+        require_fit(not exact or (self.exact and all(tensor.dtype not in _WIDE for tensor in tensors)))
         numbers = tuple(part for part in parts if not isinstance(part, torch.Tensor))
         with torch.inference_mode(False), torch.no_grad():
             tables = packed_once((self, numbers), tensors, device, lambda: self._packed(rotary, tensors, device))
@@ -95,7 +95,7 @@ class Format:
 
     def _packed(self, rotary: Any, tensors: list[torch.Tensor], device: torch.device) -> list[PackedTable]:
         try:
-            table = axis_form_of(tensors) if self.axes and tensors[0].device == device else None
+            table = axis_tables_of(tensors) if self.axes and tensors[0].device == device else None
             if table is not None:
                 return [table]
             if self.doubled is not None and not is_known(tensors):

@@ -1,7 +1,8 @@
-"""Which forward pass of a patched model is running: what a caller hands over is packed once in each.
+"""Which forward pass of a patched model is running.
 
-A table that somebody else made may be written to between two passes by code that no version counter sees: collectives,
-fused optimizers, another process. Within one pass all layers are given the same one.
+Tables that a caller passes to a model are packed once per forward pass. Between two passes code may write to them
+without a change of their version counter: collectives, fused optimizers, another process. Within a pass all layers get
+the same table.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ _current = _Current()
 
 
 def packed_in_this_pass() -> dict[Any, Any] | None:
-    """What was packed in the pass that runs in this thread; None outside of one."""
+    """The tables packed in the pass of this thread; None outside a pass."""
     return None if _current.number is None else _current.packed
 
 
 def current_pass() -> int | None:
-    """The number of the pass that runs in this thread; None outside of one, where nothing may be taken for granted."""
+    """The number of the pass of this thread; None outside a pass, where tables may have changed since the last call."""
     return _current.number
 
 
@@ -43,7 +44,7 @@ class BeginPass:
     prepare: Callable[[torch.nn.Module], None]
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begins a pass; changes nothing of the call."""
+        """Begins a pass; the arguments of the call stay as they are."""
         if not torch.compiler.is_compiling():
             self.prepare(module)
             _current.number, _current.packed = next(_numbers), {}
@@ -51,9 +52,9 @@ class BeginPass:
 
 @dataclass(frozen=True)
 class EndPass:
-    """Forward hook of a patched model, run after errors too.
+    """Forward hook of a patched model, which runs after errors too.
 
-    One that an interrupt prevents from running does no harm: the next pass has a number of its own.
+    An interrupt may prevent it from running; this does no harm, because the next pass has a new number.
     """
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:

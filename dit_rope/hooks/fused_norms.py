@@ -1,4 +1,4 @@
-"""Which norm modules our kernels compute, and with what numbers."""
+"""The norm modules that kernels can compute, and their numbers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from .known_code import guard_of
 
 
 class FusedNorm(NamedTuple):
-    """A norm as the kernels take it: y = (x - mean if ``centred``) / sqrt(... + eps) * weight + bias.
+    """The numbers of one norm: y = (x - mean if ``centred``) / sqrt(mean square + eps) * weight + bias.
 
-    ``keeps_dtype``: the result has the dtype of the data, whatever the weight's, as it has in the kernels.
+    ``keeps_dtype`` tells whether the result of the module has the dtype of the data, as in the kernels, even if the
+    weight has another.
     """
 
     centred: bool
@@ -27,33 +28,33 @@ class FusedNorm(NamedTuple):
     keeps_dtype: bool = False
 
     def kind(self, across_heads: bool) -> NormKind:
-        """The norm's name among the kinds of :class:`~dit_rope.NormKind`."""
+        """The kind of norm, across heads or per head."""
         if self.centred:
             return NormKind.LAYER_ACROSS_HEADS if across_heads else NormKind.LAYER_PER_HEAD
         return NormKind.ACROSS_HEADS if across_heads else NormKind.PER_HEAD
 
 
 def fused_norm(module: Any, dtype: torch.dtype) -> FusedNorm | None:
-    """What ``module`` computes on data of ``dtype``; None for a norm, weight or dtype that is left to its own code.
+    """The norm that ``module`` computes on data of ``dtype``; None if the kernels do not compute the same.
 
-    A weight of another dtype decides the dtype of most results upstream, which the kernels do not do.
+    In most modules a weight of another dtype decides the dtype of the result; in the kernels it does not.
     """
     cls = type(module)
     read = KNOWN_NORMS.get(f"{cls.__module__}.{cls.__qualname__}")
     if read is None:
         return None
     norm = read(module, dtype)
-    given = [tensor for tensor in (norm.weight, norm.bias) if tensor is not None]
-    decides = not norm.keeps_dtype and any(tensor.dtype != dtype for tensor in given)
-    if (norm.bias is not None and not norm.centred) or decides or not all(type(x) in _PLAIN_TENSORS for x in given):
+    tensors = [tensor for tensor in (norm.weight, norm.bias) if tensor is not None]
+    decides = not norm.keeps_dtype and any(tensor.dtype != dtype for tensor in tensors)
+    if (norm.bias is not None and not norm.centred) or decides or not all(type(x) in _PLAIN_TENSORS for x in tensors):
         return None
     return norm
 
 
 def makes_fresh_results(module: Any) -> bool:
-    """Whether a call of ``module`` is known code alone, whose result nobody else holds: not hooked, not compiled.
+    """Whether a call of ``module`` runs known code alone, so that nobody else holds its result: no hooks, no compiler.
 
-    That is, whether its result may be overwritten, and a norm may be left out for a kernel that computes it.
+    Then the result may be overwritten, and a kernel may replace the call of a norm.
     """
     state = vars(module)
     if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
@@ -67,8 +68,8 @@ def makes_fresh_results(module: Any) -> bool:
 
 def _runs_known_code(cls: type) -> bool:
     if cls.__module__.startswith("torch.nn.modules.") and cls.__name__ in _CALLED:
-        for namespace, name, found in _torch_functions.get(cls) or _of_torch(cls) or ((_NOTHING, "", cls),):
-            if namespace.get(name) is not found:
+        for namespace, name, function in _torch_functions.get(cls) or _of_torch(cls) or ((_NOTHING, "", cls),):
+            if namespace.get(name) is not function:
                 return False
         return True
     name = f"{cls.__module__}.{cls.__qualname__}"
@@ -76,17 +77,17 @@ def _runs_known_code(cls: type) -> bool:
 
 
 def _of_torch(cls: type) -> tuple[tuple[Any, str, Any], ...] | None:
-    """The forward of a module class of torch's, and the function it calls; None where either was replaced."""
+    """The forward of a module class of torch, and the function that it calls; None if one of them was replaced."""
     functional = vars(torch.nn.functional)
-    found = tuple(
+    functions = tuple(
         (namespace, name, namespace[name])
         for namespace, name in ((vars(cls), "forward"), (functional, _CALLED.get(cls.__name__, "")))
         if name in namespace
     )
-    if not all(_is_of(function, name) for _, name, function in found):
+    if not all(_is_of(function, name) for _, name, function in functions):
         return None
-    _torch_functions[cls] = found
-    return found
+    _torch_functions[cls] = functions
+    return functions
 
 
 _NOTHING: dict[str, Any] = {}
@@ -95,7 +96,7 @@ _CALLED = {"RMSNorm": "rms_norm", "LayerNorm": "layer_norm", "Linear": "linear"}
 
 
 def _is_of(function: Any, name: str) -> bool:
-    """Whether ``function`` is torch's own of this ``name``: written in torch's files, or built in."""
+    """Whether ``function`` is the one of torch called ``name``: defined in a file of torch, or built in."""
     if not isinstance(function, FunctionType):
         return inspect.isbuiltin(function)
     code = function.__code__

@@ -12,30 +12,30 @@ from .adapter import AttentionRotation, Layout
 from .packed_tables import PackedTable
 
 
-def fits(heads: torch.Tensor, table: PackedTable, declared: AttentionRotation) -> bool:
-    """Whether ``heads`` ``[B, S, H, D]`` are what the rows of ``table`` were made for, in all but their number."""
+def fits(heads: torch.Tensor, table: PackedTable, rotation: AttentionRotation) -> bool:
+    """Whether ``table`` was made for ``heads`` ``[B, S, H, D]``, apart from its number of rows."""
     batch, _, count, width = heads.shape
-    samples = (batch,) if declared.format.every_sample else (1, batch)
-    if table.batch not in samples or table.heads not in ((count,) if declared.format.every_head else (1, count)):
+    samples = (batch,) if rotation.format.every_sample else (1, batch)
+    if table.batch not in samples or table.heads not in ((count,) if rotation.format.every_head else (1, count)):
         return False
-    return table.head_dim <= width if declared.partial else table.head_dim == width
+    return table.head_dim <= width if rotation.partial else table.head_dim == width
 
 
 def rotate_heads(heads: list[torch.Tensor], args: RotationArgs, backend: str, inplace: bool) -> list[torch.Tensor]:
-    """``heads`` ``[B, S, H, D]`` rotated, overwritten where ``inplace`` and no gradient is wanted.
+    """Rotates ``heads`` ``[B, S, H, D]``; overwrites them if ``inplace`` and no gradient is wanted.
 
-    Of distributed tensors each rank rotates the heads that it holds.
+    Each rank rotates its own heads of a distributed tensor.
     """
     if any(map(is_distributed, heads)):
-        given: list[Any] = list(heads)
-        local = rotate_heads([x.to_local() for x in given], args, backend, inplace)
-        return [type(x).from_local(y, x.device_mesh, x.placements) for x, y in zip(given, local, strict=True)]
+        distributed: list[Any] = list(heads)
+        local = rotate_heads([x.to_local() for x in distributed], args, backend, inplace)
+        return [type(x).from_local(y, x.device_mesh, x.placements) for x, y in zip(distributed, local, strict=True)]
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in heads)
     return ops.rotate(heads, args, inplace=inplace and not grad, backend=backend)
 
 
 def is_distributed(x: torch.Tensor) -> bool:
-    """Whether ``x`` is a DTensor, whose module need not be imported for that."""
+    """Whether ``x`` is a DTensor; does not import the module of that class."""
     return type(x) is not torch.Tensor and hasattr(x, "to_local")
 
 
@@ -50,7 +50,7 @@ def as_heads(x: torch.Tensor, layout: Layout, head_dim: int) -> torch.Tensor:
     return x.unsqueeze(0) if layout is Layout.SHD else x
 
 
-def as_given(heads: torch.Tensor, layout: Layout) -> torch.Tensor:
+def from_heads(heads: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The inverse of :func:`as_heads`."""
     if layout is Layout.BSC:
         return heads.flatten(2)

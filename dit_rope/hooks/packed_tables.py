@@ -30,7 +30,7 @@ class UnfitTable(Exception):
     """Rotary tensors that mean something else than a rotation of these queries and keys: the model's code decides."""
 
 
-def leave_unless(fits: bool) -> None:
+def require_fit(fits: bool) -> None:
     """Leaves a call to the model's own code unless tables and data fit each other.
 
     Raises:
@@ -232,7 +232,7 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _MOST_PACKED = 16
 
 
-def know(tensors: Sequence[torch.Tensor]) -> None:
+def mark_known(tensors: Sequence[torch.Tensor]) -> None:
     """Notes that ``tensors`` are tables which known code of a model built."""
     for tensor in tensors:
         if not tensor.is_inference():
@@ -289,7 +289,7 @@ def _equal(one: PackedTable, other: PackedTable) -> bool:
     return same and (one.positions is None or other.positions is None or torch.equal(one.positions, other.positions))
 
 
-class _AxisForm(NamedTuple):
+class _AxisTables(NamedTuple):
     """A dense pair ``[1, S, 1, D]``, and its axis form."""
 
     tensors: tuple[weakref.ref[torch.Tensor], ...]
@@ -297,21 +297,21 @@ class _AxisForm(NamedTuple):
 
 
 # By the storage of the first tensor, which its views share: sequence parallelism hands out views of tables.
-_axis_forms: dict[int, _AxisForm] = {}
+_axis_tables: dict[int, _AxisTables] = {}
 
 
-def know_axis_form(tensors: Sequence[torch.Tensor], table: PackedTable) -> None:
+def mark_axis_tables(tensors: Sequence[torch.Tensor], table: PackedTable) -> None:
     """Notes that the dense ``tensors`` ``[1, S, 1, D]`` say of each token what ``table`` says."""
-    know(tensors)
+    mark_known(tensors)
     storage = tensors[0].untyped_storage()._cdata
-    _axis_forms[storage] = _AxisForm(tuple(map(weakref.ref, tensors)), table)
-    for gone in [key for key, form in list(_axis_forms.items()) if any(ref() is None for ref in form.tensors)]:
-        _axis_forms.pop(gone, None)
+    _axis_tables[storage] = _AxisTables(tuple(map(weakref.ref, tensors)), table)
+    for gone in [key for key, form in list(_axis_tables.items()) if any(ref() is None for ref in form.tensors)]:
+        _axis_tables.pop(gone, None)
 
 
-def axis_form_of(tensors: Sequence[Any]) -> PackedTable | None:
+def axis_tables_of(tensors: Sequence[Any]) -> PackedTable | None:
     """The axis form of ``tensors``, which are a known dense table or a range of its tokens; None for any other."""
-    form = _axis_forms.get(tensors[0].untyped_storage()._cdata)
+    form = _axis_tables.get(tensors[0].untyped_storage()._cdata)
     if form is None or len(tensors) != len(form.tensors):
         return None
     places = [_place(view, of()) for view, of in zip(tensors, form.tensors, strict=True)]

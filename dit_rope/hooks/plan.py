@@ -82,24 +82,24 @@ class TablesPlan:
 class RotationPlan:
     """One attention module, and its declaration."""
 
-    rotations: AttentionRotation
+    rotation: AttentionRotation
     path: str
     attention: torch.nn.Module
 
     @property
     def holder(self) -> Any:
         """What holds the code that attends: the processor, or the module itself."""
-        return getattr(self.attention, "processor", None) if self.rotations.processors else self.attention
+        return getattr(self.attention, "processor", None) if self.rotation.processors else self.attention
 
     @property
     def method(self) -> str:
         """The method of :attr:`holder` that attends."""
-        return "__call__" if self.rotations.processors else "forward"
+        return "__call__" if self.rotation.processors else "forward"
 
     @property
     def names(self) -> list[str]:
         """The norms and projections of the module that rotate."""
-        return [name for name, _ in rotating_modules(self.attention, self.rotations)]
+        return [name for name, _ in rotating_modules(self.attention, self.rotation)]
 
     def modules(self) -> list[tuple[str, torch.nn.Module]]:
         """Names and modules of the norms and projections that rotate."""
@@ -107,16 +107,16 @@ class RotationPlan:
 
     def why_not_patched(self, patched: bool) -> str | None:
         """Why the model's own code rotates here; ``patched`` tells whether an override should be in place."""
-        declared, holder = self.rotations, self.holder
+        rotation, holder = self.rotation, self.holder
         if holder is None:
             return "it has no processor"
-        reason = why_unknown(holder, guard_of(unpatched_class(holder), self.method), declared)
+        reason = why_unknown(holder, guard_of(unpatched_class(holder), self.method), rotation)
         if reason is not None:
             return reason
-        reason = why_incomplete(self.attention, declared)
+        reason = why_incomplete(self.attention, rotation)
         if reason is not None:
             return reason
-        if not declared.processors and is_bypassed(holder):
+        if not rotation.processors and is_bypassed(holder):
             return _BYPASSED
         if patched and not installed(self.attention):
             return "it was replaced after the patch; undo it and patch again"
@@ -181,7 +181,7 @@ class PatchPlan:
         fuses_norm = options.fuse is Fusion.NORM_AND_ROTATION
         for rotation in self.rotations:
             path = f"{self.name}.{plain_path(rotation.path)}"
-            settings = AttentionSettings(rotation.rotations, options.exact, options.backend, fuses_norm, path)
+            settings = AttentionSettings(rotation.rotation, options.exact, options.backend, fuses_norm, path)
             install_rotation(rotation.attention, settings, self.state)
         install(self.model, None, self.state)
         add_hooks(self.model, BeginPass(prepare_attention), EndPass())
@@ -225,7 +225,7 @@ class PatchPlan:
 
 def install_rotation(attention: Any, settings: AttentionSettings, state: PatchState) -> None:
     """Patches one attention module: its processor where it is one that its declaration knows, or its own forward."""
-    if settings.rotations.processors:
+    if settings.rotation.processors:
         install(attention, settings, state)
         adopt_processor(attention)
     elif is_bypassed(attention):
@@ -241,7 +241,7 @@ def adopt_processor(attention: Any) -> None:
     if record is None or processor is None or not isinstance(record.settings, AttentionSettings):
         return
     cls = unpatched_class(processor)
-    reason = why_unknown(processor, guard_of(cls, "__call__"), record.settings.rotations)
+    reason = why_unknown(processor, guard_of(cls, "__call__"), record.settings.rotation)
     if reason is not None:
         log_not_patched(record.settings.name, reason, record.settings.logged)
     else:
@@ -321,35 +321,35 @@ def make_plan(name: str, model: torch.nn.Module, adapter: ModelAdapter) -> Patch
 
 
 def _all_tables(model: torch.nn.Module, adapter: ModelAdapter) -> tuple[TablesPlan, ...]:
-    return tuple(each for declared in adapter.tables if (each := _find_tables(model, declared)) is not None)
+    return tuple(each for tables in adapter.tables if (each := _find_tables(model, tables)) is not None)
 
 
 def _all_rotations(model: torch.nn.Module, adapter: ModelAdapter) -> tuple[RotationPlan, ...]:
-    return tuple(each for declared in adapter.rotations for each in _find_rotations(model, declared))
+    return tuple(each for rotation in adapter.rotations for each in _find_rotations(model, rotation))
 
 
-def _find_tables(model: torch.nn.Module, declared: ModelTables) -> TablesPlan | None:
+def _find_tables(model: torch.nn.Module, tables: ModelTables) -> TablesPlan | None:
     try:
-        target = operator.attrgetter(declared.path)(model) if declared.path else model
+        target = operator.attrgetter(tables.path)(model) if tables.path else model
     except AttributeError:
         return None
-    return None if target is None else TablesPlan(declared, target)
+    return None if target is None else TablesPlan(tables, target)
 
 
-def _find_rotations(model: torch.nn.Module, declared: AttentionRotation) -> Iterator[RotationPlan]:
-    pattern = re.compile(declared.attention)
+def _find_rotations(model: torch.nn.Module, rotation: AttentionRotation) -> Iterator[RotationPlan]:
+    pattern = re.compile(rotation.attention)
     for path, module in model.named_modules():
         inner = path.rpartition(".")[2]
         if inner not in _WRAPPED and getattr(module, "_orig_mod", None) is not None:
             continue  # a compiled module, whose own one comes next
-        if pattern.fullmatch(plain_path(path)) and (declared.when is None or _is_meant(declared, model, module)):
-            yield RotationPlan(declared, path, module)
+        if pattern.fullmatch(plain_path(path)) and (rotation.when is None or _is_meant(rotation, model, module)):
+            yield RotationPlan(rotation, path, module)
 
 
-def _is_meant(declared: AttentionRotation, model: torch.nn.Module, attention: torch.nn.Module) -> bool:
-    assert declared.when is not None
+def _is_meant(rotation: AttentionRotation, model: torch.nn.Module, attention: torch.nn.Module) -> bool:
+    assert rotation.when is not None
     try:
-        return declared.when(model, attention)
+        return rotation.when(model, attention)
     except AttributeError:  # a module of another kind stands there
         return False
 

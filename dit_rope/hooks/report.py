@@ -116,7 +116,7 @@ def _rotations(plan: PatchPlan, patched: bool) -> Iterator[str]:
         if reason is not None:
             yield _not_patched(f"{place}, where the model rotates: {reason}")
             continue
-        yield f"  {place}: {rotates_in(plans[0].rotations, names)}"
+        yield f"  {place}: {rotates_in(plans[0].rotation, names)}"
         slow = sum(not makes_fresh_results(getattr(each.attention, name)) for each in plans for name in names)
         if slow:
             yield f"  {place}: {_count(slow, 'hooked or unknown norm')}, which rotate in a second pass"

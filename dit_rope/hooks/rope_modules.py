@@ -1,10 +1,10 @@
-"""The tables that a model builds itself, built once and found again.
+"""The tables that a model builds, built once and kept in a cache.
 
-A key holds whatever decides the result (see ``table_keys``). What depends on something that cannot be a key, such as
-the values of a tensor on a GPU, is built in every forward pass, as without a patch.
+The cache key holds whatever decides the result (see ``table_keys``). Tables that depend on something that cannot be a
+key, such as the values of a tensor on a GPU, are built in every forward pass, as without a patch.
 
-Only code that is known (see ``known_code``) is memoized, and what it returns is what the model's own code returned.
-Of the tables of a grid kernels read one small array for each axis, whose values are the model's own too.
+Only the results of known code (see ``known_code``) are memoized; they are what the model's own code returned. From the
+tables of a grid kernels read one small array per axis, with the same values.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .class_override import INSTALLED, Installed, Override, unpatched_class, unp
 from .formats import AXES
 from .known_code import guard_of
 from .log import log_not_patched
-from .packed_tables import PackedTable, axis_rows, know, know_axis_form
+from .packed_tables import PackedTable, axis_rows, mark_axis_tables, mark_known
 from .table_keys import Unkeyed, parts_of
 
 
 class _Token:
-    """Stands for one patched object in keys; the entries go when it does, with the object that holds it.
+    """Identifies one patched object in cache keys. Its entries are dropped when the object dies.
 
-    ``by_axis``: whether kernels read axis rows of the tables that were built last; None before any were.
+    ``by_axis`` tells whether kernels read axis tables instead of the last dense tables; None if none were built.
     """
 
     def __init__(self) -> None:
@@ -52,9 +52,17 @@ _token_numbers = itertools.count()
 
 @dataclass(frozen=True, eq=False)
 class TableSettings:
-    """How the tables of one object are built: as declared, scaled if asked, and keyed under ``token``.
+    """How the tables of one object are built.
 
-    ``scaled`` and ``choose`` are the rotation that is asked for, once or by a function in every forward pass.
+    Attributes:
+        tables: the object, as its adapter describes it.
+        parameters: names of the positional parameters of its method.
+        spec: the rotation that the model builds; None without axis tables.
+        scaled: the scaled rotation to build instead; None without a scaling, or if a function chooses it.
+        choose: a function that returns the scaling, called in every forward pass.
+        token: identifies the object in cache keys.
+        name: its path, for the log.
+        logged: the reasons that were logged.
     """
 
     tables: ModelTables
@@ -68,7 +76,7 @@ class TableSettings:
 
     @property
     def scales(self) -> bool:
-        """Whether the tables are others than the model's own."""
+        """Whether the tables differ from the model's own."""
         return self.scaled is not None or self.choose is not None
 
 
@@ -80,7 +88,7 @@ class _Key:
 
 @dataclass(frozen=True, eq=False)
 class _Built:
-    """Tables as leaves and structure, so that each caller gets containers of its own, and what else has to be kept."""
+    """Tables as leaves and structure, so that each caller gets new containers; ``held`` keeps other tensors alive."""
 
     leaves: Sequence[Any]
     structure: pytree.TreeSpec
@@ -88,7 +96,7 @@ class _Built:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """Everything the entry keeps in memory."""
+        """All tensors that the entry keeps in memory."""
         return [*(leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)), *self.held]
 
 
@@ -96,24 +104,24 @@ class RopeOverride(Override):
     """The method of a rope module that builds tables."""
 
     def replacement(self, *args: Any, **kwargs: Any) -> Any:
-        """What the replaced method returns, in containers of the caller's own; its tensors are shared."""
-        own = unpatched_method(self, type(self).method if isinstance(self, Override) else "forward")
+        """The result of the replaced method, in new containers; callers share its tensors."""
+        original = unpatched_method(self, type(self).method if isinstance(self, Override) else "forward")
         record: Installed | None = vars(self).get(INSTALLED)
         if record is None or not record.active:
-            return own(*args, **kwargs)
+            return original(*args, **kwargs)
         settings: TableSettings = record.settings
         if settings.scales:
             return _scaled(self, settings, args, kwargs)
         if torch.compiler.is_compiling():
-            return own(*args, **kwargs)
-        return _memoized(self, settings, own, args, kwargs)
+            return original(*args, **kwargs)
+        return _memoized(self, settings, original, args, kwargs)
 
 
 class MemoizedMethod:
-    """A method of a model, memoized, which hangs on that model under the method's name, before its class's own.
+    """A memoized method of a model: an attribute of the instance, which shadows the method of the class.
 
-    The model keeps its class, whose name its configuration stores. The model owns this object, and not the other way
-    round; a copy or a pickle of the model has one of its own.
+    The model keeps its class, because its configuration stores the name of the class. The reference to the model is
+    weak, so that there is no cycle. A copy or a pickle of the model gets another object.
     """
 
     def __init__(self, model: torch.nn.Module, method: str, record: Installed) -> None:
@@ -122,14 +130,14 @@ class MemoizedMethod:
         self._model = weakref.ref(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the method returns, in containers of the caller's own; its tensors are shared."""
+        """The result of the method, in new containers; callers share its tensors."""
         model = self._model()
         if model is None:
             raise ReferenceError(f"{self.method} must be called while its model lives, got a call after its end")
-        own = functools.partial(getattr(type(model), self.method), model)
+        original = functools.partial(getattr(type(model), self.method), model)
         if torch.compiler.is_compiling() or not self.record.active:
-            return own(*args, **kwargs)
-        return _memoized(model, self.record.settings, own, args, kwargs)
+            return original(*args, **kwargs)
+        return _memoized(model, self.record.settings, original, args, kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_model": self._model()}
@@ -139,60 +147,60 @@ class MemoizedMethod:
 
 
 def why_not_memoized(target: Any, tables: ModelTables) -> str | None:
-    """Why the tables of ``target`` are left to its own code; None where they are memoized."""
+    """Why the tables of ``target`` are not memoized; None if they are."""
     cls = unpatched_class(target)
     guard = guard_of(cls, tables.method)
     if guard.unknown is not None:
         return guard.unknown
     if tables.path and guard.owner not in tables.builders:
-        return f"{guard.owner} is not the module that it knows there"
+        return f"{guard.owner} is not the class that dit_rope knows there"
     names = guard.methods - {tables.method}
     held = next((name for name in names if name in vars(target)), None)
-    return None if held is None else f"{cls.__name__} holds a {held} of its own"
+    return None if held is None else f"its {held} was replaced on the instance"
 
 
 def reads_axes(target: Any) -> bool | None:
-    """Whether kernels read axis rows of the tables that ``target`` built last; None where it has built none."""
+    """Whether kernels read axis tables instead of the last tables of ``target``; None if it has built none."""
     record: Installed | None = vars(target).get(INSTALLED)
     settings = None if record is None else record.settings
     return settings.token.by_axis if isinstance(settings, TableSettings) else None
 
 
 def _memoized(
-    target: Any, settings: TableSettings, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    target: Any, settings: TableSettings, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """What ``own``, a method of ``target``, returns, in containers of the caller's own."""
+    """The result of ``original``, a method of ``target``, in new containers."""
     tables = settings.tables
     if in_mode() or in_transform() or _capturing():
-        return own(*args, **kwargs)
+        return original(*args, **kwargs)
     reason = why_not_memoized(target, tables)
     if reason is not None:
         log_not_patched(settings.name, reason, settings.logged)
-        return own(*args, **kwargs)
+        return original(*args, **kwargs)
     held: list[torch.Tensor] = []
     try:
         parts = parts_of(target, tables, settings.parameters, args, kwargs, held)
     except Unkeyed:
         log_not_patched(settings.name, "its tables depend on values that cannot be a cache key", settings.logged)
         with torch.inference_mode(False):
-            result = own(*args, **kwargs)
-        know([leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)])
+            result = original(*args, **kwargs)
+        mark_known([leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)])
         return result
     not_cached = tables.not_cached(target, *args, **kwargs)
     device = _device(args, kwargs)
 
     def build() -> _Built:
-        # Put back, so that a miss leaves no more behind than a hit.
-        written = {name: getattr(target, name) for name in tables.sets if hasattr(target, name)}
-        result = own(*args, **kwargs)
-        for name, value in written.items():
+        # Restored below, so that a cache miss changes no more of the object than a hit.
+        state = {name: getattr(target, name) for name in tables.sets if hasattr(target, name)}
+        result = original(*args, **kwargs)
+        for name, value in state.items():
             setattr(target, name, value)
         leaves, structure = pytree.tree_flatten(result[len(not_cached) :] if not_cached else result)
         leaves = [_kept(leaf, device if tables.to_device else None) for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        know(tensors)
+        mark_known(tensors)
         if tables.axes is not None and settings.spec is not None:
-            rows = _find_axis_form(target, tables.axes, settings.spec, tensors, args, kwargs)
+            rows = _find_axis_tables(target, tables.axes, settings.spec, tensors, args, kwargs)
             settings.token.by_axis = bool(rows)
             held.extend(rows)
         return _Built(leaves, structure, held)
@@ -204,14 +212,14 @@ def _memoized(
 
 
 def _kept(leaf: Any, device: torch.device | None) -> Any:
-    """A leaf as the cache keeps it: on ``device`` if one is named, and with a counter of its writes."""
+    """A leaf as the cache keeps it: on ``device`` unless that is None, and never a tensor without version counter."""
     if not isinstance(leaf, torch.Tensor):
         return leaf
     leaf = leaf if device is None else leaf.to(device)
     return leaf.clone() if leaf.is_inference() else leaf
 
 
-def _find_axis_form(
+def _find_axis_tables(
     target: Any,
     axes: AxisTables,
     spec: RopeSpec,
@@ -219,10 +227,10 @@ def _find_axis_form(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> list[torch.Tensor]:
-    """Notes the axis form of the dense tables just built, and returns its rows, if they are tables of a grid."""
-    place = axes.grid(target, *args, **kwargs)
-    frames = place.grid[0] if place.frames is None else len(place.frames)
-    sizes = (frames, *place.grid[1:])
+    """Marks the axis tables of the dense tables just built, and returns their rows; empty unless they fit a grid."""
+    grid = axes.grid(target, *args, **kwargs)
+    frames = grid.sizes[0] if grid.frames is None else len(grid.frames)
+    sizes = (frames, *grid.sizes[1:])
     if 0 in sizes or tensors[0].device.type == "meta":
         return []
     ((cos, sin),) = AXES.split(tensors)
@@ -231,14 +239,14 @@ def _find_axis_form(
         return []
     first_rows = tuple(itertools.accumulate(sizes[:-1], initial=0))
     table = PackedTable(rows, None, cos.shape[1], spec.pairs, spec.pairing, sizes=sizes, first_rows=first_rows)
-    know_axis_form(tensors, table)
+    mark_axis_tables(tensors, table)
     return [rows]
 
 
 def _scaled(target: Any, settings: TableSettings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Cos and sin ``[1, S, 1, rotary_dim]`` of the scaling that is asked for, instead of the model's own."""
+    """Cos and sin ``[1, S, 1, rotary_dim]`` of the scaled rotation, instead of the model's own."""
     if settings.choose is not None and torch.compiler.is_compiling():
-        # What it returns is new at any call, and would be compiled in.
+        # The compiler would treat the returned scaling as a constant.
         return torch.compiler.disable(_scaled_tables)(target, settings, args, kwargs)
     return _scaled_tables(target, settings, args, kwargs)
 
@@ -251,21 +259,21 @@ def _scaled_tables(
     assert settings.spec is not None
     spec = settings.scaled if settings.choose is None else settings.spec.with_scaling(settings.choose())
     assert spec is not None
-    place = axes.grid(target, *args, **kwargs)
+    grid = axes.grid(target, *args, **kwargs)
     latent = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
     dtype = next(buffer.dtype for buffer in target.buffers())
-    table = rope_table(spec, Grid(*place.grid), device=latent.device, dtype=dtype)
+    table = rope_table(spec, Grid(*grid.sizes), device=latent.device, dtype=dtype)
     cos, sin = table.cos_sin(broadcast=True)
-    if place.frames is not None:
-        cos, sin = _of_frames(cos, place), _of_frames(sin, place)
+    if grid.frames is not None:
+        cos, sin = _of_frames(cos, grid), _of_frames(sin, grid)
     if not (in_mode() or in_transform() or capturing(latent.device)):
-        know_axis_form((cos, sin), _packed(table, place))
+        mark_axis_tables((cos, sin), _packed(table, grid))
     return cos, sin
 
 
-def _packed(table: RopeTable, place: ForwardGrid) -> PackedTable:
-    """The table as kernels read it, at the frames of one forward pass."""
-    positions = None if place.frames is None else _of_frames(table.positions(), place)
+def _packed(table: RopeTable, grid: ForwardGrid) -> PackedTable:
+    """The table as kernels read it, for the frames of one forward pass."""
+    positions = None if grid.frames is None else _of_frames(table.positions(), grid)
     count = table.count if positions is None else positions.shape[1]
     spec = table.spec
     return PackedTable(
@@ -273,28 +281,28 @@ def _packed(table: RopeTable, place: ForwardGrid) -> PackedTable:
     )
 
 
-def _of_frames(x: torch.Tensor, place: ForwardGrid) -> torch.Tensor:
+def _of_frames(x: torch.Tensor, grid: ForwardGrid) -> torch.Tensor:
     """``[1, frames H W, ...]`` from ``[1, T H W, ...]`` of the whole grid, without a device sync."""
-    if place.frames is None:
+    if grid.frames is None:
         return x
-    by_frame = x.unflatten(1, (place.grid[0], -1)).unbind(1)
-    return torch.cat([by_frame[frame] for frame in place.frames], dim=1)
+    by_frame = x.unflatten(1, (grid.sizes[0], -1)).unbind(1)
+    return torch.cat([by_frame[frame] for frame in grid.frames], dim=1)
 
 
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    """Where the tables are wanted: the device this call names, or that of a tensor in it."""
+    """The device of the tables: an argument that is a device, or else the device of a tensor."""
     leaves = pytree.tree_leaves((args, kwargs))
-    # Frame indices may lie on the host beside the name of the device.
+    # A device comes first, because frame indices may be on the host.
     named = (leaf for leaf in leaves if isinstance(leaf, torch.device))
     tensors = (leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
     return next(itertools.chain(named, tensors), torch.device("cpu"))
 
 
 def _forget(token: int) -> None:
-    """Drops the entries of one patched object."""
+    """Drops the cache entries of one patched object."""
     MODEL_TABLES.discard(lambda key: isinstance(key, _Key) and key.token == token)
 
 
 def _capturing() -> bool:
-    """Whether a CUDA graph is being captured, which must own the tables that it reads."""
+    """Whether a CUDA graph is being captured. A graph must own the tables that it reads."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -15,7 +15,7 @@ import torch
 
 from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ResultRotation
 from ..hooks.formats import Format, Pair, repeat
-from ..hooks.packed_tables import Align, PackedTable, leave_unless
+from ..hooks.packed_tables import Align, PackedTable, require_fit
 from ..rotation_args import RotationArgs
 from ..spec import Pairing
 
@@ -38,7 +38,7 @@ class _AxisFormat(Format):
         """One table of all axes."""
         pairs = self.split(rotary)
         for (cos, _), taken in zip(pairs, rotary[1], strict=True):
-            leave_unless(taken.numel() > 0 and int(taken.min()) >= 0 and int(taken.max()) < cos.shape[1])
+            require_fit(taken.numel() > 0 and int(taken.min()) >= 0 and int(taken.max()) < cos.shape[1])
         rows = torch.cat([torch.stack(pair).flatten(1, 3) for pair in pairs], dim=1).to(device)
         first = [sum(cos.shape[1] for cos, _ in pairs[:axis]) for axis in range(_AXES)]
         positions = torch.stack([taken.flatten() + start for taken, start in zip(rotary[1], first, strict=True)])
@@ -71,7 +71,7 @@ class _RotationByAxis(AttentionRotation):
     def rotate_result(self, y: torch.Tensor, rotation: ResultRotation) -> torch.Tensor:
         """Rotates a projection ``[B, S, H * D]``, as if the axes were a batch."""
         head_dim = rotation.table.head_dim
-        leave_unless(y.shape[-1] % (_AXES * head_dim) == 0)
+        require_fit(y.shape[-1] % (_AXES * head_dim) == 0)
         by_axis = y.unflatten(-1, (-1, _AXES, head_dim)).flatten(0, 1).permute(2, 0, 1, 3)
         return rotation.rotate_heads(by_axis).permute(1, 2, 0, 3).reshape(y.shape)
 

@@ -14,7 +14,7 @@ import torch
 
 from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation, Tokens
 from ..hooks.formats import Format, Pair, four_dims, halves, repeat
-from ..hooks.packed_tables import leave_unless
+from ..hooks.packed_tables import require_fit
 from ..spec import Pairing
 
 
@@ -48,7 +48,7 @@ def _attend_unrotated(
     q, k = attn.norm_added_q(q), attn.norm_added_k(k)
     seen = text_k if seen_k is None else seen_k
     # The model's rotation promotes to the widest of data and tables; ours keeps the dtype that the norms return.
-    leave_unless(len({x.dtype for x in (text_q, text_k, text_v, q, k, v, seen, *rotary_emb)}) == 1)
+    require_fit(len({x.dtype for x in (text_q, text_k, text_v, q, k, v, seen, *rotary_emb)}) == 1)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
         out: torch.Tensor = own.__globals__["dispatch_attention_fn"](

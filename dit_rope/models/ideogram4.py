@@ -14,7 +14,7 @@ import torch
 
 from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation
 from ..hooks.formats import HALF, Pair, four_dims
-from ..hooks.packed_tables import leave_unless
+from ..hooks.packed_tables import require_fit
 
 
 def _attend_unrotated(
@@ -32,7 +32,7 @@ def _attend_unrotated(
     query, key = attn.norm_q(query), attn.norm_k(key)
     # The model's rotation promotes to the widest of data and tables; ours keeps the dtype that the norms return.
     promoted = torch.promote_types(query.dtype, image_rotary_emb[0].dtype)
-    leave_unless(query.dtype == key.dtype == value.dtype == promoted)
+    require_fit(query.dtype == key.dtype == value.dtype == promoted)
     attended = own.__globals__["dispatch_attention_fn"](
         query,
         key,

@@ -47,12 +47,12 @@ _IMAGE = {"img_attn_q_norm": NormRotation(), "img_attn_k_norm": NormRotation()}
 _TEXT = {"txt_attn_q_norm": NormRotation(table=1), "txt_attn_k_norm": NormRotation(table=1)}
 
 
-def _turns_text(model: Any, attention: Any) -> bool:
+def _rotates_text(model: Any, attention: Any) -> bool:
     return bool(model.rope_type == "mrope")
 
 
-def _turns_image_alone(model: Any, attention: Any) -> bool:
-    return not _turns_text(model, attention)
+def _rotates_image_alone(model: Any, attention: Any) -> bool:
+    return not _rotates_text(model, attention)
 
 
 def _tables(model: str, method: str) -> ModelTables:
@@ -74,8 +74,8 @@ JOYIMAGE_EDIT = ModelAdapter(
             when=when,
         )
         for form, norms, when in (
-            (_IMAGE_ALONE, _IMAGE, _turns_image_alone),
-            (_IMAGE_AND_TEXT, {**_IMAGE, **_TEXT}, _turns_text),
+            (_IMAGE_ALONE, _IMAGE, _rotates_image_alone),
+            (_IMAGE_AND_TEXT, {**_IMAGE, **_TEXT}, _rotates_text),
         )
     ),
 )

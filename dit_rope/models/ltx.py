@@ -30,12 +30,12 @@ LTX = ModelAdapter(
 )
 
 
-def turns_neighbours(model: Any, attention: Any) -> bool:
+def is_interleaved(model: Any, attention: Any) -> bool:
     """Whether an attention module of LTX-2 is of ``rope_type`` "interleaved"."""
     return bool(attention.rope_type == "interleaved")
 
 
-def turns_halves(model: Any, attention: Any) -> bool:
+def is_split(model: Any, attention: Any) -> bool:
     """Whether an attention module of LTX-2 is of ``rope_type`` "split"."""
     return bool(attention.rope_type == "split")
 
@@ -76,7 +76,7 @@ LTX2 = ModelAdapter(
             processors=("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
             when=when,
         )
-        for form, when in ((CHANNELS, turns_neighbours), (HEAD_HALVES, turns_halves))
+        for form, when in ((CHANNELS, is_interleaved), (HEAD_HALVES, is_split))
     ),
 )
 

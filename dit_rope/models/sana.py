@@ -12,7 +12,7 @@ from typing import Any
 from ..hooks.adapter import EVERY, AttentionRotation, Layout, ModelAdapter, ModelTables, ReplacedFunction
 from ..hooks.class_override import unpatched_class
 from ..hooks.formats import CHANNELS, COMPLEX_BHSD, HEAD_HALVES
-from .ltx import turns_halves, turns_neighbours
+from .ltx import is_interleaved, is_split
 
 _TRANSFORMERS = "diffusers.models.transformers"
 
@@ -81,8 +81,8 @@ SANA_WM_REFINER = ModelAdapter(
             when=when,
         )
         for form, function, when in (
-            (CHANNELS, "apply_interleaved_rotary_emb", turns_neighbours),
-            (HEAD_HALVES, "apply_split_rotary_emb", turns_halves),
+            (CHANNELS, "apply_interleaved_rotary_emb", is_interleaved),
+            (HEAD_HALVES, "apply_split_rotary_emb", is_split),
         )
     ),
     not_patched=("norm_q and norm_k, because keys are cached before they rotate",),

@@ -33,7 +33,7 @@ def _chronoedit_grid(rope: Any, latent: torch.Tensor) -> ForwardGrid:
     if latent.shape[2] != 2:
         return whole
     skip: int = rope.temporal_skip_len
-    return ForwardGrid((skip, *whole.grid[1:]), frames=(0, skip - 1))
+    return ForwardGrid((skip, *whole.sizes[1:]), frames=(0, skip - 1))
 
 
 def _adapter(model: str, module: str, rope: str, attention: str, processor: str = "WanAttnProcessor") -> ModelAdapter:

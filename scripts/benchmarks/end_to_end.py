@@ -311,7 +311,7 @@ def _moved(step: Step) -> Step:
 def _has_bound(plans: list[PatchPlan]) -> bool:
     """Whether the models' processors do not rotate what comes without tables."""
     return all(
-        found.rotations.replaced_function is None and found.rotations.unrotated is None for found in _rotations(plans)
+        found.rotation.replaced_function is None and found.rotation.unrotated is None for found in _rotations(plans)
     )
 
 
@@ -319,7 +319,7 @@ def _without_rope(plan: PatchPlan) -> None:
     """Keeps a model's tables, and neither norms nor rotates queries and keys: what is left is no patch's to gain."""
     for found in plan.rotations:
         taken = list(inspect.signature(type(found.attention).forward).parameters)[1:]
-        places = tuple((name, taken.index(name) if name in taken else None) for name in found.rotations.rotary)
+        places = tuple((name, taken.index(name) if name in taken else None) for name in found.rotation.rotary)
         found.attention.register_forward_pre_hook(_Without(places), with_kwargs=True)
         for name, module in found.modules():
             if "norm" in name:

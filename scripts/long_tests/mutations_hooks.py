@@ -96,7 +96,7 @@ _KNOWN_CODE = (
         "    if guard.unknown is not None:\n        return guard.unknown\n    owner",
         "    owner",
     ),
-    _known("class-of-another-declaration", "hooks/attention", "if owner not in (declared", "if False and (declared"),
+    _known("class-of-another-declaration", "hooks/attention", "if owner not in (rotation", "if False and (rotation"),
     _known("method-of-the-processor-itself", "hooks/attention", "name = guard.overridden_in(holder)", "name = None"),
     _known(
         "guard-always-holds",
@@ -171,11 +171,13 @@ _KNOWN_CODE = (
         "fresh-with-hooks-of-all-modules", "hooks/fused_norms", "if torch_modules._has_any_global_hook():", "if False:"
     ),
     _fresh("fresh-of-unknown-code", "hooks/fused_norms", "return _runs_known_code(type(module))", "return True"),
-    _fresh("function-of-torch-replaced", "hooks/fused_norms", "if namespace.get(name) is not found:", "if not found:"),
+    _fresh(
+        "function-of-torch-replaced", "hooks/fused_norms", "if namespace.get(name) is not function:", "if not function:"
+    ),
     _fresh(
         "function-of-torch-replaced-before",
         "hooks/fused_norms",
-        "if not all(_is_of(function, name) for _, name, function in found):",
+        "if not all(_is_of(function, name) for _, name, function in functions):",
         "if False:",
     ),
     Mutation("report-remembers", "dit_rope/hooks/report.py", "    plan = plan.now()\n", "    pass\n", _KNOWN),
@@ -246,12 +248,12 @@ _HANDED_OVER = (
         ("tests/hooks/test_fitting_tables.py",),
         "dual_numbers",
     ),
-    _known("stand-in-is-the-module", "hooks/rotating_norms", "other = object.__new__(type(attn))", "other = attn"),
+    _known("stand-in-is-the-module", "hooks/rotating_norms", "proxy = object.__new__(type(attn))", "proxy = attn"),
     _known(
         "stand-in-keeps-a-norm",
         "hooks/rotating_norms",
-        "for name, rotated in rotating_modules(attn, self.declared):",
-        "for name, rotated in rotating_modules(attn, self.declared)[:1]:",
+        "for name, norm in rotating_modules(attn, self.rotation):",
+        "for name, norm in rotating_modules(attn, self.rotation)[:1]:",
     ),
     of_models(
         "rotated-twice", "hooks/attention", "kwargs = {**kwargs, name: None}", "pass", "flux-single or cogvideox"
@@ -259,7 +261,7 @@ _HANDED_OVER = (
     of_models(
         "rebound-rotates",
         "hooks/attention",
-        "__globals__, declared.replaced_function.name: functools.partial(_pass_on, declared)}",
+        "__globals__, rotation.replaced_function.name: functools.partial(_unchanged, rotation)}",
         "__globals__}",
         "hidream or lumina",
     ),

@@ -52,15 +52,15 @@ _FITS = (
         "",
     ),
     _fitting(
-        "one-sample-for-all", "hooks/heads", "(batch,) if declared.format.every_sample else (1, batch)", "(1, batch)"
+        "one-sample-for-all", "hooks/heads", "(batch,) if rotation.format.every_sample else (1, batch)", "(1, batch)"
     ),
     _fitting(
         "heads-of-the-table",
         "hooks/heads",
-        " or table.heads not in ((count,) if declared.format.every_head else (1, count))",
+        " or table.heads not in ((count,) if rotation.format.every_head else (1, count))",
         "",
     ),
-    _fitting("one-head-for-all", "hooks/heads", "(count,) if declared.format.every_head else (1, count)", "(1, count)"),
+    _fitting("one-head-for-all", "hooks/heads", "(count,) if rotation.format.every_head else (1, count)", "(1, count)"),
     _fitting("narrower-tables", "hooks/heads", "else table.head_dim == width", "else table.head_dim <= width"),
     _fitting("wider-tables", "hooks/heads", "return table.head_dim <= width if", "return True if"),
     _fitting(
@@ -81,7 +81,7 @@ _FITS = (
     _fitting(
         "rest-not-looked-at",
         "hooks/rotating_norms",
-        "if not self._rotated.fits(table, heads.shape[1]):",
+        "if not self._norm.fits(table, heads.shape[1]):",
         "if False:",
     ),
     _fitting(
@@ -111,14 +111,14 @@ _FITS = (
     _fitting(
         "function-rotates-whatever-it-is-given",
         "hooks/attention",
-        "if not all(x.ndim == 4 and fits(x, table, declared) and x.shape[1] == table.tokens for x in heads):",
+        "if not all(x.ndim == 4 and fits(x, table, rotation) and x.shape[1] == table.tokens for x in heads):",
         "if False:",
     ),
-    _fitting("heads-not-asked", "hooks/rotating_norms", " or not fits(heads, table, declared):", ":"),
+    _fitting("heads-not-asked", "hooks/rotating_norms", " or not fits(heads, table, rotation):", ":"),
     fault(
         "weight-decides-the-dtype",
         "hooks/fused_norms",
-        "decides = not norm.keeps_dtype and any(tensor.dtype != dtype for tensor in given)",
+        "decides = not norm.keeps_dtype and any(tensor.dtype != dtype for tensor in tensors)",
         "decides = False",
         ("tests/hooks/test_fresh_results.py",),
         "weight_decides",
@@ -126,7 +126,7 @@ _FITS = (
     fault(
         "data-and-table-promote",
         "models/ideogram4",
-        "leave_unless(query.dtype == key.dtype == value.dtype == promoted)",
+        "require_fit(query.dtype == key.dtype == value.dtype == promoted)",
         "pass",
         ("tests/hooks/test_fitting_tables.py",),
         "ideogram4",
@@ -170,21 +170,21 @@ _FITS = (
     of_models(
         "first-table-for-all",
         "hooks/rotating_norms",
-        "call.tables[min(rotated.table, len(call.tables) - 1)]",
+        "call.tables[min(norm.table, len(call.tables) - 1)]",
         "call.tables[0]",
         "qwen or joyimage or ltx2",
     ),
     of_models(
         "fast-where-exact",
         "hooks/rotating_norms",
-        "self._rotated.align, call.exact)",
-        "self._rotated.align, not call.exact)",
+        "self._norm.align, call.exact)",
+        "self._norm.align, not call.exact)",
         "flux",
     ),
     of_models(
         "norm-not-rounded",
         "hooks/rotating_norms",
-        "if call.exact and declared.cast_to is not None:",
+        "if call.exact and rotation.cast_to is not None:",
         "if False:",
         "kandinsky or cogview4 or glm or hidream",
     ),

@@ -157,11 +157,13 @@ def test_method_that_an_object_holds_itself_is_not_known() -> None:
     rope = Helped()
     assert why_not_memoized(rope, HELPED) is None
     rope.angles = lambda ids: ids.float() * 3.0  # type: ignore[method-assign]
-    assert why_not_memoized(rope, HELPED) == "Helped holds a angles of its own"
+    assert why_not_memoized(rope, HELPED) == "its angles was replaced on the instance"
 
 
 def test_builder_of_another_name_is_not_what_was_declared() -> None:
-    assert why_not_memoized(Helped(), ModelTables("rope", "Rope")) == "Helped is not the module that it knows there"
+    assert (
+        why_not_memoized(Helped(), ModelTables("rope", "Rope")) == "Helped is not the class that dit_rope knows there"
+    )
 
 
 def test_known_processor_of_another_model_is_not_known_here() -> None:
@@ -170,7 +172,7 @@ def test_known_processor_of_another_model_is_not_known_here() -> None:
     processor = FluxAttnProcessor()
     guard = guard_of(FluxAttnProcessor, "__call__")
     assert why_unknown(processor, guard, flux.FLUX.rotations[0]) is None
-    assert "is not a processor that it knows there" in str(why_unknown(processor, guard, WAN.rotations[0]))
+    assert "is not the class that dit_rope knows there" in str(why_unknown(processor, guard, WAN.rotations[0]))
 
 
 def test_function_that_wraps_a_known_one_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +270,7 @@ def test_method_that_a_processor_holds_itself_is_what_runs(rotations: list[str])
         rotations.clear()
         ours = forward(model)
         assert len(rotations) == 2
-        assert "WanAttnProcessor holds a project of its own" in handle.report()
+        assert "its project was replaced on the instance" in handle.report()
     assert torch.equal(forward(model), ours)
 
 

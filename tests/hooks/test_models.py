@@ -129,7 +129,7 @@ def test_every_norm_rotates(example: Example, monkeypatch: pytest.MonkeyPatch) -
         try:
             return rotate(processor, attn, guard, settings, args, kwargs)
         except UnfitTable:
-            if names.get(settings.rotations.rotary[0]) is not None:
+            if names.get(settings.rotation.rotary[0]) is not None:
                 left.append(attn)
             raise
 

@@ -13,7 +13,7 @@ import torch
 import dit_rope
 from dit_rope.adapters import adapter_of
 from dit_rope.hooks.formats import AXES
-from dit_rope.hooks.packed_tables import Align, PackedTable, axis_form_of, axis_rows, pack
+from dit_rope.hooks.packed_tables import Align, PackedTable, axis_rows, axis_tables_of, pack
 from dit_rope.rotation import ops
 from dit_rope.spec import Pairing
 from twins import BEFORE_AND_AFTER, attentions, check, run
@@ -87,7 +87,7 @@ def nudged(name: str, change: Change, when: str, frames: int) -> tuple[torch.Ten
 )
 def test_axis_tables_are_of_the_models_own_values(name: str, frames: int, change: Change, when: str) -> None:
     pair = nudged(name, change, when, frames)
-    table = axis_form_of(pair)
+    table = axis_tables_of(pair)
     assert table is not None
     assert table.rows.shape[1] == frames + 4 + 6
     (by_token,) = AXES.tables(tuple(each.clone() for each in pair), CPU)

@@ -14,7 +14,7 @@ from dit_rope.hooks import formats
 from dit_rope.hooks.class_override import add_hooks
 from dit_rope.hooks.formats import AXES, INTERLEAVED
 from dit_rope.hooks.forward_pass import BeginPass, EndPass, current_pass
-from dit_rope.hooks.packed_tables import Align, PackedTable, axis_form_of, is_known
+from dit_rope.hooks.packed_tables import Align, PackedTable, axis_tables_of, is_known
 from dit_rope.rotation import ops
 from zoo import wan
 
@@ -55,7 +55,7 @@ def test_axis_form_of_a_table_and_of_its_parts_rotates_as_they_do(name: str, fra
     pair = dense(name, frames)
     assert all(type(each) is torch.Tensor for each in pair)
     views = (pair[0][:, part], pair[1][:, part])
-    table = axis_form_of(views)
+    table = axis_tables_of(views)
     assert table is not None
     (by_token,) = AXES.tables(tuple(each.clone() for each in views), CPU)
     assert torch.equal(rotated(table), rotated(by_token))
@@ -83,8 +83,8 @@ OTHERS: dict[str, Callable[[Pair, Pair], tuple[Any, ...]]] = {
 @pytest.mark.parametrize("other", OTHERS)
 def test_what_is_no_range_of_its_tokens_is_not_taken_for_one(other: str) -> None:
     pair, another = dense(), dense("wan-uneven-axes" if other == "negated" else "wan", 4)
-    assert axis_form_of(OTHERS[other](pair, another)) is None
-    assert axis_form_of(pair) is not None
+    assert axis_tables_of(OTHERS[other](pair, another)) is None
+    assert axis_tables_of(pair) is not None
 
 
 @pytest.mark.parametrize("through", [lambda x: x, lambda x: x[:, 3:5], lambda x: x.detach()])
@@ -93,7 +93,7 @@ def test_table_that_was_written_to_is_what_its_rows_say(which: int, through: Cal
     pair = dense()
     assert is_known(pair)
     through(pair[which]).mul_(0.5)
-    assert axis_form_of(pair) is None
+    assert axis_tables_of(pair) is None
     assert not is_known(pair)
     (by_token,) = AXES.tables(pair, CPU)
     assert torch.equal(rotated(AXES.pack(pair, CPU)[0]), rotated(by_token))
