@@ -5,6 +5,7 @@ What stands between a call and its kernel is the real thing: the plan, the argum
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -23,8 +24,8 @@ from dit_rope.rotation.backends import cuda_kernels
 from dit_rope.rotation.backends.cuda_arguments import Launch
 from dit_rope.rotation.backends.cuda_plan import Plan, kernel_sources
 
-HERE = Path(__file__).resolve().parent
-FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-shared", "-fPIC")
+CUDA, PTX = (Path(__file__).resolve().parent / "cuda_on_cpu" / name for name in ("cuda.hpp", "ptx.cuh"))
+FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-fPIC")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 # Few, so that blocks which stay take several tokens.
 PROCESSORS = 2
@@ -46,6 +47,7 @@ class EmulatedKernels:
         self.folder = folder
         self.ranges: list[tuple[int, int]] = []
         self.build = functools.cache(self._build)
+        self.header = functools.cache(self._header)
 
     def run(self, launch: Launch, pointers: bytes, device: torch.device) -> None:
         """Runs every block before it returns; raises RuntimeError for an access the kernel must not make."""
@@ -57,25 +59,44 @@ class EmulatedKernels:
             raise RuntimeError(f"{error.decode()} in {launch.plan}")
 
     def _build(self, plan: Plan) -> Any:
-        sources = [*sorted(kernel_sources().glob("*.cu*")), *sorted((HERE / "cuda_on_cpu").iterdir())]
-        text = f'#include "cuda.hpp"\n{plan.source()}{ENTRY.format(operation=plan.operation)}'
-        digest = hashlib.sha256(text.encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-        library = self.folder / f"{digest}.so"
+        sources = {path.name: path.read_bytes() for path in (*kernel_sources().glob("*.cu*"), PTX)}
+        text = f'#include "{CUDA.name}"\n{plan.source()}{ENTRY.format(operation=plan.operation)}'
+        library = self.folder / f"{_digest(text.encode(), CUDA.read_bytes(), *sources.values())}.so"
         if not library.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            header = self.header()
             with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-                with_sources = Path(folder)
-                for path in sources:  # the later of two of one name, which is ptx.cuh for a CPU
-                    shutil.copy(path, with_sources)
-                (with_sources / "kernel.cpp").write_text(text)
-                command = [COMPILER, *FLAGS, "-I.", "kernel.cpp", "-o", "kernel.so"]
-                done = subprocess.run(command, cwd=with_sources, capture_output=True, text=True)
-                if done.returncode:
-                    raise RuntimeError(f"{COMPILER} failed:\n{done.stderr[:8000]}")
-                (with_sources / "kernel.so").replace(library)
+                for name, source in {**sources, "kernel.cpp": text.encode()}.items():
+                    (Path(folder) / name).write_bytes(source)
+                _compile(["-shared", f"-I{header}", "-I.", "kernel.cpp", "-o", "kernel.so"], folder)
+                (Path(folder) / "kernel.so").replace(library)
         run = ctypes.CDLL(str(library)).run
         run.restype = ctypes.c_char_p
         return run
+
+    def _header(self) -> Path:
+        """The folder of ``cuda.hpp``, precompiled where the compiler is g++: parsing it is half of a kernel's build."""
+        header = self.folder.resolve() / _digest(CUDA.read_bytes())
+        if not header.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+                built = Path(folder) / "built"
+                built.mkdir()
+                shutil.copy(CUDA, built)
+                if Path(str(COMPILER)).name == "g++":
+                    _compile(["-x", "c++-header", CUDA.name, "-o", f"{CUDA.name}.gch"], built)
+                with contextlib.suppress(OSError):  # another process was first
+                    built.rename(header)
+        return header
+
+
+def _compile(arguments: list[str], folder: str | Path) -> None:
+    done = subprocess.run([str(COMPILER), *FLAGS, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{COMPILER} failed:\n{done.stderr[:8000]}")
+
+
+def _digest(*texts: bytes) -> str:
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
 
 
 @contextmanager
