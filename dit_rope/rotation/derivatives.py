@@ -12,8 +12,9 @@ from dataclasses import replace
 import torch
 
 from ..rotation_args import Norm, RotationArgs
-from ..spec import NormKind, Pairing
-from .backends import cos_sin, eager
+from ..spec import NormKind
+from . import reference
+from .backends import cos_sin
 
 
 def is_batched_gradient(x: torch.Tensor) -> bool:
@@ -31,10 +32,10 @@ def rotated(x: torch.Tensor, args: RotationArgs, norm: Norm | None = None) -> to
         return _in_order_of(out, x)
     cos, sin = cos_sin.dense_cos_sin(args, *x.shape[1:3])
     if args.exact:
-        out = eager.reference(x, cos, sin, args.pairing)
+        out = reference.rotated(x, cos, sin, args.pairing)
     else:
         wide = _wide(x.dtype)
-        out = eager.reference(x.to(wide), cos.to(wide), sin.to(wide), args.pairing).to(x.dtype)
+        out = reference.rotated(x.to(wide), cos.to(wide), sin.to(wide), args.pairing).to(x.dtype)
     return _in_order_of(_with_unrotated(x, out, args), x)
 
 
@@ -50,30 +51,13 @@ def normed(x: torch.Tensor, norm: Norm) -> torch.Tensor:
 
 
 def gradient(grad: torch.Tensor, args: RotationArgs) -> torch.Tensor:
-    """Gradient ``[B, S, H, D]`` of the rotation, in the layout of ``grad``; itself differentiable.
-
-    The roundings in exact mode are those of autograd through :func:`.eager.reference`: each product is cast to the
-    dtype of the data before the two are added, because each is the gradient of one use of a channel. The operations are
-    those that the batching of ``is_grads_batched`` supports.
-    """
+    """Gradient ``[B, S, H, D]`` of the rotation, in the layout of ``grad``; itself differentiable."""
     cos, sin = cos_sin.dense_cos_sin(args, *grad.shape[1:3])
     if args.exact:
-        wide, rounded = torch.promote_types(grad.dtype, cos.dtype), grad.dtype
+        out = reference.gradient(grad, cos, sin, args.pairing)
     else:
-        wide = rounded = _wide(grad.dtype)
-        cos, sin = cos.to(wide), sin.to(wide)
-    pairs, interleaved = cos.shape[-1], args.pairing is Pairing.INTERLEAVED
-    covered = grad[..., : 2 * pairs] if 2 * pairs < grad.shape[-1] else grad
-    shape = covered.shape
-    dim = -1 if interleaved else -2
-    first, second = covered.reshape(*shape[:-1], *((pairs, 2) if interleaved else (2, pairs))).to(wide).unbind(dim)
-    channels = (
-        (first * cos).to(rounded) + (second * sin).to(rounded),
-        (second * cos).to(rounded) - (first * sin).to(rounded),
-    )
-    out = torch.stack(channels, dim=dim).reshape(shape).to(grad.dtype)
-    if 2 * pairs < grad.shape[-1]:
-        out = torch.cat((out, grad[..., 2 * pairs :]), dim=-1)
+        wide = _wide(grad.dtype)
+        out = reference.gradient(grad.to(wide), cos.to(wide), sin.to(wide), args.pairing).to(grad.dtype)
     # The order of sums over this gradient later follows from its layout, which must be that of upstream's code.
     return torch.empty_like(grad).copy_(_with_unrotated(grad, out, args))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dit_rope.rotation.backends import eager
+from dit_rope.rotation import reference
 from dit_rope.spec import NormKind, Pairing
 from dit_rope.tables.table import RopeTable
 
@@ -73,7 +73,7 @@ class Expectation:
                 normed = torch.nn.functional.rms_norm(flat, flat.shape[-1:], weight, self.eps)
             values = normed.view(values.shape)
         cos, sin = (part[None, :, None].float() for part in self.angles(tokens))
-        return eager.reference(values, cos, sin, self.table.spec.pairing)
+        return reference.rotated(values, cos, sin, self.table.spec.pairing)
 
     def assert_right(self, out: torch.Tensor, x: torch.Tensor, index: int = 0, context: str = "") -> None:
         """Fails where ``out`` is further from the exact result than float32 arithmetic and one rounding explain."""

@@ -162,8 +162,13 @@ MUTATIONS = (
     _cache("built-in-inference-mode", "with torch.inference_mode(False), torch.no_grad()", "with torch.no_grad()"),
     _cache("child-keeps-flights", "self._lock = threading.RLock()\n        self._builds = {}\n\n\n", "pass\n\n\n"),
     # Eager rotation.
-    _eager(
-        "reference-sign", "x1 * cos - x2 * sin, x1 * sin + x2 * cos))", "x1 * cos + x2 * sin, x1 * sin + x2 * cos))"
+    Mutation(
+        "reference-sign",
+        "dit_rope/rotation/reference.py",
+        "x1 * cos - x2 * sin, x1 * sin + x2 * cos))",
+        "x1 * cos + x2 * sin, x1 * sin + x2 * cos))",
+        _EAGER,
+        f"{_NO_COMPILE} and not contract",
     ),
     _eager("inverse-forward", "sin = -sin if args.inverse else sin", "sin = sin"),
     _eager("exact-and-fast-swapped", "        if self.args.exact:\n", "        if not self.args.exact:\n"),

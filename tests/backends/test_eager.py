@@ -15,7 +15,8 @@ import model_code
 import oracle
 from contract_calls import run_contract
 from dit_rope import Grid, NormKind, Pairing, RopeSpec, RopeTable, rope_table
-from dit_rope.rotation.backends import eager
+from dit_rope.rotation import reference
+from dit_rope.rotation.backends import cos_sin, eager
 from dit_rope.rotation_args import Norm, RotationArgs
 from tolerance import assert_within
 
@@ -91,7 +92,7 @@ def test_rotate_is_within_the_bound_of_float64(
     for x, out in zip(xs, outs, strict=True):
         truth = oracle.rotate(x, cos, sin, interleaved=pairing is Pairing.INTERLEAVED, inverse=inverse)
         wide = x.to(torch.promote_types(dtype, torch.float32))
-        naive = eager.reference(wide, cos[None, :, None], (-sin if inverse else sin)[None, :, None], pairing)
+        naive = reference.rotated(wide, cos[None, :, None], (-sin if inverse else sin)[None, :, None], pairing)
         assert_within(out, truth, naive)
         assert torch.equal(out[..., 14:], x[..., 14:])
 
@@ -127,7 +128,7 @@ def test_positions_gather_rows_per_batch_and_negative_ones_do_not_turn() -> None
     cos, sin = (part[order].clone() for part in table.cos_sin(repeat=False))
     cos[1, 7], sin[1, 7] = 1.0, 0.0
     cos[0, 5, 3:5], sin[0, 5, 3:5] = 1.0, 0.0
-    naive = eager.reference(x, cos[:, :, None], sin[:, :, None], Pairing.INTERLEAVED)
+    naive = reference.rotated(x, cos[:, :, None], sin[:, :, None], Pairing.INTERLEAVED)
     assert_within(out, oracle.rotate(x, cos, sin, interleaved=True), naive)
 
 
@@ -162,7 +163,7 @@ def test_strided_views_in_place_are_within_the_bound(layout: str, pairing: Pairi
     x = views(dtype)[layout]
     cos, sin = table.cos_sin(repeat=False)
     truth = oracle.rotate(x, cos, sin, interleaved=pairing is Pairing.INTERLEAVED)
-    naive = eager.reference(x.float(), cos[None, :, None], sin[None, :, None], pairing)
+    naive = reference.rotated(x.float(), cos[None, :, None], sin[None, :, None], pairing)
     eager.rotate([x], table.args(), [x])
     assert_within(x, truth, naive)
 
@@ -191,7 +192,7 @@ def test_norm_rotate_is_within_the_bound_of_float64(norm: NormKind, dtype: torch
             naive = naive * (weight.view(x.shape[2:]) if across else weight)
         if bias is not None:
             naive = naive + (bias.view(x.shape[2:]) if across else bias)
-        assert_within(out, truth, eager.reference(naive, cos[None, :, None], sin[None, :, None], Pairing.INTERLEAVED))
+        assert_within(out, truth, reference.rotated(naive, cos[None, :, None], sin[None, :, None], Pairing.INTERLEAVED))
 
 
 def test_norm_rotate_in_place_gives_the_same_bits() -> None:
@@ -262,8 +263,8 @@ def test_angles_are_not_those_of_freed_memory() -> None:
     for seed in range(20):
         positions = table.positions()[:, torch.randperm(60, generator=torch.Generator().manual_seed(seed))]
         (out,) = run([x], table, exact=True, positions=positions)
-        cos, sin = eager.dense_cos_sin(table.args(positions=positions), 60)
-        assert torch.equal(out, eager.reference(x, cos, sin, Pairing.INTERLEAVED))
+        cos, sin = cos_sin.dense_cos_sin(table.args(positions=positions), 60)
+        assert torch.equal(out, reference.rotated(x, cos, sin, Pairing.INTERLEAVED))
 
 
 def test_angles_of_inference_tensors_are_not_kept() -> None:
@@ -289,7 +290,7 @@ def own_angles(heads: int, tokens: int, dtype: torch.dtype = torch.float32, **kw
 def test_dense_angles_of_every_head() -> None:
     args = own_angles(3, 20, prefix=2)
     args.positions[0, 4] = -1
-    cos, sin = eager.dense_cos_sin(args, 25, heads=2)
+    cos, sin = cos_sin.dense_cos_sin(args, 25, heads=2)
     assert cos.shape == sin.shape == (1, 25, 2, 7)
     expected = args.rows.view(2, 20, 3, 7)[:, :, :2].clone()
     expected[0, 4], expected[1, 4] = 1.0, 0.0
@@ -309,8 +310,8 @@ def test_exact_by_each_heads_angles_equals_the_reference(pairing: Pairing, dtype
     outs = [torch.full_like(x, torch.nan) for x in (q, k)]
     eager.rotate([q, k], args, outs)
     cos, sin = args.rows.view(2, 1, 20, 3, 7)
-    assert torch.equal(outs[0], eager.reference(q, cos, sin, pairing))
-    assert torch.equal(outs[1], eager.reference(k, cos[:, :, :2], sin[:, :, :2], pairing))
+    assert torch.equal(outs[0], reference.rotated(q, cos, sin, pairing))
+    assert torch.equal(outs[1], reference.rotated(k, cos[:, :, :2], sin[:, :, :2], pairing))
 
 
 def test_each_heads_angles_are_found_again() -> None:

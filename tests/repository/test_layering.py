@@ -31,7 +31,7 @@ LAYERS = (
     ("dit_rope.tables.dense",),
     ("dit_rope.tables.table",),
     ("dit_rope.tables",),
-    ("dit_rope.rotation.backends",),
+    ("dit_rope.rotation.backends", "dit_rope.rotation.reference"),
     ("dit_rope.rotation.derivatives",),
     ("dit_rope.rotation.choice",),
     ("dit_rope.rotation.ops",),
@@ -157,7 +157,7 @@ def offences(name: str, source: str, is_package: bool = False) -> list[str]:
             found.append(f"{name} imports {top}, which belongs in {HOME[top]}")
         elif top in LAZY and eager:
             found.append(f"{name} imports {top} when it is imported itself")
-        elif top == "einops" and within(name, NO_EINOPS) and name != "dit_rope.rotation.backends.eager":
+        elif top == "einops" and within(name, NO_EINOPS):
             found.append(f"{name} imports einops on the kernel path")
     return found
 

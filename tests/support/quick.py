@@ -66,6 +66,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     ),
     "rotation.derivatives": ("rotation/test_derivatives.py::test_table_that_requires_grad",),
     "rotation.ops": ("rotation/test_ops.py::test_exact_gradient", "rotation/test_ops.py::test_rotate_passes_opcheck"),
+    "rotation.reference": ("rotation/test_ops.py::test_exact_gradient",),
     "rotation_args": ("rotation/test_positions.py",),
     "scalars": ("tables/test_spec.py", "rotation/test_hostile_input.py"),
     "spec": ("tables/test_spec.py",),

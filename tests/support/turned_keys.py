@@ -8,7 +8,7 @@ import torch
 
 import oracle
 from dit_rope import Pairing, RopeSpec
-from dit_rope.rotation.backends import eager
+from dit_rope.rotation import reference
 
 F32, F64 = torch.float32, torch.float64
 BLOCK = 4
@@ -34,7 +34,7 @@ def turned(keys: torch.Tensor, spec: RopeSpec, positions: torch.Tensor, axis: in
 def naively_turned(keys: torch.Tensor, spec: RopeSpec, positions: torch.Tensor, axis: int = 0) -> torch.Tensor:
     """The same with float32 angles, products and sums."""
     cos, sin = (part.float()[:, :, None] for part in angles(spec, positions, axis))
-    return eager.reference(keys.float(), cos, sin, spec.pairing)
+    return reference.rotated(keys.float(), cos, sin, spec.pairing)
 
 
 def pool(blocks: int, *, heads: int = 2, dim: int = 16, dtype: torch.dtype = F32) -> torch.Tensor:

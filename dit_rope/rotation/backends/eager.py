@@ -1,4 +1,6 @@
-"""The rotation in plain PyTorch: the readable reference on every device, and the fast path on CPU.
+"""The rotation in PyTorch, on every device, and the fast path on CPU.
+
+The formula alone is in :mod:`dit_rope.rotation.reference`.
 
 On CPU the work is cut into chunks of tokens whose scratch stays in the caches, so that data crosses memory once.
 An interleaved pair is one complex number: a rotation multiplies it by cos + i sin, which PyTorch does in one
@@ -14,41 +16,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from einops import rearrange
 
 from ...rotation_args import Memo, Norm, RotationArgs
 from ...spec import Pairing
 from ...tables.caches import ANGLES
 from ...torch_state import WITHOUT_FLOAT64_OR_COMPLEX, in_mode
 from . import cos_sin
-from .cos_sin import dense_cos_sin as dense_cos_sin
 
 # Bytes of one chunk of tokens on CPU, in the arithmetic dtype: scratch of that size stays in the level 3 cache, and
 # the Python overhead of a chunk is small beside its work. Without scratch only the cos and sin of a chunk must fit.
 CHUNK_BYTES = 1 << 22
 DIRECT_CHUNK_BYTES = 1 << 24
-
-
-def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: Pairing) -> torch.Tensor:
-    """Rotates ``x`` as diffusers' Wan code does, in differentiable PyTorch that any compiler can trace.
-
-    The source of the roundings is ``WanAttnProcessor`` in diffusers 0.42.1 ``transformer_wan.py``: products and sums
-    in the dtype that x and the tables promote to, then one cast to the dtype of x.
-
-    Args:
-        x: ``[B, S, H, D]``.
-        cos, sin: ``[B or 1, S, 1 or H, pairs]``; channels past ``2 * pairs`` are returned as they are.
-        pairing: which channels are a pair.
-
-    Returns:
-        A new ``[B, S, H, D]`` tensor in the dtype of x.
-    """
-    covered, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
-    pattern = "b s h (p two)" if pairing is Pairing.INTERLEAVED else "b s h (two p)"
-    x1, x2 = rearrange(covered, f"{pattern} -> two b s h p", two=2).unbind(0)
-    rotated = torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos))
-    out = rearrange(rotated, f"two b s h p -> {pattern}").type_as(x)
-    return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
 
 
 def rotate(
