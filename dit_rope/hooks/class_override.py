@@ -21,6 +21,9 @@ INSTALLED = "_dit_rope"
 # The same on every model, and none that torch gives out: torch.compile guards on the ids of hooks.
 _HOOK_ID = -1
 _override_classes: dict[tuple[type, type, str], type] = {}
+# Classes that others derived from an override, once it was taken out of their bases, and that override: their methods
+# may still call it.
+_derived: weakref.WeakKeyDictionary[type, Any] = weakref.WeakKeyDictionary()
 
 
 class PatchState:
@@ -103,7 +106,13 @@ def override_method(target: Any, override: type[Override], settings: object, sta
     if not install(target, settings, state):
         return
     wrapped = list(_wrapped_forwards(target)) if method == "forward" else []
-    target.__class__ = _override_class(type(target), override, method)
+    derived = _derived_class(type(target))
+    made = None if derived is None else _derived[derived]
+    if made is not None and made == _override_class(made.unpatched, override, method):
+        _exchange_base(derived, made.unpatched, made)  # not twice below and above what others derived
+        del _derived[derived]
+    else:
+        target.__class__ = _override_class(type(target), override, method)
     _rebind(target, wrapped)
 
 
@@ -124,12 +133,23 @@ def release_all(target: Any) -> None:
         wrapped = list(_wrapped_forwards(target)) if made.method == "forward" else []
         if cls is made:
             target.__class__ = made.unpatched
-        else:  # another library has derived from our subclass since, for this object
-            cls.__bases__ = tuple(made.unpatched if base is made else base for base in cls.__bases__)
+        else:  # another library has derived from the override since, for this object
+            derived = next(each for each in cls.__mro__ if made in each.__bases__)
+            _exchange_base(derived, made, made.unpatched)
+            _derived[derived] = made
         _rebind(target, wrapped)
     if isinstance(target, torch.nn.Module):
         remove_hooks(target)
     vars(target).pop(INSTALLED, None)
+
+
+def _exchange_base(cls: Any, base: type, other: type) -> None:
+    cls.__bases__ = tuple(other if each is base else each for each in cls.__bases__)
+
+
+def _derived_class(cls: type) -> Any:
+    """The class that another library derived from an override, of which ``cls`` is one; None where there is none."""
+    return next((each for each in cls.__mro__ if each in _derived), None) if _derived else None
 
 
 def made_class(cls: Any) -> Any:
@@ -223,7 +243,11 @@ def unpatched_method(target: Any, method: str = "forward") -> functools.partial[
     the override's own.
     """
     cls = type(target)
-    base = cls.unpatched if isinstance(target, Override) else cls
+    if isinstance(target, Override):
+        base = cls.unpatched
+    else:
+        derived = _derived_class(cls)
+        base = cls if derived is None else _derived[derived].unpatched
     return functools.partial(getattr(base, method), target)
 
 

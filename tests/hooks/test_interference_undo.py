@@ -316,3 +316,25 @@ def test_class_that_cannot_be_derived_from_for_an_object_is_left_alone() -> None
         assert "norm and rotate" in handle.report()
     assert type(attention.processor) is Slotted
     assert not changed(model)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("name", ["sana-wm", "joyimage", "wan"])
+def test_classes_that_were_derived_from_a_patched_one_call_what_they_were_derived_from(name: str, levels: int) -> None:
+    """A wrapper of the forward in a derived class, put on while patched, outlives the patch and a second one."""
+    patched, twin = (named(name).build() for _ in range(2))
+    handle = dit_rope.patch(patched, exact=True)
+    for model in (patched, twin):
+        for module in [*attentions(model), *(x for x in model.modules() if "Rope" in type(x).__name__)]:
+            for _ in range(levels):
+                base = type(module)
+                forward = lambda self, *args, base=base, **kwargs: base.forward(self, *args, **kwargs)  # noqa: E731
+                module.__class__ = type(base.__name__, (base,), {"forward": forward})
+    expected = run(named(name), twin)
+    for _ in range(3):
+        assert all(map(torch.equal, run(named(name), patched), expected))
+        handle.undo()
+        assert changed(patched) == []
+        assert all(map(torch.equal, run(named(name), patched), expected))
+        handle = dit_rope.patch(patched, exact=True)
+    handle.undo()
