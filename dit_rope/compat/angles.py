@@ -1,8 +1,8 @@
-"""Cos and sin without a cache: the positions of a ragged batch, and the angles at any positions.
+"""Cos and sin for calls without a cache: the positions of a ragged batch, and rows at any positions.
 
-Rows come from whichever has fewer: a table of all positions from the lowest to the highest, which is cached and shared
-by all layers, or one row for each token, made for this call. The first needs to know the positions, and so is for
-those in host memory: on CPU, or lists and CPU tensors for queries on a GPU.
+Rows come from the smaller of two sources: a table of all positions from the lowest to the highest, which is cached and
+shared by all layers, or one row for each token, computed for the call. The table needs the values of the positions, so
+it is used only for positions in host memory: on CPU, or lists and CPU tensors for queries on a GPU.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from .dense import check_position_tensor
 
 Ints = torch.Tensor | Sequence[int]
 
-_TABLE_POSITIONS = 2**24  # up to here float32, in which tables have their positions, holds every integer
+_TABLE_POSITIONS = 2**24  # tables have positions in float32, which holds every integer below it
 
 
 def ragged_positions(indptr: Ints, offsets: Ints, nnz: int) -> torch.Tensor:
     """The position of every token of a ragged batch: sequence i counts up from ``offsets[i]``.
 
-    ``indptr`` [0, 1, 5, 10] and ``offsets`` [4, 6, 3] give [4, 6, 7, 8, 9, 3, 4, 5, 6, 7]. No wait for the device.
+    It does not wait for the device.
 
     Args:
-        indptr: ``[batch + 1]`` int32 or int64, from 0 up to nnz, never falling; values are checked on CPU only.
+        indptr: ``[batch + 1]`` int32 or int64, ascending from 0 to nnz; values are checked on CPU only.
         offsets: ``[batch]``, on the same device. Both may be sequences of ints.
         nnz: tokens of all sequences together.
 
@@ -39,6 +39,10 @@ def ragged_positions(indptr: Ints, offsets: Ints, nnz: int) -> torch.Tensor:
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
+
+    Example:
+        >>> ragged_positions([0, 1, 5, 10], [4, 6, 3], 10).tolist()
+        [4, 6, 7, 8, 9, 3, 4, 5, 6, 7]
     """
     nnz = integer("nnz", nnz, 0)
     starts, firsts = _as_tensor("indptr", indptr), _as_tensor("offsets", offsets)
@@ -73,11 +77,11 @@ def _as_tensor(name: str, values: Ints) -> torch.Tensor:
 def token_rows(
     positions: torch.Tensor, spec: RopeSpec, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Cos and sin ``[2, R, n]`` on ``device``, and the row of each token, ``[1, nnz, 1]``; None for one row a token."""
+    """Cos and sin ``[2, R, n]`` on ``device``, and the row of each token ``[1, nnz, 1]``; None if token i has row i."""
     wide = torch.promote_types(dtype, torch.float32)
     if positions.device.type == "cpu" and positions.numel() and not in_mode():
         lowest, highest = (int(end) for end in positions.aminmax())
-        # In whole blocks, so that the steps of a decoding loop, and its batches, have tables in common.
+        # In whole blocks, so that the steps of a decoding loop share tables.
         first = lowest // ROW_BLOCK * ROW_BLOCK
         length = -(-(highest + 1 - first) // ROW_BLOCK) * ROW_BLOCK
         if first >= 0 and highest < _TABLE_POSITIONS and length <= positions.shape[0]:
@@ -87,7 +91,7 @@ def token_rows(
 
 
 def _rows_of_tokens(positions: torch.Tensor, spec: RopeSpec, dtype: torch.dtype) -> torch.Tensor:
-    """Cos and sin ``[2, nnz, n]`` of every token, from angles in float64 where the device has it."""
+    """Cos and sin ``[2, nnz, n]`` of every token, from angles in float64 if the device has it."""
     frequencies = device_frequencies(spec, 0, positions.device)
     angles = frequencies.angles(positions.to(frequencies.inverse.dtype))
     return (torch.stack((angles.cos(), angles.sin())) * frequencies.magnitude).to(dtype)

@@ -1,4 +1,4 @@
-"""What the other signatures share: dense tables as the rows of one axis, tokens as ``[B, S, H, D]``, no copies."""
+"""Shared by the other modules: dense tables as the rows of one axis, tokens as ``[B, S, H, D]``, without copies."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def one_axis_args(
 ) -> RotationArgs:
     """The rotation of ``count`` tokens by ``rows`` ``[2, R, n]``.
 
-    ``positions`` ``[B or 1, count, 1]`` int32 says which row each token has; without, token i has row i, and the rows
-    are taken to be made for this one call.
+    ``positions`` int32 ``[B or 1, count, 1]`` holds the row of each token. With None, token i has row i, and the rows
+    are those of this call alone.
     """
     if positions is None and rows.device.type == "cpu":
-        # The eager backend remembers what it makes of rows that it finds by themselves, which here would serve none.
+        # For rows without positions the eager backend caches expanded cos and sin. Rows of one call gain nothing by it.
         positions = torch.arange(count, dtype=torch.int32, device=rows.device)[None, :, None]
     pairing = Pairing.INTERLEAVED if interleaved else Pairing.HALF
     return RotationArgs.of_rows(rows, positions, (rows.shape[2],), count, pairing, inverse=inverse, exact=exact)
@@ -56,10 +56,10 @@ def cache_rows(cache: torch.Tensor, queries: torch.dtype) -> torch.Tensor:
 
 
 def cache_width(cache: object) -> int:
-    """Channels that ``cos_sin_cache`` ``[R, rotary_dim]`` turns.
+    """The rotary_dim of ``cos_sin_cache`` ``[R, rotary_dim]``.
 
     Raises:
-        TypeError, ValueError: something else than a matrix with an even number of columns.
+        TypeError, ValueError: not a matrix with an even number of columns.
     """
     if not isinstance(cache, torch.Tensor):
         raise TypeError(f"cos_sin_cache must be a torch.Tensor, got {type(cache).__name__}")
@@ -72,7 +72,7 @@ def split_heads(name: str, x: torch.Tensor, tokens: Sequence[int], head_size: in
     """``x`` as ``[B, S, H, D]``, a view: ``tokens`` are its first dims, ``[N]`` (a batch of one) or ``[B, S]``.
 
     Args:
-        name: of the argument.
+        name: the name of the argument.
         x: ``[*tokens, H * head_size]`` or ``[*tokens, H, head_size]``.
         tokens: the shape of the positions.
         head_size: D.
@@ -96,10 +96,10 @@ def split_heads(name: str, x: torch.Tensor, tokens: Sequence[int], head_size: in
 
 
 def check_position_tensor(name: str, positions: object, dims: Sequence[int], device: torch.device | None) -> None:
-    """Checks int32 or int64 positions with as many dims as one of ``dims``, on ``device`` unless that is None.
+    """Checks int32 or int64 positions with a number of dims in ``dims``, on ``device`` unless that is None.
 
     Raises:
-        TypeError, ValueError: naming the rule that is broken.
+        TypeError, ValueError: naming the argument, the rule and the value.
     """
     if not isinstance(positions, torch.Tensor) or positions.dtype not in (torch.int32, torch.int64):
         got = positions.dtype if isinstance(positions, torch.Tensor) else type(positions).__name__
@@ -115,9 +115,10 @@ def check_position_tensor(name: str, positions: object, dims: Sequence[int], dev
 def position_rows(positions: torch.Tensor, rows: int, queries: torch.dtype) -> torch.Tensor:
     """Positions ``[N]`` or ``[B, S]`` as the int32 ``[1 or B, tokens, 1]`` that kernels read.
 
-    int64 positions are converted, 4 bytes a token. On CPU, where looking costs no wait, each must be a row of the
-    cache. Elsewhere, and in compiled code, tokens of other positions keep their values, and nothing is read for them:
-    int32 ones are left to the kernels, which look, and others become -1, before int32 could count them as rows.
+    int64 positions are converted to int32. On CPU each must be a row of the cache. On a GPU that check would wait for
+    the device: there, and in compiled code, tokens of other positions keep their values and nothing is read for them.
+    CUDA kernels check int32 positions themselves. Other positions past the cache become -1 here, because the conversion
+    to int32 could make them rows.
 
     Raises:
         ValueError: on CPU, a position that is not a row.
@@ -129,8 +130,8 @@ def position_rows(positions: torch.Tensor, rows: int, queries: torch.dtype) -> t
             raise ValueError(f"positions must be rows of cos_sin_cache, 0 to {rows - 1}, got {wrong}")
     elif positions.dtype == torch.int64 or positions.device.type != "cuda" or queries == torch.float64:
         positions = torch.where((positions >= 0) & (positions < rows), positions, -1)
-    where = positions.to(torch.int32).unsqueeze(-1)
-    return where if where.ndim == 3 else where.unsqueeze(0)
+    rows_of_tokens = positions.to(torch.int32).unsqueeze(-1)
+    return rows_of_tokens if rows_of_tokens.ndim == 3 else rows_of_tokens.unsqueeze(0)
 
 
 def prepare_cached(
@@ -144,16 +145,16 @@ def prepare_cached(
     inverse: bool = False,
     position_dims: Sequence[int] = (1, 2),
 ) -> tuple[list[torch.Tensor], RotationArgs]:
-    """Checks a call with a dense cache, and says it as a rotation.
+    """Checks a call with a dense cache, and makes the arguments of its rotation.
 
     Args:
-        positions: ``[N]``, or ``[B, S]`` where ``position_dims`` has 2.
-        named: queries, and keys where there are any, by the names of their arguments.
-        head_size, cache, is_neox, rope_dim_offset, inverse: as :func:`dit_rope.compat.vllm.rotary_embedding` has them.
-        position_dims: how many dims positions may have.
+        positions: ``[N]``, or ``[B, S]`` if ``position_dims`` has 2.
+        named: queries and keys by the names of their arguments; keys may be missing.
+        head_size, cache, is_neox, rope_dim_offset, inverse: as in :func:`dit_rope.compat.vllm.rotary_embedding`.
+        position_dims: allowed numbers of dims of positions.
 
     Returns:
-        The tensors as ``[B, S, H, D]`` views, D without the channels before the offset, and the arguments.
+        The tensors as ``[B, S, H, D]`` views, without the channels before the offset, and the arguments.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
@@ -168,12 +169,12 @@ def prepare_cached(
         raise TypeError(f"rope_dim_offset must be an int, got {rope_dim_offset!r}")
     if offset < 0 or offset + width > channels:
         raise ValueError(
-            f"rope_dim_offset must be at least 0 and leave {width} of head_size {channels} channels to turn, got "
+            f"rope_dim_offset must be at least 0 and leave {width} of head_size {channels} channels to rotate, got "
             f"{offset}"
         )
     views = [split_heads(name, x, positions.shape, channels) for name, x in named.items()]
     xs = [view[..., offset:] for view in views] if offset else views
     check_tensors(tuple(named), xs, width, cache.device)
     rows = cache_rows(cache, xs[0].dtype)
-    where = position_rows(positions, rows.shape[1], xs[0].dtype)
-    return xs, one_axis_args(rows, where, where.shape[1], interleaved=not is_neox, inverse=inverse)
+    rows_of_tokens = position_rows(positions, rows.shape[1], xs[0].dtype)
+    return xs, one_axis_args(rows, rows_of_tokens, rows_of_tokens.shape[1], interleaved=not is_neox, inverse=inverse)

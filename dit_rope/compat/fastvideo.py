@@ -1,4 +1,4 @@
-"""FastVideo's table builder over our cache: same signature, same bits."""
+"""FastVideo's table builder with dit_rope's cache: same signature, same bits."""
 
 from __future__ import annotations
 
@@ -32,30 +32,36 @@ def get_rotary_pos_embed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cos and sin of a (T, H, W) grid on CPU, bitwise equal to FastVideo's function of this name.
 
-    Source: ``fastvideo/layers/rotary_embedding.py`` at 2f3d4074. Differences: the cache evicts first in, first out; a
-    number and the list that repeats it share one entry; a negative start_frame is refused, not ignored; errors are
-    ValueError and TypeError; with interpolation and float64, positions from 4,096 on are not rounded to float32. Rank
-    and world, read only with ``do_sp_sharding``, come from the keyword arguments, else from torch.distributed's default
-    group if it is initialized, else are 0 and 1.
+    Source: ``fastvideo/layers/rotary_embedding.py`` at 2f3d4074. Differences: the cache evicts first in, first out. A
+    number and the list that repeats it share one entry. A negative start_frame is refused, not ignored. Errors are
+    ValueError and TypeError. With interpolation and float64, positions from 4,096 on are not rounded to float32. Rank
+    and world are read only with ``do_sp_sharding``: from the keyword arguments, or from torch.distributed's default
+    group if it is initialized, or 0 and 1.
 
     Args:
         rope_sizes: tokens per axis, frame first.
-        hidden_size, heads_num: their quotient is the head dim, which ``rope_dim_list`` must sum to.
+        hidden_size, heads_num: their quotient is the head dim, the sum of ``rope_dim_list``.
         rope_dim_list: channels per axis; None for a third of the head dim each.
         rope_theta: base of the frequencies.
-        theta_rescale_factor, interpolation_factor: one for all axes, or one per axis.
+        theta_rescale_factor, interpolation_factor: one for all axes, or one per axis; the options of
+            :func:`~dit_rope.tables.scaling_types.fastvideo`.
         shard_dim: the axis that ``do_sp_sharding`` divides among ranks.
-        do_sp_sharding: give this rank's part only.
-        dtype: of the frequencies; the result is float64 for float64, else float32.
+        do_sp_sharding: return the tokens of this rank only.
+        dtype: dtype of the frequencies; the result is float64 for float64, else float32.
         start_frame: position of the first frame.
         use_real: ``[S, head_dim]`` with each value twice, at neighbouring channels; else ``[S, head_dim / 2]``.
         sp_rank, sp_world_size: this rank and the number of ranks.
 
     Returns:
-        cos and sin, shared with every other caller: clone before writing.
+        cos and sin, shared with all other callers: clone before writing.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
+
+    Example:
+        >>> cos, sin = get_rotary_pos_embed((3, 4, 5), 256, 2, (44, 42, 42), 10_000.0)
+        >>> cos.shape
+        torch.Size([60, 128])
     """
     check_flags(do_sp_sharding=do_sp_sharding, use_real=use_real)
     head_dim = integer("hidden_size", hidden_size, 1) // integer("heads_num", heads_num, 1)
@@ -66,7 +72,7 @@ def get_rotary_pos_embed(
     shard_dim = integer("shard_dim", shard_dim, 0)
     if shard_dim >= len(dims):
         raise ValueError(f"shard_dim must be at least 0 and below the number of axes ({len(dims)}), got {shard_dim}")
-    # Dynamo traces through lru_cache, with a warning.
+    # Dynamo ignores lru_cache with a warning, so traced code calls the function inside.
     request_of = _request.__wrapped__ if torch.compiler.is_compiling() else _request
     theta = _numbers("rope_theta", rope_theta)
     if len(theta) > 1:
@@ -101,10 +107,10 @@ def _request(
     sizes: tuple[int, ...],
     start_frame: int,
 ) -> tuple[RopeSpec, Grid, torch.dtype]:
-    """The checked spec and grid, and the result's dtype; remembered because checks take longer than a cache hit."""
+    """The checked spec and grid, and the result's dtype; cached because the checks take longer than a cache hit."""
     if len(dims) > MAX_AXES or any(dim % 2 for dim in dims):
         raise ValueError(
-            f"rope_dim_list must have 1 to {MAX_AXES} even numbers, got {dims}; two channels turn together"
+            f"rope_dim_list must have 1 to {MAX_AXES} even numbers, got {dims}; two channels rotate together"
         )
     if len(sizes) != len(dims):
         raise ValueError(f"rope_sizes must have one size per axis of rope_dim_list {dims}, got {sizes}")
@@ -132,7 +138,7 @@ def _request(
 
 
 def _numbers(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
-    """One number, or one per axis, whose values the spec checks."""
+    """One number, or one per axis, each positive and finite."""
     values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, bytes) else (value,)
     numbers = [as_number(v) for v in values]
     if not numbers or None in numbers:

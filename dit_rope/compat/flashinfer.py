@@ -1,14 +1,14 @@
-"""FlashInfer's rotary functions over our kernels: same signatures, on ragged batches, with a cache or without one.
+"""FlashInfer's rotary functions with dit_rope's kernels: same signatures, for ragged batches, with or without a cache.
 
-Signatures and meaning are those of ``flashinfer/rope.py`` at fb28d724. Every function takes ``backend`` besides, as
-:func:`dit_rope.rotate_qk` does. The others differ from FlashInfer's in this:
+Signatures and meaning are those of ``flashinfer/rope.py`` at fb28d724. Every function also takes ``backend``, as in
+:func:`dit_rope.rotate_qk`. Differences:
 
-- Queries and keys may be float32 or float64 too, of any head size, in any strides with a contiguous last dim.
-- A cache may be float32, or of the queries' dtype; a float16 one is off by up to 2.4e-4 at any position. Positions are
-  checked as :func:`dit_rope.compat.vllm.rotary_embedding` checks them.
-- Without a cache, angles are formed in float64 (float32 on devices that have none, such as MPS) and rounded once, so
-  that they are as good at position 1,000,000 as at 0: the table of errors is in ``docs/compat.md``. FlashInfer forms
-  them in float32. Positions may be negative, and in host memory whatever the device of the queries.
+- Queries and keys may also be float32 or float64, of any head size, with any strides and a contiguous last dim.
+- A cache may be float32, or of the queries' dtype. A float16 cache has errors up to 2.4e-4 at any position. Positions
+  are checked as in :func:`dit_rope.compat.vllm.rotary_embedding`.
+- Without a cache, angles are computed in float64 (float32 on devices without it, such as MPS) and rounded once. So the
+  error at position 1,000,000 is that at 0; ``docs/compat.md`` has a table. FlashInfer computes them in float32.
+  Positions may be negative, and in host memory for queries on any device.
 """
 
 from __future__ import annotations
@@ -34,25 +34,30 @@ def apply_rope_with_cos_sin_cache(
     *,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotates each token by the row of the cache that its position names, into new tensors.
+    """Rotates each token by the row of the cache at its position; returns new tensors.
 
     Args:
         positions: ``[nnz]`` int32 or int64 rows of the cache.
-        query, key: ``[nnz, H * head_size]`` or ``[nnz, H, head_size]``, each with its own H.
+        query, key: ``[nnz, H * head_size]`` or ``[nnz, H, head_size]``; H may differ.
         head_size: channels of a head.
-        cos_sin_cache: ``[R, rotary_dim]``, cosines first; its rotary_dim says how many channels turn.
-        is_neox: channels half the rotary_dim apart turn together, else neighbours.
+        cos_sin_cache: ``[R, rotary_dim]``, cosines first. The first rotary_dim channels of a head are rotated.
+        is_neox: True: channels rotary_dim / 2 apart rotate together; False: neighbours.
 
     Returns:
-        Query and key in the shapes they had.
+        Query and key in their shapes.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
+
+    Example:
+        >>> import torch
+        >>> query, key, cache = torch.randn(3, 8 * 64), torch.randn(3, 2 * 64), torch.randn(100, 64)
+        >>> query, key = apply_rope_with_cos_sin_cache(torch.tensor([7, 8, 9]), query, key, 64, cache)
     """
     named = {"query": query, "key": key}
     xs, args = prepare_cached(positions, named, head_size, cos_sin_cache, is_neox=is_neox, position_dims=(1,))
-    turned_query, turned_key = ops.rotate(xs, args, backend=backend)
-    return turned_query.reshape(query.shape), turned_key.reshape(key.shape)
+    rotated_query, rotated_key = ops.rotate(xs, args, backend=backend)
+    return rotated_query.reshape(query.shape), rotated_key.reshape(key.shape)
 
 
 def apply_rope_with_cos_sin_cache_inplace(
@@ -65,7 +70,13 @@ def apply_rope_with_cos_sin_cache_inplace(
     *,
     backend: str = "auto",
 ) -> None:
-    """:func:`apply_rope_with_cos_sin_cache`, over query and key themselves."""
+    """:func:`apply_rope_with_cos_sin_cache` in place: overwrites query and key.
+
+    Example:
+        >>> import torch
+        >>> query, key, cache = torch.randn(3, 8 * 64), torch.randn(3, 2 * 64), torch.randn(100, 64)
+        >>> apply_rope_with_cos_sin_cache_inplace(torch.tensor([7, 8, 9]), query, key, 64, cache)
+    """
     named = {"query": query, "key": key}
     xs, args = prepare_cached(positions, named, head_size, cos_sin_cache, is_neox=is_neox, position_dims=(1,))
     check_inplace(tuple(named), xs, chosen=False)
@@ -88,15 +99,15 @@ def apply_rope(
     *,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotates a ragged batch without a cache, into new tensors.
+    """Rotates a ragged batch without a cache; returns new tensors.
 
     Args:
-        q, k: ``[nnz, H, D]``, the sequences of the batch one after another, each with its own H.
+        q, k: ``[nnz, H, D]``, the sequences of the batch one after another; H may differ.
         indptr: ``[batch + 1]``: sequence i is tokens ``indptr[i]`` to ``indptr[i + 1]``; see :func:`ragged_positions`.
         offsets: ``[batch]``: the position of the first token of each sequence.
-        rotary_dim: the first channels of a head that turn; None for all.
-        interleave: neighbouring channels turn together, else those half the rotary_dim apart.
-        rope_scale: positions count as if divided by it.
+        rotary_dim: number of rotated channels, the first ones of a head; None for all.
+        interleave: True: neighbouring channels rotate together; False: channels rotary_dim / 2 apart.
+        rope_scale: positions are divided by it.
         rope_theta: base of the frequencies, ``rope_theta ** (-2 j / rotary_dim)`` for pair j.
 
     Returns:
@@ -104,9 +115,14 @@ def apply_rope(
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
+
+    Example:
+        >>> import torch
+        >>> q, k = torch.randn(5, 4, 64), torch.randn(5, 1, 64)
+        >>> q, k = apply_rope(q, k, indptr=[0, 2, 5], offsets=[7, 0])
     """
     spec = _spec(q, rotary_dim, rope_theta, _linear(rope_scale))
-    return _turn(q, k, _ragged(q, indptr, offsets), spec, interleave, backend)
+    return _rotate(q, k, _ragged(q, indptr, offsets), spec, interleave, backend)
 
 
 def apply_rope_inplace(
@@ -121,9 +137,15 @@ def apply_rope_inplace(
     *,
     backend: str = "auto",
 ) -> None:
-    """:func:`apply_rope`, over q and k themselves."""
+    """:func:`apply_rope` in place: overwrites q and k.
+
+    Example:
+        >>> import torch
+        >>> q, k = torch.randn(5, 4, 64), torch.randn(5, 1, 64)
+        >>> apply_rope_inplace(q, k, indptr=[0, 2, 5], offsets=[7, 0])
+    """
     spec = _spec(q, rotary_dim, rope_theta, _linear(rope_scale))
-    _turn(q, k, _ragged(q, indptr, offsets), spec, interleave, backend, inplace=True)
+    _rotate(q, k, _ragged(q, indptr, offsets), spec, interleave, backend, inplace=True)
 
 
 def apply_rope_pos_ids(
@@ -137,9 +159,15 @@ def apply_rope_pos_ids(
     *,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`apply_rope` with the position of every token, ``[nnz]`` int32 or int64, in place of segments."""
+    """:func:`apply_rope` with the position of every token, ``[nnz]`` int32 or int64, in place of segments.
+
+    Example:
+        >>> import torch
+        >>> q, k = torch.randn(2, 4, 64), torch.randn(2, 1, 64)
+        >>> q, k = apply_rope_pos_ids(q, k, torch.tensor([7, 900_000]))
+    """
     spec = _spec(q, rotary_dim, rope_theta, _linear(rope_scale))
-    return _turn(q, k, pos_ids, spec, interleave, backend)
+    return _rotate(q, k, pos_ids, spec, interleave, backend)
 
 
 def apply_rope_pos_ids_inplace(
@@ -153,9 +181,15 @@ def apply_rope_pos_ids_inplace(
     *,
     backend: str = "auto",
 ) -> None:
-    """:func:`apply_rope_pos_ids`, over q and k themselves."""
+    """:func:`apply_rope_pos_ids` in place: overwrites q and k.
+
+    Example:
+        >>> import torch
+        >>> q, k = torch.randn(2, 4, 64), torch.randn(2, 1, 64)
+        >>> apply_rope_pos_ids_inplace(q, k, torch.tensor([7, 900_000]))
+    """
     spec = _spec(q, rotary_dim, rope_theta, _linear(rope_scale))
-    _turn(q, k, pos_ids, spec, interleave, backend, inplace=True)
+    _rotate(q, k, pos_ids, spec, interleave, backend, inplace=True)
 
 
 def apply_llama31_rope(
@@ -175,11 +209,17 @@ def apply_llama31_rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`apply_rope` with the frequencies of Llama 3.1.
 
-    Waves longer than ``old_context_len / low_freq_factor`` are stretched by ``rope_scale``, those shorter than
-    ``old_context_len / high_freq_factor`` are kept, with a blend between; the numbers of transformers' ``llama3``.
+    Waves longer than ``old_context_len / low_freq_factor`` are stretched by ``rope_scale``. Waves shorter than
+    ``old_context_len / high_freq_factor`` are kept, with a blend between. This is the scaling type
+    :func:`~dit_rope.tables.scaling_types.llama3`.
+
+    Example:
+        >>> import torch
+        >>> q, k = torch.randn(5, 4, 64), torch.randn(5, 1, 64)
+        >>> q, k = apply_llama31_rope(q, k, indptr=[0, 2, 5], offsets=[7, 0])
     """
     scaling = _llama31(rope_scale, low_freq_factor, high_freq_factor, old_context_len)
-    return _turn(q, k, _ragged(q, indptr, offsets), _spec(q, rotary_dim, rope_theta, scaling), interleave, backend)
+    return _rotate(q, k, _ragged(q, indptr, offsets), _spec(q, rotary_dim, rope_theta, scaling), interleave, backend)
 
 
 def apply_llama31_rope_inplace(
@@ -197,9 +237,15 @@ def apply_llama31_rope_inplace(
     *,
     backend: str = "auto",
 ) -> None:
-    """:func:`apply_llama31_rope`, over q and k themselves."""
+    """:func:`apply_llama31_rope` in place: overwrites q and k.
+
+    Example:
+        >>> import torch
+        >>> q, k = torch.randn(5, 4, 64), torch.randn(5, 1, 64)
+        >>> apply_llama31_rope_inplace(q, k, indptr=[0, 2, 5], offsets=[7, 0])
+    """
     scaling = _llama31(rope_scale, low_freq_factor, high_freq_factor, old_context_len)
-    _turn(
+    _rotate(
         q, k, _ragged(q, indptr, offsets), _spec(q, rotary_dim, rope_theta, scaling), interleave, backend, inplace=True
     )
 
@@ -218,9 +264,15 @@ def apply_llama31_rope_pos_ids(
     *,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`apply_llama31_rope` with the position of every token, ``[nnz]``, in place of segments."""
+    """:func:`apply_llama31_rope` with the position of every token, ``[nnz]``, in place of segments.
+
+    Example:
+        >>> import torch
+        >>> q, k = torch.randn(2, 4, 64), torch.randn(2, 1, 64)
+        >>> q, k = apply_llama31_rope_pos_ids(q, k, torch.tensor([7, 900_000]))
+    """
     scaling = _llama31(rope_scale, low_freq_factor, high_freq_factor, old_context_len)
-    return _turn(q, k, pos_ids, _spec(q, rotary_dim, rope_theta, scaling), interleave, backend)
+    return _rotate(q, k, pos_ids, _spec(q, rotary_dim, rope_theta, scaling), interleave, backend)
 
 
 def apply_llama31_rope_pos_ids_inplace(
@@ -237,9 +289,15 @@ def apply_llama31_rope_pos_ids_inplace(
     *,
     backend: str = "auto",
 ) -> None:
-    """:func:`apply_llama31_rope_pos_ids`, over q and k themselves."""
+    """:func:`apply_llama31_rope_pos_ids` in place: overwrites q and k.
+
+    Example:
+        >>> import torch
+        >>> q, k = torch.randn(2, 4, 64), torch.randn(2, 1, 64)
+        >>> apply_llama31_rope_pos_ids_inplace(q, k, torch.tensor([7, 900_000]))
+    """
     scaling = _llama31(rope_scale, low_freq_factor, high_freq_factor, old_context_len)
-    _turn(q, k, pos_ids, _spec(q, rotary_dim, rope_theta, scaling), interleave, backend, inplace=True)
+    _rotate(q, k, pos_ids, _spec(q, rotary_dim, rope_theta, scaling), interleave, backend, inplace=True)
 
 
 def _check_tokens(q: object) -> None:
@@ -281,7 +339,7 @@ def _spec(q: torch.Tensor, rotary_dim: int | None, theta: float, scaling: Scalin
     return RopeSpec((width,), theta, Pairing.HALF, scaling=scaling)  # both pairings have the same table
 
 
-def _turn(
+def _rotate(
     q: torch.Tensor,
     k: torch.Tensor,
     positions: torch.Tensor,
@@ -296,10 +354,10 @@ def _turn(
     xs = _tokens(q, k, positions, spec)
     if inplace:
         check_inplace(("q", "k"), xs, chosen=False)
-    rows, where = token_rows(positions, spec, q.device, q.dtype)
-    args = one_axis_args(rows, where, q.shape[0], interleaved=interleave)
-    turned = ops.rotate(xs, args, inplace=inplace, backend=backend)
-    return turned[0].squeeze(0), turned[1].squeeze(0)
+    rows, row_of_token = token_rows(positions, spec, q.device, q.dtype)
+    args = one_axis_args(rows, row_of_token, q.shape[0], interleaved=interleave)
+    rotated = ops.rotate(xs, args, inplace=inplace, backend=backend)
+    return rotated[0].squeeze(0), rotated[1].squeeze(0)
 
 
 def _tokens(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, spec: RopeSpec) -> list[torch.Tensor]:

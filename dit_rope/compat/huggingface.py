@@ -1,8 +1,8 @@
-"""The rotary functions of diffusers and transformers over our kernels: same signatures, and by default the same bits.
+"""The rotary functions of diffusers and transformers with dit_rope's kernels: same signatures, and the same bits.
 
-Differences from both: results have the dtype of what was rotated; tables may be narrower than a head, whose other
-channels then keep their values; a table that requires grad is refused, as no gradient would reach it; queries and keys
-must be contiguous in their last dim. A zero may come out with the other sign.
+Differences from both: results have the dtype of queries and keys. Tables may be narrower than a head; the other
+channels keep their values. A table that requires grad is refused, because no gradient would reach it. Queries and keys
+must be contiguous in their last dim. A zero may have the other sign.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ def apply_rotary_emb(
     exact: bool = True,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Rotates one tensor, as the function of this name in diffusers 0.42.1, ``models/embeddings.py``, does.
+    """Rotates one tensor, like the function of this name in diffusers 0.42.1, ``models/embeddings.py``.
 
-    Exact arithmetic is what diffusers' is: float32 (float64 where a table is), each product rounded, one cast. Complex
-    tables are the exception: PyTorch's complex product, which diffusers calls there, rounds differently from one
-    version and one lane to another, and the result is within those roundings of it. float64 data stays float64, where
-    diffusers goes through float32.
+    Exact arithmetic is that of diffusers: float32 (float64 for float64 tables), each product rounded, one cast. Complex
+    tables are an exception. diffusers uses PyTorch's complex product for them, which rounds differently between
+    versions and lanes; the result here is within these roundings. float64 data stays float64; diffusers rounds it to
+    float32.
 
     Args:
         x: ``[B, H, S, D]``, or ``[B, S, H, D]`` with ``sequence_dim`` 1 or complex tables.
-        freqs_cis: ``(cos, sin)``, ``[S, D]`` each, the two channels of a pair holding one value, of which the first is
-            read; or complex ``[S, D / 2]`` or ``[1 or B, S, D / 2]`` without ``use_real``. Moved to the device of x.
-        use_real: which of the two ``freqs_cis`` is.
-        use_real_unbind_dim: -1: neighbouring channels turn together; -2: those half the table's width apart. Complex
-            tables turn neighbours.
-        sequence_dim: where tokens are in x, 1 or 2; always 1 with complex tables, whatever it says, as in diffusers.
-        exact: False for arithmetic in float32 that is rounded once, with a fused multiply-add where there is one.
+        freqs_cis: with ``use_real`` ``(cos, sin)``, ``[S, D]`` each; both channels of a pair hold one value, and the
+            first is read. Without it complex ``[S, D / 2]`` or ``[1 or B, S, D / 2]``. Moved to the device of x.
+        use_real: whether ``freqs_cis`` is ``(cos, sin)``.
+        use_real_unbind_dim: -1: neighbouring channels rotate together; -2: channels half the table's width apart. With
+            complex tables always neighbours.
+        sequence_dim: the dim of tokens in x, 1 or 2. With complex tables it is ignored and is 1, as in diffusers.
+        exact: False for float32 arithmetic that rounds once, with fused multiply-adds on devices that have them.
         backend: as in :func:`dit_rope.rotate`.
 
     Returns:
@@ -51,6 +51,12 @@ def apply_rotary_emb(
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
+
+    Example:
+        >>> import torch
+        >>> angles = torch.randn(6, 8).repeat_interleave(2, dim=1)
+        >>> apply_rotary_emb(torch.randn(1, 2, 6, 16), (angles.cos(), angles.sin())).shape
+        torch.Size([1, 2, 6, 16])
     """
     check_flags(use_real=use_real, exact=exact)
     if as_int(use_real_unbind_dim) not in (-1, -2):
@@ -65,8 +71,8 @@ def apply_rotary_emb(
     # Wider than 16 bits, as diffusers multiplies in float32 whatever the dtype of its tables.
     rows = _rows(cos, sin, torch.promote_types(cos.dtype, torch.float32), x.device)
     args = _args(("freqs_cis",), ("x",), (tokens,), rows, interleaved, exact)
-    (turned,) = ops.rotate([tokens], args, backend=backend)
-    return turned.transpose(1, 2) if heads_first else turned
+    (rotated,) = ops.rotate([tokens], args, backend=backend)
+    return rotated.transpose(1, 2) if heads_first else rotated
 
 
 def apply_rotary_pos_emb(
@@ -79,18 +85,18 @@ def apply_rotary_pos_emb(
     exact: bool = True,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotates queries and keys, as the function of this name in transformers 5.23, ``modeling_llama.py``, does.
+    """Rotates queries and keys, like the function of this name in transformers 5.23, ``modeling_llama.py``.
 
-    Exact arithmetic is what transformers' is: in the dtype that data and tables promote to, so that with both in
-    bfloat16 each product is rounded to bfloat16. ``exact=False`` computes in float32 and rounds once, which is nearer
-    to the truth and not what the model was run with. With tables wider than the data, transformers returns the dtype
-    of the tables; the result here is that, cast to the dtype of the data.
+    Exact arithmetic is that of transformers: in the dtype that data and tables promote to, so that with both in
+    bfloat16 each product is rounded to bfloat16. ``exact=False`` computes in float32 and rounds once, which is more
+    accurate than the model's own arithmetic. With tables wider than the data, transformers returns the dtype of the
+    tables; here the same values are cast to the dtype of the data.
 
     Args:
-        q, k: ``[B, H, S, D]``, each with its own H; ``[B, S, H, D]`` with ``unsqueeze_dim`` 2.
-        cos, sin: ``[1 or B, S, D]``, the second half of D repeating the first, which is read.
+        q, k: ``[B, H, S, D]``, or ``[B, S, H, D]`` with ``unsqueeze_dim`` 2; H may differ.
+        cos, sin: ``[1 or B, S, D]``. The second half of D repeats the first, and the first is read.
         unsqueeze_dim: the dim of heads in q and k, 1 or 2.
-        exact: see above.
+        exact: as described above.
         backend: as in :func:`dit_rope.rotate_qk`.
 
     Returns:
@@ -98,6 +104,12 @@ def apply_rotary_pos_emb(
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
+
+    Example:
+        >>> import torch
+        >>> angles = torch.randn(1, 6, 8).repeat(1, 1, 2)
+        >>> q, k = torch.randn(1, 4, 6, 16), torch.randn(1, 2, 6, 16)
+        >>> q, k = apply_rotary_pos_emb(q, k, angles.cos(), angles.sin())
     """
     check_flags(exact=exact)
     if as_int(unsqueeze_dim) not in (1, 2):
@@ -109,10 +121,10 @@ def apply_rotary_pos_emb(
     rows = _rows(cos[..., :half], sin[..., :half], torch.promote_types(cos.dtype, q.dtype), q.device)
     xs = [q.transpose(1, 2), k.transpose(1, 2)] if unsqueeze_dim == 1 else [q, k]
     args = _args(("cos", "sin"), ("q", "k"), xs, rows, False, exact)
-    turned = ops.rotate(xs, args, backend=backend)
+    rotated = ops.rotate(xs, args, backend=backend)
     if unsqueeze_dim == 1:
-        return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
-    return turned[0], turned[1]
+        return rotated[0].transpose(1, 2), rotated[1].transpose(1, 2)
+    return rotated[0], rotated[1]
 
 
 def _real_tables(freqs: object, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,7 +151,7 @@ def _complex_tables(freqs: object) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _rows(cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``[2, 1 or B, S, n]``: the one copy that is made, as kernels read cos and sin from one tensor."""
+    """Cos and sin ``[2, 1 or B, S, n]``: a copy, because kernels read both from one tensor."""
     rows = torch.stack((cos, sin)).to(device, dtype)
     return rows if rows.ndim == 4 else rows.unsqueeze(1)
 
@@ -152,7 +164,7 @@ def _args(
     interleaved: bool,
     exact: bool,
 ) -> RotationArgs:
-    """The rotation of ``xs`` ``[B, S, H, D]`` by ``rows`` ``[2, 1 or B, S, n]``, each checked against the other."""
+    """The rotation of ``xs`` ``[B, S, H, D]`` by ``rows`` ``[2, 1 or B, S, n]``, after a check that they fit."""
     _, batches, count, pairs = rows.shape
     check_tensors(names, xs, 2 * pairs, rows.device)
     batch, length = xs[0].shape[:2]
@@ -162,9 +174,9 @@ def _args(
             f"got {count} tokens and {batches} entries"
         )
     positions = None
-    if not batches:  # of a batch of 0: rows for whoever reads some, of which nobody does
+    if not batches:  # a batch of 0: backends expect at least one entry of rows, which they do not read
         rows = rows.new_zeros(2, 1, count, pairs)
-    if batches > 1:  # a table per batch entry: their rows, one entry after another
+    if batches > 1:  # one table per batch entry: rows of all entries, one entry after another
         numbers = torch.arange(batches * count, dtype=torch.int32, device=rows.device)
         positions = numbers.view(batches, count, 1)
     return one_axis_args(rows.flatten(1, 2), positions, count, interleaved=interleaved, exact=exact)
@@ -179,7 +191,7 @@ def _check_four_dims(name: str, x: object) -> None:
 
 
 def _check_tables(names: Sequence[str], parts: Sequence[object], dims: Sequence[int]) -> None:
-    """Checks cos and sin against one another: real, of one dtype and shape, as many dims, channels in pairs."""
+    """Checks that cos and sin are real, of one dtype, shape and device, with channels in pairs."""
     for name, part in zip(names, parts, strict=True):
         if not isinstance(part, torch.Tensor) or not part.is_floating_point():
             got = part.dtype if isinstance(part, torch.Tensor) else type(part).__name__

@@ -1,4 +1,4 @@
-"""vLLM's rotary operator over our kernels: same signature, in place, cache in either of two dtypes."""
+"""vLLM's rotary operator with dit_rope's kernels: same signature, in place, cache in either of two dtypes."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ def rotary_embedding(
     *,
     backend: str = "auto",
 ) -> None:
-    """Rotates query and key in place, each token by the row of the cache that its position names, in one launch.
+    """Rotates query and key in place, each token by the row of the cache at its position, in one launch.
 
     Signature and meaning are those of ``rotary_embedding`` in vLLM's ``vllm/_custom_ops.py``, whose kernel is
-    ``csrc/pos_encoding_kernels.cu`` (0f5257e2). Arithmetic is float32 whatever the dtypes, rounded once; the cache is
-    read where it lies, in its own dtype.
+    ``csrc/pos_encoding_kernels.cu`` (0f5257e2). Arithmetic is float32 for every dtype, rounded once. The cache is read
+    in its own dtype, without a copy.
 
-    Differences: a cache in a third dtype is refused; query and key may have any strides and any head counts, one a
-    multiple of the other or not; positions may be int32, which are not converted; float64 is taken too. A position
-    that is not a row of the cache is a ValueError on CPU; on a GPU, and in compiled code, its token keeps its values,
-    and nothing is read.
+    Differences: a cache in a third dtype is refused. Query and key may have any strides and any numbers of heads.
+    Positions may be int32, without a conversion. float64 is supported. A position that is not a row of the cache raises
+    ValueError on CPU; on a GPU, and in compiled code, its token keeps its values and nothing is read.
 
     Args:
         positions: ``[N]`` or ``[B, S]`` int64 or int32 rows of the cache.
-        query, key: ``[N, H * head_size]`` or ``[N, H, head_size]`` for positions ``[N]``, else ``[B, S, H *
-            head_size]`` or ``[B, S, H, head_size]``; overwritten. Last dim contiguous, heads and tokens padded or not.
-            Key may be None.
+        query, key: overwritten. ``[N, H * head_size]`` or ``[N, H, head_size]`` for positions ``[N]``; ``[B, S, H *
+            head_size]`` or ``[B, S, H, head_size]`` for positions ``[B, S]``. The last dim must be contiguous. Key may
+            be None.
         head_size: channels of a head.
-        cos_sin_cache: ``[R, rotary_dim]``, in each row rotary_dim / 2 cosines and as many sines; float32, or of the
+        cos_sin_cache: ``[R, rotary_dim]``, each row rotary_dim / 2 cosines and then as many sines; float32, or of the
             query's dtype.
-        is_neox: channels half the rotary_dim apart turn together, else neighbours.
-        rope_dim_offset: the first channel of a head that turns; those before it and past rotary_dim more do not.
-        inverse: turn backwards.
+        is_neox: True: channels rotary_dim / 2 apart rotate together; False: neighbours.
+        rope_dim_offset: the first rotated channel of a head. Channels before it, and after rotary_dim channels, keep
+            their values.
+        inverse: rotate backwards.
         backend: as in :func:`dit_rope.rotate_qk`.
 
     Raises:

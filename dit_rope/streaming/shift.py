@@ -299,7 +299,7 @@ def _row_source(keys: torch.Tensor, table: RopeSpec | ShiftTable) -> _ShiftRows:
         raise TypeError(f"table must be a RopeSpec or a ShiftTable, got {type(table).__name__}")
     if source.device != keys.device or source.spec.rotary_dim > keys.shape[-1]:
         raise ValueError(
-            f"table must be on the keys' device {keys.device} and turn at most their {keys.shape[-1]} channels, got "
+            f"table must be on the keys' device {keys.device} and rotate at most their {keys.shape[-1]} channels, got "
             f"{source.device} and {source.spec.rotary_dim} channels"
         )
     return source

@@ -40,7 +40,7 @@ REFUSALS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "narrow-keys": (
         ValueError,
         {"table": RopeSpec((32,))},
-        "table must be on the keys' device cpu and turn at most their 16 channels, got cpu and 32 channels",
+        "table must be on the keys' device cpu and rotate at most their 16 channels, got cpu and 32 channels",
     ),
     "neither": (
         ValueError,
