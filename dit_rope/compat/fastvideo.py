@@ -85,15 +85,7 @@ def get_rotary_pos_embed(
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
     numbers = theta[0], *factors, dtype, sizes
     spec, grid, table_dtype = request_of(dims, *numbers, integer("start_frame", start_frame, 0))
-    shard = None
-    if do_sp_sharding:
-        rank, world = _rank_and_world(sp_rank, sp_world_size)
-        if sizes[shard_dim] % world:
-            raise ValueError(
-                f"sp_world_size must divide rope_sizes[{shard_dim}] ({sizes[shard_dim]}), got {world}; this is rank "
-                f"{rank} of {world}"
-            )
-        shard = Shard(rank, world, axis=shard_dim)
+    shard = _shard(sizes, shard_dim, sp_rank, sp_world_size) if do_sp_sharding else None
     return dense_table(spec, grid, shard, None, table_dtype, use_real).flat
 
 
@@ -150,6 +142,16 @@ def _integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
         raise TypeError(f"{name} must be a sequence of ints, one per axis, got {values!r}")
     return tuple(integer(name, value, 1) for value in values)
+
+
+def _shard(sizes: tuple[int, ...], shard_dim: int, sp_rank: int | None, sp_world_size: int | None) -> Shard:
+    rank, world = _rank_and_world(sp_rank, sp_world_size)
+    if sizes[shard_dim] % world:
+        raise ValueError(
+            f"sp_world_size must divide rope_sizes[{shard_dim}] ({sizes[shard_dim]}), got {world}; this is rank "
+            f"{rank} of {world}"
+        )
+    return Shard(rank, world, axis=shard_dim)
 
 
 def _rank_and_world(rank: int | None, world: int | None) -> tuple[int, int]:
