@@ -230,8 +230,8 @@ MUTATIONS = (
     Mutation(
         "shard-of-fastvideo",
         "dit_rope/compat/fastvideo.py",
-        "shard = Shard(rank, world, axis=shard_dim)",
-        "shard = Shard(rank, world)",
+        "return Shard(rank, world, axis=shard_dim)",
+        "return Shard(rank, world)",
         ("tests/compat/test_compat_fastvideo.py",),
         "not compile",
     ),
