@@ -233,7 +233,7 @@ def _rotate(
     return [x.copy_(y) for x, y in zip(xs, rotated, strict=True)] if inplace else rotated
 
 
-class _Known:
+class _ValidCall:
     """The memory of valid calls of one layout: their arguments without positions, and their backend."""
 
     __slots__ = ("args", "checked", "checks_rows", "choice")
@@ -285,18 +285,18 @@ def _check(
         type(prefix), type(suffix), type(inverse), type(exact), type(inplace),
     )  # fmt: skip
     try:
-        known = table.validated.get(key)
+        valid = table.validated.get(key)
     except TypeError:  # an unhashable argument, which validation names
-        known = None
-    if known is None:
+        valid = None
+    if valid is None:
         args = _validated(names, xs, table, prefix, suffix, positions, inverse, exact, inplace, backend, norm)
         choice = remembered_choice(xs, args, None if norm is None or exact else Norm.of(xs, *norm), backend)
         if in_level() or in_mode():  # their tensors and choice are not valid for other calls
             return args, choice
         if len(table.validated) >= _MAX_REMEMBERED:
             table.validated.clear()
-        known = table.validated[key] = _Known(args, choice)
-    return (known.args if positions is None else known.at(positions, table)), known.choice
+        valid = table.validated[key] = _ValidCall(args, choice)
+    return (valid.args if positions is None else valid.at(positions, table)), valid.choice
 
 
 def _validated(

@@ -64,7 +64,7 @@ ROTATIONS = [
     Case("prefix", tokens=11, prefix=4, dtype=F32),
     Case("prefix-and-suffix", tokens=19, prefix=3, count=9, batch=3, pairing=HALF),
     Case("padding-past-the-grid", tokens=15, prefix=1, token_offset=13),
-    Case("nothing-turns", tokens=5, token_offset=24),
+    Case("nothing-rotates", tokens=5, token_offset=24),
     Case("positions-shared", tokens=9, batch=2, positions=(1, 5), prefix=2, count=5),
     Case("positions-batched", tokens=9, batch=2, positions=(2, 9), dtype=F32, pairing=HALF, dim=24),
     Case("positions-of-every-token", tokens=9, batch=3, positions=(3, 1), prefix=2, count=6),
@@ -107,7 +107,7 @@ def test_rotate_exact_is_bitwise_the_eager_formula(pairing: Pairing, dtype: torc
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @both_pairings
-def test_rotate_copies_what_does_not_turn_bit_by_bit(pairing: Pairing) -> None:
+def test_rotate_copies_what_does_not_rotate_bit_by_bit(pairing: Pairing) -> None:
     case = Case(tokens=9, prefix=3, count=4, dim=24, pairs=(4, 2, 2), pairing=pairing, dtype=F32)
     xs = case.tensors()
     for x in xs:
@@ -279,7 +279,7 @@ def test_norm_rotate_weights_are_optional_each(kind: NormKind) -> None:
 
 @both_pairings
 @both_norms
-def test_norm_rotate_in_place_norms_unturned_tokens_too(kind: NormKind, pairing: Pairing) -> None:
+def test_norm_rotate_in_place_norms_unrotated_tokens_too(kind: NormKind, pairing: Pairing) -> None:
     case = Case(batch=2, tokens=9, dim=24, pairs=(4, 2, 2), prefix=2, count=4, pairing=pairing)
     xs = packed(case)
     check_norm_rotation(xs, (None, None), kind, case.args(), xs, eps=0.5)

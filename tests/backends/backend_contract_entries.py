@@ -75,7 +75,7 @@ def test_table_may_be_a_view_of_a_cache_of_cosines_beside_sines(exact: bool, pai
 
 
 @both_pairings
-def test_position_past_the_table_does_not_turn(pairing: Pairing) -> None:
+def test_position_past_the_table_does_not_rotate(pairing: Pairing) -> None:
     """Token by token another axis, and another row: the first past the table, the second, and some far from it."""
     skip_unless(BACKEND != "eager", "a position past the table may raise IndexError")
     case = Case(tokens=12, positions=(1, 12), pairing=pairing)
@@ -91,13 +91,13 @@ def test_position_past_the_table_does_not_turn(pairing: Pairing) -> None:
 
 @dataclass(frozen=True)
 class Shift:
-    """Blocks of a pool that turn in place: all of ``case.batch``, in one layout of their memory.
+    """Blocks of a pool that rotate in place: all of ``case.batch``, in one layout of their memory.
 
     Attributes:
         case: the pool; its positions have a row for each of ``entries``.
-        entries: which blocks turn.
+        entries: which blocks rotate.
         transposed: the pool is ``[blocks, heads, block, dim]`` in memory, else ``[blocks, block, heads, dim]``.
-        frames_only: axis 0 turns, every other axis has -1.
+        frames_only: axis 0 rotates, every other axis has -1.
     """
 
     case: Case
@@ -131,7 +131,7 @@ class Shift:
         listed = [self.entries[i] for i in known]
         others = [entry for entry in range(self.case.batch) if entry not in listed]
         angles = dense(replace(args, entries=None), len(self.entries), self.case.tokens)
-        angles = replace(angles, cos=angles.cos[known], sin=angles.sin[known], turns=angles.turns[known])
+        angles = replace(angles, cos=angles.cos[known], sin=angles.sin[known], rotates=angles.rotates[known])
         for i, (x, out) in enumerate(zip(before, now, strict=True)):
             compare(x[listed], out[listed], angles, args, f"in tensor {i}")
             assert torch.equal(out[others], x[others]), f"changed a block of tensor {i} that is not listed"
@@ -143,14 +143,14 @@ POOL = Case(batch=6, tokens=5, heads=(3,), positions=(3, 1))
 @both_pairings
 @pytest.mark.parametrize("positions", [(3, 1), (3, 5), (1, 5), (1, 1)], ids=["block", "token", "offset", "all"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["blocks", "transposed"])
-def test_entries_turn_in_place(transposed: bool, positions: tuple[int, int], pairing: Pairing) -> None:
+def test_entries_rotate_in_place(transposed: bool, positions: tuple[int, int], pairing: Pairing) -> None:
     case = replace(POOL, positions=positions, pairing=pairing, inverse=positions == (3, 1))
     Shift(case, transposed=transposed).check()
 
 
 @both_pairings
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
-def test_entries_turn_on_one_axis_alone(exact: bool, pairing: Pairing) -> None:
+def test_entries_rotate_on_one_axis_alone(exact: bool, pairing: Pairing) -> None:
     Shift(replace(POOL, exact=exact, pairing=pairing), frames_only=True).check()
 
 

@@ -100,7 +100,7 @@ def test_norm_rotate_by_each_heads_own_angles(case: Case, kind: NormKind) -> Non
     check_norm_rotation(xs, weights, kind, arguments(case), poisoned(xs), biases=biases)
 
 
-def test_head_past_the_table_does_not_turn() -> None:
+def test_head_past_the_table_does_not_rotate() -> None:
     """The rows of the first heads are in the table, those of the last are not, and some are past int32."""
     skip_unless(BACKEND != "eager", "a row past the table may raise IndexError")
     case = Case("aligned", tokens=7, heads=(6, 4), pairs=(8,), sizes=(7,), positions=(1, 7), head_rows=3)
@@ -156,7 +156,7 @@ def test_layer_norm_weights_and_biases_are_optional(kind: NormKind, given: str) 
 @layer_norms
 @pytest.mark.parametrize("heads", [30, 48])
 def test_layer_norm_of_cogvideox(kind: NormKind, heads: int) -> None:
-    """Heads before tokens in memory, in place, after text that is normed and does not turn."""
+    """Heads before tokens in memory, in place, after text that is normed and does not rotate."""
     case = Case(tokens=7, heads=(heads, heads), dim=64, pairs=(8, 12, 12), prefix=3, sizes=(1, 2, 2))
     xs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in case.tensors()]
     weights, biases = case.weights(kind, (BF16, BF16)), case.biases(kind, (BF16, BF16))
@@ -218,16 +218,16 @@ def test_rotate_exact_in_16_bits_is_rotate_half(dtype: torch.dtype, dim: int, pa
     inputs, outs = copies(xs), xs if inplace else poisoned(xs)
     rotate(xs, args, outs)
     for x, out in zip(inputs, outs, strict=True):
-        turning, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
-        first, second = turning.chunk(2, dim=-1)
-        turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
-        assert turned.dtype == dtype
-        assert torch.equal(out.cpu(), torch.cat((turned, rest), dim=-1))
+        covered, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+        first, second = covered.chunk(2, dim=-1)
+        rotated = covered * cos + torch.cat((-second, first), dim=-1) * sin
+        assert rotated.dtype == dtype
+        assert torch.equal(out.cpu(), torch.cat((rotated, rest), dim=-1))
 
 
 @pytest.mark.parametrize("kind", [None, *NormKind], ids=lambda kind: kind.value if kind else "rotate")
-def test_96_of_128_channels_turn_in_halves(kind: NormKind | None) -> None:
-    """Channel i with channel i + 48: the halves are of what turns, not of the head."""
+def test_96_of_128_channels_rotate_in_halves(kind: NormKind | None) -> None:
+    """Channel i with channel i + 48: the halves are of what rotates, not of the head."""
     case = Case(tokens=4, heads=(2, 2), dim=128, pairs=(48,), sizes=(4,), pairing=HALF)
     args, xs = case.args(), case.tensors()
     if kind is not None:

@@ -107,7 +107,7 @@ def test_run_on_a_cpu_needs_every_barrier(
 
 
 @needs_compiler
-def test_rotation_in_place_touches_no_token_that_does_not_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rotation_in_place_touches_no_unrotated_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor reads it: only the memory of the others is allowed."""
     rows = torch.stack((torch.zeros(70, 16), torch.ones(70, 16)))
     args = RotationArgs(rows, None, (16,), (70,), (0,), 0, 3, 67, Pairing.INTERLEAVED, False, False)

@@ -245,7 +245,7 @@ def test_grid_covers_every_token_of_every_batch_entry_within_the_driver_s_limits
 
 
 def test_launch_in_place_serves_no_call_that_is_so_for_one_tensor_only() -> None:
-    """In place, channels past the turning ones are neither read nor written; into other memory they are copied."""
+    """In place, channels past the rotated ones are neither read nor written; into other memory they are copied."""
     q, k, other = (queries(1, 24, 3, 40) for _ in range(3))
     widths = [launch_of([q, k], SMALL, outs)[0].plan.width for outs in ([q, k], [q, other], [other, k], [q, k])]
     assert widths == [32, 40, 40, 32]
@@ -258,7 +258,7 @@ def test_positions_are_taken_of_a_shard_past_what_the_kernel_counts_in() -> None
     assert far.numbers == near.numbers
 
 
-def test_grid_has_a_row_for_each_entry_that_turns() -> None:
+def test_grid_has_a_row_for_each_entry_that_rotates() -> None:
     x = queries(100, 24, 3, 40)
     launch, _ = launch_of([x], replace(SMALL, entries=torch.zeros(5, dtype=torch.int32)), [x])
     assert launch.grid[1:] == (5, 1)

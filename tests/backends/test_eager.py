@@ -84,7 +84,7 @@ def test_exact_equals_rotate_half_code(dtype: torch.dtype) -> None:
 def test_rotate_is_within_the_bound_of_float64(
     pairing: Pairing, dtype: torch.dtype, exact: bool, inverse: bool
 ) -> None:
-    """Two heads of keys for three of queries, and two channels per head that do not turn."""
+    """Two heads of keys for three of queries, and two channels per head that do not rotate."""
     table = table_of(pairing=pairing)
     xs = [torch.randn(16, 60, heads, 16).to(dtype) for heads in (3, 2)]
     outs = run(xs, table, exact, inverse=inverse)
@@ -117,7 +117,7 @@ def test_rotate_leaves_prefix_and_suffix_as_they_are(exact: bool) -> None:
     assert torch.equal(out[:, 63:], x[:, 63:])
 
 
-def test_positions_gather_rows_per_batch_and_negative_ones_do_not_turn() -> None:
+def test_positions_gather_rows_per_batch_and_negative_ones_do_not_rotate() -> None:
     table = table_of()
     order = torch.stack((torch.randperm(60), torch.randperm(60)))
     positions = table.positions()[0][order]
@@ -296,9 +296,9 @@ def test_dense_angles_of_every_head() -> None:
     expected[0, 4], expected[1, 4] = 1.0, 0.0
     assert torch.equal(cos[0, 2:22], expected[0])
     assert torch.equal(sin[0, 2:22], expected[1])
-    for still in (slice(2), slice(22, None), 6):
-        assert (cos[0, still] == 1.0).all()
-        assert not sin[0, still].any()
+    for unrotated in (slice(2), slice(22, None), 6):
+        assert (cos[0, unrotated] == 1.0).all()
+        assert not sin[0, unrotated].any()
 
 
 @pytest.mark.parametrize("pairing", Pairing)

@@ -129,7 +129,7 @@ def test_norm_rotate_on_cuda_is_as_accurate_as_float32(
 
 
 @pytest.mark.parametrize("backend", ["cuda", "eager"])
-def test_scaled_tables_turn_on_every_backend(cuda_on_cpu: object, backend: str) -> None:
+def test_scaled_tables_rotate_on_every_backend(cuda_on_cpu: object, backend: str) -> None:
     """Scaled frequencies, and a magnitude that is not 1, are numbers in the table like any other."""
     yarn = Scaling.of("yarn", factor=4.0, original_max_position_embeddings=64)
     spec = RopeSpec((8, 4, 4), scaling=(Scaling.of("riflex", frames=40, repetition=20), yarn, None))
@@ -164,13 +164,13 @@ def test_gradients_on_cuda_equal_those_of_eager(cuda_on_cpu: object, table: Rope
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_cuda_traces_without_a_graph_break(cuda_on_cpu: object, table: RopeTable, dynamic: bool) -> None:
-    def turn(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def rotated(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         q, k = rotate_qk(q, k, table, backend="cuda")
         return norm_rotate_qk(q, k, table, norm=ACROSS, backend="cuda")[0] + 1
 
     q, k = queries_and_keys()
-    compiled = torch.compile(turn, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    assert torch.equal(compiled(q, k), turn(q, k))
+    compiled = torch.compile(rotated, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    assert torch.equal(compiled(q, k), rotated(q, k))
 
 
 def test_a_backend_named_while_tracing_is_still_refused_when_it_runs(table: RopeTable) -> None:

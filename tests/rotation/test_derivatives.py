@@ -37,7 +37,7 @@ def table_of(pairing: Pairing = Pairing.INTERLEAVED, dtype: torch.dtype = F64) -
 
 
 def positions_of(table: RopeTable) -> torch.Tensor:
-    """Those of the table in another order; one token does not turn, of another some pairs do not."""
+    """Those of the table in another order; one token does not rotate, of another some pairs do not."""
     positions = table.positions().flip(1)
     positions[0, 2], positions[0, 3, 1] = -1, -1
     return positions
@@ -48,7 +48,7 @@ def tokens(*shape: int, dtype: torch.dtype = F64) -> torch.Tensor:
 
 
 def rotation_of(exact: bool, positions: bool = False, **further: Any) -> Call:
-    """Of ``[B, 6, H, 7]``: a token before the grid's and one after, a channel past those that turn."""
+    """Of ``[B, 6, H, 7]``: a token before the grid's and one after, a channel past those that rotate."""
     table = table_of(**further)
     where = {"positions": positions_of(table)} if positions else {}
     return lambda x: rotate(x, table, prefix=1, suffix=1, exact=exact, **where)

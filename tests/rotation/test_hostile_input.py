@@ -109,10 +109,10 @@ def test_no_channel_and_too_few_are_refused() -> None:
 
 def test_one_token_is_rotated_by_its_own_angle() -> None:
     spec, x = RopeSpec((2,), theta=5.0), torch.tensor([3.0, 4.0]).view(1, 1, 1, 2)
-    turned = dit_rope.rotate(x, rope_table(spec, Grid(1, start_frame=7))).flatten().double()
+    rotated = dit_rope.rotate(x, rope_table(spec, Grid(1, start_frame=7))).flatten().double()
     c, s = math.cos(7.0), math.sin(7.0)
     expected = torch.tensor([3 * c - 4 * s, 3 * s + 4 * c], dtype=torch.float64)
-    assert (turned - expected).abs().max() <= 7 * 4 * 2.0**-24  # the table, two products and a sum are rounded
+    assert (rotated - expected).abs().max() <= 7 * 4 * 2.0**-24  # the table, two products and a sum are rounded
 
 
 # Numbers.
@@ -205,7 +205,7 @@ def test_what_is_not_finite_stays_in_its_pair(bad: float, pairing: Pairing, exac
     x = normal(2, 30, 3, 10)
     clean = x.clone()
     x[1, 17, 2, 3] = bad
-    x[0, 1, 0, 9] = bad  # a channel past those that turn
+    x[0, 1, 0, 9] = bad  # a channel past those that rotate
     table = rope_table(spec, GRID)
     how: dict[str, Any] = {"prefix": 2, "suffix": 4, "exact": exact}
     expected, out = dit_rope.rotate(clean, table, **how), dit_rope.rotate(x, table, **how)
@@ -230,7 +230,7 @@ def test_nan_stays_in_what_one_norm_averages(norm: NormKind, exact: bool) -> Non
     assert out[touched].isnan().all()
 
 
-def test_tokens_that_do_not_turn_keep_what_is_not_finite() -> None:
+def test_tokens_that_do_not_rotate_keep_what_is_not_finite() -> None:
     x = torch.full((1, 30, 2, 8), math.inf)
     x[:, 26:] = math.nan
     out = dit_rope.rotate(x, rope_table(SPEC, GRID, shard=Shard.of_tokens(20, 44)), prefix=2, suffix=4)

@@ -71,10 +71,10 @@ def test_rotate_passes_gradcheck(pairing: Pairing, exact: bool) -> None:
     table = rope_table(RopeSpec((4, 2, 2), pairing=pairing), Grid(2, 3, 2), dtype=torch.float64)
     q, k = (torch.randn(1, 15, heads, 10, dtype=torch.float64, requires_grad=True) for heads in (2, 1))
 
-    def turn(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotated(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return rotate_qk(q, k, table, prefix=2, suffix=1, exact=exact)
 
-    assert torch.autograd.gradcheck(turn, (q, k))
+    assert torch.autograd.gradcheck(rotated, (q, k))
     assert torch.autograd.gradgradcheck(lambda q: rotate(q, table, prefix=2, suffix=1), (q,))
 
 
@@ -87,17 +87,17 @@ def test_norm_rotate_passes_gradcheck(norm: NormKind, exact: bool) -> None:
     sizes = (*sizes, *sizes) if norm.centred else sizes
     parameters = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
 
-    def turn(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotated(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q, k, q_weight, k_weight, *biases = tensors
         how = dict(zip(("q_bias", "k_bias"), biases, strict=False))
         return norm_rotate_qk(q, k, table, q_weight, k_weight, norm=norm, prefix=1, suffix=1, exact=exact, **how)
 
-    assert torch.autograd.gradcheck(turn, (q, k, *parameters))
+    assert torch.autograd.gradcheck(rotated, (q, k, *parameters))
     assert torch.autograd.gradcheck(lambda x: norm_rotate(x, table, norm=norm, prefix=1, suffix=1), (q,))
 
 
 def own_angles(heads: int, exact: bool, dtype: torch.dtype) -> RotationArgs:
-    """Angles of 4 pairs for each of ``heads``, of 12 tokens after one that does not turn."""
+    """Angles of 4 pairs for each of ``heads``, of 12 tokens after one that does not rotate."""
     angles = torch.randn(heads * 12, 4, dtype=torch.float64)
     rows = torch.stack((angles.cos(), angles.sin())).to(dtype)
     return RotationArgs.of_rows(rows, None, (4,), 12, Pairing.INTERLEAVED, prefix=1, exact=exact, head_rows=12)
@@ -119,15 +119,15 @@ def test_norms_by_own_angles_of_heads_pass_gradcheck(norm: NormKind) -> None:
     weight.requires_grad_()
     bias.requires_grad_(norm.centred)
 
-    def turn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def rotated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return ops.rotate([x], args, Norm(norm, 1e-6, [weight], [bias] if norm.centred else ()))[0]
 
-    assert torch.autograd.gradcheck(turn, (x, weight, bias))
+    assert torch.autograd.gradcheck(rotated, (x, weight, bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layer_norm_gradient_is_torchs(dtype: torch.dtype) -> None:
-    """Of one rotation that turns nothing, so that only the roundings of the norm are left."""
+    """Of one rotation that rotates nothing, so that only the roundings of the norm are left."""
     table = rope_table(RopeSpec((4, 2, 2)), Grid(1, 1, 1))
     x, grad = torch.randn(2, 40, 3, 10).to(dtype).requires_grad_(), torch.randn(2, 40, 3, 10).to(dtype)
     weight, bias = (torch.randn(10).to(dtype).requires_grad_() for _ in range(2))
@@ -158,8 +158,8 @@ def test_exact_gradient_equals_the_model_codes(table: RopeTable, dtype: torch.dt
 
 def test_gradients_are_none_for_an_output_nobody_used(table: RopeTable) -> None:
     q, k = (torch.randn(1, 12, 2, 8, requires_grad=True) for _ in range(2))
-    turned, _ = rotate_qk(q, k, table)
-    turned.sum().backward()
+    rotated, _ = rotate_qk(q, k, table)
+    rotated.sum().backward()
     assert q.grad is not None
     assert k.grad is None or not k.grad.any()
 
@@ -169,13 +169,13 @@ def test_compiled_rotation_equals_eager_without_a_graph_break(table: RopeTable, 
     torch._dynamo.reset()
     q, k, weight = torch.randn(1, 12, 3, 8), torch.randn(1, 12, 1, 8), torch.randn(8)
 
-    def turn(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotated(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q, k = rotate_qk(q, k, table, exact=exact)
         q, k = norm_rotate_qk(q * 2, k, table, weight)
         return norm_rotate_qk(q, k, table, k_bias=weight, norm=NormKind.LAYER_PER_HEAD)
 
-    compiled = torch.compile(turn, backend="aot_eager", fullgraph=True)
-    for actual, expected in zip(compiled(q, k), turn(q, k), strict=True):
+    compiled = torch.compile(rotated, backend="aot_eager", fullgraph=True)
+    for actual, expected in zip(compiled(q, k), rotated(q, k), strict=True):
         assert torch.equal(actual, expected)
 
 
@@ -184,10 +184,10 @@ def test_compiled_rotation_in_place_equals_eager(table: RopeTable) -> None:
     q, k = torch.randn(1, 12, 3, 8), torch.randn(1, 12, 1, 8)
     expected = rotate_qk(q, k, table)
 
-    def turn(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotated(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return rotate_qk(q, k, table, inplace=True)
 
-    actual = torch.compile(turn, backend="inductor", fullgraph=True)(q, k)
+    actual = torch.compile(rotated, backend="inductor", fullgraph=True)(q, k)
     for got, kept, wanted in zip(actual, (q, k), expected, strict=True):
         assert torch.equal(got, wanted)
         assert torch.equal(kept, wanted)
@@ -197,9 +197,9 @@ def test_compile_traces_as_the_first_call_of_a_process() -> None:
     program = """
         import torch, dit_rope
         table = dit_rope.rope_table(dit_rope.RopeSpec((4, 2, 2)), dit_rope.Grid(2, 3, 2))
-        turn = torch.compile(lambda q, k: dit_rope.rotate_qk(q, k, table), backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(lambda q, k: dit_rope.rotate_qk(q, k, table), backend="aot_eager", fullgraph=True)
         q, k = torch.randn(1, 12, 3, 8), torch.randn(1, 12, 1, 8)
-        first = turn(q, k)
+        first = compiled(q, k)
         assert all(torch.equal(a, b) for a, b in zip(first, dit_rope.rotate_qk(q, k, table)))
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=300)

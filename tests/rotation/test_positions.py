@@ -34,7 +34,7 @@ def test_positions_at_every_coordinate_are_those_of_the_table(spec, sizes, start
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_tokens_in_another_order_turn_as_in_the_order_of_the_grid(dtype):
+def test_tokens_in_another_order_rotate_as_in_the_order_of_the_grid(dtype):
     table = rope_table(SPEC, Grid(3, 4, 5, start_frame=40))
     x, order = torch.randn(2, 60, 2, 20).to(dtype), torch.randperm(60)
     positions = table.positions_at(*(c[order] for c in coordinates((3, 4, 5), 40)))

@@ -25,8 +25,8 @@ def qk(tokens: int = 12, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_rotate_equals_rotate_qk(table: RopeTable) -> None:
     q, k = qk(15)
-    turned = rotate_qk(q, k, table, prefix=1, suffix=2)
-    for x, expected in zip((q, k), turned, strict=True):
+    rotated = rotate_qk(q, k, table, prefix=1, suffix=2)
+    for x, expected in zip((q, k), rotated, strict=True):
         assert torch.equal(rotate(x, table, prefix=1, suffix=2), expected)
 
 
@@ -35,16 +35,16 @@ def test_norm_rotate_equals_norm_rotate_qk(table: RopeTable, norm: NormKind) -> 
     q, k = qk()
     weights = [torch.randn(x.shape[2] * D if norm.across_heads else D) for x in (q, k)]
     biases = [weight.flip(0) if norm.centred else None for weight in weights]
-    turned = norm_rotate_qk(q, k, table, *weights, q_bias=biases[0], k_bias=biases[1], norm=norm)
-    for x, weight, bias, expected in zip((q, k), weights, biases, turned, strict=True):
+    rotated = norm_rotate_qk(q, k, table, *weights, q_bias=biases[0], k_bias=biases[1], norm=norm)
+    for x, weight, bias, expected in zip((q, k), weights, biases, rotated, strict=True):
         assert torch.equal(norm_rotate(x, table, weight, bias=bias, norm=norm), expected)
 
 
 def test_norm_rotate_qk_takes_one_weight_of_two(table: RopeTable) -> None:
     q, k = qk()
     weight = torch.randn(D)
-    _, turned = norm_rotate_qk(q, k, table, None, weight)
-    assert torch.equal(turned, norm_rotate(k, table, weight))
+    _, rotated = norm_rotate_qk(q, k, table, None, weight)
+    assert torch.equal(rotated, norm_rotate(k, table, weight))
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -52,8 +52,8 @@ def test_norm_rotate_qk_takes_one_bias_of_two(table: RopeTable, exact: bool) -> 
     q, k = qk()
     bias = torch.randn(D)
     norm = NormKind.LAYER_PER_HEAD
-    without, turned = norm_rotate_qk(q, k, table, k_bias=bias, norm=norm, exact=exact)
-    assert torch.equal(turned, norm_rotate(k, table, bias=bias, norm=norm, exact=exact))
+    without, rotated = norm_rotate_qk(q, k, table, k_bias=bias, norm=norm, exact=exact)
+    assert torch.equal(rotated, norm_rotate(k, table, bias=bias, norm=norm, exact=exact))
     assert torch.equal(without, norm_rotate(q, table, norm=norm, exact=exact))
 
 
@@ -69,9 +69,9 @@ def test_inverse_undoes_rotation(table: RopeTable, exact: bool) -> None:
 def test_inplace_overwrites_and_returns_the_same_objects(table: RopeTable, exact: bool) -> None:
     q, k = qk()
     expected = rotate_qk(q, k, table, exact=exact)
-    turned = rotate_qk(q, k, table, inplace=True, exact=exact)
-    assert turned[0] is q
-    assert turned[1] is k
+    rotated = rotate_qk(q, k, table, inplace=True, exact=exact)
+    assert rotated[0] is q
+    assert rotated[1] is k
     assert torch.equal(q, expected[0])
     assert torch.equal(k, expected[1])
 
@@ -88,8 +88,8 @@ def test_norm_rotate_inplace_overwrites(table: RopeTable, exact: bool) -> None:
 def test_exact_norm_is_torchs_own_norm(table: RopeTable) -> None:
     x, weight = torch.randn(2, 12, H, D), torch.randn(H * D)
     normed = torch.nn.functional.rms_norm(x.flatten(2), (H * D,), weight, 1e-6).view(x.shape)
-    turned = norm_rotate(x, table, weight, norm=NormKind.ACROSS_HEADS, exact=True)
-    assert torch.equal(turned, rotate(normed, table, exact=True))
+    rotated = norm_rotate(x, table, weight, norm=NormKind.ACROSS_HEADS, exact=True)
+    assert torch.equal(rotated, rotate(normed, table, exact=True))
 
 
 @pytest.mark.parametrize("across_heads", [False, True])

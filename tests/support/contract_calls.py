@@ -48,11 +48,11 @@ ODD_DIMS = {
     *(f"test_norm_rotate_is_as_accurate_as_float32[odd-dim-{kind.value}]" for kind in NormKind),
 }
 PAST_THE_TABLE = {
-    "test_position_past_the_table_does_not_turn[interleaved]",
-    "test_position_past_the_table_does_not_turn[half]",
+    "test_position_past_the_table_does_not_rotate[interleaved]",
+    "test_position_past_the_table_does_not_rotate[half]",
     "test_entry_outside_the_batch_is_ignored[rotate]",
     "test_entry_outside_the_batch_is_ignored[norm]",
-    "test_head_past_the_table_does_not_turn",
+    "test_head_past_the_table_does_not_rotate",
 }
 LONG_TABLES = {"test_angles_of_heads_are_in_tables_past_2_31_elements"}
 # Every test that a backend may skip, and must.
@@ -238,22 +238,22 @@ def named(cases: Sequence[Case]) -> pytest.MarkDecorator:
 
 @dataclass(frozen=True)
 class Dense:
-    """Cos and sin ``[batch, tokens, 1 or heads, pairs]`` in the dtype of the table, and whether each pair turns."""
+    """Cos and sin ``[batch, tokens, 1 or heads, pairs]`` in the dtype of the table, and whether each pair rotates."""
 
     cos: torch.Tensor
     sin: torch.Tensor
-    turns: torch.Tensor
+    rotates: torch.Tensor
 
     def of(self, x: torch.Tensor) -> Dense:
         """Those of the heads that ``x`` has."""
-        return Dense(*(part[:, :, : x.shape[2]] for part in (self.cos, self.sin, self.turns)))
+        return Dense(*(part[:, :, : x.shape[2]] for part in (self.cos, self.sin, self.rotates)))
 
 
 def dense(args: RotationArgs, batch: int, tokens: int, heads: int = 1) -> Dense:
     """The angles token by token, as the docstring of RotationArgs defines them; for each head where they differ."""
     rows = args.rows.cpu()
     shape = (batch, tokens, heads if args.head_rows else 1, sum(args.pairs))
-    cos, sin, turns = (torch.full(shape, value, dtype=rows.dtype) for value in (1.0, 0.0, 0.0))
+    cos, sin, rotates = (torch.full(shape, value, dtype=rows.dtype) for value in (1.0, 0.0, 0.0))
     for b, i, h in itertools.product(*map(range, shape[:3])):
         start = 0
         for first, pairs in zip(_rows_of(args, b, i - args.prefix), args.pairs, strict=True):
@@ -261,23 +261,23 @@ def dense(args: RotationArgs, batch: int, tokens: int, heads: int = 1) -> Dense:
             if first >= 0 and row < rows.shape[1]:
                 cos[b, i, h, start : start + pairs] = rows[0, row, :pairs]
                 sin[b, i, h, start : start + pairs] = rows[1, row, :pairs]
-                turns[b, i, h, start : start + pairs] = 1.0
+                rotates[b, i, h, start : start + pairs] = 1.0
             start += pairs
-    return Dense(cos, -sin if args.inverse else sin, turns.bool())
+    return Dense(cos, -sin if args.inverse else sin, rotates.bool())
 
 
 def _rows_of(args: RotationArgs, b: int, j: int) -> list[int]:
-    """Row of each axis of token ``j`` of the grid, -1 where it does not turn."""
-    still = [-1] * len(args.pairs)
+    """Row of each axis of token ``j`` of the grid, -1 where it does not rotate."""
+    unrotated = [-1] * len(args.pairs)
     if not 0 <= j < args.count:
-        return still
+        return unrotated
     if args.positions is not None:
         by_batch, by_token = (min(at, size - 1) for at, size in zip((b, j), args.positions.shape, strict=False))
         rows: list[int] = args.positions[by_batch, by_token].tolist()
         return rows
     flat = args.token_offset + j
     if flat >= math.prod(args.sizes):
-        return still
+        return unrotated
     return [f + int(c) for f, c in zip(args.first_rows, np.unravel_index(flat, args.sizes), strict=True)]
 
 
@@ -286,9 +286,9 @@ def formula(x: torch.Tensor, angles: Dense, pairing: Pairing, dtype: torch.dtype
     out = x.to(dtype)
     x1, x2 = (out[..., part] for part in _channels(angles, pairing))
     cos, sin = angles.cos.to(dtype), angles.sin.to(dtype)
-    turned = (x1 * cos - x2 * sin, x1 * sin + x2 * cos)
+    rotated = (x1 * cos - x2 * sin, x1 * sin + x2 * cos)
     out = out.clone()
-    for part, values in zip(_channels(angles, pairing), turned, strict=True):
+    for part, values in zip(_channels(angles, pairing), rotated, strict=True):
         out[..., part] = values
     return out
 
@@ -299,12 +299,12 @@ def _channels(angles: Dense, pairing: Pairing) -> tuple[slice, slice]:
     return (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if pairing is INTERLEAVED else (slice(n), slice(n, 2 * n))
 
 
-def still_channels(x: torch.Tensor, angles: Dense, pairing: Pairing) -> torch.Tensor:
+def unrotated_channels(x: torch.Tensor, angles: Dense, pairing: Pairing) -> torch.Tensor:
     """Which elements of ``x`` no rotation changes."""
-    still = torch.ones(x.shape, dtype=torch.bool)
+    unrotated = torch.ones(x.shape, dtype=torch.bool)
     for part in _channels(angles, pairing):
-        still[..., part] = ~angles.turns
-    return still
+        unrotated[..., part] = ~angles.rotates
+    return unrotated
 
 
 def poisoned(xs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -318,7 +318,7 @@ def copies(xs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def compare(x: torch.Tensor, out: torch.Tensor, angles: Dense, args: RotationArgs, context: str = "") -> None:
-    """Compares the rotation ``out`` of ``x``, on any device, with the oracle; what does not turn, bit by bit."""
+    """Compares the rotation ``out`` of ``x``, on any device, with the oracle; what does not rotate, bit by bit."""
     x, out, angles = x.cpu(), out.cpu(), angles.of(x)
     if x.numel() == 0:
         return
@@ -328,8 +328,8 @@ def compare(x: torch.Tensor, out: torch.Tensor, angles: Dense, args: RotationArg
     assert_within(out, exact, naive, context)
     if args.exact:
         assert torch.equal(out, naive.to(out.dtype)), f"not bitwise the eager formula {context}"
-    still = still_channels(x, angles, args.pairing)
-    assert torch.equal(out[still], x[still]), f"changed what does not turn {context}"
+    unrotated = unrotated_channels(x, angles, args.pairing)
+    assert torch.equal(out[unrotated], x[unrotated]), f"changed what does not rotate {context}"
 
 
 def check_rotation(xs: Sequence[torch.Tensor], args: RotationArgs, outs: Sequence[torch.Tensor]) -> None:

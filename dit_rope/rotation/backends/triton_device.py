@@ -377,9 +377,9 @@ def norm_rotate_kernel(
     entry = batch
     if entries is not None:
         entry = tl.load(entries + batch * entries_batch).to(tl.int64)
-        known = (entry >= 0) & (entry < entry_count)
-        live = live & known
-        rotates = rotates & known
+        in_batch = (entry >= 0) & (entry < entry_count)
+        live = live & in_batch
+        rotates = rotates & in_batch
     product: tl.constexpr = rows.dtype.element_ty if EXACT else tl.float32
 
     table = (rows, rows_plane, rows_row, row_count, head_rows)

@@ -82,17 +82,17 @@ def rotate(
         ValueError: when :func:`declined` gives a reason.
     """
     key = tuple([x.data_ptr() == out.data_ptr() for x, out in zip(xs, outs, strict=True)])
-    known = None if memo is None else memo.get(key)
+    launch = None if memo is None else memo.get(key)
     tensors = _tensors(xs, args, outs, norm)
-    if known is None:
+    if launch is None:
         reason = declined(xs, args, norm.kind if norm else None)
         if reason is not None:
             raise ValueError(f"the Triton backend cannot take this call: {reason}")
         programs, arguments, options = launch_arguments(xs, args, outs, norm)
-        known = (programs, {name: value for name, value in arguments.items() if name not in tensors} | options)
+        launch = (programs, {name: value for name, value in arguments.items() if name not in tensors} | options)
         if memo is not None:
-            memo[key] = known
-    programs, numbers = known
+            memo[key] = launch
+    programs, numbers = launch
     if programs == 0:
         return
     from .triton_device import norm_rotate_kernel
