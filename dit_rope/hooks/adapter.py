@@ -77,7 +77,7 @@ class ModelTables:
         method: name of the method that builds the tables.
         keyed_by_shape: arguments whose tensors count by shape, dtype and device, because the tables depend on nothing
             else in them; :data:`EVERY` for all arguments.
-        sets: attributes and buffers that ``method`` itself sets and that decide nothing; a cache miss restores them.
+        sets: attributes and buffers that ``method`` itself sets. A cache hit sets them too.
         to_device: whether ``method`` builds on the host and the model moves the tables in every use. The cache keeps
             them on the device of the model.
         axes: the grid of the tables, of which kernels read axis tables; None if kernels read a row per token.
@@ -101,10 +101,6 @@ class ModelTables:
 
         ``target`` is the object that builds the tables; the other arguments are those of ``method``.
         """
-        return ()
-
-    def reads(self, target: Any) -> tuple[Any, ...]:
-        """Other modules of the model that ``method`` reads; their state is part of the cache key."""
         return ()
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from .formats import AXES
 from .known_code import guard_of
 from .log import log_not_patched
 from .packed_tables import PackedTable, axis_rows, mark_axis_tables, mark_known
-from .table_keys import Unkeyed, parts_of
+from .table_keys import Unkeyed, parts_of, state_of
 
 
 class _Token:
@@ -88,11 +88,16 @@ class _Key:
 
 @dataclass(frozen=True, eq=False)
 class _Built:
-    """Tables as leaves and structure, so that each caller gets new containers; ``held`` keeps other tensors alive."""
+    """Tables as leaves and structure, so that each caller gets new containers; ``held`` keeps other tensors alive.
+
+    ``sets`` are the attributes that the method set, ``state`` is their part of a cache key.
+    """
 
     leaves: Sequence[Any]
     structure: pytree.TreeSpec
     held: Sequence[torch.Tensor]
+    sets: Mapping[str, Any]
+    state: tuple[Hashable, ...]
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -180,6 +185,7 @@ def _memoized(
     held: list[torch.Tensor] = []
     try:
         parts = parts_of(target, tables, settings.parameters, args, kwargs, held)
+        state = state_of(target, tables, held)
     except Unkeyed:
         log_not_patched(settings.name, "its tables depend on values that cannot be a cache key", settings.logged)
         with torch.inference_mode(False):
@@ -190,11 +196,8 @@ def _memoized(
     device = _device(args, kwargs)
 
     def build() -> _Built:
-        # Restored below, so that a cache miss changes no more of the object than a hit.
-        state = {name: getattr(target, name) for name in tables.sets if hasattr(target, name)}
+        before = {name: getattr(target, name) for name in tables.sets if hasattr(target, name)}
         result = original(*args, **kwargs)
-        for name, value in state.items():
-            setattr(target, name, value)
         leaves, structure = pytree.tree_flatten(result[len(not_cached) :] if not_cached else result)
         leaves = [_kept(leaf, device if tables.to_device else None) for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -203,10 +206,22 @@ def _memoized(
             rows = _find_axis_tables(target, tables.axes, settings.spec, tensors, args, kwargs)
             settings.token.by_axis = bool(rows)
             held.extend(rows)
-        return _Built(leaves, structure, held)
+        sets = {name: getattr(target, name) for name in tables.sets if hasattr(target, name)}
+        after = state_of(target, tables, held)
+        if after == state:  # the same values: a miss leaves the objects that a hit leaves
+            for name, value in before.items():
+                setattr(target, name, value)
+        return _Built(leaves, structure, held, sets, after)
 
-    built = MODEL_TABLES.get(_Key(settings.token.number, (parts, stream_of(device))), device, build)
+    def key(state: tuple[Hashable, ...]) -> _Key:
+        return _Key(settings.token.number, (parts, state, stream_of(device)))
+
+    built = MODEL_TABLES.get(key(state), device, build)
     assert isinstance(built, _Built)
+    if built.state != state:  # the next call of this kind meets what this one set
+        for name, value in built.sets.items():
+            setattr(target, name, value)
+        MODEL_TABLES.get(key(built.state), device, lambda: built)
     result = pytree.tree_unflatten(list(built.leaves), built.structure)
     return (*not_cached, *result) if not_cached else result
 

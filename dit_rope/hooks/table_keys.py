@@ -62,8 +62,17 @@ def parts_of(
         parts.append((name, _tree(value, _by_shape if keyed_by_shape else _by_value)))
     keep = functools.partial(_by_value_or_as_held, held)
     parts.append(_state(target, tables.sets, keep, parameters=bool(tables.path)))
-    parts += [_state(module, (), keep, parameters=True) for module in tables.reads(target)]
     return tuple(parts)
+
+
+def state_of(target: Any, tables: ModelTables, held: list[torch.Tensor]) -> tuple[Hashable, ...]:
+    """The values of the attributes and buffers that the method sets: it may read what an earlier call left there.
+
+    Raises:
+        Unkeyed: as :func:`parts_of`.
+    """
+    keep = functools.partial(_by_value_or_as_held, held)
+    return tuple(_tree(getattr(target, name, None), keep) for name in tables.sets)
 
 
 def _ambient() -> Hashable:

@@ -56,18 +56,10 @@ SANA_WM = ModelAdapter(
 )
 
 
-class _RefinerTables(ModelTables):
-    """A method of the model that asks its rope module."""
-
-    def reads(self, target: Any) -> tuple[Any, ...]:
-        """The rope module."""
-        return (target.rope,)
-
-
 SANA_WM_REFINER = ModelAdapter(
     f"{_TRANSFORMERS}.transformer_sana_wm_refiner.SanaWMLTX2RefinerTransformer3DModel",
-    # The pipeline asks for them in every step, before the forward that it gives them to.
-    (_RefinerTables("", "SanaWMLTX2RefinerTransformer3DModel", "build_rotary_emb_for_absolute_positions"),),
+    # The pipeline has the model ask for them in every step, before the forward that it gives them to.
+    (ModelTables("rope", "SanaWMLTX2AudioVideoRotaryPosEmbed"),),
     tuple(
         AttentionRotation(
             attention=r"transformer_blocks\.\d+\.attn1",

@@ -21,23 +21,21 @@ def _quiet(one_thread: None) -> None:
 
 
 class Built(torch.nn.Module):
-    """A model that builds its tables in a method of its own, of its configuration and of what another module holds."""
+    """A model that builds its tables in a method of its own, of its configuration and a number."""
 
     def __init__(self) -> None:
         super().__init__()
         self._internal_dict = {"theta": 2.0}
         self.unlike = object()
-        self.rope = torch.nn.Module()
-        self.rope.register_buffer("scale", torch.tensor([1.0, 3.0]))
-        self.rope.frequency = 2.0
+        self.frequency = 2.0
 
     def tables(self, ids: torch.Tensor) -> torch.Tensor:
-        return ids.float()[:, None] * self.rope.scale * self.rope.frequency * self._internal_dict["theta"]
+        return ids.float()[:, None] * self.frequency * self._internal_dict["theta"]
 
 
-def test_configuration_and_what_a_method_reads_are_part_of_its_key() -> None:
+def test_configuration_and_attributes_of_a_model_are_part_of_the_key_of_its_method() -> None:
     model, ids = known(Built, "tables")(), torch.arange(5)
-    settings = TableSettings(ModelTables("", "Built", "tables", reads=("rope",)), ("ids",))
+    settings = TableSettings(ModelTables("", "Built", "tables"), ("ids",))
     memo = MemoizedMethod(model, "tables", Installed(settings, PatchState()))
 
     def check() -> None:
@@ -47,17 +45,13 @@ def test_configuration_and_what_a_method_reads_are_part_of_its_key() -> None:
     check()
     model._internal_dict = {"theta": 3.0}
     check()
-    model.rope.scale.mul_(2)
-    check()
-    model.rope.scale.numpy()[:] = 7.0
-    check()
-    model.rope.frequency = 5.0
+    model.frequency = 5.0
     check()
 
 
 def test_default_device_that_torch_cannot_name_is_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of torch 2.9: ``set_default_device(None)`` leaves an object without a device."""
-    settings = TableSettings(ModelTables("", "Built", "tables", reads=("rope",), to_device=True), ("ids",))
+    settings = TableSettings(ModelTables("", "Built", "tables", to_device=True), ("ids",))
     model = known(Built, "tables")()
     memo = MemoizedMethod(model, "tables", Installed(settings, PatchState()))
     expected = memo(torch.arange(5))
@@ -67,7 +61,7 @@ def test_default_device_that_torch_cannot_name_is_the_host(monkeypatch: pytest.M
 
 def test_configuration_that_is_no_key_is_looked_at_in_every_call() -> None:
     model, ids = known(Built, "tables")(), torch.arange(5)
-    settings = TableSettings(ModelTables("", "Built", "tables", reads=("rope",)), ("ids",))
+    settings = TableSettings(ModelTables("", "Built", "tables"), ("ids",))
     memo = MemoizedMethod(model, "tables", Installed(settings, PatchState()))
     for theta in (2.0, 3.0, 5.0):
         model._internal_dict = {"theta": theta, "scheduler": object()}
@@ -134,23 +128,42 @@ def test_torch_function_mode_has_its_effect_and_leaves_none() -> None:
         assert torch.equal(rope(ids), expected)
 
 
-def test_what_building_writes_is_put_back() -> None:
-    """A miss leaves no more behind than a hit, which does not run."""
+def test_what_the_method_sets_is_set_by_a_hit_too_and_read_by_the_next_call() -> None:
+    """As in rope modules that keep frequencies of their first call, whatever becomes of the numbers they came from."""
 
-    class Writes(torch.nn.Module):
-        seen = 0
+    class Lazy(torch.nn.Module):
+        theta, kept = 2.0, None
 
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            self.seen = len(ids)
-            return ids.float()
+            if self.kept is None:
+                self.kept = torch.tensor(self.theta)
+            return ids * self.kept
 
-    rope = known(Writes)()
-    rope.seen = 77
-    memoize(rope, ModelTables("rope", "Writes", sets=("seen",)), ("ids",))
-    for ids in (torch.arange(3), torch.arange(4), torch.arange(3)):
-        rope(ids)
-        assert rope.seen == 77
-    assert dit_rope.cache_info().models.hits == 1  # what it writes is not what it reads
+    def steps(rope: Any) -> list[torch.Tensor]:
+        results = []
+        for theta, forget, count in (
+            (2, False, 3),
+            (2, False, 3),
+            (5, False, 3),
+            (5, True, 3),
+            (5, False, 4),
+            (2, True, 3),
+        ):
+            rope.theta = float(theta)
+            if forget:
+                rope.kept = None
+            results += [rope(torch.arange(count)), rope.kept]
+        return results
+
+    plain, rope = known(Lazy)(), known(Lazy)()
+    memoize(rope, ModelTables("rope", "Lazy", sets=("kept",)), ("ids",))
+    for _ in range(2):
+        assert all(map(torch.equal, steps(rope), steps(plain)))
+    rope.theta, rope.kept = 2.0, None
+    misses = dit_rope.cache_info().models.misses
+    for _ in range(3):
+        rope(torch.arange(3))
+    assert dit_rope.cache_info().models.misses == misses
 
 
 def test_buffer_on_a_device_is_known_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,15 +114,15 @@ def _subclassed(kind: str, factor: float | None, same_name: bool) -> Any:
             if factor is not None:
                 body["forward"] = lambda self, *a, before=before, **k: scaled(before.forward(self, *a, **k), factor)
             name = before.__name__ if same_name else f"Sharded{before.__name__}"
-            module.__class__ = type(name, (before,), body)
-            subject.off(_class_back, module, before)
+            module.__class__ = derived = type(name, (before,), body)
+            subject.off(_class_back, module, derived)
 
     return put
 
 
-def _class_back(module: Any, before: type) -> None:
-    if type(module).__mro__[1] is before:
-        module.__class__ = before
+def _class_back(module: Any, derived: type) -> None:
+    if type(module) is derived:
+        module.__class__ = derived.__bases__[0]
 
 
 for _kind in ("blocks", "attentions", "norms"):
