@@ -119,7 +119,9 @@ slow("attention.forward not to be compiled")(
 
 
 def _classes(subject: Subject, fullgraph: bool) -> None:
+    """One compiled function for all modules: a patched and an unpatched processor are two variants of each."""
     _started(subject)
+    subject.enter(torch._dynamo.config.patch(recompile_limit=64))
     subject.processed()
     for cls in set(subject.parts.processors.values()):
         subject.assign(cls, "__call__", torch.compile(cls.__call__, fullgraph=fullgraph, **_EAGER))

@@ -198,7 +198,7 @@ def partial(subject: Subject) -> None:
     given = subject.made(1)
     fixed = {n: _mapped(lambda x: _shifted(x, 1), given[n]) for n in names}
     subject.assign(subject.model, "forward", functools.partial(subject.model.forward, **fixed))
-    subject.inputs = lambda number: {n: v for n, v in given.items() if n not in names}
+    subject.inputs = lambda number: {n: v for n, v in subject.made(1).items() if n not in names}
 
 
 @intervention("pre-hook on the model shifts ids by the step", changes=True)
