@@ -1,4 +1,4 @@
-"""Puts dit_rope into diffusers models, and takes it out again."""
+"""Patches diffusers models, and takes patches out again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .spec import Fusion, Scalings
 
 @dataclass
 class Patch:
-    """A patch in place: what it replaced, and the way back. As a context manager it undoes itself at the end."""
+    """A patch of a model or pipeline. As a context manager it undoes itself at the end."""
 
     _plans: list[PatchPlan]
     _options: Options
@@ -30,13 +30,13 @@ class Patch:
         return any(plan.state.active for plan in self._plans)
 
     def report(self) -> str:
-        """What is replaced at this moment, the arithmetic and backend, and what is left alone and why."""
+        """What is replaced at this moment, the arithmetic and backend, and what is not patched and why."""
         return "\n".join(describe(plan, self._options) for plan in self._plans)
 
     def undo(self) -> None:
-        """Gives every object its own class back and removes the hooks, wherever it is by now.
+        """Restores the class of every patched object and removes the hooks, even if objects were moved since.
 
-        A second call does nothing, and neither does one after another patch of the same model.
+        A second call does nothing. Other patches of the same model stay.
         """
         for plan in self._plans:
             plan.restore()
@@ -67,22 +67,34 @@ def patch(
         backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"eager"``.
         scaling: what the model's frequencies are scaled by: a Scaling for all axes, or a tuple of one Scaling or None
             for frame, height and width. Or a function without arguments that returns one of these, called once in
-            every forward pass of the model, for scalings that follow the timestep: it closes over what it looks at.
-            Each value it returns is two entries of the table cache, which drops the oldest; ``torch.compile`` breaks
-            its graph there. Scaled tables may be longer than the model's own.
-        fuse: how much of what happens to queries and keys is taken over: norm and rotation, the rotation, or nothing,
-            which leaves memoized tables. Smaller values show what each part gains. The report says where
-            a model cannot have what was asked for, and has the next smaller instead.
+            every forward pass of the model, for scalings that follow the timestep. Each returned value makes two
+            entries in the table cache, which drops the oldest entries; ``torch.compile`` breaks its graph there. Scaled
+            tables may be longer than the model's own.
+        fuse: what dit_rope computes for queries and keys: norm and rotation, the rotation alone, or nothing, which
+            leaves memoized tables. Smaller values show the gain of each part. A model that cannot have the value gets
+            the next smaller one, and the report says so.
 
     Returns:
         A handle with ``report()`` and ``undo()``, also a context manager.
 
     Raises:
-        UnsupportedModelError: nothing in ``target`` can be patched; names the supported models.
-        TypeError: an argument of another type.
-        ValueError: an unknown backend, ``target`` is patched already, or a scaling that its axes cannot have, or whose
-            tables would replace those of code that is not known. Nothing is changed then. A module that is not what
-            this version knows is no error otherwise: it is left to its own code, and the report names it.
+        UnsupportedModelError: nothing in ``target`` can be patched; the message names the supported models.
+        TypeError: an argument has another type.
+        ValueError: the backend is unknown, ``target`` is patched already, its axes cannot have the scaling, or its
+            tables are built by unknown code, which a scaling would replace. ``target`` is unchanged after an error.
+            Without a scaling, unknown code is not an error: it runs as it is, and the report names it.
+
+    Example:
+        >>> import dit_rope
+        >>> from diffusers import LTXVideoTransformer3DModel
+        >>> config = dict(num_attention_heads=2, attention_head_dim=24, cross_attention_dim=48, caption_channels=16)
+        >>> model = LTXVideoTransformer3DModel(in_channels=4, out_channels=4, num_layers=2, **config)
+        >>> with dit_rope.patch(model) as handle:
+        ...     for line in handle.report().splitlines()[:3]:
+        ...         print(line)
+        model: LTXVideoTransformer3DModel
+          rope: LTXVideoRotaryPosEmbed, tables memoized
+          transformer_blocks.*.attn1 (2 modules): norm_q, norm_k norm and rotate
     """
     if exact is not None and not isinstance(exact, bool):
         raise TypeError(f"exact must be True, False or None, got {exact!r}")
@@ -103,50 +115,71 @@ def patch(
 
 
 def unpatch(target: Any) -> None:
-    """Takes a patch out of a pipeline or transformer without its handle, such as out of a copy of a patched model.
+    """Takes all patches out of a pipeline or transformer, without their handles: for a copy of a patched model.
+
+    A model without a patch stays as it is.
 
     Raises:
-        UnsupportedModelError: ``target`` is neither; a model without a patch is left as it is.
+        UnsupportedModelError: ``target`` is neither a pipeline nor a transformer.
+
+    Example:
+        >>> import copy, dit_rope
+        >>> from diffusers import LTXVideoTransformer3DModel
+        >>> model = LTXVideoTransformer3DModel(num_layers=1, num_attention_heads=1, attention_head_dim=24)
+        >>> handle = dit_rope.patch(model)
+        >>> dit_rope.unpatch(copy.deepcopy(model))
+        >>> handle.active
+        True
+        >>> dit_rope.unpatch(model)
+        >>> handle.active
+        False
     """
     for _, model in _modules(target):
         restore(model)
 
 
 def inspect(target: Any) -> str:
-    """What :func:`patch` would do to ``target``, which is left as it is.
+    """The report of :func:`patch` for ``target``, which is not changed.
 
     Raises:
         UnsupportedModelError, ValueError: as :func:`patch`.
+
+    Example:
+        >>> import dit_rope.patching
+        >>> from diffusers import LTXVideoTransformer3DModel
+        >>> model = LTXVideoTransformer3DModel(num_layers=1, num_attention_heads=1, attention_head_dim=24)
+        >>> print(dit_rope.patching.inspect(model).splitlines()[1])
+          rope: LTXVideoRotaryPosEmbed, tables memoized
     """
     return "\n".join(describe(plan, Options()) for plan in _plans(target, Fusion.NORM_AND_ROTATION))
 
 
 def _modules(target: Any) -> list[tuple[str, torch.nn.Module]]:
-    """The modules of a pipeline by their names, or the one module given; compiled modules are unwrapped."""
+    """The modules of a pipeline by name, or ``target`` itself; compiled modules are unwrapped."""
     if isinstance(target, torch.nn.Module):
-        found = [("model", target)]
+        modules = [("model", target)]
     elif isinstance(components := getattr(target, "components", None), dict):
-        found = [(name, part) for name, part in components.items() if isinstance(part, torch.nn.Module)]
+        modules = [(name, value) for name, value in components.items() if isinstance(value, torch.nn.Module)]
     else:
         raise UnsupportedModelError(
             f"target must be a diffusers pipeline or transformer, got {type(target).__name__}; {supported_models()}"
         )
-    return [(name, getattr(module, "_orig_mod", module)) for name, module in found]
+    return [(name, getattr(module, "_orig_mod", module)) for name, module in modules]
 
 
 def _plans(target: Any, fuse: Fusion) -> list[PatchPlan]:
     modules = _modules(target)
-    found = [each for name, module in modules for each in _supported_in(name, module)]
-    if not found:
+    supported = [model for name, module in modules for model in _supported_in(name, module)]
+    if not supported:
         raise unsupported(modules)
     if fuse is Fusion.NOTHING:
-        found = [(name, module, replace(adapter, rotations=())) for name, module, adapter in found]
-    return [make_plan(*each) for each in found]
+        supported = [(name, module, replace(adapter, rotations=())) for name, module, adapter in supported]
+    return [make_plan(*model) for model in supported]
 
 
 def _supported_in(name: str, module: torch.nn.Module) -> list[tuple[str, torch.nn.Module, ModelAdapter]]:
-    """``module`` itself, or the supported models that it wraps, as a multiple ControlNet does."""
+    """``module`` itself, or the supported models in it: a multiple ControlNet holds several."""
     adapter = adapter_of(module)
     if adapter is not None:
         return [(name, module, adapter)]
-    return [found for path, part in module.named_children() for found in _supported_in(f"{name}.{path}", part)]
+    return [model for path, child in module.named_children() for model in _supported_in(f"{name}.{path}", child)]

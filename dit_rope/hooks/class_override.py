@@ -1,10 +1,10 @@
-"""How one method of one object is overridden and given back: by a subclass of its own class.
+"""How one method of one object is overridden and restored: by a subclass of the object's class.
 
-An object gets a subclass of its class, made on demand, with one method of ours. Its attributes, parameters, buffers,
-hooks and path stay what they are; giving the class back leaves nothing behind.
+The object gets a subclass of its class, made on demand, with one method replaced. Its attributes, parameters, buffers,
+hooks and path stay what they are. Restoring the class leaves nothing behind.
 
-Offloading puts a forward of its own into a module, which holds the one that it wraps. Where that is the class's own,
-ours takes its place there, innermost, as if the patch had come first.
+Offloading puts a wrapper of the forward into the module itself. If the wrapper holds the forward of the class, the
+override takes its place there, innermost, as if the patch had come before the wrapper.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 INSTALLED = "_dit_rope"
-# The same on every model, and none that torch gives out: torch.compile guards on the ids of hooks.
+# Equal for all models, since torch.compile guards on the ids of hooks, and an id that torch itself never uses.
 _HOOK_ID = -1
 _override_classes: dict[tuple[type, type, str], type] = {}
 # Classes that others derived from an override, once it was taken out of their bases, and that override: their methods
@@ -27,10 +27,10 @@ _derived: weakref.WeakKeyDictionary[type, Any] = weakref.WeakKeyDictionary()
 
 
 class PatchState:
-    """One patch of one model: whether it is in force, and what it has changed, which it does not keep alive.
+    """One patch of one model: whether it is in force, and weak references to the objects that it changed.
 
-    A copy or a pickle of a patched model has a state of its own, which another patch's undoing does not touch; that of
-    a copy has the same ``origin``.
+    A copy or a pickle of a patched model gets another state, so undoing one does not undo the other. The state of a
+    copy has the same ``origin``.
     """
 
     def __init__(self, origin: object = None) -> None:
@@ -46,9 +46,9 @@ class PatchState:
 
 
 class Installed:
-    """What patches have left on one object: its settings, and the states of the patches that want them.
+    """The attribute that patches leave on one object: its settings, and the states of the patches that need them.
 
-    Two models may share an object; it keeps its settings until both are given back.
+    Two models may share an object; it keeps its settings until the patches of both are undone.
     """
 
     def __init__(self, settings: Any, state: PatchState) -> None:
@@ -57,18 +57,18 @@ class Installed:
 
     @property
     def active(self) -> bool:
-        """Whether a patch that wants this object is still in force."""
+        """Whether a patch that needs this object is in force."""
         return any(state.active for state in self.states)
 
 
 class Override:
-    """A subclass, made on demand, of an object's class, in which ``replacement`` stands for one method."""
+    """Base of the subclasses made on demand, in which ``replacement`` takes the place of one method."""
 
     unpatched: type
     method: str
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickles and copies as the object's class and the override, because the subclass cannot be imported."""
+        """Pickles and copies the original class and the override, because the subclass cannot be imported."""
         made = made_class(type(self))
         return _new_override, (made.unpatched, made.__mro__[1], made.method), self.__dict__.copy()
 
@@ -78,13 +78,13 @@ class Override:
 
 
 def installed(target: Any) -> Installed | None:
-    """What active patches have left on ``target``; None without any."""
+    """The record of active patches on ``target``; None without one."""
     record: Installed | None = getattr(target, "__dict__", {}).get(INSTALLED)
     return record if record is not None and record.active else None
 
 
 def install(target: Any, settings: object, state: PatchState) -> bool:
-    """Leaves ``settings`` on ``target`` for ``state``; False where another patch's are there, which serve both."""
+    """Leaves ``settings`` on ``target`` for ``state``; False if another patch left settings, which serve both."""
     record = installed(target)
     if record is None or state not in record.states:
         state.objects[:] = [*(ref for ref in state.objects if ref() is not None), weakref.ref(target)]
@@ -101,7 +101,7 @@ def override_method(target: Any, override: type[Override], settings: object, sta
     """Gives ``target`` the subclass of its class in which ``override`` replaces ``method``.
 
     Raises:
-        TypeError: the class of ``target`` has a layout that a subclass cannot take over, or no weak references.
+        TypeError: Python cannot change the class of ``target``, or it has no weak references.
     """
     if not install(target, settings, state):
         return
@@ -117,7 +117,7 @@ def override_method(target: Any, override: type[Override], settings: object, sta
 
 
 def release(target: Any, state: PatchState) -> None:
-    """Takes off ``target`` what ``state`` left on it, unless another active patch wants it."""
+    """Removes from ``target`` what ``state`` left on it, unless another active patch needs it."""
     record: Installed | None = getattr(target, "__dict__", {}).get(INSTALLED)
     if record is not None and state in record.states:
         record.states.remove(state)
@@ -126,14 +126,14 @@ def release(target: Any, state: PatchState) -> None:
 
 
 def release_all(target: Any) -> None:
-    """Takes off ``target`` whatever patches left on it: its own class is given back, hooks and settings go."""
+    """Removes from ``target`` everything that patches left: restores its class, removes hooks and settings."""
     if isinstance(target, Override):
         cls: Any = type(target)
         made = made_class(cls)
         wrapped = list(_wrapped_forwards(target)) if made.method == "forward" else []
         if cls is made:
             target.__class__ = made.unpatched
-        else:  # another library has derived from the override since, for this object
+        else:  # another library has derived a class from the override since, for this object
             derived = next(each for each in cls.__mro__ if made in each.__bases__)
             _exchange_base(derived, made, made.unpatched)
             _derived[derived] = made
@@ -153,7 +153,7 @@ def _derived_class(cls: type) -> Any:
 
 
 def made_class(cls: Any) -> Any:
-    """The subclass that :func:`override_method` made, of which ``cls`` is one."""
+    """The subclass made by :func:`override_method`, among the bases of ``cls`` or ``cls`` itself."""
     return next(base for base in cls.__mro__ if "unpatched" in vars(base))
 
 
@@ -165,24 +165,24 @@ def unpatched_class(target: Any) -> type:
 
 
 def is_bypassed(target: Any) -> bool:
-    """Whether another library's forward, put into ``target`` itself, would run in place of an override's."""
+    """Whether ``target`` holds a forward of another library that would run in place of an override."""
     return "forward" in vars(target) and next(_wrapped_forwards(target), None) is None
 
 
 def _wrapped_forwards(target: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where the forward of ``target``'s class, or an override's, is held bound: dictionaries and names in them.
+    """The places that hold the bound forward of the class of ``target``, or of an override: dictionaries and keys.
 
-    accelerate keeps it as an attribute of the module, diffusers in a record that its wrapper closes over, and either
-    leaves it in the module itself when it is taken out. Wrappers may be wrapped again.
+    accelerate keeps it as an attribute of the module, diffusers in a record in the closure of its wrapper. Both leave
+    it in the module itself when they are removed. Wrappers may be wrapped again.
     """
     base: Any = unpatched_class(target)
     made = [cls for (of, _, method), cls in _override_classes.items() if of is base and method == "forward"]
-    own = {cls.forward for cls in (base, *made)}
+    forwards = {cls.forward for cls in (base, *made)}
     holders = [vars(target)]
-    for holder in holders:  # which grows
+    for holder in holders:  # the loop appends to this list
         for name in ("forward", "_old_forward", "original_forward"):
             call = holder.get(name)
-            if isinstance(call, MethodType) and call.__self__ is target and call.__func__ in own:
+            if isinstance(call, MethodType) and call.__self__ is target and call.__func__ in forwards:
                 yield holder, name
             for cell in getattr(getattr(call, "func", None), "__closure__", None) or ():
                 if type(cell.cell_contents).__name__ == "HookFunctionReference":
@@ -196,13 +196,13 @@ def _rebind(target: Any, places: list[tuple[dict[str, Any], str]]) -> None:
 
 
 def add_hooks(module: torch.nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
-    """Puts a forward pre-hook with keywords, and a forward hook that also runs after errors, on one module."""
+    """Registers a forward pre-hook with keywords, and a forward hook that also runs after errors, on one module."""
     module._forward_pre_hooks[_HOOK_ID], module._forward_hooks[_HOOK_ID] = before, after
     module._forward_pre_hooks_with_kwargs[_HOOK_ID] = module._forward_hooks_always_called[_HOOK_ID] = True
 
 
 def remove_hooks(module: torch.nn.Module) -> None:
-    """Removes what :func:`add_hooks` put on one module."""
+    """Removes the hooks of :func:`add_hooks` from one module."""
     for registered in (
         module._forward_pre_hooks,
         module._forward_pre_hooks_with_kwargs,
@@ -237,10 +237,10 @@ def _new_override(base: type, override: type[Override], method: str) -> Any:
 
 
 def unpatched_method(target: Any, method: str = "forward") -> functools.partial[Any]:
-    """``method`` as the class has it without a patch; an override's may outlive its undo in somebody's wrapper.
+    """``method`` as the class has it without a patch. A wrapper may call an override after its patch was undone.
 
-    Where torch.compile breaks its graph in it, it is called again by what it is: a bound method by its name, which is
-    the override's own.
+    Returns a partial instead of a bound method: after a graph break torch.compile looks a bound method up again by its
+    name, and would find the override.
     """
     cls = type(target)
     if isinstance(target, Override):
@@ -252,8 +252,8 @@ def unpatched_method(target: Any, method: str = "forward") -> functools.partial[
 
 
 def refresh_signature(target: Override) -> None:
-    """Lets the signature of an overridden method be that of the method which its class has now."""
+    """Updates the signature of an overridden method, if the method of its class was replaced since."""
     made = made_class(type(target))
-    own, ours = getattr(made.unpatched, made.method), vars(made)[made.method]
-    if ours.__wrapped__ is not own:
-        ours.__wrapped__ = own
+    original, replacement = getattr(made.unpatched, made.method), vars(made)[made.method]
+    if replacement.__wrapped__ is not original:
+        replacement.__wrapped__ = original
