@@ -287,7 +287,7 @@ def own_angles(heads: int, tokens: int, dtype: torch.dtype = torch.float32, **kw
     return RotationArgs(rows, positions, **{**where, **flags, **kwargs})
 
 
-def test_dense_angles_of_every_head() -> None:
+def test_dense_cos_sin_of_every_head() -> None:
     args = own_angles(3, 20, prefix=2)
     args.positions[0, 4] = -1
     cos, sin = cos_sin.dense_cos_sin(args, 25, heads=2)
