@@ -241,7 +241,7 @@ _KEYS = (
         "None if config is None else _tree(dict(config), tensor),",
         "None,",
     ),
-    _memo("key-without-what-it-reads", " for module in tables.reads(target)]", " for module in ()]"),
+    _memo("key-without-what-it-reads", "keep) for name in tables.sets)", "keep) for name in ())"),
     _memo(
         "default-device-of-tables",
         'if tables.to_device and _default_device().type != "cpu":',
@@ -275,7 +275,10 @@ _KEYS = (
         "hooks/rope_modules",
     ),
     _memo(
-        "writes-not-put-back", "            setattr(target, name, value)\n", "            pass\n", "hooks/rope_modules"
+        "writes-not-put-back",
+        "before.items():\n                setattr(target, name, value)\n",
+        "before.items():\n                pass\n",
+        "hooks/rope_modules",
     ),
     _memo(
         "undo-keeps-entries",
