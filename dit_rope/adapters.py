@@ -122,7 +122,7 @@ def unregister_adapter(adapter: ModelAdapter) -> None:
         ValueError: ``adapter`` is not registered.
     """
     model = getattr(adapter, "model", None)
-    if model in _BUILT_IN or _BY_MODEL.get(str(model)) is not adapter:
+    if model is None or model in _BUILT_IN or _BY_MODEL.get(str(model)) is not adapter:
         raise ValueError(f"adapter must be one that register_adapter was given, got {adapter!r}")
     del _BY_MODEL[adapter.model]
     unregister_code(adapter.model)

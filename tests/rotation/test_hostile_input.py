@@ -351,6 +351,11 @@ def test_calls_of_the_table_are_accepted() -> None:
         assert set(given) <= set(inspect.signature(function).parameters), name
 
 
+def test_unregister_adapter_refuses_none() -> None:
+    with pytest.raises(ValueError, match="adapter must be one that register_adapter was given, got None"):
+        dit_rope.unregister_adapter(None)  # type: ignore[arg-type]
+
+
 def test_true_is_not_taken_for_one_where_one_was() -> None:
     table, x = rope_table(SPEC, GRID), normal(1, 25, 2, 8)
     dit_rope.rotate(x, table, prefix=1)

@@ -102,6 +102,11 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "register_scaling": (lambda name, function: None if callable(function) and name == "mine" else
                              dit_rope.register_scaling(name, function), {"name": "mine", "function": len}),
         "scaling_from_config": (dit_rope.scaling_from_config, {"config": None}),
+        **{
+            name: (lambda adapter, name=name: None if adapter is None else getattr(dit_rope, name)(adapter),
+                   {"adapter": None})
+            for name in ("register_adapter", "unregister_adapter")
+        },
         "patch": (lambda target: None if target is None else dit_rope.patch(target), {"target": None}),
         "unpatch": (lambda target: None if target is None else dit_rope.unpatch(target), {"target": None}),
         "fastvideo": (
