@@ -1,4 +1,4 @@
-"""Generates a video with and without the patch from one seed, and says what changed: time, tables, pixels.
+"""Generates a video with and without the patch from one seed, and compares time, table bytes and pixels.
 
 Pictures need scikit-image (SSIM), Pillow (sheets, previews) and imageio-ffmpeg (mp4): ``pip install dit-rope[demo]``.
 """
@@ -66,7 +66,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Side:
-    """What one side of a comparison took.
+    """Time and memory of one side of a comparison.
 
     Attributes:
         step_seconds: every timed step of every repeat.
@@ -324,7 +324,7 @@ def _announce(progress: Progress | None, name: str) -> Callable[[], None] | None
 
 @contextmanager
 def _quiet(pipe: Any) -> Iterator[None]:
-    """Turns the pipeline's own progress bar off for a while."""
+    """Disables the progress bar of the pipeline within the context."""
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**(before | {"disable": True}))
     try:

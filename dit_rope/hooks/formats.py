@@ -1,4 +1,4 @@
-"""The forms in which models hand rotary tables to their attention, and the one form that our rotation reads.
+"""The forms in which models pass rotary tables to their attention, and their conversion to packed tables.
 
 Upstream holds the same cos and sin in a dozen shapes: each value twice, complex numbers, two-by-two matrices, angles,
 one table per head. A :class:`Format` packs any of them into a :class:`~dit_rope.hooks.packed_tables.PackedTable`, and
@@ -65,7 +65,7 @@ class Format:
         return self  # what was packed for it serves the copy of a model too
 
     def accepts(self, rotary: Any) -> bool:
-        """Whether ``rotary`` is tensors, or tuples or dictionaries of them, that no gradient is wanted of."""
+        """Whether ``rotary`` is a tensor, or a tuple or dictionary of tensors, without gradients."""
         if isinstance(rotary, torch.Tensor):
             return not (rotary.requires_grad and torch.is_grad_enabled())
         parts = rotary.values() if isinstance(rotary, dict) else rotary
@@ -211,7 +211,7 @@ def _split_matrices(rotary: Any) -> list[Pair]:
 
 
 def _columns(rotary: Any) -> list[Pair]:
-    """Cos of both columns, and sin of both: the second column says again what the first does."""
+    """Cos of both columns, and sin of both: the second column repeats the first."""
     return [(rotary[..., 0, 0], rotary[..., 1, 1]), (rotary[..., 1, 0], -rotary[..., 0, 1])]
 
 
@@ -225,7 +225,7 @@ def _split_channels(rotary: Any) -> list[Pair]:
 
 
 def _head_dim(channels: int) -> int:
-    """A head size that divides ``channels`` and that every backend takes: the angles of pairs say nothing of heads."""
+    """A head size that divides ``channels`` and that every backend takes; cos and sin do not depend on it."""
     return next(dim for dim in range(128, 0, -2) if channels % dim == 0)
 
 

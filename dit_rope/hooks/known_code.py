@@ -1,7 +1,7 @@
-"""Which code a declaration was written against, and whether it is still what runs.
+"""Which code an adapter was written for, and whether it is the code that runs.
 
 A patch takes over a rotation or a table only from code that it knows: the method of an attention processor or of a
-rope module, the functions and methods which that calls, and the norms. ``known_code.json`` holds a digest of the source
+rope module, the functions and methods that it calls, and the norms. ``known_code.json`` holds a digest of the source
 of each of them, under the name by which the code that calls it finds it; ``scripts/pages/write_known_code.py`` writes
 it. Names and classes prove nothing: people write processors of the same name, wrap and compile functions, and assign to
 modules and classes at any time. So the objects found under these names are compared again in every call, which costs a
@@ -33,7 +33,7 @@ _NOT_FOLLOWED = frozenset({"dispatch_attention_fn", "deprecate", "is_torch_npu_a
 
 
 class Walk:
-    """Everything that one method of a class runs, as far as a declaration depends on it.
+    """Everything that one method of a class runs, as far as an adapter depends on it.
 
     Attributes:
         function: the method, unwrapped; None where the class has none.
@@ -94,7 +94,7 @@ class Walk:
 
 
 class Guard(Walk):
-    """Whether all that a method runs is known, and whether it is still the same.
+    """Whether all code of a method is known, and whether it has changed since.
 
     Attributes:
         unknown: what is not known, in words; None where everything is.
@@ -121,7 +121,7 @@ class Guard(Walk):
         return False
 
     def holds(self) -> bool:
-        """Whether everything looked at is what it was."""
+        """Whether nothing has changed since."""
         for namespace, name, found, function, code in self.checks:
             if namespace.get(name) is not found or (function is not None and function.__code__ is not code):
                 return False
@@ -136,7 +136,7 @@ class Guard(Walk):
 
 
 def guard_of(cls: type, method: str) -> Guard:
-    """The guard of a class's method, made once and made again where something it looked at has changed."""
+    """The guard of a method, made once, and again if something that it checked has changed."""
     guard = _guards.get((cls, method))
     if guard is None or not guard.holds():
         if len(_guards) >= _MAX_GUARDS:

@@ -1,8 +1,7 @@
-"""The one form of rotary tables that kernels read, and when what was packed may be used again.
+"""The form of rotary tables that kernels read, and when a packed table may be reused.
 
-Tables that a patched model's own code builds through us are known objects: packed once, for as long as they live, or
-recognised, whole or in part, as the dense form of an axis table. What somebody else made is packed in every forward
-pass.
+Tables that a patched model builds by memoized code are known objects. They are packed once, or recognised, whole or in
+part, as the dense form of axis tables. Tables from elsewhere are packed in every forward pass.
 """
 
 from __future__ import annotations
@@ -27,21 +26,17 @@ _MOST_REMEMBERED = 64
 
 
 class UnfitTable(Exception):
-    """Rotary tensors that mean something else than a rotation of these queries and keys: the model's code decides."""
+    """Rotary tensors do not describe a rotation of these queries and keys; the model's own code must run."""
 
 
 def require_fit(fits: bool) -> None:
-    """Leaves a call to the model's own code unless tables and data fit each other.
-
-    Raises:
-        UnfitTable: they do not.
-    """
+    """Raises UnfitTable unless ``fits``, so that the model's own code runs."""
     if not fits:
         raise UnfitTable
 
 
 class Align(enum.Enum):
-    """Which end a sequence and its table have in common, where one is longer than the other."""
+    """The end that a sequence and its table have in common, if one is longer than the other."""
 
     START = "start"
     END = "end"
@@ -144,7 +139,7 @@ class PackedTable:
         )
 
     def rest_is_identity(self, count: int) -> bool:
-        """Whether the rows of the tokens after the first ``count`` rotate nothing."""
+        """Whether the rows of the tokens after the first ``count`` are the identity."""
         if count >= self.tokens:
             return True
         if self.heads > 1 or capturing(self.rows.device):  # a look would wait for the device
@@ -172,7 +167,7 @@ def pack(cos: torch.Tensor, sin: torch.Tensor, pairing: Pairing, device: torch.d
 
 
 class _InPass(NamedTuple):
-    """What was packed in a forward pass, and of what."""
+    """Tables packed in a forward pass, and the tensors that they were packed from."""
 
     device: torch.device
     stream: int
@@ -182,7 +177,7 @@ class _InPass(NamedTuple):
 
 
 def recall(key: tuple[object, ...], tensors: Sequence[Any], device: torch.device) -> list[PackedTable] | None:
-    """What was packed of ``tensors`` earlier in this forward pass: all layers are given the same ones."""
+    """The tables packed from ``tensors`` earlier in this forward pass; None without any. All layers get the same."""
     packed = packed_in_this_pass()
     found: _InPass | None = None if packed is None else packed.get((*key, *map(id, tensors)))
     if found is None or found.device != device or in_mode():
@@ -208,7 +203,7 @@ def remember(
 
 
 class _Packed:
-    """What was packed from some tensors: their versions then, the forward pass, and who they were."""
+    """Packed tables, with the tensors that they were packed from, their versions, and the forward pass."""
 
     __slots__ = ("number", "rest", "tables", "versions")
 
@@ -219,28 +214,28 @@ class _Packed:
         self.tables = tables
 
     def is_of(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether these are the same tensors, and nobody has written to them that torch knows of."""
+        """Whether these are the same tensors, with the same version counters."""
         same = all(of() is tensor for of, tensor in zip(self.rest, tensors[1:], strict=True))
         return same and self.versions == tuple(tensor._version for tensor in tensors)
 
 
-# By the first tensor of a table: what is packed from it lives no longer than it does.
+# By the first tensor of a table: packed tables die with it.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# Tensors that a known rope module returned through us: nobody else has them to write to.
+# Tensors that memoized code returned, with their versions: only the model has them.
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# A table of images that stays, beside one of text that is new in every step, would gather what was packed of each.
+# A table that stays beside one that is new in every step would otherwise collect an entry for each step.
 _MOST_PACKED = 16
 
 
 def mark_known(tensors: Sequence[torch.Tensor]) -> None:
-    """Notes that ``tensors`` are tables which known code of a model built."""
+    """Marks ``tensors`` as tables built by known code of a model."""
     for tensor in tensors:
         if not tensor.is_inference():
             _known[tensor] = tensor._version
 
 
 def is_known(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether all of ``tensors`` were noted, and none has been written to since."""
+    """Whether all of ``tensors`` were marked, and none was written to since."""
     return all(not tensor.is_inference() and _known.get(tensor) == tensor._version for tensor in tensors)
 
 
@@ -250,13 +245,13 @@ def packed_once(
     device: torch.device,
     build: Callable[[], list[PackedTable]],
 ) -> list[PackedTable]:
-    """What ``build`` packs of ``tensors``, as long as it is certain that they have not changed.
+    """The result of ``build`` for ``tensors``, reused as long as they have certainly not changed.
 
-    Those that a known rope module built: until they are written to. Others: for the rest of a forward pass, and on CPU
-    for the next ones too, if packing them again gives the same.
+    Tables of known code are reused until somebody writes to them. Other tables are reused for the rest of a forward
+    pass, and on CPU in the next passes too, if packing them again gives the same.
     """
     if any(tensor.is_inference() for tensor in tensors) or in_mode() or capturing(device):
-        # A replay of a captured graph packs what the tensors hold then: its inputs are written for every replay.
+        # A captured graph must pack in every replay, because its inputs are written for every replay.
         return build()
     number = current_pass()
     known = _packed.setdefault(tensors[0], {})
@@ -301,7 +296,7 @@ _axis_tables: dict[int, _AxisTables] = {}
 
 
 def mark_axis_tables(tensors: Sequence[torch.Tensor], table: PackedTable) -> None:
-    """Notes that the dense ``tensors`` ``[1, S, 1, D]`` say of each token what ``table`` says."""
+    """Marks the dense ``tensors`` ``[1, S, 1, D]`` as the expanded form of ``table``."""
     mark_known(tensors)
     storage = tensors[0].untyped_storage()._cdata
     _axis_tables[storage] = _AxisTables(tuple(map(weakref.ref, tensors)), table)
@@ -310,7 +305,7 @@ def mark_axis_tables(tensors: Sequence[torch.Tensor], table: PackedTable) -> Non
 
 
 def axis_tables_of(tensors: Sequence[Any]) -> PackedTable | None:
-    """The axis form of ``tensors``, which are a known dense table or a range of its tokens; None for any other."""
+    """The axis tables of ``tensors``, a marked dense table or a range of its tokens; None for others."""
     form = _axis_tables.get(tensors[0].untyped_storage()._cdata)
     if form is None or len(tensors) != len(form.tensors):
         return None

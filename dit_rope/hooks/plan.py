@@ -1,4 +1,4 @@
-"""What a patch replaces in one model, and what it leaves to it: looked up before, and again whenever somebody asks."""
+"""What a patch replaces in one model, and what it does not patch. Looked up again for every report."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Options:
 
 @dataclass(frozen=True)
 class TablesPlan:
-    """A declaration of tables, and the object it is about."""
+    """An object that builds tables, and its entry in the adapter."""
 
     tables: ModelTables
     target: Any
@@ -80,7 +80,7 @@ class TablesPlan:
 
 @dataclass(frozen=True)
 class RotationPlan:
-    """One attention module, and its declaration."""
+    """One attention module, and its entry in the adapter."""
 
     rotation: AttentionRotation
     path: str
@@ -130,7 +130,7 @@ class RotationPlan:
 
 @dataclass(frozen=True)
 class PatchPlan:
-    """Everything one model's patch is about."""
+    """Everything that a patch of one model concerns."""
 
     name: str
     model: torch.nn.Module
@@ -140,7 +140,7 @@ class PatchPlan:
     state: PatchState = field(default_factory=PatchState, compare=False)
 
     def now(self) -> PatchPlan:
-        """The same plan of the model as it is at this moment, in which anything may have been exchanged."""
+        """The plan of the model as it is at this moment: its modules may have been replaced."""
         return replace(
             self, tables=_all_tables(self.model, self.adapter), rotations=_all_rotations(self.model, self.adapter)
         )
@@ -204,13 +204,13 @@ class PatchPlan:
             vars(target)[tables.method] = MemoizedMethod(target, tables.method, Installed(settings, self.state))
 
     def restore(self) -> None:
-        """Takes out what this plan put in, and nothing else, wherever it is by now."""
+        """Removes what this plan installed, and nothing else, even if objects were moved since."""
         self.state.active = False
         for ref in self.state.objects:
             target = ref()
             if target is not None:
                 release(target, self.state)
-        # A block may have been exchanged for a copy of itself, and the copy is patched too.
+        # A block may have been replaced by a copy of itself, which is patched too.
         for module in self.model.modules():
             for target in list(_changeable(module)):
                 record: Installed | None = getattr(target, "__dict__", {}).get(INSTALLED)
@@ -224,7 +224,7 @@ class PatchPlan:
 
 
 def install_rotation(attention: Any, settings: AttentionSettings, state: PatchState) -> None:
-    """Patches one attention module: its processor where it is one that its declaration knows, or its own forward."""
+    """Patches one attention module: its processor, if the adapter knows it, or its own forward."""
     if settings.rotation.processors:
         install(attention, settings, state)
         adopt_processor(attention)
@@ -235,7 +235,7 @@ def install_rotation(attention: Any, settings: AttentionSettings, state: PatchSt
 
 
 def adopt_processor(attention: Any) -> None:
-    """Overrides the call of the processor that a patched attention module has now, if it is a known one."""
+    """Overrides the call of the current processor of a patched attention module, if its code is known."""
     record = installed(attention)
     processor = getattr(attention, "processor", None)
     if record is None or processor is None or not isinstance(record.settings, AttentionSettings):
@@ -261,7 +261,7 @@ def _register(made: type, cls: type) -> None:
 
 
 def _override(target: Any, override: type[Override], settings: object, state: PatchState, method: str) -> None:
-    """As :func:`override_method`; an object that cannot change its class keeps it."""
+    """As :func:`override_method`, but leaves an object alone if Python cannot change its class."""
     try:
         override_method(target, override, settings, state, method)
     except TypeError:
@@ -269,7 +269,7 @@ def _override(target: Any, override: type[Override], settings: object, state: Pa
 
 
 def prepare_attention(model: torch.nn.Module) -> None:
-    """Before each forward pass: processors that were set since the patch are patched too, if they are known."""
+    """Before each forward pass: patches processors that were set since the patch, if their code is known."""
     record = installed(model)
     for state in record.states if record is not None else ():
         for ref in list(state.objects):
@@ -283,7 +283,7 @@ def prepare_attention(model: torch.nn.Module) -> None:
 
 
 def restore(model: torch.nn.Module) -> None:
-    """Takes out of ``model`` whatever any patch put in, and nothing else."""
+    """Removes from ``model`` what any patch installed, and nothing else."""
     for module in model.modules():
         for target in list(_changeable(module)):
             record: Installed | None = getattr(target, "__dict__", {}).get(INSTALLED)
@@ -303,12 +303,12 @@ def is_patched(model: torch.nn.Module) -> bool:
 
 
 def _changeable(module: torch.nn.Module) -> Iterator[object]:
-    """What of ``module`` a patch may have changed: itself, and what hangs on it without being a module."""
+    """The objects that a patch may have changed: ``module`` itself, and its attributes that are no modules."""
     return itertools.chain((module,), vars(module).values())
 
 
 def make_plan(name: str, model: torch.nn.Module, adapter: ModelAdapter) -> PatchPlan:
-    """Finds in ``model`` everything that ``adapter`` declares.
+    """Finds in ``model`` everything that ``adapter`` describes.
 
     Raises:
         ValueError: it is patched already.
@@ -341,7 +341,7 @@ def _find_rotations(model: torch.nn.Module, rotation: AttentionRotation) -> Iter
     for path, module in model.named_modules():
         inner = path.rpartition(".")[2]
         if inner not in _WRAPPED and getattr(module, "_orig_mod", None) is not None:
-            continue  # a compiled module, whose own one comes next
+            continue  # a compiled module; the module inside comes next
         if pattern.fullmatch(plain_path(path)) and (rotation.when is None or _is_meant(rotation, model, module)):
             yield RotationPlan(rotation, path, module)
 
