@@ -167,7 +167,8 @@ class Norm(NamedTuple):
 
         Where only one of two tensors has a weight or a bias, the other gets ones or zeros: a kernel reads both or none.
         """
-        return cls(kind, eps, _for_all(xs, weights, kind, 1.0), _for_all(xs, biases, kind, 0.0))
+        added = _for_all(xs, biases, kind, 0.0) if biases else ()
+        return cls(kind, eps, _for_all(xs, weights, kind, 1.0), added)
 
     def of_tensor(self, index: int) -> Norm:
         """The norm of one of the tensors alone."""
