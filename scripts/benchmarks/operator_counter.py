@@ -38,9 +38,9 @@ class Count:
         kernels, bytes: as the head of this file defines them.
         operators: how often each ran.
         query, key: elements that the attention product was given.
-        turned: elements that each norm or projection returned.
+        rotated: elements that each norm or projection returned.
         tables: bytes that operators of ours read of each table.
-        largest: elements of the largest tensor that they turned.
+        largest: elements of the largest tensor that they rotated.
     """
 
     kernels: int = 0
@@ -48,7 +48,7 @@ class Count:
     operators: Counter[str] = field(default_factory=Counter)
     query: int = 0
     key: int = 0
-    turned: Counter[str] = field(default_factory=Counter)
+    rotated: Counter[str] = field(default_factory=Counter)
     tables: dict[tuple[int, ...], int] = field(default_factory=dict)
     largest: int = 0
 

@@ -159,7 +159,7 @@ def run_steps(plan: PatchPlan, forward: Callable[[], object], steps: int = 2, lo
 
     def seen(name: str, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
         if counter.current is not None:
-            counter.current.turned[name] += output.numel()
+            counter.current.rotated[name] += output.numel()
 
     builders = {
         (id(found.target), method): (found.target, method) for found in plan.tables for method in [found.tables.method]
@@ -189,9 +189,9 @@ def minimum(before: Count, after: Count) -> tuple[int, int]:
 
     Keys count with the heads they have before a processor repeats them for the heads of the queries.
     """
-    turned = {kind: sum(n for name, n in before.turned.items() if kind in name.split("_")) for kind in ("q", "k")}
-    query = before.query or turned["q"] or after.largest
-    key = before.key or turned["k"] or query
-    if turned["q"] and turned["k"]:
-        key = min(key, query * turned["k"] // turned["q"])
+    rotated = {kind: sum(n for name, n in before.rotated.items() if kind in name.split("_")) for kind in ("q", "k")}
+    query = before.query or rotated["q"] or after.largest
+    key = before.key or rotated["k"] or query
+    if rotated["q"] and rotated["k"]:
+        key = min(key, query * rotated["k"] // rotated["q"])
     return query * DTYPE.itemsize, 2 * (query + key) * DTYPE.itemsize + sum(after.tables.values())

@@ -81,8 +81,8 @@ def liger(problem: Problem) -> Call:
     cos, sin = (torch.cat((part, part), dim=-1)[None] for part in problem.cos_sin)
 
     def call(q: torch.Tensor, k: torch.Tensor) -> Tensors:
-        turned = rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-        return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
+        rotated = rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return rotated[0].transpose(1, 2), rotated[1].transpose(1, 2)
 
     return call
 
@@ -121,8 +121,8 @@ def flashinfer_cache(problem: Problem) -> Call:
 
     def call(q: torch.Tensor, k: torch.Tensor) -> Tensors:
         flat_q, flat_k = q.view(q.shape[1], -1), k.view(k.shape[1], -1)
-        turned = rope.apply_rope_with_cos_sin_cache(positions, flat_q, flat_k, width, cache, is_neox=problem.half)
-        return turned[0].view(q.shape), turned[1].view(k.shape)
+        rotated = rope.apply_rope_with_cos_sin_cache(positions, flat_q, flat_k, width, cache, is_neox=problem.half)
+        return rotated[0].view(q.shape), rotated[1].view(k.shape)
 
     return call
 

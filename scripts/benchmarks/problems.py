@@ -129,7 +129,7 @@ class Problem:
 
     @property
     def half(self) -> bool:
-        """Whether channels of the two halves of a head turn together."""
+        """Whether channels of the two halves of a head rotate together."""
         return self.operation is Operation.HALF_IN_PLACE
 
     @cached_property
@@ -160,7 +160,7 @@ class Problem:
 
     @property
     def expectation(self) -> Expectation:
-        """What the operation must give; not for :attr:`Operation.SHIFT`, which turns by rows of its own."""
+        """What the operation must give; not for :attr:`Operation.SHIFT`, which rotates by other rows."""
         inverse = self.operation is Operation.BACKWARD
         return Expectation(self.table, self.shape.prefix, self.operation.norm, self.weights, EPS, inverse)
 
@@ -175,7 +175,7 @@ class Problem:
         return [(noise(), noise()) for _ in range(sets)]
 
     def data_bytes(self) -> int:
-        """Bytes of q and k read and written, of the keys that turn alone for a shift."""
+        """Bytes of q and k read and written, of the rotated keys alone for a shift."""
         moved = 2 * self.shape.elements * self.dtype.itemsize
         if self.operation is Operation.SHIFT:
             frames = self.shape.grid.sizes[0]

@@ -22,7 +22,7 @@ PEER_ROUNDINGS = 3
 class Expectation:
     """A rotation, after a norm with ``weights`` unless ``norm`` is None, of tensors ``[B, S, H, D]``.
 
-    ``prefix`` tokens before the table's do not turn, nor do those after them.
+    ``prefix`` tokens before the table's are not rotated, nor are those after them.
     """
 
     table: RopeTable
@@ -37,11 +37,11 @@ class Expectation:
         table = self.table
         inside = (tokens >= self.prefix) & (tokens < self.prefix + table.count)
         rows = table.positions()[0, (tokens - self.prefix).clamp(0, table.count - 1)].long()
-        turning = inside[:, None] & (rows >= 0)
+        rotating = inside[:, None] & (rows >= 0)
         parts = []
         for which, still in ((0, 1.0), (1, 0.0)):
             columns = [
-                torch.where(turning[:, axis, None], table.rows[which, rows[:, axis].clamp_min(0), :pairs], still)
+                torch.where(rotating[:, axis, None], table.rows[which, rows[:, axis].clamp_min(0), :pairs], still)
                 for axis, pairs in enumerate(table.spec.pairs)
             ]
             parts.append(torch.cat(columns, dim=1))
@@ -53,12 +53,12 @@ class Expectation:
         if self.norm is not None:
             values = _norm(values, self.norm, self._weight(index), self.eps)
         cos, sin = self.angles(tokens)
-        turn = torch.complex(cos.double(), sin.double())[:, None]
-        turning, rest = values.tensor_split([2 * turn.shape[-1]], dim=-1)
+        factor = torch.complex(cos.double(), sin.double())[:, None]
+        pairs, rest = values.tensor_split([2 * factor.shape[-1]], dim=-1)
         interleaved = self.table.spec.pairing is Pairing.INTERLEAVED
         split, dim = ((-1, 2), -1) if interleaved else ((2, -1), -2)
-        turned = torch.complex(*turning.unflatten(-1, split).unbind(dim)) * turn
-        return torch.cat((torch.stack((turned.real, turned.imag), dim=dim).flatten(-2), rest), dim=-1)
+        rotated = torch.complex(*pairs.unflatten(-1, split).unbind(dim)) * factor
+        return torch.cat((torch.stack((rotated.real, rotated.imag), dim=dim).flatten(-2), rest), dim=-1)
 
     def naive(self, x: torch.Tensor, tokens: torch.Tensor, index: int = 0) -> torch.Tensor:
         """The same by the plain formula in float32."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import figures, findings, meanings
+from . import descriptions, figures, report_text
 from .report_tables import Table, operator_table, rotation_table, step_table, table_tables
 from .results import Row
 from .rotation import GROWTH
@@ -25,7 +25,7 @@ class Part:
         text: what was measured, and how.
         plots: captions and SVG.
         tables: of every figure.
-        meanings: the names of variants, and what each is.
+        descriptions: the names of variants, and what each is.
         losses: where ours gains nothing or loses.
     """
 
@@ -34,7 +34,7 @@ class Part:
     text: str
     plots: Sequence[tuple[str, str]]
     tables: Sequence[Table]
-    meanings: Mapping[str, str]
+    descriptions: Mapping[str, str]
     losses: Sequence[str] = field(default=())
 
 
@@ -62,7 +62,7 @@ def write_report(path: Path, rows: Mapping[str, list[Row]], settings: Settings, 
 
 def summary(rows: Mapping[str, list[Row]]) -> list[str]:
     """One sentence for each section."""
-    return [findings.TITLES[name](found) for name, found in rows.items()]
+    return [report_text.TITLES[name](found) for name, found in rows.items()]
 
 
 def parts(rows: Mapping[str, list[Row]]) -> Iterator[Part]:
@@ -70,15 +70,15 @@ def parts(rows: Mapping[str, list[Row]]) -> Iterator[Part]:
     for name, found in rows.items():
         plots, tables = _SHOWN[name](found)
         seen = {str(row.get("variant", "")) for row in found}
-        known = {key: text for key, text in meanings.VARIANTS[name].items() if key in seen or not seen - {""}}
+        known = {key: text for key, text in descriptions.VARIANTS[name].items() if key in seen or not seen - {""}}
         yield Part(
             name,
-            findings.TITLES[name](found),
-            meanings.SECTIONS[name],
+            report_text.TITLES[name](found),
+            descriptions.SECTIONS[name],
             plots,
             tables,
             known,
-            findings.LOSSES[name](found),
+            report_text.LOSSES[name](found),
         )
 
 

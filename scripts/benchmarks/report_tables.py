@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from . import rope_modules, rotation, table_building
-from .findings import find, times
 from .operator_counts import TABLE_FIGURES
+from .report_text import find, times
 from .results import Row
 
 

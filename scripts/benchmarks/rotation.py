@@ -193,7 +193,7 @@ def _table_bytes(problem: Problem, name: str) -> int:
 
 
 def copy_of(problem: Problem) -> Call:
-    """A copy of what the operation moves: q and k, or the keys that a shift turns."""
+    """A copy of what the operation moves: q and k, or the keys that a shift rotates."""
     if problem.operation is not Operation.SHIFT:
         return lambda q, k: (torch.empty_like(q).copy_(q), torch.empty_like(k).copy_(k))
     moving = problem.shape.tokens * (problem.shape.grid.sizes[0] - 1) // problem.shape.grid.sizes[0]

@@ -47,15 +47,15 @@ def _places(plans: Iterable[PatchPlan]) -> Iterator[tuple[Any, str, str]]:
     for plan in plans:
         for found in plan.tables:
             yield found.target, found.tables.method, _TABLES
-        turned = set()
+        rotated = set()
         for rotation in plan.rotations:
             yield rotation.attention, "forward", _MODULE
             for name, module in rotation.modules():
-                turned.add(id(module))
+                rotated.add(id(module))
                 if "norm" in name:
                     yield module, "forward", _QK_NORM
         for module in plan.model.modules():
-            if "Norm" in type(module).__name__ and id(module) not in turned and not list(module.children()):
+            if "Norm" in type(module).__name__ and id(module) not in rotated and not list(module.children()):
                 yield module, "forward", _NORM
 
 

@@ -137,16 +137,16 @@ def _shift_table(problem: Problem) -> shifting.ShiftTable:
 
 
 def _check_shift(problem: Problem, out: torch.Tensor, k: torch.Tensor) -> None:
-    """The time axis of all frames but the last is turned back by one row, everything else is as it was."""
+    """The time axis of all frames but the last is rotated back by one row; everything else is unrotated."""
     shape = problem.shape
     tokens = sample(shape.tokens, problem.device)
-    turns = (tokens < shape.tokens - shape.tokens // shape.grid.sizes[0])[None, :, None, None]
+    rotating = (tokens < shape.tokens - shape.tokens // shape.grid.sizes[0])[None, :, None, None]
     pairs = shape.dims[0] // 2
     cos, sin = (part.double() for part in _shift_table(problem).rows[:, 1, :pairs])
     exact = k[:, tokens].double()
     x1, x2 = exact[..., 0 : 2 * pairs : 2].clone(), exact[..., 1 : 2 * pairs : 2].clone()
-    exact[..., 0 : 2 * pairs : 2] = torch.where(turns, x1 * cos + x2 * sin, x1)
-    exact[..., 1 : 2 * pairs : 2] = torch.where(turns, x2 * cos - x1 * sin, x2)
+    exact[..., 0 : 2 * pairs : 2] = torch.where(rotating, x1 * cos + x2 * sin, x1)
+    exact[..., 1 : 2 * pairs : 2] = torch.where(rotating, x2 * cos - x1 * sin, x2)
     error = float((out[:, tokens].double() - exact).abs().max())
     allowed = float(torch.finfo(out.dtype).eps * exact.abs().max())
     if not error <= allowed:

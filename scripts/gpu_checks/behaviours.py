@@ -65,12 +65,12 @@ def small_shapes(setting: Setting) -> str:
     for pairing in Pairing:
         table = setting.table(SMALL, pairing)
         q, k = (setting.noise(2, SMALL.tokens + 5, heads, 136) for heads in (3, 1))
-        turned = dit_rope.rotate_qk(q, k, table, prefix=3, suffix=2, backend=setting.backend)
-        for out, x in zip(turned, (q, k), strict=True):
+        rotated = dit_rope.rotate_qk(q, k, table, prefix=3, suffix=2, backend=setting.backend)
+        for out, x in zip(rotated, (q, k), strict=True):
             Expectation(table, 3).assert_right(out, x, context=pairing.value)
         copies = q.clone(), k.clone()
         dit_rope.rotate_qk(*copies, table, prefix=3, suffix=2, inplace=True, backend=setting.backend)
-        expect(all(map(torch.equal, copies, turned)), "in place the bits of out of place", "others")
+        expect(all(map(torch.equal, copies, rotated)), "in place the bits of out of place", "others")
         for norm in NormKind:
             weights = [setting.noise(x.shape[3] * (x.shape[2] if norm.across_heads else 1)) for x in (q, k)]
             how = {"prefix": 3, "suffix": 2, "norm": norm, "backend": setting.backend}
@@ -120,8 +120,8 @@ def graph_replay(setting: Setting) -> str:
     q, k = (setting.noise(1, SMALL.tokens, 4, sum(DIMS)) for _ in range(2))
 
     def call() -> list[torch.Tensor]:
-        turned = dit_rope.rotate_qk(q, k, table, backend=setting.backend)
-        return [*turned, *dit_rope.norm_rotate_qk(q, k, table, backend=setting.backend)]
+        rotated = dit_rope.rotate_qk(q, k, table, backend=setting.backend)
+        return [*rotated, *dit_rope.norm_rotate_qk(q, k, table, backend=setting.backend)]
 
     replay, outs = _captured(call) if setting.real else (lambda: None, call())
     for number in range(3):

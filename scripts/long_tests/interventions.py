@@ -44,7 +44,7 @@ from zoo import EXAMPLES, named
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("wan", "flux", "hunyuan-video-no-norm", "hidream", "cogvideox-1.5", "joyimage")
-"""Examples of the quick run: one of each way to turn, and of each form of tables."""
+"""Examples of the quick run: one of each way to rotate, and of each form of tables."""
 
 
 def work_through(example: str, chosen: list[str], file: Path, seconds: float) -> None:

@@ -232,7 +232,7 @@ def main() -> None:
     """Prints a line for each case and writes ``results/host-time-cpu.csv``, or that of rope modules."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--rounds", type=int, default=0, help="timed turns of each; 15, or 301 short ones of rope modules"
+        "--rounds", type=int, default=0, help="timed calls of each; 15, or 301 short ones of rope modules"
     )
     parser.add_argument("--rope-modules", action="store_true", help="time rope modules in place of kernel calls")
     parser.add_argument("--attention", action="store_true", help="time attention modules in place of kernel calls")

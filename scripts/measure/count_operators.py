@@ -7,14 +7,14 @@
 Models have released widths with one layer of each kind, run in bfloat16 on CPU, unpatched and with
 ``dit_rope.patch(model, exact=False)``, as on a GPU. Counted is the second of two forward passes, in one attention
 module of each path that rotates: all of it but GEMMs and the attention product, as
-``scripts/benchmarks/operator_counter.py`` says. The building of tables, and what converts them to ours, is counted
-apart, in both passes.
+``scripts/benchmarks/operator_counter.py`` says. The building of tables, and what converts them to axis tables, is
+counted apart, in both passes.
 
 The unit of bytes is one query of the module in bfloat16, as the attention product is given it, or, in linear attention,
-as it is when it turns. The minimum beside it is to read and write queries and keys once, and to read the tables once.
+as it is when it rotates. The minimum beside it is to read and write queries and keys once, and to read the tables once.
 What else happens in the module, such as the concatenation of text and image, is in the counts and not in the minimum.
 Sizes are those of the examples, mostly two samples of 30 tokens of image and 7 of text: a longer video has a smaller
-part of text, which many models do not turn.
+part of text, which many models do not rotate.
 
 Writes ``scripts/results/operators.csv`` and ``docs/operators.svg``; both come out the same at every run.
 """

@@ -40,20 +40,20 @@ UNBIND_DIM = {Pairing.INTERLEAVED: -1, Pairing.HALF: -2}
 Wide = np.ndarray[tuple[int, ...], np.dtype[np.longdouble]]
 Tables = tuple[torch.Tensor, torch.Tensor]
 Code = Callable[[torch.Tensor, torch.Tensor | None, Tables], torch.Tensor]
-"""``[1, S, H, D]``, the weight ``[D]`` of a norm or None for no norm, and tables ``[S, D]``, to the turned tensor."""
+"""``[1, S, H, D]``, the weight ``[D]`` of a norm or None for no norm, and tables ``[S, D]``, to the rotated tensor."""
 
 
 def models_code(pairing: Pairing) -> Code:
     """What the models run."""
     unbind_dim = UNBIND_DIM[pairing]
 
-    def turn(x: torch.Tensor, weight: torch.Tensor | None, tables: Tables) -> torch.Tensor:
+    def rotate(x: torch.Tensor, weight: torch.Tensor | None, tables: Tables) -> torch.Tensor:
         if weight is not None:
             x = torch.nn.functional.rms_norm(x, (CHANNELS,), weight, EPS)
-        turned = apply_rotary_emb(x, tables, use_real_unbind_dim=unbind_dim, sequence_dim=1)
-        return cast(torch.Tensor, turned)
+        rotated = apply_rotary_emb(x, tables, use_real_unbind_dim=unbind_dim, sequence_dim=1)
+        return cast(torch.Tensor, rotated)
 
-    return turn
+    return rotate
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor | None, tables: Tables, pairing: Pairing) -> Wide:

@@ -89,7 +89,7 @@ def with_pairing_of_halves(args):
 
 
 def with_axes_in_order(*order: int):
-    """Every axis turns by the coordinate of another one."""
+    """Every axis rotates by the coordinate of another one."""
 
     def change(args):
         positions = positions_of(args)
@@ -100,7 +100,7 @@ def with_axes_in_order(*order: int):
 
 
 def with_axis_frozen(axis: int):
-    """Every token turns as if it stood at coordinate 0 of one axis."""
+    """Every token rotates as if it stood at coordinate 0 of one axis."""
 
     def change(args):
         positions = positions_of(args).clone()

@@ -57,8 +57,9 @@ def step() -> Step:
     return small_step("wan-1.3b")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@BY_NAME
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in SMALL), ("wan-1.3b", torch.bfloat16)], ids=str
+)
 def test_step_is_measured_in_every_variant(name: str, dtype: torch.dtype) -> None:
     step, calls = small_step(name, dtype), []
     rows = measure_step(step, rounds=3, advance=lambda: calls.append(1))
@@ -84,7 +85,7 @@ def test_shares_of_a_step_add_up_and_find_every_kind(name: str) -> None:
     assert not any("forward" in vars(module) for module in step.models[0].modules())
 
 
-def test_without_rope_norms_and_turns_nothing(step: Step) -> None:
+def test_without_rope_norms_and_rotates_nothing(step: Step) -> None:
     attention = end_to_end._twins(step, compiled=False)["without rope"].models[0].blocks[0].attn1
     x, tables, given = torch.randn(1, 24, 48), (torch.ones(1, 24, 1, 24),) * 2, []
     assert attention.norm_q(x) is x

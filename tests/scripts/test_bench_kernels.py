@@ -153,7 +153,7 @@ def test_expectation_refuses_unnormed_and_unturned_results() -> None:
 def stand_in_for_flashinfer() -> types.SimpleNamespace:
     """FlashInfer's documented arguments and results, in plain PyTorch."""
 
-    def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool) -> torch.Tensor:
+    def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool) -> torch.Tensor:
         pairs = x.unflatten(-1, (2, -1)).transpose(-1, -2) if is_neox else x.unflatten(-1, (-1, 2))
         x1, x2 = pairs.float().unbind(-1)
         both = torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)
@@ -164,7 +164,7 @@ def stand_in_for_flashinfer() -> types.SimpleNamespace:
         assert cos_sin_cache.dtype == torch.float32
         cos, sin = (part[:, None] for part in cos_sin_cache[positions.long()].chunk(2, dim=-1))
         heads = (x.view(x.shape[0], -1, head_size) for x in (query, key))
-        return tuple(turned(x, cos, sin, is_neox).flatten(1) for x in heads)
+        return tuple(rotated(x, cos, sin, is_neox).flatten(1) for x in heads)
 
     def in_place(positions, query, key, head_size, cos_sin_cache, is_neox=True):
         out = out_of_place(positions, query, key, head_size, cos_sin_cache, is_neox)
@@ -179,7 +179,7 @@ def stand_in_for_flashinfer() -> types.SimpleNamespace:
         for part, weight in zip(qkv.chunk(2, dim=-1), (q_weight, k_weight), strict=True):
             normed = torch.nn.functional.rms_norm(part.float(), part.shape[-1:], weight.float(), eps)
             heads = normed.unflatten(-1, (num_heads_q, head_dim))
-            out.append(turned(heads, cos, sin, not grid["interleave"]).to(qkv.dtype))
+            out.append(rotated(heads, cos, sin, not grid["interleave"]).to(qkv.dtype))
         return *out, qkv.new_empty(0)
 
     rope = types.SimpleNamespace(

@@ -16,10 +16,10 @@ from benchmarks import operator_counts, rope_modules, table_building, timing
 from benchmarks import rotation as rotation_section
 from benchmarks import run as benchmark_run
 from benchmarks.architectures import ARCHITECTURES
-from benchmarks.findings import rotation_losses, step_losses, table_losses
 from benchmarks.peers import PEERS, rotary_embedding_torch
 from benchmarks.problems import SHAPES, Operation, Problem
 from benchmarks.reference import Expectation, assert_within
+from benchmarks.report_text import rotation_losses, step_losses, table_losses
 from benchmarks.results import Row, environment, read_csv, write_csv
 from benchmarks.sections import Settings, Wrong
 from benchmarks.timing import interleave, summary
@@ -115,8 +115,8 @@ def wrong_rotation(q: torch.Tensor, k: torch.Tensor, *args: object, **options: o
 
 
 def wrong_exact(q: torch.Tensor, k: torch.Tensor, table: object, *args: object, exact: bool = False, **options: object):
-    turned = rotate_qk(q, k, table, *args, exact=exact, **options)
-    return tuple(torch.nextafter(x, x.new_full((), torch.inf)) if exact else x for x in turned)
+    rotated = rotate_qk(q, k, table, *args, exact=exact, **options)
+    return tuple(torch.nextafter(x, x.new_full((), torch.inf)) if exact else x for x in rotated)
 
 
 rotate_qk = rotation.rotate_qk
@@ -253,8 +253,8 @@ def test_losses_are_named() -> None:
     assert table_losses([table, {**table, "times_better": 2.0}]) == [
         "a: axis tables: 2.00x the time of what upstream builds"
     ]
-    turned = {"shape": "s", "tokens": 5, "dtype": "d", "operation": "o", "variant": "dit_rope", "best_peer": "peer"}
-    rows = [{**turned, "times_best_peer": 0.8}, {**turned, "times_best_peer": 1.2}, turned]
+    rotated = {"shape": "s", "tokens": 5, "dtype": "d", "operation": "o", "variant": "dit_rope", "best_peer": "peer"}
+    rows = [{**rotated, "times_best_peer": 0.8}, {**rotated, "times_best_peer": 1.2}, rotated]
     assert rotation_losses(rows) == ["s, 5 tokens, d, o: dit_rope is 0.80x as fast as peer"]
     steps = [
         {"variant": "unpatched", "verdict": "", "ratio": 1.0, "ratio_at_most": 1.1},

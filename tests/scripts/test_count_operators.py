@@ -58,7 +58,7 @@ def moved(call: Any) -> tuple[int, int]:
 
 
 class Attention(torch.nn.Module):
-    """Projects, turns by a broadcast table, multiplies, and projects back."""
+    """Projects, rotates by a broadcast table, multiplies, and projects back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,13 +214,13 @@ def test_counting_leaves_a_model_as_it_was() -> None:
 
 def test_minimum_takes_keys_before_they_are_repeated() -> None:
     before = Count(query=64, key=64)
-    before.turned.update({"norm_q": 64, "norm_k": 16})
+    before.rotated.update({"norm_q": 64, "norm_k": 16})
     assert operator_counts.minimum(before, Count(tables={(0,): 10})) == (128, 2 * (128 + 32) + 10)
-    # Cross-attention: keys are fewer than queries, and all of them turn.
+    # Cross-attention: keys are fewer than queries, and all of them rotate.
     before = Count(query=64, key=16)
-    before.turned.update({"norm_added_q": 64, "norm_added_k": 16})
+    before.rotated.update({"norm_added_q": 64, "norm_added_k": 16})
     assert operator_counts.minimum(before, Count()) == (128, 2 * (128 + 32))
-    # Without a product that is seen, what our operators turned.
+    # Without a product that is seen, what the operators of dit_rope rotated.
     assert operator_counts.minimum(Count(), Count(largest=64)) == (128, 2 * (128 + 128))
 
 

@@ -244,8 +244,8 @@ def test_intervention_that_changes_nothing_is_named() -> None:
 
 def test_rotated_tensors_are_counted() -> None:
     rows = list(runner.rows_of(named("wan"), BY_NAME["nothing"]))
-    assert all(row.turned > 0 for row in rows)
-    assert all(row.turned == 0 for row in runner.rows_of(named("wan"), BY_NAME["nothing"], stand_in(_nothing)))
+    assert all(row.rotated > 0 for row in rows)
+    assert all(row.rotated == 0 for row in runner.rows_of(named("wan"), BY_NAME["nothing"], stand_in(_nothing)))
 
 
 def test_every_example_has_parts_that_rotate() -> None:

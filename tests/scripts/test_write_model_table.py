@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -15,6 +16,7 @@ from split_models import CASES
 from zoo import Noise, named
 
 
+@functools.cache
 def cells() -> dict[str, list[str]]:
     """The row of each class in the wide table, without its name."""
     lines = [re.split(r" \| ", line.strip("| \n")) for line in write_model_table.compatibility().splitlines()[2:]]

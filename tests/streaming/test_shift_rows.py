@@ -16,8 +16,8 @@ import torch
 
 from dit_rope import Pairing, RopeSpec, Scaling, ShiftTable, cache_clear, cache_info, plan_eviction, shift_keys
 from dit_rope.streaming import shift as shifting
+from rotated_keys import BLOCK, F64, int32, naively_rotated, pool, rotated
 from tolerance import assert_within
-from turned_keys import BLOCK, F64, int32, naively_turned, pool, turned
 
 TEXT, VIDEO = RopeSpec((16,)), RopeSpec((8, 6, 6), pairing=Pairing.HALF)
 
@@ -106,7 +106,7 @@ def test_one_large_shift_makes_one_row(table: RopeSpec | None, delta: int) -> No
     own = ShiftTable(TEXT, dtype=F64) if table is None else None
     keys = pool(2, dtype=F64)
     out = shift_keys(keys, own or TEXT, delta_frames=delta)
-    assert (out - turned(keys, TEXT, torch.full((2, BLOCK), delta))).abs().max() <= (
+    assert (out - rotated(keys, TEXT, torch.full((2, BLOCK), delta))).abs().max() <= (
         1e-9 if abs(delta) < 2**30 else 1e-3
     )
     assert cache_info().shifts.entries == 1
@@ -136,7 +136,7 @@ def test_deltas_of_a_spec_have_a_row_each_however_long(spec: RopeSpec, width: in
     order = torch.tensor([2, 0, 1])
     unscaled = RopeSpec(spec.dims, pairing=spec.pairing)
     moved = -deltas.double().expand(3, BLOCK) / (3.0 if spec.scaling else 1.0)
-    assert (out[order] - turned(keys[order], unscaled, moved)).abs().max() <= 2e-5
+    assert (out[order] - rotated(keys[order], unscaled, moved)).abs().max() <= 2e-5
     assert cache_info().shifts.entries == 0
 
 
@@ -149,7 +149,7 @@ def test_shift_by_a_spec_is_that_by_a_table(which: str) -> None:
         theirs = shift_keys(keys, table, **how)
         moved = torch.full((2, BLOCK), delta if which == "delta_frames" else -delta)
         for out in (ours, theirs):
-            assert_within(out, turned(keys, VIDEO, moved), naively_turned(keys, VIDEO, moved))
+            assert_within(out, rotated(keys, VIDEO, moved), naively_rotated(keys, VIDEO, moved))
 
 
 def test_table_on_a_cpu_keeps_no_rows_that_it_has_outgrown() -> None:

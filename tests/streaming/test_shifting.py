@@ -1,4 +1,4 @@
-"""Turned keys are keys rotated elsewhere; vectors and eviction plans are those of OpenVINO GenAI's token rotation."""
+"""Rotated keys are keys rotated elsewhere; vectors and eviction plans are those of OpenVINO GenAI's token rotation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dit_rope.rotation import ops
 from dit_rope.rotation.backends import eager
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.streaming import shift as shifting
+from rotated_keys import BLOCK, F32, F64, TEXT, angles, int32, naively_rotated, pool, rotated
 from tolerance import assert_within
-from turned_keys import BLOCK, F32, F64, TEXT, angles, int32, naively_turned, pool, turned
 
 VIDEO = RopeSpec((8, 6, 6))
 
@@ -76,7 +76,7 @@ def test_table_grows_on_demand_and_old_rows_keep_their_bits() -> None:
     assert torch.equal(before, bits)
     assert torch.equal(table.rows[:, : bits.shape[1]], bits)
     moved = torch.full((1, BLOCK), -1000 * BLOCK)
-    assert_within(longer, turned(keys, TEXT, moved), naively_turned(keys, TEXT, moved))
+    assert_within(longer, rotated(keys, TEXT, moved), naively_rotated(keys, TEXT, moved))
 
 
 def test_row_past_the_table_is_an_error_in_the_backend() -> None:
@@ -132,7 +132,7 @@ def test_deltas_may_differ_inside_a_block(pairing: Pairing, backend: str) -> Non
     spec, keys = RopeSpec((16,), pairing=pairing), pool(2, dim=20)
     deltas = int32([0, 1, 2, 9], [63, 5, 5, 0])
     actual = shift_keys(keys, spec, deltas=deltas, backend=backend)
-    assert_within(actual, turned(keys, spec, -deltas), naively_turned(keys, spec, -deltas))
+    assert_within(actual, rotated(keys, spec, -deltas), naively_rotated(keys, spec, -deltas))
     assert torch.equal(actual[..., 16:], keys[..., 16:])
 
 
@@ -141,11 +141,11 @@ def test_deltas_may_differ_inside_a_block(pairing: Pairing, backend: str) -> Non
 def test_shift_gives_keys_rotated_elsewhere(pairing: Pairing, dtype: torch.dtype, tolerance: float) -> None:
     spec, raw = RopeSpec((16,), pairing=pairing), pool(2).double()
     born = torch.arange(40, 40 + 2 * BLOCK).view(2, BLOCK)
-    keys = turned(raw, spec, born).to(dtype)
-    assert (shift_keys(keys, spec, delta_frames=-7) - turned(raw, spec, born - 7)).abs().max() <= tolerance
-    assert (shift_keys(keys, spec, delta_frames=+7) - turned(raw, spec, born + 7)).abs().max() <= tolerance
+    keys = rotated(raw, spec, born).to(dtype)
+    assert (shift_keys(keys, spec, delta_frames=-7) - rotated(raw, spec, born - 7)).abs().max() <= tolerance
+    assert (shift_keys(keys, spec, delta_frames=+7) - rotated(raw, spec, born + 7)).abs().max() <= tolerance
     deltas = int32([7], [11])
-    assert (shift_keys(keys, spec, deltas=deltas) - turned(raw, spec, born - deltas)).abs().max() <= tolerance
+    assert (shift_keys(keys, spec, deltas=deltas) - rotated(raw, spec, born - deltas)).abs().max() <= tolerance
 
 
 COEFFICIENTS = torch.tensor(
@@ -220,7 +220,7 @@ def test_only_listed_blocks_change(pairing: Pairing, transposed: bool, backend: 
     before, listed, deltas = keys.clone(), [4, 1, 3], int32([5], [1], [33])
     assert shift_keys(keys, spec, deltas=deltas, blocks=int32(*listed), inplace=True, backend=backend) is keys
     moved = -deltas.expand(-1, BLOCK)
-    assert_within(keys[listed], turned(before[listed], spec, moved), naively_turned(before[listed], spec, moved))
+    assert_within(keys[listed], rotated(before[listed], spec, moved), naively_rotated(before[listed], spec, moved))
     assert torch.equal(keys[[0, 2, 5]], before[[0, 2, 5]])
 
 
@@ -238,8 +238,8 @@ def test_shift_of_other_sizes_is_as_accurate_as_float32(blocks: int, block: int,
     deltas = torch.randint(64, (blocks, block), dtype=torch.int32)
     shifted = shift_keys(keys, spec, deltas=deltas)
     few = slice(0, 4)  # heads: the oracle goes pair by pair
-    exact = turned(keys[:, :, few], spec, -deltas)
-    assert_within(shifted[:, :, few], exact, naively_turned(keys[:, :, few], spec, -deltas))
+    exact = rotated(keys[:, :, few], spec, -deltas)
+    assert_within(shifted[:, :, few], exact, naively_rotated(keys[:, :, few], spec, -deltas))
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -248,7 +248,7 @@ def test_shift_of_a_video_turns_one_axis_alone(axis: int, backend: str) -> None:
     table = ShiftTable(VIDEO, axis=axis)
     out = shift_keys(keys, table, delta_frames=-9, backend=backend)
     moved = torch.full((2, 12), -9)
-    assert_within(out, turned(keys, VIDEO, moved, axis), naively_turned(keys, VIDEO, moved, axis))
+    assert_within(out, rotated(keys, VIDEO, moved, axis), naively_rotated(keys, VIDEO, moved, axis))
     first = sum(VIDEO.dims[:axis])
     others = [channel for channel in range(24) if not first <= channel < first + VIDEO.dims[axis]]
     assert torch.equal(out[..., others], keys[..., others])
@@ -301,7 +301,7 @@ def test_lossy_keys_are_refused_unless_asked_for(dtype: torch.dtype, backend: st
         shift_keys(keys, TEXT, delta_frames=-3)
     once = shift_keys(keys, TEXT, delta_frames=-3, allow_lossy=True, backend=backend)
     moved = torch.full((2, BLOCK), -3)
-    assert_within(once, turned(keys, TEXT, moved), naively_turned(keys, TEXT, moved))
+    assert_within(once, rotated(keys, TEXT, moved), naively_rotated(keys, TEXT, moved))
 
 
 def test_rows_that_are_new_are_finished_before_another_stream_can_see_them(monkeypatch: pytest.MonkeyPatch) -> None:

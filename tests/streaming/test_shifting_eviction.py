@@ -7,8 +7,8 @@ import torch
 
 from dit_rope import Pairing, RopeSpec, ShiftTable, plan_eviction, shift_keys
 from dit_rope.streaming.eviction import EvictionPlan
+from rotated_keys import BLOCK, F32, F64, int32, naively_rotated, pool, rotated
 from tolerance import assert_within
-from turned_keys import BLOCK, F32, F64, int32, naively_turned, pool, turned
 
 SIN_4, COS_4 = 0.75680249, -0.65364362
 PLANS = {
@@ -78,7 +78,7 @@ def test_plan_of_nothing_and_of_everything() -> None:
 def test_eviction_leaves_the_logits_of_a_cache_without_the_evicted(pairing: Pairing, dtype: torch.dtype) -> None:
     spec, blocks = RopeSpec((16,), pairing=pairing), 7
     raw, query = pool(blocks, dtype=dtype), torch.randn(1, 1, 2, 16, dtype=dtype)
-    keys = turned(raw, spec, torch.arange(blocks * BLOCK).view(blocks, BLOCK)).to(dtype)
+    keys = rotated(raw, spec, torch.arange(blocks * BLOCK).view(blocks, BLOCK)).to(dtype)
     plan = plan_eviction({1, 2, 5}, blocks, BLOCK)
     cache = keys[list(plan.kept)]
     steps = torch.tensor(plan.steps, dtype=torch.int32)[:, None]
@@ -87,8 +87,8 @@ def test_eviction_leaves_the_logits_of_a_cache_without_the_evicted(pairing: Pair
 
     kept = raw[list(plan.kept)]
     fresh_positions = torch.arange(plan.next_position).view(-1, BLOCK)
-    fresh = turned(kept, spec, fresh_positions)
-    now = turned(query, spec, torch.tensor([[plan.next_position]]))
+    fresh = rotated(kept, spec, fresh_positions)
+    now = rotated(query, spec, torch.tensor([[plan.next_position]]))
 
     def logits(rotated: torch.Tensor) -> torch.Tensor:
         return torch.einsum("bshd,nthd->hnt", now, rotated.double())
@@ -98,6 +98,6 @@ def test_eviction_leaves_the_logits_of_a_cache_without_the_evicted(pairing: Pair
         return
     old_positions = fresh_positions.clone()
     old_positions[list(plan.blocks)] += steps * BLOCK
-    naive = naively_turned(naively_turned(kept, spec, old_positions), spec, fresh_positions - old_positions)
+    naive = naively_rotated(naively_rotated(kept, spec, old_positions), spec, fresh_positions - old_positions)
     assert_within(cache, fresh, naive)
     assert_within(logits(cache).float(), logits(fresh), logits(naive))

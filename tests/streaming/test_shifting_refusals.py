@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dit_rope import RopeSpec, ShiftTable, plan_eviction, shift_keys
-from turned_keys import BLOCK, TEXT, int32
+from rotated_keys import BLOCK, TEXT, int32
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)

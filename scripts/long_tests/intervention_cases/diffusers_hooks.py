@@ -162,7 +162,7 @@ def _blurred(output: torch.Tensor) -> torch.Tensor:
 
 @lasting("ModelHook on projections that blurs", changes=True)
 def blurred(subject: Subject) -> None:
-    """As SEG, for every model: tokens are mixed, each of which turns by an angle of its own."""
+    """As SEG, for every model: tokens are mixed, each of which rotates by another angle."""
     from diffusers.hooks import HookRegistry, ModelHook
 
     class Blur(ModelHook):

@@ -116,7 +116,7 @@ def parent_of(model: torch.nn.Module, path: str) -> tuple[torch.nn.Module, str]:
 
 
 def tables_turned_back(tables: Any) -> Any:
-    """Tables that turn the other way: a negated sine, the conjugate; other forms are made larger."""
+    """Tables that rotate the other way: a negated sine, the conjugate; other forms are made larger."""
     if isinstance(tables, dict):
         return {name: tables_turned_back(value) for name, value in tables.items()}
     if isinstance(tables, tuple | list):

@@ -33,7 +33,7 @@ Patching = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One case, as the detailed table has it. ``turned`` counts tensors that were rotated here."""
+    """One case, as the detailed table has it. ``rotated`` counts tensors that were rotated here."""
 
     example: str
     group: str
@@ -42,7 +42,7 @@ class Row:
     mode: str
     outcome: str
     detail: str = ""
-    turned: int = 0
+    rotated: int = 0
     changed: bool | None = None
 
 
@@ -54,7 +54,7 @@ class _Run:
     objects: tuple[Any, Any] = ({}, {})
     refused: str = ""
     failed: str = ""
-    turned: int = 0
+    rotated: int = 0
 
 
 @functools.cache
@@ -131,9 +131,9 @@ def patched(
     """The same rounds of a model that is patched, in one of the orders."""
     subject, run = subject_of(example, intervention), _Run()
     before = judge.objects(subject.model)
-    with counted() as turned:
+    with counted() as rotated:
         try:
-            _in_order(subject, intervention, when, functools.partial(patch, exact=exact), run, turned)
+            _in_order(subject, intervention, when, functools.partial(patch, exact=exact), run, rotated)
         finally:
             subject.take_off()
     run.objects = before, judge.objects(subject.model)
@@ -141,7 +141,7 @@ def patched(
 
 
 def _in_order(
-    subject: Subject, intervention: Intervention, when: str, patch: Patching, run: _Run, turned: list[int]
+    subject: Subject, intervention: Intervention, when: str, patch: Patching, run: _Run, rotated: list[int]
 ) -> None:
     handle: Any = None
     if when == "again":
@@ -156,9 +156,9 @@ def _in_order(
     if not early:
         with subject.patching():
             handle = _patched_or_refused(subject, patch, run)
-    turned.clear()
+    rotated.clear()
     run.rounds.append(steps(subject, ROUNDS[0]))
-    run.turned = len(turned)
+    run.rotated = len(rotated)
     if when == "taken off first":
         subject.take_off()
         run.rounds.append([])
@@ -272,7 +272,7 @@ def _row(
     outcome, detail = judged(run, twin, when, exact, bound, intervention.undo_reaches)
     if outcome in judge.SILENT and _nondeterministic(example, intervention, twin, when == "again"):
         outcome, detail = judge.NOT_JUDGED, "two unpatched twins differ"
-    return row(outcome, detail, run.turned)
+    return row(outcome, detail, run.rotated)
 
 
 def _nondeterministic(example: Example, intervention: Intervention, twin: _Run, warm: bool) -> bool:

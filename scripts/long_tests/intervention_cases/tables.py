@@ -34,7 +34,7 @@ def counts(rows: Iterable[Row]) -> list[dict[str, Any]]:
                     "examples": len({row.example for row in cases}),
                     "cases": len(cases),
                     **{outcome: kinds[outcome] for outcome in judge.OUTCOMES},
-                    "rotated here": sum(row.turned > 0 for row in cases),
+                    "rotated here": sum(row.rotated > 0 for row in cases),
                     "changes the unpatched model on": len(changed) if intervention.changes else "",
                 }
             )

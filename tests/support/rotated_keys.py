@@ -1,4 +1,4 @@
-"""Keys turned along one axis, from scratch: in float64, and the way float32 does it."""
+"""Keys rotated along one axis, from scratch: in float64, and the way float32 does it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def angles(spec: RopeSpec, positions: torch.Tensor, axis: int = 0) -> tuple[torc
     return angle.cos(), angle.sin()
 
 
-def turned(keys: torch.Tensor, spec: RopeSpec, positions: torch.Tensor, axis: int = 0) -> torch.Tensor:
-    """Keys ``[B, S, H, D]`` turned by ``positions`` ``[B, S]``, in float64."""
+def rotated(keys: torch.Tensor, spec: RopeSpec, positions: torch.Tensor, axis: int = 0) -> torch.Tensor:
+    """Keys ``[B, S, H, D]`` rotated by ``positions`` ``[B, S]``, in float64."""
     return oracle.rotate(keys, *angles(spec, positions, axis), interleaved=spec.pairing is Pairing.INTERLEAVED)
 
 
-def naively_turned(keys: torch.Tensor, spec: RopeSpec, positions: torch.Tensor, axis: int = 0) -> torch.Tensor:
+def naively_rotated(keys: torch.Tensor, spec: RopeSpec, positions: torch.Tensor, axis: int = 0) -> torch.Tensor:
     """The same with float32 angles, products and sums."""
     cos, sin = (part.float()[:, :, None] for part in angles(spec, positions, axis))
     return reference.rotated(keys.float(), cos, sin, spec.pairing)
