@@ -2,7 +2,7 @@
 
 Halves rotate, in the dtype of the model, to which the tables are rounded; norms are per head, before the rotation, of
 fewer heads of keys than of queries. Video sees the keys of the text under a norm of their own where text has none. The
-processor rotates inline whatever it is given; ours is the same attention without a rotation. Source:
+processor always rotates, in its own code, so the adapter has the same attention without a rotation. Source:
 ``transformer_cosmos3.py`` of diffusers 0.42.1.
 """
 
@@ -32,7 +32,7 @@ def _join(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _attend_unrotated(
     processor: Any,
     attn: Any,
-    own: Any,
+    call: Any,
     und_seq: torch.Tensor,
     gen_seq: torch.Tensor,
     rotary_emb: Any,
@@ -47,11 +47,11 @@ def _attend_unrotated(
     text_q, text_k = attn.norm_q(text_q), attn.norm_k(text_k)
     q, k = attn.norm_added_q(q), attn.norm_added_k(k)
     seen = text_k if seen_k is None else seen_k
-    # The model's rotation promotes to the widest of data and tables; ours keeps the dtype that the norms return.
+    # The model's rotation promotes to the widest dtype of data and tables; dit_rope keeps the dtype of the norms.
     require_fit(len({x.dtype for x in (text_q, text_k, text_v, q, k, v, seen, *rotary_emb)}) == 1)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-        out: torch.Tensor = own.__globals__["dispatch_attention_fn"](
+        out: torch.Tensor = call.__globals__["dispatch_attention_fn"](
             *(x.unsqueeze(0) for x in (q, k, v)),
             is_causal=causal,
             enable_gqa=True,

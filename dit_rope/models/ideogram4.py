@@ -1,8 +1,8 @@
 """Ideogram 4: text before image, all of it rotated by positions of the caller's, half pairing, RMSNorm per head.
 
-The model rounds its tables to its own dtype, and multiplies in what they and the data promote to. The processor rotates
-whatever it is given, in its own code, and so gets a call without rotation. Source: ``transformer_ideogram4.py`` of
-diffusers 0.42.1.
+The model rounds its tables to its own dtype, and multiplies in what they and the data promote to. The processor always
+rotates, in its own code, so the adapter has the same attention without a rotation. Source:
+``transformer_ideogram4.py`` of diffusers 0.42.1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..hooks.packed_tables import require_fit
 def _attend_unrotated(
     processor: Any,
     attn: Any,
-    own: Any,
+    call: Any,
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None,
     image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
@@ -30,10 +30,10 @@ def _attend_unrotated(
         project(hidden_states).unflatten(-1, (attn.num_heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
     )
     query, key = attn.norm_q(query), attn.norm_k(key)
-    # The model's rotation promotes to the widest of data and tables; ours keeps the dtype that the norms return.
+    # The model's rotation promotes to the widest dtype of data and tables; dit_rope keeps the dtype of the norms.
     promoted = torch.promote_types(query.dtype, image_rotary_emb[0].dtype)
     require_fit(query.dtype == key.dtype == value.dtype == promoted)
-    attended = own.__globals__["dispatch_attention_fn"](
+    attended = call.__globals__["dispatch_attention_fn"](
         query,
         key,
         value,

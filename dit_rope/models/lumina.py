@@ -56,8 +56,8 @@ LUMINA_NEXT = ModelAdapter(
         ),
     ),
     not_patched=(
-        "tables, which the pipeline makes anew in every step and hands over",
-        "rotation of keys: their processor scales scores otherwise when it is given no table for them",
+        "tables, which the pipeline builds in every step",
+        "rotation of keys: without a table for keys the processor scales its scores differently",
     ),
 )
 

@@ -1,7 +1,7 @@
 """MiniMax Music 3: half pairing within the first channels of a head, no norm of queries and keys.
 
-Cos and sin are rounded to the dtype of what they rotate. The processor rotates whatever it is given, through a function
-of its module. Source: ``transformer_minimax_music3.py`` of diffusers 0.42.1.
+Cos and sin are rounded to the dtype of what they rotate. The processor always rotates, by a function of its module.
+Source: ``transformer_minimax_music3.py`` of diffusers 0.42.1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Mochi: angles of its own for every head, from frequencies that are a parameter of the model.
 
 Image and text are normed apart, per head; text does not rotate. Neighbours rotate. While the frequencies learn, the
-tables belong to the backward pass: they are built anew, and the rotation is left to the model. Source:
+tables belong to the backward pass: they are built in every pass, and the model rotates. Source:
 ``transformer_mochi.py`` and ``attention_processor.py`` of diffusers 0.42.1.
 """
 
@@ -22,7 +22,7 @@ MOCHI = ModelAdapter(
             processors=("MochiAttnProcessor2_0",),
         ),
     ),
-    ("tables and rotation of forward passes in which pos_frequencies wants a gradient, which ours does not give",),
+    ("tables and rotation of passes that need the gradient of pos_frequencies, which dit_rope does not compute",),
 )
 
 ADAPTERS = (MOCHI,)

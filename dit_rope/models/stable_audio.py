@@ -2,7 +2,7 @@
 
 The first model is given its tables and has no norm. Stable Audio 3 builds angles, of which its attention makes cos and
 sin in every call; it has an RMSNorm per head of its own, which takes the two queries and two keys of differential
-attention in turn, and a processor that rotates whatever it is given, through a function of its module. Sources:
+attention in turn, and a processor that always rotates, by a function of its module. Sources:
 ``stable_audio_transformer.py`` and ``transformer_stable_audio3.py`` of diffusers 0.42.1.
 """
 

@@ -1,4 +1,4 @@
-"""Z-Image, its ControlNet and Bria Fibo 2: complex tables that are gathered anew, RMSNorm per head or none.
+"""Z-Image, its ControlNet and Bria Fibo 2: complex tables that are gathered in every pass, RMSNorm per head or none.
 
 Neighbouring channels rotate, all tokens of a sequence, whatever the order of its parts. Z-Image has a table for each
 sample, in which rows of padding are zeros. Its ControlNet runs with blocks of the transformer beside its own, so that
@@ -12,8 +12,8 @@ from ..hooks.adapter import AttentionRotation, Layout, ModelAdapter
 from ..hooks.formats import COMPLEX
 
 _TABLES = (
-    "tables: rope_embedder gathers them from rows it keeps, and the model splits, pads and joins what it gathers "
-    "anew in every forward pass"
+    "tables: in every forward pass rope_embedder gathers them from stored rows, and the model splits, pads and joins "
+    "them"
 )
 
 
