@@ -110,4 +110,4 @@ def test_scaling_types_named_are_known() -> None:
     with pytest.raises(ValueError, match="scaling must be one of") as refusal:
         dit_rope.rope_table(dit_rope.RopeSpec((8,), scaling=dit_rope.Scaling.of("no such")), dit_rope.Grid(4))
     known = re.search(r"one of (.*), got", str(refusal.value)).group(1).split(", ")
-    assert set(re.findall(r"`(\w+)`", named)) == set(known) - {"default"}
+    assert set(re.findall(r"`(\w+)`", named)) == set(known) - {"default", "none"}
