@@ -38,7 +38,8 @@ class _AxisFormat(Format):
         """One table of all axes."""
         pairs = self.split(rotary)
         for (cos, _), taken in zip(pairs, rotary[1], strict=True):
-            require_fit(taken.numel() > 0 and int(taken.min()) >= 0 and int(taken.max()) < cos.shape[1])
+            require_fit(taken.dtype in (torch.int32, torch.int64) and taken.numel() > 0)
+            require_fit(int(taken.min()) >= 0 and int(taken.max()) < cos.shape[1])
         rows = torch.cat([torch.stack(pair).flatten(1, 3) for pair in pairs], dim=1).to(device)
         first = [sum(cos.shape[1] for cos, _ in pairs[:axis]) for axis in range(_AXES)]
         positions = torch.stack([taken.flatten() + start for taken, start in zip(rotary[1], first, strict=True)])
