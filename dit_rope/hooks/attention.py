@@ -19,7 +19,7 @@ import torch
 
 from ..torch_state import in_transform
 from .adapter import AttentionRotation, CastTo, Layout
-from .class_override import INSTALLED, Installed, Override, copy_of, unpatched_class, unpatched_method
+from .class_override import INSTALLED, Installed, Override, copy_of, derived_with, unpatched_class, unpatched_method
 from .heads import as_heads, fits, from_heads, rotate_heads
 from .known_code import Guard, guard_of
 from .log import log_not_patched
@@ -90,7 +90,8 @@ def why_unknown(holder: Any, guard: Guard, rotation: AttentionRotation) -> str |
     name = guard.overridden_in(holder)
     if name is not None and (name != "forward" or "forward" not in guard.slot):
         return f"its {name} was replaced on the instance"
-    return None
+    derived = derived_with(holder, guard.slot.rpartition(".")[2])
+    return None if derived is None else f"{derived.__qualname__} was derived from the patched class"
 
 
 def _with_rotating_function(

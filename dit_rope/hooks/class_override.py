@@ -152,6 +152,17 @@ def _derived_class(cls: type) -> Any:
     return next((each for each in cls.__mro__ if each in _derived), None) if _derived else None
 
 
+def derived_with(target: Any, method: str) -> type | None:
+    """The class that others derived from the override of ``target``, if it has a ``method`` that runs instead."""
+    if isinstance(target, Override):
+        for cls in type(target).__mro__:
+            if "unpatched" in vars(cls):
+                return None
+            if method in vars(cls):
+                return cls
+    return None
+
+
 def made_class(cls: Any) -> Any:
     """The subclass made by :func:`override_method`, among the bases of ``cls`` or ``cls`` itself."""
     return next(base for base in cls.__mro__ if "unpatched" in vars(base))

@@ -178,7 +178,7 @@ def fastvideo(
     (fastvideo/layers/rotary_embedding.py at 2f3d4074), which takes one of each per axis.
     """
     theta = theta if positive("theta_rescale", theta_rescale) == 1.0 else ntk_theta(dim, theta, theta_rescale)
-    scale = positive("interpolation", interpolation)
+    scale = float(positive("interpolation", interpolation))
     return AxisFrequencies(base_frequencies(dim, theta, dtype), position_scale=scale)
 
 

@@ -24,12 +24,14 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
-from stream_video import stream_video
 
 import dit_rope
 from dit_rope.comparison import Frames, Request, frame_ssim, generate, save_preview
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "samples"))
+
+from stream_video import stream_video
 
 from benchmarks.results import read_csv, write_results
 

@@ -311,7 +311,7 @@ CHECKED = ["rotate-wan-14b-interleaved-bfloat16", "norm-across-heads-wan-14b-int
 
 
 def test_check_of_resources_passes_on_the_committed_results(repository: Path) -> None:
-    script = repository / "scripts" / "cuda_resources.py"
+    script = repository / "scripts" / "gpu_checks" / "cuda_resources.py"
     command = [sys.executable, str(script), "--check", "--archs", "sm_90", "sm_120", "--plans", *CHECKED]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -319,7 +319,7 @@ def test_check_of_resources_passes_on_the_committed_results(repository: Path) ->
 
 def test_check_of_resources_names_what_became_worse(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(repository / "scripts")
-    script = runpy.run_path(str(repository / "scripts" / "cuda_resources.py"))
+    script = runpy.run_path(str(repository / "scripts" / "gpu_checks" / "cuda_resources.py"))
     complaint, kernel = script["complaint"], (CHECKED[0], "sm_90")
     now = resources(compile_plan(PLANS[CHECKED[0]], "sm_90"))["rotate"].registers
     for fewer in (0, 8):

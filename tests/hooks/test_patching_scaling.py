@@ -226,7 +226,7 @@ def test_report_names_the_scaling_and_undo_takes_it_out() -> None:
     handle = dit_rope.patch(model, scaling=RIFLEX)
     assert "frequencies scaled: riflex(frames=120, k=2) on axis 0, none on axis 1, none on axis 2" in handle.report()
     assert "bitwise equal to unpatched" not in handle.report()
-    assert "under torch.compile: all but the scaled tables" in handle.report()
+    assert "under torch.compile: everything but the scaled tables" in handle.report()
     handle.undo()
     assert torch.equal(forward(model), unscaled)
     with dit_rope.patch(model, scaling=SCALINGS["ntk"]) as handle:

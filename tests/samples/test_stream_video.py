@@ -115,7 +115,7 @@ def test_program_streams_and_writes_what_it_promises(
     assert random_wan.transformer.attn_processors == before
     for name in ("stream.mp4", "sheet.png", "streaming.svg"):
         assert (tmp_path / "out" / name).stat().st_size > 0
-    rows = read_csv(tmp_path / "streaming.csv")
+    rows = read_csv(tmp_path / "out" / "streaming.csv")
     assert [int(row["start_frame"]) for row in rows] == [0, 2, 3, 4, 5]
     # Two layers of keys, values and the sink's raw keys: batch 2, frames of 2 x 3 tokens, 2 heads of 24, float32.
     expected = pytest.approx(2 * (3 + 3 + 1) * 2 * 6 * 2 * 24 * 4, rel=1e-5)  # files have six digits
