@@ -110,7 +110,7 @@ MUTATIONS = (
     # Scaling.
     _scaling(
         "interpolation-in-place-of-scale",
-        'positive("interpolation", interpolation)\n    return',
+        'float(positive("interpolation", interpolation))\n    return',
         "1.0 / interpolation\n    return",
         file="tables/scaling_types",
     ),
