@@ -127,8 +127,8 @@ def test_files_with_gpu_tests_are_found() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_nothing_is_checked_and_the_exit_code_is_2(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+def test_without_a_gpu_nothing_is_checked_and_the_exit_code_is_2(capsys, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--results", str(tmp_path)])
     monkeypatch.setattr(gpu_check, "requirements", lambda: [Requirement("torch", lambda: "2.9", "")])
     assert gpu_check.main() == 2
     assert "nothing was checked: torch sees no CUDA device" in capsys.readouterr().out
