@@ -45,15 +45,15 @@ class Digests(Walk):
         self._packages = packages
         super().__init__(cls, method)
 
-    def wants(self, slot: str, found: Any) -> bool:
+    def wants(self, slot: str, value: Any) -> bool:
         """Whether it is a function of these packages."""
-        return isinstance(found, FunctionType) and _top(found.__module__) in self._packages
+        return isinstance(value, FunctionType) and _top(value.__module__) in self._packages
 
-    def accepts(self, slot: str, found: Any, function: Any) -> bool:
+    def accepts(self, slot: str, value: Any, function: Any) -> bool:
         """Takes every function as known, and notes its digest."""
         digest = source_digest(function) if isinstance(function, FunctionType) else None
         if digest is None:
-            raise ValueError(f"{slot} must be a function in a file that Python can read, got {found!r}")
+            raise ValueError(f"{slot} must be a function in a file that Python can read, got {value!r}")
         self.digests[slot] = digest
         return True
 

@@ -49,11 +49,11 @@ class Walk:
         self.checks: list[tuple[Mapping[str, Any], str, Any, Any, CodeType | None]] = []
         self._follow_method(cls, method)
 
-    def wants(self, slot: str, found: Any) -> bool:
+    def wants(self, slot: str, value: Any) -> bool:
         """Whether the function under ``slot``, which code names, has to be known."""
         raise NotImplementedError
 
-    def accepts(self, slot: str, found: Any, function: Any) -> bool:
+    def accepts(self, slot: str, value: Any, function: Any) -> bool:
         """Whether ``function`` is known under ``slot``, so that what it calls is looked at too."""
         raise NotImplementedError
 
@@ -85,11 +85,11 @@ class Walk:
 
     def _check(self, namespace: Mapping[str, Any], name: str, slot: str) -> FunctionType | None:
         """Notes what stands under ``name``; returns its function where it is known."""
-        found = namespace.get(name)
-        function = underlying(found)
+        value = namespace.get(name)
+        function = underlying(value)
         code = function.__code__ if isinstance(function, FunctionType) else None
-        self.checks.append((namespace, name, found, None if code is None else function, code))
-        known: bool = self.accepts(slot, found, function)
+        self.checks.append((namespace, name, value, None if code is None else function, code))
+        known: bool = self.accepts(slot, value, function)
         return function if known else None
 
 
@@ -109,21 +109,21 @@ class Guard(Walk):
         known = self.function is not None
         self.parameters = tuple(inspect.signature(self.function).parameters) if known else ()
 
-    def wants(self, slot: str, found: Any) -> bool:
+    def wants(self, slot: str, value: Any) -> bool:
         """Whether the known code of a caller finds a function under ``slot``."""
         return slot in known_digests()
 
-    def accepts(self, slot: str, found: Any, function: Any) -> bool:
+    def accepts(self, slot: str, value: Any, function: Any) -> bool:
         """Whether the source of ``function`` is a known one of ``slot``."""
         if isinstance(function, FunctionType) and source_digest(function) in known_digests().get(slot, ()):
             return True
-        self.unknown = self.unknown or f"{slot} is {_described(found, slot)}"
+        self.unknown = self.unknown or f"{slot} is {_described(value, slot)}"
         return False
 
     def holds(self) -> bool:
         """Whether nothing has changed since."""
-        for namespace, name, found, function, code in self.checks:
-            if namespace.get(name) is not found or (function is not None and function.__code__ is not code):
+        for namespace, name, value, function, code in self.checks:
+            if namespace.get(name) is not value or (function is not None and function.__code__ is not code):
                 return False
         return True
 
@@ -193,13 +193,13 @@ def source_digest(function: FunctionType) -> str | None:
     if module is None or vars(module) is not function.__globals__:
         return None
     code = function.__code__
-    found = _sources.get(id(code))
-    if found is None or found[0] is not code:
-        found = _sources[id(code)] = (code, _source(code))
-    if found[1] is None:
+    entry = _sources.get(id(code))
+    if entry is None or entry[0] is not code:
+        entry = _sources[id(code)] = (code, _source(code))
+    if entry[1] is None:
         return None
     defaults = (function.__defaults__, function.__kwdefaults__)
-    return hashlib.sha256(f"{module.__name__}\n{defaults}\n{found[1]}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{module.__name__}\n{defaults}\n{entry[1]}".encode()).hexdigest()[:16]
 
 
 _sources: dict[int, tuple[CodeType, str | None]] = {}
@@ -213,15 +213,15 @@ def _source(code: CodeType) -> str | None:
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def underlying(found: Any) -> Any:
-    """The function that ``found`` runs, out of a descriptor, a cache or one of torch's context decorators."""
-    if isinstance(found, (staticmethod, classmethod)):
-        return underlying(found.__func__)
-    if type(found) is functools._lru_cache_wrapper:
-        return underlying(found.__wrapped__)
-    if isinstance(found, FunctionType) and hasattr(found, "__wrapped__") and _is_context_decorator(found):
-        return underlying(found.__wrapped__)
-    return found
+def underlying(value: Any) -> Any:
+    """The function that ``value`` runs, out of a descriptor, a cache or one of torch's context decorators."""
+    if isinstance(value, (staticmethod, classmethod)):
+        return underlying(value.__func__)
+    if type(value) is functools._lru_cache_wrapper:
+        return underlying(value.__wrapped__)
+    if isinstance(value, FunctionType) and hasattr(value, "__wrapped__") and _is_context_decorator(value):
+        return underlying(value.__wrapped__)
+    return value
 
 
 def _is_context_decorator(function: FunctionType) -> bool:
@@ -270,9 +270,9 @@ def _static(cls: type, name: str) -> Any:
     return None
 
 
-def _described(found: Any, slot: str) -> str:
+def _described(value: Any, slot: str) -> str:
     """An object that stands where known code should, in words."""
-    if isinstance(found, FunctionType):
-        name = f"{found.__module__}.{found.__qualname__}"
+    if isinstance(value, FunctionType):
+        name = f"{value.__module__}.{value.__qualname__}"
         return "not the code that dit_rope knows" if name == slot else name
-    return f"a {type(found).__name__}" if found is not None else "not there"
+    return f"a {type(value).__name__}" if value is not None else "not there"

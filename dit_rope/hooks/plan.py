@@ -188,15 +188,15 @@ class PatchPlan:
 
     def _apply_tables(self, each: TablesPlan, scaled: RopeSpec | None, options: Options) -> None:
         tables, target = each.tables, each.target
+        path = f"{self.name}.{tables.path or tables.method}"
         reason = each.why_not_patched()
         if reason is not None:
-            log_not_patched(f"{self.name}.{tables.path or tables.method}", reason, set())
+            log_not_patched(path, reason, set())
             return
         parameters = tuple(inspect.signature(getattr(target, tables.method)).parameters)
         axes = tables.axes
         spec = None if axes is None else axes.spec(target)
         choose = options.scaling if axes is not None and callable(options.scaling) else None
-        path = f"{self.name}.{tables.path or tables.method}"
         settings = TableSettings(tables, parameters, spec, scaled if axes is not None else None, choose, name=path)
         if tables.path:
             _override(target, RopeOverride, settings, self.state, tables.method)

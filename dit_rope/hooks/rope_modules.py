@@ -196,7 +196,7 @@ def _memoized(
     device = _device(args, kwargs)
 
     def build() -> _Built:
-        before = {name: getattr(target, name) for name in tables.sets if hasattr(target, name)}
+        before = _values(target, tables.sets)
         result = original(*args, **kwargs)
         leaves, structure = pytree.tree_flatten(result[len(not_cached) :] if not_cached else result)
         leaves = [_kept(leaf, device if tables.to_device else None) for leaf in leaves]
@@ -206,11 +206,10 @@ def _memoized(
             rows = _find_axis_tables(target, tables.axes, settings.spec, tensors, args, kwargs)
             settings.token.by_axis = bool(rows)
             held.extend(rows)
-        sets = {name: getattr(target, name) for name in tables.sets if hasattr(target, name)}
+        sets = _values(target, tables.sets)
         after = state_of(target, tables, held)
         if after == state:  # the same values: a miss leaves the objects that a hit leaves
-            for name, value in before.items():
-                setattr(target, name, value)
+            _assign(target, before)
         return _Built(leaves, structure, held, sets, after)
 
     def key(state: tuple[Hashable, ...]) -> _Key:
@@ -219,11 +218,20 @@ def _memoized(
     built = MODEL_TABLES.get(key(state), device, build)
     assert isinstance(built, _Built)
     if built.state != state:  # the next call of this kind meets what this one set
-        for name, value in built.sets.items():
-            setattr(target, name, value)
+        _assign(target, built.sets)
         MODEL_TABLES.get(key(built.state), device, lambda: built)
     result = pytree.tree_unflatten(list(built.leaves), built.structure)
     return (*not_cached, *result) if not_cached else result
+
+
+def _values(target: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The attributes and buffers of these names that ``target`` has."""
+    return {name: getattr(target, name) for name in names if hasattr(target, name)}
+
+
+def _assign(target: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(target, name, value)
 
 
 def _kept(leaf: Any, device: torch.device | None) -> Any:

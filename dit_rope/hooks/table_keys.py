@@ -55,7 +55,7 @@ def parts_of(
         Unkeyed: something that decides cannot be told from something else, or not without waiting for a device.
     """
     if tables.to_device and _default_device().type != "cpu":
-        raise Unkeyed  # the cache builds outside of the default device, on which the model would have built
+        raise Unkeyed  # the tables are not built on the host, from where the cache would move them
     parts: list[Hashable] = [_ambient(), len(args)]
     for name, value in (*zip(parameters, args, strict=False), *kwargs.items()):
         keyed_by_shape = tables.keyed_by_shape == EVERY or name in tables.keyed_by_shape

@@ -101,7 +101,7 @@ _KNOWN_CODE = (
     _known(
         "guard-always-holds",
         "hooks/known_code",
-        "if namespace.get(name) is not found or (function is not None and function.__code__ is not code):",
+        "if namespace.get(name) is not value or (function is not None and function.__code__ is not code):",
         "if False:",
     ),
     _known(
@@ -141,8 +141,8 @@ _KNOWN_CODE = (
     _known(
         "wrappers-are-looked-through",
         "hooks/known_code",
-        'hasattr(found, "__wrapped__") and _is_context_decorator(found)',
-        'hasattr(found, "__wrapped__")',
+        'hasattr(value, "__wrapped__") and _is_context_decorator(value)',
+        'hasattr(value, "__wrapped__")',
     ),
     _known(
         "builder-of-another-name", "hooks/rope_modules", "guard.owner not in tables.builders:", "guard.owner is None:"

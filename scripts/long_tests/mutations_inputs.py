@@ -276,8 +276,8 @@ _KEYS = (
     ),
     _memo(
         "writes-not-put-back",
-        "before.items():\n                setattr(target, name, value)\n",
-        "before.items():\n                pass\n",
+        "            _assign(target, before)\n",
+        "            pass\n",
         "hooks/rope_modules",
     ),
     _memo(

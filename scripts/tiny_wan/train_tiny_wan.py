@@ -13,12 +13,12 @@ import csv
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import moving_shapes
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
@@ -29,10 +29,6 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from tiny_wan import moving_shapes
 
 Text = tuple[PreTrainedTokenizerFast, UMT5EncoderModel]
 

@@ -14,11 +14,11 @@ from dit_rope.hooks.rope_modules import RopeOverride, TableSettings
 class _Own(known_code.Walk):
     """The methods of a class that one of them runs."""
 
-    def wants(self, slot: str, found: Any) -> bool:
+    def wants(self, slot: str, value: Any) -> bool:
         """Functions of modules are not looked at."""
         return False
 
-    def accepts(self, slot: str, found: Any, function: Any) -> bool:
+    def accepts(self, slot: str, value: Any, function: Any) -> bool:
         """Adds the source of every method to the known ones."""
         if not isinstance(function, FunctionType):
             return False
