@@ -2,9 +2,10 @@
 
 from .adapters import UnsupportedModelError, register_adapter, unregister_adapter
 from .deprecated import rotary_dim
+from .hooks.options import Fusion
 from .patching import Patch, patch, unpatch
 from .rotation import norm_rotate, norm_rotate_qk, rotate, rotate_qk
-from .spec import Fusion, Grid, NormKind, Pairing, RopeSpec, Scaling, Shard
+from .spec import Grid, NormKind, Pairing, RopeSpec, Scaling, Shard
 from .streaming import PositionPolicy, RollingCache, RopeStream, ShiftTable, plan_eviction, shift_keys
 from .tables import (
     AxisFrequencies,

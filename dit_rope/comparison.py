@@ -228,7 +228,7 @@ def compare(pipe: Any, request: Request, *, repeats: int = 1, progress: Progress
                 if handle is not None:
                     report = handle.report()
     caches = cache_info()
-    kept = caches.tables, caches.axes, caches.angles, caches.models
+    kept = caches.tables, caches.axes, caches.expanded, caches.models
     before, after = (tuple(second for run in runs[name] for second in run.step_seconds) for name in SIDES)
     unpatched, patched = (_frames(runs[name][0]) for name in SIDES)
     return Comparison(

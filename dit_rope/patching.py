@@ -11,10 +11,11 @@ import torch
 
 from .adapters import UnsupportedModelError, adapter_of, supported_models, unsupported
 from .hooks.adapter import ModelAdapter
-from .hooks.plan import Options, PatchPlan, make_plan, restore
+from .hooks.options import Fusion, Options
+from .hooks.plan import PatchPlan, make_plan, restore
 from .hooks.report import describe
 from .rotation.choice import check_backend
-from .spec import Fusion, Scalings
+from .spec import Scalings
 
 
 @dataclass

@@ -71,20 +71,6 @@ class NormKind(enum.Enum):
         return self in (NormKind.LAYER_PER_HEAD, NormKind.LAYER_ACROSS_HEADS)
 
 
-class Fusion(enum.Enum):
-    """Which operations on queries and keys :func:`dit_rope.patch` takes over; tables are memoized in any case.
-
-    ``NORM_AND_ROTATION``: norm and rotation in one pass, in fast mode and for norms that the kernels know; otherwise
-    as ``ROTATION``. ``ROTATION``: the rotation; the model runs its own norms. ``NOTHING``: the model norms and rotates.
-    """
-
-    NOTHING = "nothing"
-    ROTATION = "rotation"
-    NORM_AND_ROTATION = "norm_and_rotation"
-
-    __hash__ = object.__hash__
-
-
 ScalingValue = float | int | bool | tuple[float, ...] | None
 
 

@@ -60,9 +60,13 @@ in_level._dynamo_marked_constant = True  # type: ignore[attr-defined]
 in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def capturing(device: torch.device) -> bool:
-    """Whether this thread captures a CUDA graph, which reads the memory of its tensors again at every replay."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def capturing(device: torch.device | None = None) -> bool:
+    """Whether this thread captures a CUDA graph, which reads the memory of its tensors again at every replay.
+
+    ``device`` is the one that the answer is needed for: False unless it is a CUDA device. None: for any device.
+    """
+    on_cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
+    return on_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def stream_of(device: torch.device) -> int:

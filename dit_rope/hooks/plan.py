@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..spec import Fusion, RopeSpec
+from ..spec import RopeSpec
 from ..tables.scaling import axis_frequencies
 from .adapter import AttentionRotation, ModelAdapter, ModelTables
 from .attention import AttentionOverride, ProcessorOverride, why_unknown
@@ -35,6 +35,7 @@ from .class_override import (
 from .forward_pass import BeginPass, EndPass
 from .known_code import guard_of
 from .log import log_not_patched
+from .options import Fusion, Options
 from .rope_modules import MemoizedMethod, RopeOverride, TableSettings, why_not_memoized
 from .rotating_norms import AttentionSettings, rotating_modules, why_incomplete
 
@@ -42,16 +43,6 @@ from .rotating_norms import AttentionSettings, rotating_modules, why_incomplete
 _WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 _BYPASSED = "another library has replaced its forward"
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a patched model computes, as :func:`dit_rope.patch` takes it; ``scaling`` may be a function."""
-
-    exact: bool | None = None
-    backend: str = "auto"
-    scaling: Any = None
-    fuse: Fusion = Fusion.NORM_AND_ROTATION
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from ..rotation.choice import explain_backends
-from ..spec import Fusion, Scaling, Scalings
+from ..spec import Scaling, Scalings
 from .adapter import AttentionRotation, ModelAdapter, ModelTables
 from .class_override import unpatched_class
 from .fused_norms import makes_fresh_results
-from .plan import Options, PatchPlan, RotationPlan, plain_path
+from .options import Fusion, Options
+from .plan import PatchPlan, RotationPlan, plain_path
 from .rope_modules import reads_axes
 
 

@@ -176,7 +176,7 @@ def _memoized(
 ) -> Any:
     """The result of ``original``, a method of ``target``, in new containers."""
     tables = settings.tables
-    if in_mode() or in_transform() or _capturing():
+    if in_mode() or in_transform() or capturing():  # a graph must own the tables that it reads
         return original(*args, **kwargs)
     reason = why_not_memoized(target, tables)
     if reason is not None:
@@ -324,8 +324,3 @@ def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
 def _forget(token: int) -> None:
     """Drops the cache entries of one patched object."""
     MODEL_TABLES.discard(lambda key: isinstance(key, _Key) and key.token == token)
-
-
-def _capturing() -> bool:
-    """Whether a CUDA graph is being captured. A graph must own the tables that it reads."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

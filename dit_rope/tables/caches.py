@@ -7,6 +7,7 @@ source of functions).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -34,7 +35,9 @@ TABLES: FifoCache[Hashable, HoldsTensors | torch.Tensor] = FifoCache("table", 16
 """What users ask for: tables, their dense forms, positions."""
 AXES: FifoCache[Hashable, torch.Tensor] = FifoCache("axis", 256, 64 * 2**20, _tensors_of)
 """Cos and sin of single axes in host memory, by :class:`~dit_rope.tables.axes.AxisKey`."""
-ANGLES: FifoCache[Hashable, Sequence[torch.Tensor]] = FifoCache("angle", 8, 64 * 2**20, lambda tensors: tensors)
+EXPANDED: FifoCache[Hashable, Sequence[torch.Tensor]] = FifoCache(
+    "expanded table", 8, 64 * 2**20, lambda tensors: tensors
+)
 """Cos and sin of every token, which the eager backend expands of tables on CPU."""
 MODEL_TABLES: FifoCache[Hashable, HoldsTensors] = FifoCache(
     "model table", 64, 2**30, _tensors_of, across_streams=False, in_default_device=True
@@ -55,7 +58,7 @@ class TableCacheInfo:
     Attributes:
         tables: tables, dense forms and position tensors, one entry each.
         axes: cos and sin of single axes in host memory, which tables of many grids and shards share.
-        angles: cos and sin of every token, which the eager backend expands of tables on CPU.
+        expanded: cos and sin of every token, which the eager backend expands of tables on CPU.
         models: tables that patched models build themselves.
         frequencies: frequencies of scaled axes, and their copies on devices.
         shifts: cos and sin by which :func:`~dit_rope.shift_keys` moves whole keys.
@@ -63,13 +66,23 @@ class TableCacheInfo:
 
     tables: CacheInfo
     axes: CacheInfo
-    angles: CacheInfo
+    expanded: CacheInfo
     models: CacheInfo
     frequencies: CacheInfo
     shifts: CacheInfo
 
+    @property
+    def angles(self) -> CacheInfo:
+        """Deprecated: the old name of ``expanded``."""
+        warnings.warn(
+            "cache_info().angles is cache_info().expanded now; the old name goes in 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.expanded
 
-_ALL: tuple[FifoCache[Any, Any], ...] = (TABLES, AXES, ANGLES, MODEL_TABLES, FREQUENCIES, SHIFTS)
+
+_ALL: tuple[FifoCache[Any, Any], ...] = (TABLES, AXES, EXPANDED, MODEL_TABLES, FREQUENCIES, SHIFTS)
 
 
 def cache_info() -> TableCacheInfo:

@@ -14,9 +14,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from dit_rope.adapters import adapter_of
+from dit_rope.hooks.options import Fusion
 from dit_rope.hooks.plan import PatchPlan, RotationPlan, make_plan
 from dit_rope.patching import patch
-from dit_rope.spec import Fusion
 
 from .architectures import ARCHITECTURES, Architecture, Noise
 from .results import Row

@@ -230,7 +230,7 @@ def test_second_call_finds_its_angles() -> None:
     for kwargs in ({}, {"positions": positions}, {"inverse": True}):
         for _ in range(2):
             run([x], table, exact=True, **kwargs)
-    info = dit_rope.cache_info().angles
+    info = dit_rope.cache_info().expanded
     assert (info.misses, info.hits, info.entries) == (3, 3, 3)
 
 
@@ -246,7 +246,7 @@ def test_angles_follow_a_write_to_what_they_came_from(what: str) -> None:
     else:
         positions[:] = positions.flip(1)
     # Rows are known as the tensor that they are, positions by their values.
-    told = pytest.warns(RuntimeWarning, match="angle cache was written to in place")
+    told = pytest.warns(RuntimeWarning, match="expanded table cache was written to in place")
     with told if what == "rows" else contextlib.nullcontext():
         eager.rotate([x], args, [after])
     assert not torch.equal(after, before)
@@ -275,7 +275,7 @@ def test_angles_of_inference_tensors_are_not_kept() -> None:
     with torch.inference_mode():
         args = dataclasses.replace(table.args(exact=True), rows=table.rows.clone())
         eager.rotate([x], args, [torch.empty_like(x)])
-    assert dit_rope.cache_info().angles.entries == 0
+    assert dit_rope.cache_info().expanded.entries == 0
 
 
 def own_angles(heads: int, tokens: int, dtype: torch.dtype = torch.float32, **kwargs: object) -> RotationArgs:
@@ -322,7 +322,7 @@ def test_each_heads_angles_are_found_again() -> None:
     for xs in ([x], [x, more], [more, x]):
         for _ in range(2):
             eager.rotate(xs, args, [torch.empty_like(x) for x in xs])
-    info = dit_rope.cache_info().angles
+    info = dit_rope.cache_info().expanded
     assert (info.misses, info.hits, info.entries) == (2, 4, 2)
 
 

@@ -89,3 +89,9 @@ def test_rotary_dim_refuses(arguments, error, message):
 def test_rotary_dim_is_deprecated() -> None:
     with pytest.warns(DeprecationWarning, match="rotary_dim goes in 0.3"):
         dit_rope.rotary_dim(64)
+
+
+def test_angles_of_cache_info_is_the_old_name_of_expanded() -> None:
+    info = dit_rope.cache_info()
+    with pytest.warns(DeprecationWarning, match=r"cache_info\(\)\.angles is cache_info\(\)\.expanded now"):
+        assert info.angles is info.expanded

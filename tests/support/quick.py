@@ -37,6 +37,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "hooks.known_code": ("hooks/test_patch_report.py",),
     "hooks.log": ("hooks/test_log.py",),
     "hooks.packed_tables": ("hooks/test_packed_tables.py",),
+    "hooks.options": ("hooks/test_fusion.py",),
     "hooks.plan": ("hooks/test_missing_norms.py", "hooks/test_patching.py"),
     "hooks.report": ("hooks/test_patch_report.py",),
     "hooks.rope_modules": ("hooks/test_table_keys.py",),

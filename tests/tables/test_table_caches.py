@@ -58,7 +58,7 @@ def test_info_shows_every_entry_of_every_cache():
     every = {id(cache): cache.info() for cache in caches().values()}
     assert len(shown) == len(every)
     assert sum(info.bytes for info in shown) == sum(info.bytes for info in every.values()) > 0
-    for name in ("tables", "axes", "angles", "frequencies", "shifts"):
+    for name in ("tables", "axes", "expanded", "frequencies", "shifts"):
         assert getattr(cache_info(), name).entries > 0, name
     assert cache_info().frequencies.bytes > 0
     cache_clear()
@@ -81,7 +81,7 @@ def test_every_cache_is_made_where_all_are_listed():
 def test_every_module_of_the_package_is_looked_at():
     names = {module.name for module in pkgutil.walk_packages(dit_rope.__path__, "dit_rope.")}
     assert len(SOURCES) >= len(names)
-    assert {name.rpartition(".")[2] for name in caches()} >= {"TABLES", "AXES", "ANGLES", "FREQUENCIES", "SHIFTS"}
+    assert {name.rpartition(".")[2] for name in caches()} >= {"TABLES", "AXES", "EXPANDED", "FREQUENCIES", "SHIFTS"}
 
 
 def test_caps_may_be_integers_of_numpy():

@@ -19,7 +19,7 @@ import torch
 
 from ...rotation_args import Memo, Norm, RotationArgs
 from ...spec import Pairing
-from ...tables.caches import ANGLES
+from ...tables.caches import EXPANDED
 from ...torch_state import WITHOUT_FLOAT64_OR_COMPLEX, in_mode
 from . import cos_sin
 
@@ -129,7 +129,7 @@ class _Rotation:
         tensors = (_identity(args.rows), _values(args.positions))
         key = (tensors, where, args.pairing, args.inverse, self.exact_complex, self.dtype)
         # The entry holds the rows: their memory is not reused while it lives, and a write to them invalidates it.
-        return ANGLES.get(key, args.rows.device, lambda: [*self._gathered(), args.rows.detach()])[:-1]
+        return EXPANDED.get(key, args.rows.device, lambda: [*self._gathered(), args.rows.detach()])[:-1]
 
     def _gathered(self) -> list[torch.Tensor]:
         """The tables, and after them, where some pairs of some tokens do not rotate, the mask of their channels."""
