@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+from .random_models import EmptyOptions, Noise, random_model
 
 
 class Guidance(enum.Enum):
@@ -20,18 +21,6 @@ class Guidance(enum.Enum):
     DISTILLED = "one forward pass, guided by a number that it is given"
 
     __hash__ = object.__hash__
-
-
-class Noise:
-    """Seeded inputs in one dtype on one device; ``noise(2, 3)`` is a normal ``[2, 3]`` tensor."""
-
-    def __init__(self, device: str, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
-        self._generator = torch.Generator().manual_seed(0)
-
-    def __call__(self, *shape: int) -> torch.Tensor:
-        """The next tensor."""
-        return torch.randn(shape, generator=self._generator).to(self.device, self.dtype)
 
 
 Inputs = Callable[[Any, tuple[int, int, int], int, int, Noise], dict[str, Any]]
@@ -68,36 +57,13 @@ class Architecture:
         return twice if self.guidance is Guidance.PASSES else 1, twice if self.guidance is Guidance.BATCH else 1
 
     def build(self, layers: int | None, device: str, dtype: torch.dtype, **config: Any) -> torch.nn.Module:
-        """The seeded random model with ``layers`` of each kind, or all of them where None; ``config`` as further set.
-
-        As ``from_pretrained(torch_dtype=dtype)`` gives it: parts that diffusers keeps in float32 stay so.
-        """
+        """The seeded random model with ``layers`` of each kind, all where None; ``config`` replaces values."""
         import diffusers
 
         depths = {} if layers is None else dict.fromkeys(self.depths, layers)
-        torch.manual_seed(0)
-        with torch.device(device), _Empty(dtype):
-            model: torch.nn.Module = getattr(diffusers, self.model)(**{**self.config, **depths, **config}).eval()
-        kept = frozenset(getattr(model, "_keep_in_fp32_modules", None) or ())
-        for path, parameter in model.named_parameters():
-            if parameter.ndim == 1:  # weights of norms that are all ones would hide a norm that is left out
-                parameter.data = parameter.data + torch.rand_like(parameter) - 0.5
-            parameter.data = parameter.data.to(torch.float32 if kept & set(path.split(".")) else dtype)
+        with torch.device(device), EmptyOptions(dtype=dtype):
+            model = random_model(getattr(diffusers, self.model), {**self.config, **depths, **config}, dtype)
         return model.requires_grad_(False)
-
-
-class _Empty(TorchFunctionMode):
-    """Weights are allocated in the dtype that they will have: a released model in float32 may not fit on a device."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.empty and kwargs.get("dtype") is None:
-            kwargs = {**kwargs, "dtype": self.dtype}
-        return func(*args, **kwargs)
 
 
 def _timestep(batch: int, noise: Noise, value: float = 500.0) -> torch.Tensor:

@@ -18,7 +18,8 @@ from dit_rope.hooks.options import Fusion
 from dit_rope.hooks.plan import PatchPlan, RotationPlan, make_plan
 from dit_rope.patching import patch
 
-from .architectures import ARCHITECTURES, Architecture, Noise
+from .architectures import ARCHITECTURES, Architecture
+from .random_models import Noise
 from .results import Row
 from .step_profile import KINDS, ROPE, shares
 from .table_building import cold
@@ -136,7 +137,7 @@ def architecture_step(
     """
     model = architecture.build(layers, device, dtype, **(config or {}))
     sizes = (grid or architecture.grid, text or architecture.text, batch)
-    inputs = architecture.inputs(model.config, *sizes, Noise(device, dtype))
+    inputs = architecture.inputs(model.config, *sizes, Noise(dtype, device=device))
     return Step((model,), (Call(0, (), {**inputs, "return_dict": False}),))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -18,7 +19,8 @@ from dit_rope.tables.scaling import scaling_from_config
 from dit_rope.tables.scaling_types import TYPES
 
 from . import frequency_plot
-from .model_frequencies import EmptyOnMeta, frequencies_of
+from .model_frequencies import frequencies_of
+from .random_models import EmptyOptions
 
 _WORDS = ("frames", "height", "width")
 _VIDEO, _IMAGE = "21x30x52", "1x64x64"
@@ -53,7 +55,7 @@ class Picture:
 
     def draw_model(self, model: str) -> None:
         """Draws the transformers of a folder or hub id; several of one pipeline get files of their own, by name."""
-        transformers = build_transformers(model, EmptyOnMeta)
+        transformers = build_transformers(model, functools.partial(EmptyOptions, device="meta"))
         for name, transformer in transformers.items():
             several = len(transformers) > 1
             self._draw(transformer, self.path.with_stem(f"{self.path.stem}-{name}") if several else self.path)
@@ -103,7 +105,7 @@ def _default_model(name: str) -> Any:
     """The transformer of a class in its default configuration, without weights."""
     module, _, _ = adapter_named(name).model.rpartition(".")
     try:
-        with EmptyOnMeta():
+        with EmptyOptions(device="meta"):
             return getattr(importlib.import_module(module), name)()
     except (AttributeError, TypeError, ValueError) as error:
         raise typer.BadParameter(

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dit_rope.hooks.adapter import ModelTables
@@ -95,19 +94,8 @@ class ModelFrequencies:
         return 2 * rows * max(len(axis.pairs) for axis in self.axes) * self.number_bytes
 
 
-class EmptyOnMeta(TorchFunctionMode):
-    """While it is open, modules are built with weights on the meta device and whatever they compute on the CPU."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Gives ``torch.empty``, which weights are made with, the device that was left out."""
-        kwargs = dict(kwargs or {})
-        if func is torch.empty and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
 def frequencies_of(model: Any, adapter: ModelAdapter, sizes: Sizes, scaling: Scalings = None) -> ModelFrequencies:
-    """The frequencies of a model built within :class:`EmptyOnMeta`.
+    """The frequencies of a model, whose weights may be on the meta device.
 
     Args:
         model: the transformer.

@@ -22,8 +22,9 @@ from dit_rope.hooks.plan import PatchPlan, make_plan
 from dit_rope.patching import patch
 from dit_rope.tables.caches import cache_clear
 
-from .architectures import ARCHITECTURES, Architecture, Noise
+from .architectures import ARCHITECTURES, Architecture
 from .operator_counter import Count, OperatorCounter
+from .random_models import Noise
 from .results import Row
 from .sections import Case, Settings
 
@@ -49,7 +50,7 @@ def _rows(name: str, architecture: Architecture, quick: bool) -> list[Row]:
     with constant_weights():
         model = architecture.build(1, "cpu", DTYPE)
     grid, text = ((1, 4, 6), 8) if quick else (architecture.grid, architecture.text)
-    inputs = architecture.inputs(model.config, grid, text, 1, Noise("cpu", DTYPE))
+    inputs = architecture.inputs(model.config, grid, text, 1, Noise(DTYPE))
     counted = count_patched(model, lambda: model(**inputs))
     tables = dict(zip(TABLE_FIGURES, counted.tables, strict=True))
     return [{"model": name, "module": stem, **figures, **tables} for stem, figures in counted.modules.items()]

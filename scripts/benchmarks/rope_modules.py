@@ -1,7 +1,7 @@
 """diffusers' own rope modules, as they are and with the memo that ``dit_rope.patch`` gives them.
 
-Each belongs to a model with one narrow layer, whose rotation has the released sizes, and is called as the model calls
-it in every forward pass. Unpatched it builds its tables again; patched, the first call builds and the others find.
+Each belongs to a model with one layer, without weights, and is called as the model calls it in every forward pass.
+Unpatched it builds its tables in every call; patched it builds them in the first call, and later calls find them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from dit_rope.patching import patch
 from dit_rope.tables.caches import cache_clear
 
+from .random_models import EmptyOptions
 from .results import Row
 from .sections import Case, Settings, Wrong
 from .table_building import cold, held_bytes, repeated
@@ -34,7 +35,7 @@ class Family:
     Attributes:
         name: what the family is called.
         model: class of ``diffusers``.
-        config: arguments of that class, for one narrow layer with the rotation of the released model.
+        config: what differs from the defaults of that class, which are of a released model.
         size: what is generated, in words.
         tokens: rows of its table.
         inputs: from the device to the arguments of the call, at that size. Latents have no channels, since a rope
@@ -51,21 +52,19 @@ class Family:
     rope: str = field(default="rope", kw_only=True)
 
     def build(self, device: str) -> torch.nn.Module:
-        """The model with random weights."""
+        """The model, with its weights on the meta device: rope modules have none."""
         import diffusers
 
-        torch.manual_seed(0)
-        with torch.device(device):
+        with torch.device(device), EmptyOptions(device="meta"):
             model: torch.nn.Module = getattr(diffusers, self.model)(**self.config).eval()
         return model
 
 
-_NARROW = {"num_attention_heads": 1, "num_layers": 1}
 FAMILIES = (
     Family(
         "Wan",
         "WanTransformer3DModel",
-        {**_NARROW, "attention_head_dim": 128, "ffn_dim": 64, "text_dim": 8, "freq_dim": 8},
+        {"num_layers": 1},
         "720p, 81 frames",
         21 * 45 * 80,
         lambda device: (torch.empty(1, 0, 21, 90, 160, device=device),),
@@ -73,8 +72,7 @@ FAMILIES = (
     Family(
         "HunyuanVideo",
         "HunyuanVideoTransformer3DModel",
-        {**_NARROW, "attention_head_dim": 128, "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": 8,
-         "pooled_projection_dim": 8, "mlp_ratio": 1.0},
+        {"num_layers": 1, "num_single_layers": 1},
         "720p, 129 frames",
         33 * 45 * 80,
         lambda device: (torch.empty(1, 0, 33, 90, 160, device=device),),
@@ -82,8 +80,7 @@ FAMILIES = (
     Family(
         "LTX",
         "LTXVideoTransformer3DModel",
-        {"num_layers": 1, "num_attention_heads": 32, "attention_head_dim": 64, "cross_attention_dim": 2048,
-         "caption_channels": 8},
+        {"num_layers": 1},
         "512 x 768, 97 frames",
         13 * 16 * 24,
         lambda device: (torch.empty(1, 13 * 16 * 24, 0, device=device), 13, 16, 24, (8 / 25, 32.0, 32.0)),
@@ -91,7 +88,7 @@ FAMILIES = (
     Family(
         "QwenImage",
         "QwenImageTransformer2DModel",
-        {**_NARROW, "attention_head_dim": 128, "joint_attention_dim": 8},
+        {"num_layers": 1},
         "1328 x 1328",
         83 * 83 + 512,
         lambda device: ([(1, 83, 83)], torch.device(device), 512),
@@ -100,7 +97,7 @@ FAMILIES = (
     Family(
         "CogView4",
         "CogView4Transformer2DModel",
-        {**_NARROW, "attention_head_dim": 128, "text_embed_dim": 8, "time_embed_dim": 8},
+        {"num_layers": 1, "num_attention_heads": 32, "attention_head_dim": 128},
         "1024 x 1024",
         64 * 64,
         lambda device: (torch.empty(1, 0, 128, 128, device=device),),
@@ -108,12 +105,12 @@ FAMILIES = (
     Family(
         "Cosmos",
         "CosmosTransformer3DModel",
-        {**_NARROW, "attention_head_dim": 128, "text_embed_dim": 8, "adaln_lora_dim": 8, "mlp_ratio": 1.0},
+        {"num_layers": 1},
         "704 x 1280, 121 frames",
         16 * 44 * 80,
         lambda device: (torch.empty(1, 0, 16, 88, 160, device=device), 24),
     ),
-)  # fmt: skip
+)
 
 
 def cases(settings: Settings) -> Iterator[Case]:

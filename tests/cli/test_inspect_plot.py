@@ -20,7 +20,8 @@ import dit_rope
 from benchmarks import frequency_plot
 from benchmarks.frequency_plot import Setting, draw
 from benchmarks.inspect_plot import parse_scalings
-from benchmarks.model_frequencies import EmptyOnMeta, ModelFrequencies, frequencies_of
+from benchmarks.model_frequencies import ModelFrequencies, frequencies_of
+from benchmarks.random_models import EmptyOptions
 from dit_rope import Grid, RopeSpec, Scaling, Shard, cli
 from dit_rope.adapters import adapter_named
 from dit_rope.models import ADAPTERS
@@ -39,7 +40,7 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def built(name: str, **config: Any) -> Any:
     module, _, _ = adapter_named(name).model.rpartition(".")
-    with EmptyOnMeta():
+    with EmptyOptions(device="meta"):
         return getattr(importlib.import_module(module), name)(**config)
 
 

@@ -19,26 +19,18 @@ from benchmarks.step_profile import KINDS, ROPE, shares
 from benchmarks.timing import Timing
 from dit_rope.rotation import ops
 from measure import bench_end_to_end
+from zoo import named
 
-SMALL: dict[str, dict[str, Any]] = {
-    "wan-1.3b": {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "text_dim": 16},
-    "hunyuan-video": {
-        "num_attention_heads": 2, "attention_head_dim": 16, "mlp_ratio": 1.0, "text_embed_dim": 16,
-        "pooled_projection_dim": 8, "rope_axes_dim": (2, 6, 8), "num_refiner_layers": 1,
-    },
-    "flux": {
-        "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 8, "joint_attention_dim": 16,
-        "pooled_projection_dim": 8, "axes_dims_rope": (4, 4, 8),
-    },
-    "ltx": {
-        "in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 16,
-        "cross_attention_dim": 32, "caption_channels": 16,
-    },
-    "qwen-image": {
-        "in_channels": 16, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 32,
-        "joint_attention_dim": 16, "axes_dims_rope": (8, 12, 12),
-    },
-}  # fmt: skip
+SMALL = {
+    name: {key: value for key, value in named(example).config.items() if key not in ARCHITECTURES[name].depths}
+    for name, example in (
+        ("wan-1.3b", "wan"),
+        ("hunyuan-video", "hunyuan-video"),
+        ("flux", "flux"),
+        ("ltx", "ltx-padded"),
+        ("qwen-image", "qwen-image"),
+    )
+}
 NAMES = ["unpatched", *(variant.name for variant in VARIANTS), "without rope"]
 BY_NAME = pytest.mark.parametrize("name", SMALL)
 

@@ -255,7 +255,8 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_both_runs_are_compared_and_not_repeated(
     checkout: Path, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")]))
+    paths = (ROOT, ROOT / "scripts", ROOT / "tests" / "support")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)))
     work = tmp_path / "work"
     code, output = compare(checkout, work)
     assert code == 1

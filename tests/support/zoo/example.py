@@ -9,21 +9,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.random_models import Noise, random_model
+
 
 def tensors(output: Any) -> list[torch.Tensor]:
     """Every tensor in the output of a model."""
     return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-
-
-class Noise:
-    """Seeded inputs in one dtype; ``noise(2, 3)`` is a normal ``[2, 3]`` tensor."""
-
-    def __init__(self, dtype: torch.dtype, seed: int = 1) -> None:
-        self.dtype = dtype
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=self.generator).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -56,32 +47,8 @@ class Example:
         return cls
 
     def build(self, dtype: torch.dtype = torch.float32, released: bool = False) -> torch.nn.Module:
-        """A seeded random model as ``from_pretrained(torch_dtype=dtype)`` gives it: parts kept in float32 stay so.
-
-        Norm weights are not ones, nor biases zeros, so that one that is left out or swapped shows.
-        """
-        torch.manual_seed(0)
-        model = self.model_class(**{**self.config, **(self.released if released else {})}).eval()
-        kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
-        generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            for path, parameter in model.named_parameters():
-                if parameter.ndim == 1:
-                    parameter.add_(torch.rand(parameter.shape, generator=generator).to(parameter.dtype) - 0.5)
-                elif not parameter.any():
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-                if parameter.is_floating_point() and not any(part in kept for part in path.split(".")):
-                    parameter.data = parameter.data.to(dtype)
-            for path, module in model.named_modules():
-                for name in module._buffers.keys() - module._non_persistent_buffers_set:
-                    buffer = module._buffers[name]
-                    if (
-                        buffer is not None
-                        and buffer.is_floating_point()
-                        and not any(p in kept for p in path.split("."))
-                    ):
-                        module._buffers[name] = buffer.to(dtype)
-        return model
+        """A seeded random model, as :func:`benchmarks.random_models.random_model` makes it."""
+        return random_model(self.model_class, {**self.config, **(self.released if released else {})}, dtype)
 
     def forward(self, model: Any, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
         """One forward pass; ``changes`` replace inputs."""
