@@ -26,7 +26,7 @@ SIDES = ("unpatched", "patched")
 Frames = np.ndarray[tuple[int, int, int, int], np.dtype[np.float32]]
 """A video: ``[frames, height, width, 3]``, float32 in 0..1."""
 Progress = Callable[[str], None]
-"""Called after every denoising step with the name of the run it belongs to."""
+"""Called after every denoising step with the name of its run."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Generation:
     """One run of a pipeline.
 
     Attributes:
-        frames: the video, or None when only latents were asked for.
-        step_seconds: duration of each step but the first, whose start no callback marks.
+        frames: the video; None if the latents were not decoded.
+        step_seconds: duration of each step but the first: diffusers calls back at the end of a step only.
     """
 
     frames: Frames | None
@@ -84,7 +84,7 @@ class Side:
         return statistics.median(self.step_seconds)
 
     def percentile(self, percent: int) -> float:
-        """That percentile of the timed steps, in seconds."""
+        """The ``percent``-th percentile of the timed steps, in seconds."""
         return float(np.percentile(self.step_seconds, percent))
 
     def spread(self) -> str:
@@ -140,7 +140,7 @@ class Comparison:
         }
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """The figures for a reader: (what, unpatched, patched)."""
+        """The figures as text: (label, unpatched, patched)."""
         before, after = self.before, self.after
         lowest, mean = np.min(self.ssim), np.mean(self.ssim)
         return [
@@ -212,8 +212,16 @@ def compare(pipe: Any, request: Request, *, repeats: int = 1, progress: Progress
         progress: called after every step with ``"warm-up"``, ``"unpatched"`` or ``"patched"``.
 
     Raises:
-        UnsupportedModelError: when the pipeline has nothing to patch.
-        ValueError: for repeats below 1.
+        UnsupportedModelError: nothing in the pipeline can be patched.
+        ValueError: ``repeats`` is below 1.
+
+    Example:
+        >>> from diffusers import DiffusionPipeline
+        >>> from dit_rope.comparison import Request, compare
+        >>> pipe = DiffusionPipeline.from_pretrained("samples/tiny-wan")
+        >>> request = Request("a red circle moving right", steps=2, frames=5, height=32, width=32)
+        >>> compare(pipe, request).max_difference  # exact mode, the default on a CPU
+        0.0
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -249,8 +257,8 @@ def frame_ssim(first: Frames, second: Frames) -> tuple[float, ...]:
     """Structural similarity of each frame of two videos of one shape (Wang et al. 2004, scikit-image's defaults).
 
     Raises:
-        ValueError: when the shapes differ.
-        ImportError: without scikit-image.
+        ValueError: the shapes differ.
+        ImportError: scikit-image is missing.
     """
     from skimage.metrics import structural_similarity
 
@@ -269,7 +277,7 @@ def save_video(frames: Frames, path: Path, fps: int = 16) -> None:
 
 
 def save_preview(frames: Frames, path: Path, fps: int = 16) -> None:
-    """Writes an animated picture that loops; the suffix says which kind: ``.gif`` or ``.webp``."""
+    """Writes an animated picture that loops: ``.gif`` or ``.webp``, by the suffix of ``path``."""
     first, *rest = _pictures(frames)
     first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
 
@@ -335,7 +343,7 @@ def _quiet(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def _rope_output_bytes(pipe: Any) -> Iterator[list[int]]:
-    """Collects, for every call of a ``rope`` module of the pipeline's transformers, the bytes it returned."""
+    """Collects the bytes that each call of a ``rope`` module of the pipeline's transformers returned."""
     collected: list[int] = []
 
     def collect(_module: Any, _args: Any, output: Any) -> None:

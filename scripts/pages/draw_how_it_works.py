@@ -77,7 +77,7 @@ def draw_attention(axes: Axes) -> None:
     axes.plot([0, 100], [48, 48], color=PALE)
     axes.text(2, 39, "patched", color=INK, weight="bold")
     draw_chain(axes, 3, ("to_q,\nto_k", "norm + rotate\none pass", "no table:\nskips", "attention"), (1,))
-    box(axes, 62, 27, (62, 9), "processor runs on a stand-in, without a table", OURS)
+    box(axes, 62, 27, (62, 9), "processor runs on a proxy, without a table", OURS)
     arrow(axes, (52, 22.3), (37, 10))
     axes.text(50, -11, "blue: dit_rope; all else is the model's own code", ha="center", color=INK)
 
