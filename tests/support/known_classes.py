@@ -1,37 +1,19 @@
-"""Classes of tests, whose code a patch takes for known as it does that of diffusers."""
+"""Classes that tests define, made known as the code of diffusers is."""
 
 from __future__ import annotations
 
-from types import FunctionType
 from typing import Any
 
-from dit_rope.hooks import known_code
 from dit_rope.hooks.adapter import ModelTables
+from dit_rope.hooks.adapter_code import Digests
 from dit_rope.hooks.class_override import PatchState, override_method
+from dit_rope.hooks.known_code import register_code
 from dit_rope.hooks.rope_modules import RopeOverride, TableSettings
 
 
-class _Own(known_code.Walk):
-    """The methods of a class that one of them runs."""
-
-    def wants(self, slot: str, value: Any) -> bool:
-        """Functions of modules are not looked at."""
-        return False
-
-    def accepts(self, slot: str, value: Any, function: Any) -> bool:
-        """Adds the source of every method to the known ones."""
-        if not isinstance(function, FunctionType):
-            return False
-        digest = known_code.source_digest(function)
-        assert digest is not None
-        known_code.known_digests()[slot] = frozenset({digest})
-        return True
-
-
 def known(cls: type, method: str = "forward") -> type:
-    """``cls``, whose ``method`` is known code from now on."""
-    _Own(cls, method)
-    known_code._guards.clear()
+    """``cls``, whose ``method`` is known code from now on, with the methods that it calls."""
+    register_code(f"{cls.__module__}.{cls.__qualname__}.{method}", Digests(cls, method, frozenset()).digests)
     return cls
 
 
