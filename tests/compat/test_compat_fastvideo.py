@@ -37,7 +37,7 @@ def assert_bitwise(ours, theirs) -> None:
 @pytest.mark.parametrize("start_frame", [0, 3, 18, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sizes", GRIDS, ids=str)
-def test_builder_is_bitwise_equal_to_the_full_grid(sizes, dtype, start_frame, use_real):
+def test_builder_is_bitwise_equal_to_the_full_grid(sizes, dtype, start_frame, use_real) -> None:
     for dims, theta in ((WAN_DIMS, 10_000), (HUNYUAN_DIMS, 256)):
         ours = embed(sizes, dims, theta, dtype=dtype, start_frame=start_frame, use_real=use_real)
         settings = {"dtype": dtype, "start_frame": start_frame, "repeat": use_real}
@@ -49,7 +49,7 @@ def test_builder_is_bitwise_equal_to_the_full_grid(sizes, dtype, start_frame, us
     ("rescale", "interpolation"),
     [(2.0, 1.0), (1.0, 0.3), ([1.5], [0.7]), ([2.0, 1.0, 3.0], [0.5, 1.0, 1 / 3]), (20 / 24, [2.0, 2.0, 0.1])],
 )
-def test_builder_is_bitwise_equal_with_factors(rescale, interpolation, dtype):
+def test_builder_is_bitwise_equal_with_factors(rescale, interpolation, dtype) -> None:
     ours = embed(
         (5, 7, 9), theta_rescale_factor=rescale, interpolation_factor=interpolation, dtype=dtype, start_frame=7
     )
@@ -60,7 +60,7 @@ def test_builder_is_bitwise_equal_with_factors(rescale, interpolation, dtype):
 @pytest.mark.parametrize("use_real", [True, False], ids=["use_real", "pairs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("axis", "world"), [(0, 2), (0, 4), (1, 3), (2, 5)])
-def test_shards_are_bitwise_equal_and_their_sum_is_the_whole(axis, world, dtype, use_real):
+def test_shards_are_bitwise_equal_and_their_sum_is_the_whole(axis, world, dtype, use_real) -> None:
     sizes, settings = (4, 6, 10), {"dtype": dtype, "start_frame": 18}
     parts = []
     for rank in range(world):
@@ -77,7 +77,7 @@ def test_shards_are_bitwise_equal_and_their_sum_is_the_whole(axis, world, dtype,
     assert_bitwise([torch.cat(part, dim=axis).flatten(0, 2) for part in zip(*parts, strict=True)], whole)
 
 
-def test_rank_and_world_come_from_the_default_group(tmp_path):
+def test_rank_and_world_come_from_the_default_group(tmp_path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         assert embed(do_sp_sharding=True)[0] is embed()[0]
@@ -85,7 +85,7 @@ def test_rank_and_world_come_from_the_default_group(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_rank_of_the_default_group_is_used(monkeypatch):
+def test_rank_of_the_default_group_is_used(monkeypatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 2)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
@@ -93,11 +93,11 @@ def test_rank_of_the_default_group_is_used(monkeypatch):
     assert embed()[0].shape == (72, 128)
 
 
-def test_rank_and_world_are_ignored_without_sharding():
+def test_rank_and_world_are_ignored_without_sharding() -> None:
     assert embed(sp_rank=1, sp_world_size=3)[0] is embed()[0]
 
 
-def test_repeated_call_returns_the_same_tensors_from_one_entry():
+def test_repeated_call_returns_the_same_tensors_from_one_entry() -> None:
     first = embed()
     for _ in range(9):
         again = embed()
@@ -112,7 +112,7 @@ def test_repeated_call_returns_the_same_tensors_from_one_entry():
     [{}, {"dtype": torch.float64}, {"use_real": False}, {"start_frame": 5, "theta_rescale_factor": 2.0}],
     ids=["plain", "float64", "pairs", "start and rescale"],
 )
-def test_cached_table_equals_a_fresh_one(settings):
+def test_cached_table_equals_a_fresh_one(settings) -> None:
     first = embed(**settings)
     cached = embed(**settings)
     cache_clear()
@@ -138,7 +138,7 @@ def test_cached_table_equals_a_fresh_one(settings):
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_each_argument_makes_an_entry_of_its_own(change):
+def test_each_argument_makes_an_entry_of_its_own(change) -> None:
     first, second = embed(), embed(**change)
     assert cache_info().tables.entries == 2
     alike = first[0].shape == second[0].shape and first[0].dtype == second[0].dtype
@@ -146,7 +146,7 @@ def test_each_argument_makes_an_entry_of_its_own(change):
     assert embed()[0] is first[0]
 
 
-def test_shard_axes_and_ranks_never_share():
+def test_shard_axes_and_ranks_never_share() -> None:
     sizes = (6, 6, 6)
     tables = [
         embed(sizes, do_sp_sharding=True, shard_dim=axis, sp_rank=rank, sp_world_size=2)[0]
@@ -157,30 +157,30 @@ def test_shard_axes_and_ranks_never_share():
     assert all(not torch.equal(a, b) for i, a in enumerate(tables) for b in tables[:i])
 
 
-def test_no_dims_share_an_entry_with_the_explicit_third():
+def test_no_dims_share_an_entry_with_the_explicit_third() -> None:
     first = embed(dims=None, hidden=12 * 96)
     assert embed(dims=[32, 32, 32], hidden=12 * 96)[0] is first[0]
     assert cache_info().tables.entries == 1
 
 
-def test_width_is_the_head_dim_or_half_of_it():
+def test_width_is_the_head_dim_or_half_of_it() -> None:
     assert embed()[0].shape == (72, 128)
     assert embed(use_real=False)[0].shape == (72, 64)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 30, 52), (21, 1, 1)], ids=str)
-def test_degenerate_grids_have_their_rows(sizes):
+def test_degenerate_grids_have_their_rows(sizes) -> None:
     assert embed(sizes)[0].shape == (sizes[0] * sizes[1] * sizes[2], 128)
 
 
 @pytest.mark.parametrize("same", [2.0, [2.0], (2.0, 2.0, 2.0), [2, 2, 2]], ids=str)
-def test_a_factor_and_the_list_that_repeats_it_share_one_entry(same):
+def test_a_factor_and_the_list_that_repeats_it_share_one_entry(same) -> None:
     first = embed(theta_rescale_factor=2.0, interpolation_factor=2.0)
     assert embed(theta_rescale_factor=same, interpolation_factor=same)[0] is first[0]
     assert cache_info().tables.entries == 1
 
 
-def test_casting_a_result_does_not_change_the_cache():
+def test_casting_a_result_does_not_change_the_cache() -> None:
     expected = embed(dtype=torch.float64)[0].clone()
     for _ in range(2):
         moved = embed(dtype=torch.float64)[0].to("cpu").float()
@@ -188,20 +188,20 @@ def test_casting_a_result_does_not_change_the_cache():
     assert torch.equal(embed(dtype=torch.float64)[0], expected)
 
 
-def test_writing_to_a_result_is_noticed_and_the_next_caller_gets_a_fresh_table():
+def test_writing_to_a_result_is_noticed_and_the_next_caller_gets_a_fresh_table() -> None:
     expected = embed()[0].clone()
     embed()[0].zero_()
     with pytest.warns(RuntimeWarning, match="written to in place"):
         assert torch.equal(embed()[0], expected)
 
 
-def test_start_frame_shifts_the_values():
+def test_start_frame_shifts_the_values() -> None:
     later, longer = embed((3, 4, 6), start_frame=2)[0], embed((5, 4, 6))[0]
     assert torch.equal(later, longer[48:])
     assert not torch.equal(later, longer[:72])
 
 
-def test_cache_keeps_sixteen_first_in_first_out_although_the_oldest_was_hit():
+def test_cache_keeps_sixteen_first_in_first_out_although_the_oldest_was_hit() -> None:
     oldest = embed(start_frame=0)
     for start in range(1, 16):
         embed(start_frame=start)
@@ -212,7 +212,7 @@ def test_cache_keeps_sixteen_first_in_first_out_although_the_oldest_was_hit():
     assert embed(start_frame=0)[0] is not oldest[0]
 
 
-def test_cache_is_capped_in_bytes():
+def test_cache_is_capped_in_bytes() -> None:
     cache_configure(max_bytes=200_000)
     for start in range(8):
         embed(start_frame=start)
@@ -222,7 +222,7 @@ def test_cache_is_capped_in_bytes():
 @pytest.mark.parametrize(
     "mode", [torch.device("meta"), FakeTensorMode(), torch.inference_mode()], ids=["meta", "fake", "inference"]
 )
-def test_first_call_in_a_mode_does_not_reach_later_callers(mode):
+def test_first_call_in_a_mode_does_not_reach_later_callers(mode) -> None:
     with mode:
         embed()
     cos, sin = embed()
@@ -234,7 +234,7 @@ def test_first_call_in_a_mode_does_not_reach_later_callers(mode):
     assert torch.equal(x.grad, cos)
 
 
-def test_compiled_caller_uses_two_graphs_for_many_start_frames():
+def test_compiled_caller_uses_two_graphs_for_many_start_frames() -> None:
     graphs = []
 
     def count(graph, inputs):
@@ -299,6 +299,6 @@ def test_compiled_caller_uses_two_graphs_for_many_start_frames():
         ({"dtype": torch.int64}, TypeError, "^dtype must be float64, float32, bfloat16 or float16, got torch.int64"),
     ],
 )
-def test_builder_refuses(settings, error, message):
+def test_builder_refuses(settings, error, message) -> None:
     with pytest.raises(error, match=message):
         embed(**settings)

@@ -163,7 +163,7 @@ def offences(name: str, source: str, is_package: bool = False) -> list[str]:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_module_imports_only_what_its_layer_may(name):
+def test_module_imports_only_what_its_layer_may(name) -> None:
     path = MODULES[name]
     assert offences(name, path.read_text(), path.name == "__init__.py") == []
 
@@ -196,7 +196,7 @@ def test_module_imports_only_what_its_layer_may(name):
         ("dit_rope.patching", "if True:\n    import diffusers.models"),
     ],
 )
-def test_layering_check_notices(name, source):
+def test_layering_check_notices(name, source) -> None:
     assert offences(name, source)
 
 
@@ -216,13 +216,13 @@ def test_picture_of_the_layers_shows_every_module_above_all_that_it_imports() ->
             assert not inside or floors[unit(module)] < floors[unit(name)], f"{name} imports {module}"
 
 
-def test_no_two_modules_beside_one_another_import_each_other():
+def test_no_two_modules_beside_one_another_import_each_other() -> None:
     """However long the way round: what may be imported of a unit's own modules has an order."""
     below = {above: [module for other, module in BESIDE if other == above] for above, _ in BESIDE}
     graphlib.TopologicalSorter(below).prepare()  # raises CycleError
 
 
-def test_init_holds_public_names_and_nothing_else():
+def test_init_holds_public_names_and_nothing_else() -> None:
     tree = ast.parse(MODULES["dit_rope"].read_text())
     docstring, *body = tree.body
     assert isinstance(docstring, ast.Expr)
@@ -234,13 +234,13 @@ def test_init_holds_public_names_and_nothing_else():
     assert set(dit_rope.__all__) == imported | {"__version__"}
 
 
-def test_no_module_has_the_name_of_a_public_function():
+def test_no_module_has_the_name_of_a_public_function() -> None:
     """``from . import rotate`` would give the module or the function, whichever was bound last; so would a user's."""
     stems = {name.rpartition(".")[2] for name in MODULES if name.count(".") == 1}
     assert stems & set(dit_rope.__all__) == set()
 
 
-def test_import_loads_nothing_heavy_and_changes_nothing():
+def test_import_loads_nothing_heavy_and_changes_nothing() -> None:
     program = """
 import os, sys, threading
 import torch
@@ -260,7 +260,7 @@ assert info.tables.entries == info.axes.entries == 0
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_files_and_functions_stay_short(name):
+def test_files_and_functions_stay_short(name) -> None:
     source = MODULES[name].read_text()
     assert len(source.splitlines()) <= MAX_FILE_LINES
     long = {
@@ -272,13 +272,13 @@ def test_files_and_functions_stay_short(name):
     assert long == {}
 
 
-def test_kernels_folder_holds_no_python():
+def test_kernels_folder_holds_no_python() -> None:
     """A Python file there would make ``kernels`` importable from a checkout, in place of the package of that name."""
     assert list((ROOT / "kernels").rglob("*.py")) == []
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_isinstance_is_given_types_that_the_lowest_torch_can_trace(name):
+def test_isinstance_is_given_types_that_the_lowest_torch_can_trace(name) -> None:
     """Dynamo of torch 2.9 cannot trace ``isinstance(x, int | float)``; it can trace a tuple."""
     calls = (node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.Call))
     unions = [
@@ -289,7 +289,7 @@ def test_isinstance_is_given_types_that_the_lowest_torch_can_trace(name):
     assert unions == []
 
 
-def test_tests_skip_packages_that_cannot_be_imported_whole():
+def test_tests_skip_packages_that_cannot_be_imported_whole() -> None:
     """``cuda.core`` without ``cuda.bindings`` is there and raises ImportError, which pytest does not skip by itself."""
     calls = [
         ast.unparse(node)

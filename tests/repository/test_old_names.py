@@ -67,7 +67,7 @@ def test_pickle_of_a_shift_table_from_before_the_move_is_read() -> None:
     ("head_dim", "factor", "expected"),
     [(128, 0.5, 64), (64, 0.25, 16), (80, 0.4, 32), (10, 0.5, 4), (64, 0.01, 2), (64, 0.0, 64), (64, 1.5, 64)],
 )
-def test_rotary_dim_is_a_share_of_the_head_clamped_and_even(head_dim, factor, expected):
+def test_rotary_dim_is_a_share_of_the_head_clamped_and_even(head_dim, factor, expected) -> None:
     assert dit_rope.rotary_dim(head_dim, factor) == expected
 
 
@@ -81,7 +81,7 @@ def test_rotary_dim_is_a_share_of_the_head_clamped_and_even(head_dim, factor, ex
         ((64, float("nan")), ValueError, "partial_rotary_factor must be finite, got nan"),
     ],
 )
-def test_rotary_dim_refuses(arguments, error, message):
+def test_rotary_dim_refuses(arguments, error, message) -> None:
     with pytest.raises(error, match=message):
         dit_rope.rotary_dim(*arguments)
 

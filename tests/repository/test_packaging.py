@@ -85,7 +85,7 @@ print([] if spec is None else list(spec.submodule_search_locations or [spec.orig
 
 
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
-def test_installation_carries_kernels_and_exposes_no_kernels_module(kind, checkout, distributions, tmp_path):
+def test_installation_carries_kernels_and_exposes_no_kernels_module(kind, checkout, distributions, tmp_path) -> None:
     what = [distributions[0]] if kind == "wheel" else ["--editable", checkout]
     python = install(what, tmp_path / "environment")
     location, versions, kernels, exposed = run(python, "-c", PROBE, cwd=tmp_path).splitlines()
@@ -98,13 +98,13 @@ def test_installation_carries_kernels_and_exposes_no_kernels_module(kind, checko
     assert command.strip() == f"dit-rope {dit_rope.__version__}"
 
 
-def test_wheel_holds_the_package_and_nothing_else(distributions):
+def test_wheel_holds_the_package_and_nothing_else(distributions) -> None:
     wheel, _ = distributions
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == SOURCES | {f"dit_rope/_kernels/{name}" for name in KERNELS}
 
 
-def test_source_distribution_holds_what_a_build_needs(distributions):
+def test_source_distribution_holds_what_a_build_needs(distributions) -> None:
     _, sdist = distributions
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -113,11 +113,11 @@ def test_source_distribution_holds_what_a_build_needs(distributions):
     assert not {name for name in names if name.startswith(("tests/", "samples/"))}
 
 
-def test_kernels_folder_holds_sources_and_their_readme():
+def test_kernels_folder_holds_sources_and_their_readme() -> None:
     assert {"README.md", "rope.cu", "rope.cuh", "ptx.cuh"} == KERNELS
 
 
-def test_kernel_sources_names_both_places_when_neither_has_them(monkeypatch, tmp_path):
+def test_kernel_sources_names_both_places_when_neither_has_them(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(cuda_plan, "_PACKAGE", tmp_path / "dit_rope")
     with pytest.raises(FileNotFoundError, match=r"rope.cu must be in .*/dit_rope/_kernels or .*/kernels"):
         cuda_plan.kernel_sources()
@@ -126,7 +126,7 @@ def test_kernel_sources_names_both_places_when_neither_has_them(monkeypatch, tmp
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("norm", [None, *NormKind])
 @pytest.mark.parametrize("pairing", Pairing)
-def test_kernels_compile_without_a_warning(norm, pairing, tmp_path):
+def test_kernels_compile_without_a_warning(norm, pairing, tmp_path) -> None:
     """Under the toolkit's own compiler, which warns of more than NVRTC does."""
     xs = [torch.zeros(1, 4, heads, 40, dtype=torch.bfloat16) for heads in (3, 2)]
     args = RotationArgs(torch.zeros(2, 4, 8), None, (8, 4, 4), (1, 2, 2), (0, 0, 0), 0, 0, 4, pairing, False, False)
@@ -136,19 +136,19 @@ def test_kernels_compile_without_a_warning(norm, pairing, tmp_path):
     run("nvcc", "-c", *options, "plan.cu", "-o", "plan.o", cwd=tmp_path)
 
 
-def test_package_list_names_every_folder():
+def test_package_list_names_every_folder() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     found = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in (ROOT / "dit_rope").rglob("__init__.py")}
     assert set(project["tool"]["setuptools"]["packages"]) == found | {"dit_rope._kernels"}
 
 
-def test_changelog_starts_with_this_version():
+def test_changelog_starts_with_this_version() -> None:
     headings = re.findall(r"^## \[?([\w.]+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     released = [heading for heading in headings if heading != "Unreleased"]
     assert released[0] == dit_rope.__version__
 
 
-def test_constraints_pin_every_direct_dependency():
+def test_constraints_pin_every_direct_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [
         *project["dependencies"],

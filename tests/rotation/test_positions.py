@@ -26,7 +26,7 @@ def coordinates(sizes: tuple[int, ...], start: int = 0) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("start", [0, 31, 32, 50])
 @pytest.mark.parametrize(("spec", "sizes"), SPECS.values(), ids=SPECS)
-def test_positions_at_every_coordinate_are_those_of_the_table(spec, sizes, start):
+def test_positions_at_every_coordinate_are_those_of_the_table(spec, sizes, start) -> None:
     table = rope_table(spec, Grid(*sizes, start_frame=start))
     positions = table.positions_at(*coordinates(sizes, start))
     assert positions.dtype == torch.int32
@@ -34,7 +34,7 @@ def test_positions_at_every_coordinate_are_those_of_the_table(spec, sizes, start
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_tokens_in_another_order_rotate_as_in_the_order_of_the_grid(dtype):
+def test_tokens_in_another_order_rotate_as_in_the_order_of_the_grid(dtype) -> None:
     table = rope_table(SPEC, Grid(3, 4, 5, start_frame=40))
     x, order = torch.randn(2, 60, 2, 20).to(dtype), torch.randperm(60)
     positions = table.positions_at(*(c[order] for c in coordinates((3, 4, 5), 40)))
@@ -42,7 +42,7 @@ def test_tokens_in_another_order_rotate_as_in_the_order_of_the_grid(dtype):
 
 
 @pytest.mark.parametrize("shard", [Shard(1, 2, axis=1), Shard(2, 7), Shard.of_tokens(50, 99)], ids=str)
-def test_positions_of_a_shard_count_from_the_grid(shard):
+def test_positions_of_a_shard_count_from_the_grid(shard) -> None:
     grid = Grid(3, 40, 5, start_frame=33)
     table, whole = rope_table(SPEC, grid, shard=shard), rope_table(SPEC, grid)
     x = torch.randn(1, 4, 1, 16)
@@ -52,7 +52,7 @@ def test_positions_of_a_shard_count_from_the_grid(shard):
     )
 
 
-def test_numbers_and_tensors_of_one_and_two_dims_go_together():
+def test_numbers_and_tensors_of_one_and_two_dims_go_together() -> None:
     table = rope_table(SPEC, Grid(3, 4, 5))
     per_entry = torch.tensor([[0, 1], [2, 0]])
     positions = table.positions_at(per_entry, torch.tensor([3, 1]), np.int64(2))
@@ -64,7 +64,7 @@ def test_numbers_and_tensors_of_one_and_two_dims_go_together():
     ]
 
 
-def test_negative_coordinate_leaves_the_channels_of_its_axis():
+def test_negative_coordinate_leaves_the_channels_of_its_axis() -> None:
     table, x = rope_table(SPEC, Grid(3, 4, 5)), torch.randn(1, 1, 1, 16)
     assert torch.equal(rotate(x, table, positions=table.positions_at(-1, -1, -1)), x)
     partly = rotate(x, table, positions=table.positions_at(2, -1, 4))
@@ -93,12 +93,12 @@ def test_negative_coordinate_leaves_the_channels_of_its_axis():
         ((torch.zeros(1, device="meta").int(), 0, 0), ValueError, "must be on the table's device cpu, got meta"),
     ],
 )
-def test_coordinates_are_refused(at, error, message):
+def test_coordinates_are_refused(at, error, message) -> None:
     with pytest.raises(error, match=message):
         rope_table(SPEC, Grid(3, 4, 5, start_frame=31)).positions_at(*at)
 
 
-def test_positions_at_are_made_in_a_compiled_graph_too():
+def test_positions_at_are_made_in_a_compiled_graph_too() -> None:
     table = rope_table(SPEC, Grid(3, 4, 5))
 
     def f(x, frame, row):
@@ -117,7 +117,7 @@ def call(table: RopeTable, positions: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("start", [0, 50])
-def test_coordinates_in_place_of_rows_are_refused(start):
+def test_coordinates_in_place_of_rows_are_refused(start) -> None:
     table = rope_table(SPEC, Grid(3, 4, 5, start_frame=start))
     with pytest.raises(
         ValueError, match=r"rows of their own axis, \d+ to \d+ on axis ., or negative, got .*; table.pos"
@@ -126,7 +126,7 @@ def test_coordinates_in_place_of_rows_are_refused(start):
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_rows_of_another_axis_are_refused_and_those_of_its_own_are_not(axis):
+def test_rows_of_another_axis_are_refused_and_those_of_its_own_are_not(axis) -> None:
     table = rope_table(SPEC, Grid(3, 4, 5))
     for row in (-1, 0, 31, 32, 63, 64, 95, 96):
         positions = torch.full((2, 3, 3), -1)
@@ -141,14 +141,14 @@ def test_rows_of_another_axis_are_refused_and_those_of_its_own_are_not(axis):
             norm_rotate_qk(x, x, table, positions=positions.int())
 
 
-def test_rows_are_looked_at_in_every_call_and_not_once_per_layout():
+def test_rows_are_looked_at_in_every_call_and_not_once_per_layout() -> None:
     table = rope_table(SPEC, Grid(3, 4, 5))
     call(table, table.positions_at(torch.tensor([0, 1]), 2, 3))
     with pytest.raises(ValueError, match="axis 2"):
         call(table, torch.zeros(1, 2, 3) + torch.tensor([0, 32, 0]))
 
 
-def test_lazily_negated_positions_are_refused():
+def test_lazily_negated_positions_are_refused() -> None:
     table = rope_table(RopeSpec((16,)), Grid(60))
     with pytest.raises(ValueError, match="positions must hold its own values, got a lazily negated view"):
         call(table, torch._neg_view(-torch.arange(4, dtype=torch.int32)[None, :, None]))

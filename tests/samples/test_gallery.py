@@ -35,11 +35,11 @@ def rows() -> list[dict[str, str]]:
     return read_csv(ROOT / "scripts" / "results" / "gallery.csv")
 
 
-def test_page_is_that_of_the_figures(program, rows):
+def test_page_is_that_of_the_figures(program, rows) -> None:
     assert (GALLERY / "README.md").read_text() == program.page(rows)
 
 
-def test_page_shows_every_picture_and_no_other(rows):
+def test_page_shows_every_picture_and_no_other(rows) -> None:
     shown = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", (GALLERY / "README.md").read_text())
     assert sorted(shown) == sorted(path.name for path in GALLERY.glob("*.webp"))
     assert len(shown) == len(set(shown)) == 12
@@ -47,14 +47,14 @@ def test_page_shows_every_picture_and_no_other(rows):
     assert {path.name for path in GALLERY.iterdir()} == {*shown, "README.md"}
 
 
-def test_every_picture_moves_through_all_frames(program, rows):
+def test_every_picture_moves_through_all_frames(program, rows) -> None:
     for row in rows:
         with Image.open(GALLERY / row["file"]) as picture:
             assert picture.n_frames == int(row["frames"])
             assert picture.width % (96 * program.ZOOM) == 0
 
 
-def test_gallery_and_samples_stay_small():
+def test_gallery_and_samples_stay_small() -> None:
     def size(folder: Path) -> int:
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -62,7 +62,7 @@ def test_gallery_and_samples_stay_small():
     assert size(GALLERY.parent) < 14e6
 
 
-def test_figures_are_of_every_prompt_and_clear_the_bar_where_the_rotation_is_right(program, rows):
+def test_figures_are_of_every_prompt_and_clear_the_bar_where_the_rotation_is_right(program, rows) -> None:
     assert len(program.PROMPTS) == len(set(program.PROMPTS)) == 10
     for side in ("exact", "fast"):
         assert [row["prompt"] for row in rows if row["side"] == side] == list(program.PROMPTS)
@@ -76,13 +76,13 @@ def test_figures_are_of_every_prompt_and_clear_the_bar_where_the_rotation_is_rig
     assert {row["side"] for row in rows} == {"exact", "fast", "stream", *program.WRONG}
 
 
-def test_bar_is_that_of_the_tests_of_the_sample(program):
+def test_bar_is_that_of_the_tests_of_the_sample(program) -> None:
     import test_samples_ssim
 
     assert (program.SSIM_MIN, program.SSIM_MEAN) == (test_samples_ssim.SSIM_MIN, test_samples_ssim.SSIM_MEAN)
 
 
-def test_clip_shows_both_sides_and_the_difference(program, random_wan):
+def test_clip_shows_both_sides_and_the_difference(program, random_wan) -> None:
     frames, rows = program.clip(random_wan, Request(prompt="a", **SMALL), "a.webp")
     strip = frames.shape[1] - 2 * SMALL["height"]
     assert frames.shape == (5, 2 * SMALL["height"] + strip, 3 * 2 * SMALL["width"], 3)
@@ -94,7 +94,7 @@ def test_clip_shows_both_sides_and_the_difference(program, random_wan):
     dit_rope.patch(random_wan).undo()  # refused where a patch is left
 
 
-def test_clip_of_a_patch_that_changes_pixels_is_refused(program, random_wan, monkeypatch):
+def test_clip_of_a_patch_that_changes_pixels_is_refused(program, random_wan, monkeypatch) -> None:
     real = program.generated
     calls: list[int] = []
 
@@ -108,7 +108,7 @@ def test_clip_of_a_patch_that_changes_pixels_is_refused(program, random_wan, mon
 
 
 @pytest.mark.parametrize("name", ["sign flipped", "H and W swapped", "frame frozen"])
-def test_wrong_rotation_changes_the_video_and_leaves_dit_rope_as_it_was(program, random_wan, name):
+def test_wrong_rotation_changes_the_video_and_leaves_dit_rope_as_it_was(program, random_wan, name) -> None:
     rotate = dit_rope.rotation.ops.rotate
     request = Request(prompt="a", **SMALL)
     right = program.generated(random_wan, request)
@@ -118,13 +118,13 @@ def test_wrong_rotation_changes_the_video_and_leaves_dit_rope_as_it_was(program,
     assert np.array_equal(program.generated(random_wan, request), right)
 
 
-def test_wrong_rotation_that_clears_the_bar_is_refused(program, random_wan, monkeypatch):
+def test_wrong_rotation_that_clears_the_bar_is_refused(program, random_wan, monkeypatch) -> None:
     monkeypatch.setattr(program, "WRONG", {"nothing": lambda args: args})
     with pytest.raises(ValueError, match="must not clear the bar"):
         program.wrong(random_wan, Request(prompt="a", **SMALL), "a.webp")
 
 
-def test_stream_is_one_picture_of_all_frames(program, random_wan):
+def test_stream_is_one_picture_of_all_frames(program, random_wan) -> None:
     options = argparse.Namespace(
         **{**vars(program.STREAM), "height": 32, "width": 48, "frames": 3, "steps": 1, "first_chunk": 1}
     )

@@ -55,17 +55,17 @@ def clears_the_bar(frames: np.ndarray, reference: np.ndarray) -> bool:
     return min(ssim) >= SSIM_MIN and float(np.mean(ssim)) >= SSIM_MEAN
 
 
-def test_unpatched_video_matches_reference_frames(unpatched, reference):
+def test_unpatched_video_matches_reference_frames(unpatched, reference) -> None:
     assert clears_the_bar(unpatched, reference), frame_ssim(unpatched, reference)
 
 
-def test_patched_video_equals_unpatched_bit_for_bit(pipe, request_of_reference, unpatched):
+def test_patched_video_equals_unpatched_bit_for_bit(pipe, request_of_reference, unpatched) -> None:
     with dit_rope.patch(pipe):
         patched = generate(pipe, request_of_reference).frames
     assert np.array_equal(patched, unpatched)
 
 
-def test_patched_video_in_fast_mode_matches_reference_frames(pipe, request_of_reference, reference):
+def test_patched_video_in_fast_mode_matches_reference_frames(pipe, request_of_reference, reference) -> None:
     with dit_rope.patch(pipe, exact=False):
         patched = generate(pipe, request_of_reference).frames
     assert clears_the_bar(patched, reference), frame_ssim(patched, reference)
@@ -135,7 +135,7 @@ def rotating(monkeypatch, change):
         pytest.param(with_axis_frozen(2), id="width-frozen"),
     ],
 )
-def test_wrong_rotation_stays_under_the_bar(pipe, request_of_reference, reference, monkeypatch, change):
+def test_wrong_rotation_stays_under_the_bar(pipe, request_of_reference, reference, monkeypatch, change) -> None:
     seen = rotating(monkeypatch, change)
     with dit_rope.patch(pipe, exact=True):
         wrong = generate(pipe, request_of_reference).frames
@@ -145,13 +145,13 @@ def test_wrong_rotation_stays_under_the_bar(pipe, request_of_reference, referenc
     assert not clears_the_bar(wrong, reference), frame_ssim(wrong, reference)
 
 
-def test_sabotage_without_a_change_changes_nothing(pipe, request_of_reference, unpatched, monkeypatch):
+def test_sabotage_without_a_change_changes_nothing(pipe, request_of_reference, unpatched, monkeypatch) -> None:
     rotating(monkeypatch, lambda args: with_axes_in_order(0, 1, 2)(replace(args, inverse=False)))
     with dit_rope.patch(pipe, exact=True):
         assert np.array_equal(generate(pipe, request_of_reference).frames, unpatched)
 
 
-def test_bfloat16_patched_latents_equal_unpatched_bit_for_bit(request_of_reference):
+def test_bfloat16_patched_latents_equal_unpatched_bit_for_bit(request_of_reference) -> None:
     import diffusers
 
     pipe = diffusers.DiffusionPipeline.from_pretrained(

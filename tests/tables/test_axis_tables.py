@@ -49,7 +49,7 @@ def yarn(factor: float, **options: float) -> Scaling:
     return Scaling.of("yarn", factor=factor, original_max_position_embeddings=64, **options)
 
 
-def test_start_frame_within_its_block_builds_no_axis_and_past_it_the_frame_axis_only():
+def test_start_frame_within_its_block_builds_no_axis_and_past_it_the_frame_axis_only() -> None:
     rope_table(WAN, Grid(21, 45, 80))
     assert cache_info().axes.misses == 3
     for start in range(1, 12):
@@ -60,7 +60,7 @@ def test_start_frame_within_its_block_builds_no_axis_and_past_it_the_frame_axis_
     assert cache_info().tables.misses == 13
 
 
-def test_blocks_of_rows_as_long_as_one_another_are_told_apart():
+def test_blocks_of_rows_as_long_as_one_another_are_told_apart() -> None:
     tables = [rope_table(SMALL, Grid(8, 4, 4, start_frame=start)) for start in (0, 32, 320)]
     for start, table in zip((0, 32, 320), tables, strict=True):
         cache_clear()
@@ -68,20 +68,20 @@ def test_blocks_of_rows_as_long_as_one_another_are_told_apart():
     assert not torch.equal(tables[0].rows, tables[1].rows)
 
 
-def test_shards_and_dense_forms_build_no_axis():
+def test_shards_and_dense_forms_build_no_axis() -> None:
     for rank in range(4):
         rope_table(SMALL, GRID, shard=Shard(rank, 4)).cos_sin()
         rope_table(SMALL, GRID, shard=Shard(rank, 4, axis=1)).complex()
     assert cache_info().axes.misses == 3
 
 
-def test_specs_share_the_axes_they_have_in_common():
+def test_specs_share_the_axes_they_have_in_common() -> None:
     rope_table(SMALL, GRID)
     rope_table(RopeSpec((8, 6, 10), pairing=Pairing.HALF), GRID)
     assert cache_info().axes.misses == 4
 
 
-def test_720p_entry_takes_a_thousandth_of_the_dense_bytes():
+def test_720p_entry_takes_a_thousandth_of_the_dense_bytes() -> None:
     rope_table(WAN, Grid(21, 45, 80), dtype=torch.float64)
     info = cache_info()
     assert info.tables.bytes + info.axes.bytes <= 154_828_800 // 1000
@@ -99,20 +99,20 @@ def test_720p_entry_takes_a_thousandth_of_the_dense_bytes():
     ],
     ids=["first row", "last row", "dtype", "channels", "theta"],
 )
-def test_table_after_another_equals_one_built_from_empty_caches(spec, grid, dtype):
+def test_table_after_another_equals_one_built_from_empty_caches(spec, grid, dtype) -> None:
     rope_table(SMALL, Grid(40, 4, 5))
     after = rope_table(spec, grid, dtype=dtype).rows
     cache_clear()
     assert torch.equal(after, rope_table(spec, grid, dtype=dtype).rows)
 
 
-def test_scalings_of_one_type_with_other_options_share_nothing():
+def test_scalings_of_one_type_with_other_options_share_nothing() -> None:
     four, eight = (rope_table(RopeSpec((16,), scaling=yarn(factor)), GRID_1D) for factor in (4.0, 8.0))
     assert cache_info().tables.entries == cache_info().axes.entries == 2
     assert not torch.equal(four.rows, eight.rows)
 
 
-def test_scalings_of_other_names_with_equal_numbers_share_an_axis():
+def test_scalings_of_other_names_with_equal_numbers_share_an_axis() -> None:
     first = rope_table(RopeSpec((16,)), GRID_1D)
     for scaling in (Scaling.of("default"), Scaling.of("linear", factor=1.0), Scaling.of("ntk", factor=1.0)):
         assert torch.equal(rope_table(RopeSpec((16,), scaling=scaling), GRID_1D).rows, first.rows)
@@ -133,14 +133,14 @@ def test_scalings_of_other_names_with_equal_numbers_share_an_axis():
     ],
     ids=str,
 )
-def test_every_number_of_a_scaling_is_keyed(one, other):
+def test_every_number_of_a_scaling_is_keyed(one, other) -> None:
     rope_table(RopeSpec((16,), scaling=one), GRID_1D)
     after = rope_table(RopeSpec((16,), scaling=other), GRID_1D).rows
     cache_clear()
     assert torch.equal(after, rope_table(RopeSpec((16,), scaling=other), GRID_1D).rows)
 
 
-def test_axes_of_one_spec_are_scaled_apart():
+def test_axes_of_one_spec_are_scaled_apart() -> None:
     spec = RopeSpec((16, 16, 16), scaling=(yarn(4.0), None, Scaling.of("linear", factor=2.0)))
     table = rope_table(spec, Grid(5, 5, 5))
     for axis in range(3):
@@ -150,7 +150,7 @@ def test_axes_of_one_spec_are_scaled_apart():
     assert cache_info().axes.misses == 3
 
 
-def test_forty_layers_share_one_table():
+def test_forty_layers_share_one_table() -> None:
     def ask() -> object:
         return rope_table(RopeSpec((8, 6, 4), scaling=(yarn(4.0), None, None)), Grid(3, 4, 5))
 
@@ -161,7 +161,7 @@ def test_forty_layers_share_one_table():
     assert info.axes.misses == 3
 
 
-def test_eight_threads_on_two_devices_get_tables_of_their_own_device():
+def test_eight_threads_on_two_devices_get_tables_of_their_own_device() -> None:
     """Tables on meta hold nothing and are not kept; the axis arrays, in host memory, serve both devices."""
     devices = ["cpu", "meta"]
     spec = RopeSpec((8, 6, 4), scaling=yarn(4.0))
@@ -171,7 +171,7 @@ def test_eight_threads_on_two_devices_get_tables_of_their_own_device():
     assert (cache_info().tables.misses, cache_info().tables.entries, cache_info().axes.misses) == (1, 1, 3)
 
 
-def test_eight_threads_on_two_devices_build_once_for_each():
+def test_eight_threads_on_two_devices_build_once_for_each() -> None:
     """Two device numbers that this machine need not have stand in for two that keep their entries."""
     devices = [torch.device("privateuseone", index) for index in range(2)]
     cache: FifoCache[str, list[object]] = FifoCache("test", 4, 2**20, lambda _: ())
@@ -188,7 +188,7 @@ def test_eight_threads_on_two_devices_build_once_for_each():
 
 
 @pytest.mark.parametrize("entries", [2, 16])
-def test_sixteen_threads_agree_bitwise_and_build_each_table_once_unless_it_was_evicted(entries):
+def test_sixteen_threads_agree_bitwise_and_build_each_table_once_unless_it_was_evicted(entries) -> None:
     specs = [RopeSpec((8, 6, 4), scaling=yarn(factor)) for factor in (2.0, 3.0, 4.0, 5.0, 6.0)]
     expected = [rope_table(spec, GRID).rows.clone() for spec in specs]
     cache_clear()
@@ -204,7 +204,7 @@ def test_sixteen_threads_agree_bitwise_and_build_each_table_once_unless_it_was_e
     assert (tables.misses == len(specs)) == (tables.evictions == 0) == (entries == 16)
 
 
-def test_rows_carry_the_magnitude_of_a_scaling_and_its_angles_do_not():
+def test_rows_carry_the_magnitude_of_a_scaling_and_its_angles_do_not() -> None:
     spec = RopeSpec((16,), scaling=yarn(4.0))
     cos, sin = rope_table(spec, Grid(50), dtype=torch.float64).axis(0)
     length = torch.full_like(cos, 0.1 * math.log(4.0) + 1.0)

@@ -53,7 +53,7 @@ def in_threads(count: int, call: Callable[[int], object]) -> list[object]:
         pool.shutdown(wait=False)
 
 
-def test_get_returns_the_same_object_and_counts(cache):
+def test_get_returns_the_same_object_and_counts(cache) -> None:
     first = cache.get("a", CPU, ones())
     assert cache.get("a", CPU, forbidden) is first
     info = cache.info()
@@ -61,7 +61,7 @@ def test_get_returns_the_same_object_and_counts(cache):
     assert (info.evictions, info.rebuilds, info.max_entries, info.max_bytes) == (0, 0, 3, 10 * 1024)
 
 
-def test_eviction_is_first_in_first_out_although_the_oldest_was_hit(cache):
+def test_eviction_is_first_in_first_out_although_the_oldest_was_hit(cache) -> None:
     for key in "abc":
         cache.get(key, CPU, ones())
     cache.get("a", CPU, forbidden)
@@ -73,14 +73,14 @@ def test_eviction_is_first_in_first_out_although_the_oldest_was_hit(cache):
     assert built == ["a"]
 
 
-def test_entries_are_capped(cache):
+def test_entries_are_capped(cache) -> None:
     for key in range(20):
         cache.get(key, CPU, ones())
     info = cache.info()
     assert (info.entries, info.bytes, info.evictions) == (3, 3 * 1024, 17)
 
 
-def test_bytes_are_capped(cache):
+def test_bytes_are_capped(cache) -> None:
     cache.get("a", CPU, ones(5))
     cache.get("b", CPU, ones(5))
     cache.get("c", CPU, ones(1))
@@ -89,14 +89,14 @@ def test_bytes_are_capped(cache):
     cache.get("b", CPU, forbidden)
 
 
-def test_value_above_the_byte_cap_is_returned_but_not_kept_and_evicts_nothing(cache):
+def test_value_above_the_byte_cap_is_returned_but_not_kept_and_evicts_nothing(cache) -> None:
     cache.get("a", CPU, ones())
     assert cache.get("big", CPU, ones(11)).numel() == 11 * KIB
     cache.get("a", CPU, forbidden)
     assert cache.info().entries == 1
 
 
-def test_bytes_count_whole_storages_once():
+def test_bytes_count_whole_storages_once() -> None:
     def views_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tensor[:1], tensor[1:2]
 
@@ -105,7 +105,7 @@ def test_bytes_count_whole_storages_once():
     assert cache.info().bytes == 1024
 
 
-def test_devices_have_entries_of_their_own(cache):
+def test_devices_have_entries_of_their_own(cache) -> None:
     here = cache.get("a", CPU, ones())
     there = cache.get("a", torch.device("xla:0"), ones())
     assert there is not here
@@ -113,7 +113,7 @@ def test_devices_have_entries_of_their_own(cache):
     assert cache.get("a", torch.device("xla:0"), forbidden) is there
 
 
-def test_threads_that_ask_for_one_missing_key_build_it_once(cache):
+def test_threads_that_ask_for_one_missing_key_build_it_once(cache) -> None:
     built, barrier = [], threading.Barrier(8)
 
     def build() -> torch.Tensor:
@@ -131,7 +131,7 @@ def test_threads_that_ask_for_one_missing_key_build_it_once(cache):
     assert (cache.info().hits, cache.info().misses) == (7, 1)
 
 
-def test_threads_build_different_keys_at_the_same_time(cache):
+def test_threads_build_different_keys_at_the_same_time(cache) -> None:
     barrier = threading.Barrier(2)
 
     def build() -> torch.Tensor:
@@ -141,14 +141,14 @@ def test_threads_build_different_keys_at_the_same_time(cache):
     in_threads(2, lambda i: cache.get(i, CPU, build))
 
 
-def test_failed_build_reaches_its_caller_and_the_next_call_builds(cache):
+def test_failed_build_reaches_its_caller_and_the_next_call_builds(cache) -> None:
     with pytest.raises(ZeroDivisionError):
         cache.get("a", CPU, lambda: 1 / 0)
     assert cache.get("a", CPU, ones()).numel() == KIB
     assert cache.info().entries == 1
 
 
-def test_threads_that_waited_for_a_failed_build_build_for_themselves(cache):
+def test_threads_that_waited_for_a_failed_build_build_for_themselves(cache) -> None:
     attempts, waiting = [], threading.Event()
 
     def build() -> torch.Tensor:
@@ -176,7 +176,7 @@ def test_threads_that_waited_for_a_failed_build_build_for_themselves(cache):
     assert len(attempts) == 2
 
 
-def test_many_threads_on_a_full_cache_agree_with_the_keys(cache):
+def test_many_threads_on_a_full_cache_agree_with_the_keys(cache) -> None:
     def ask(seed: int) -> bool:
         generator = torch.Generator().manual_seed(seed)
         keys = torch.randint(0, 6, (200,), generator=generator).tolist()
@@ -190,7 +190,7 @@ def test_many_threads_on_a_full_cache_agree_with_the_keys(cache):
     assert info.misses - info.evictions == 3
 
 
-def test_fake_tensors_are_neither_stored_nor_given_real_ones(cache):
+def test_fake_tensors_are_neither_stored_nor_given_real_ones(cache) -> None:
     with FakeTensorMode():
         assert isinstance(cache.get("a", CPU, ones()), FakeTensor)
     assert cache.info().entries == 0
@@ -199,25 +199,25 @@ def test_fake_tensors_are_neither_stored_nor_given_real_ones(cache):
         assert isinstance(cache.get("a", CPU, ones()), FakeTensor)
 
 
-def test_tensors_made_in_a_dispatch_mode_are_not_stored(cache):
+def test_tensors_made_in_a_dispatch_mode_are_not_stored(cache) -> None:
     with PassThrough():
         cache.get("a", CPU, ones())
     assert cache.info().entries == 0
 
 
 @pytest.mark.parametrize("transform", [torch.func.vmap, lambda f: torch.func.grad(lambda x: f(x).sum())])
-def test_tensors_made_in_a_function_transform_are_not_stored(cache, transform):
+def test_tensors_made_in_a_function_transform_are_not_stored(cache, transform) -> None:
     transform(lambda x: x * cache.get("a", CPU, lambda: torch.ones(2)))(torch.ones(2))
     assert cache.info().entries == 0
 
 
-def test_meta_tensors_are_not_stored(cache):
+def test_meta_tensors_are_not_stored(cache) -> None:
     meta = torch.device("meta")
     assert cache.get("a", meta, lambda: torch.ones(1, device=meta)).is_meta
     assert cache.info().entries == 0
 
 
-def test_tensors_traced_by_compile_are_not_stored(cache):
+def test_tensors_traced_by_compile_are_not_stored(cache) -> None:
     @torch.compile(backend="eager", fullgraph=True)
     def add(x: torch.Tensor) -> torch.Tensor:
         return x + cache.get("a", CPU, ones())
@@ -226,7 +226,7 @@ def test_tensors_traced_by_compile_are_not_stored(cache):
     assert cache.info().entries == cache.info().misses == 0
 
 
-def test_entry_built_first_in_inference_mode_serves_autograd_later(cache):
+def test_entry_built_first_in_inference_mode_serves_autograd_later(cache) -> None:
     with torch.inference_mode():
         value = cache.get("a", CPU, ones())
     assert not value.is_inference()
@@ -235,12 +235,12 @@ def test_entry_built_first_in_inference_mode_serves_autograd_later(cache):
     assert torch.equal(x.grad, torch.ones(KIB))
 
 
-def test_entry_built_first_in_a_default_device_context_is_on_the_asked_device(cache):
+def test_entry_built_first_in_a_default_device_context_is_on_the_asked_device(cache) -> None:
     with torch.device("meta"):
         assert cache.get("a", CPU, ones()).device == CPU
 
 
-def test_entry_does_not_hold_a_graph(cache):
+def test_entry_does_not_hold_a_graph(cache) -> None:
     weight = torch.ones(KIB, requires_grad=True)
     assert not cache.get("a", CPU, lambda: weight * 2).requires_grad
 
@@ -259,7 +259,7 @@ def write_through_a_view(tensor: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("change", [write, write_in_inference_mode, write_through_a_view])
-def test_entry_written_to_is_noticed_and_rebuilt_with_a_warning(cache, change):
+def test_entry_written_to_is_noticed_and_rebuilt_with_a_warning(cache, change) -> None:
     value = cache.get("a", CPU, ones())
     change(value)
     with pytest.warns(RuntimeWarning, match="test cache was written to in place"):
@@ -271,7 +271,7 @@ def test_entry_written_to_is_noticed_and_rebuilt_with_a_warning(cache, change):
     assert (info.rebuilds, info.entries, info.bytes, info.evictions) == (1, 1, 1024, 0)
 
 
-def test_entry_written_to_is_rebuilt_also_where_warnings_are_errors(cache):
+def test_entry_written_to_is_rebuilt_also_where_warnings_are_errors(cache) -> None:
     cache.get("a", CPU, ones()).mul_(2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -280,7 +280,7 @@ def test_entry_written_to_is_rebuilt_also_where_warnings_are_errors(cache):
         assert torch.equal(cache.get("a", CPU, ones()), torch.ones(KIB))
 
 
-def test_clear_drops_entries_and_counters(cache):
+def test_clear_drops_entries_and_counters(cache) -> None:
     cache.get("a", CPU, ones())
     cache.get("a", CPU, ones())
     cache.clear()
@@ -290,7 +290,7 @@ def test_clear_drops_entries_and_counters(cache):
     assert cache.info().misses == 1
 
 
-def test_build_under_way_while_the_cache_is_cleared_is_not_stored(cache):
+def test_build_under_way_while_the_cache_is_cleared_is_not_stored(cache) -> None:
     def build() -> torch.Tensor:
         cache.clear()
         return torch.ones(1)
@@ -299,7 +299,7 @@ def test_build_under_way_while_the_cache_is_cleared_is_not_stored(cache):
     assert cache.info().entries == 0
 
 
-def test_configure_evicts_the_oldest_at_once(cache):
+def test_configure_evicts_the_oldest_at_once(cache) -> None:
     for key in "abc":
         cache.get(key, CPU, ones(2))
     cache.configure(max_entries=2)
@@ -310,13 +310,13 @@ def test_configure_evicts_the_oldest_at_once(cache):
 
 
 @pytest.mark.parametrize("caps", [{"max_entries": 0}, {"max_bytes": 0}, {"max_entries": -1}])
-def test_configure_refuses_caps_that_are_not_positive(cache, caps):
+def test_configure_refuses_caps_that_are_not_positive(cache, caps) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(caps))} must be at least 1"):
         cache.configure(**caps)
     assert (cache.info().max_entries, cache.info().max_bytes) == (3, 10 * 1024)
 
 
-def test_build_may_ask_another_cache_and_other_keys(cache):
+def test_build_may_ask_another_cache_and_other_keys(cache) -> None:
     other = FifoCache("other", 3, 1024, lambda tensor: (tensor,))
 
     def build() -> torch.Tensor:
@@ -325,7 +325,7 @@ def test_build_may_ask_another_cache_and_other_keys(cache):
     assert in_threads(1, lambda _: cache.get("a", CPU, build).item()) == [2]
 
 
-def test_build_that_asks_for_its_own_key_is_refused_and_leaves_no_trace(cache):
+def test_build_that_asks_for_its_own_key_is_refused_and_leaves_no_trace(cache) -> None:
     def build() -> torch.Tensor:
         return cache.get("a", CPU, build)
 
@@ -334,7 +334,7 @@ def test_build_that_asks_for_its_own_key_is_refused_and_leaves_no_trace(cache):
     assert cache.get("a", CPU, ones()).numel() == KIB
 
 
-def test_build_during_cuda_graph_capture_is_refused_but_a_hit_is_not(cache, monkeypatch):
+def test_build_during_cuda_graph_capture_is_refused_but_a_hit_is_not(cache, monkeypatch) -> None:
     device = torch.device("cuda:0")
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
@@ -348,7 +348,7 @@ def test_build_during_cuda_graph_capture_is_refused_but_a_hit_is_not(cache, monk
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_forked_child_waits_for_no_thread_of_its_parent(cache):
+def test_forked_child_waits_for_no_thread_of_its_parent(cache) -> None:
     kept = cache.get("kept", CPU, ones())
     building, release = threading.Event(), threading.Event()
 
@@ -371,7 +371,7 @@ def test_forked_child_waits_for_no_thread_of_its_parent(cache):
     assert cache.info().entries == 2
 
 
-def test_finish_waits_for_the_current_stream_of_devices_that_have_streams(monkeypatch):
+def test_finish_waits_for_the_current_stream_of_devices_that_have_streams(monkeypatch) -> None:
     waited = []
 
     def current_stream(device):

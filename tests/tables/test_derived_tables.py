@@ -16,7 +16,7 @@ SPEC = RopeSpec((8, 4, 4))
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize("derived_first", [True, False])
-def test_table_with_other_rows_and_the_cached_one_rotate_by_their_own(derived_first, backend):
+def test_table_with_other_rows_and_the_cached_one_rotate_by_their_own(derived_first, backend) -> None:
     cache_clear()
     table, x = rope_table(SPEC, Grid(3, 4, 5)), torch.randn(1, 60, 2, 16)
     fresh = rotate(x, copy.deepcopy(table))
@@ -29,7 +29,7 @@ def test_table_with_other_rows_and_the_cached_one_rotate_by_their_own(derived_fi
 
 @pytest.mark.parametrize("pairing", Pairing)
 @pytest.mark.parametrize("shard", [None, Shard(1, 2, axis=1), Shard(2, 7)], ids=str)
-def test_dense_forms_of_other_rows_are_of_those_rows(shard, pairing):
+def test_dense_forms_of_other_rows_are_of_those_rows(shard, pairing) -> None:
     spec = RopeSpec((8, 4, 4), pairing=pairing)
     table = rope_table(spec, Grid(3, 40, 5, start_frame=45), shard=shard)
     inside = (table.positions()[0, :, 0] >= 0)[:, None]
@@ -54,14 +54,14 @@ def test_dense_forms_of_other_rows_are_of_those_rows(shard, pairing):
     ],
     ids=str,
 )
-def test_what_does_not_go_together_is_refused(change):
+def test_what_does_not_go_together_is_refused(change) -> None:
     with pytest.raises(
         ValueError, match=r"rows must have shape \(2, \d+, [45]\), torch.(float32|bfloat16) on cpu, for the"
     ):
         replace(rope_table(SPEC, Grid(3, 4, 5)), **change)
 
 
-def test_copies_and_pickles_have_the_forms_of_their_table():
+def test_copies_and_pickles_have_the_forms_of_their_table() -> None:
     table = rope_table(SPEC, Grid(3, 4, 5))
     for other in (copy.copy(table), copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
         assert torch.equal(other.cos_sin()[0], table.cos_sin()[0])
@@ -69,7 +69,7 @@ def test_copies_and_pickles_have_the_forms_of_their_table():
 
 
 @pytest.mark.parametrize("shard", [None, Shard(1, 4)], ids=str)
-def test_a_table_shows_itself_in_one_line(shard):
+def test_a_table_shows_itself_in_one_line(shard) -> None:
     text = repr(rope_table(SPEC, Grid(3, 4, 5), shard=shard, dtype=torch.bfloat16))
     assert "\n" not in text
     assert len(text) < 400
@@ -77,7 +77,7 @@ def test_a_table_shows_itself_in_one_line(shard):
     assert ("Shard" in text) == (shard is not None)
 
 
-def test_an_axis_that_is_not_there_is_refused_by_name():
+def test_an_axis_that_is_not_there_is_refused_by_name() -> None:
     table = rope_table(SPEC, Grid(3, 4, 5))
     with pytest.raises(ValueError, match=r"axis must be below the table's number of axes \(3\), got 5"):
         table.axis(5)

@@ -26,14 +26,14 @@ def exact(positions: torch.Tensor, scale: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("start", [ROUNDED_POSITIONS, 100_000, 1_000_000, 2**24 - 64])
 @pytest.mark.parametrize(("spec", "scale"), SPECS.values(), ids=SPECS)
-def test_far_positions_that_are_scaled_are_as_exact_as_others(spec, scale, start):
+def test_far_positions_that_are_scaled_are_as_exact_as_others(spec, scale, start) -> None:
     table = rope_table(spec, Grid(64, start_frame=start), dtype=F64)
     error = (torch.stack(table.cos_sin(repeat=False)) - exact(torch.arange(start, start + 64), scale)).abs().max()
     assert error <= 64 * 2.0**-53 * start * max(scale, 1)
 
 
 @pytest.mark.parametrize("pairing", Pairing)
-def test_shifted_keys_and_the_table_agree_far_out(pairing):
+def test_shifted_keys_and_the_table_agree_far_out(pairing) -> None:
     spec = RopeSpec((16,), pairing=pairing, scaling=Scaling.of("fastvideo", interpolation=0.7))
     x, near, far = torch.randn(1, 32, 2, 16, dtype=F64), Grid(32, start_frame=5000), Grid(32, start_frame=100_000)
     here, there = (rotate(x, rope_table(spec, grid, dtype=F64)) for grid in (near, far))
@@ -41,7 +41,7 @@ def test_shifted_keys_and_the_table_agree_far_out(pairing):
 
 
 @pytest.mark.parametrize(("spec", "scale"), SPECS.values(), ids=SPECS)
-def test_positions_that_models_have_are_rounded_as_they_round_them(spec, scale):
+def test_positions_that_models_have_are_rounded_as_they_round_them(spec, scale) -> None:
     """Bit for bit FastVideo's and Cosmos' float32 positions, up to the last position that is rounded."""
     positions = torch.arange(ROUNDED_POSITIONS, dtype=F32)
     options = dict(spec.scaling.parameters)
@@ -53,7 +53,7 @@ def test_positions_that_models_have_are_rounded_as_they_round_them(spec, scale):
 
 
 @pytest.mark.parametrize("interpolation", [1 / 3, 0.7])
-def test_rows_do_not_depend_on_the_table_that_they_are_in(interpolation):
+def test_rows_do_not_depend_on_the_table_that_they_are_in(interpolation) -> None:
     spec, first = (
         RopeSpec((8, 4, 4), scaling=Scaling.of("fastvideo", interpolation=interpolation)),
         ROUNDED_POSITIONS - 40,
@@ -66,7 +66,7 @@ def test_rows_do_not_depend_on_the_table_that_they_are_in(interpolation):
     assert torch.equal(part.view(40, 4, 16), whole[40:])
 
 
-def test_float32_frequencies_keep_float32_angles():
+def test_float32_frequencies_keep_float32_angles() -> None:
     spec = RopeSpec((16,), scaling=Scaling.of("fastvideo", interpolation=0.7), frequency_dtype=F32)
     positions = torch.arange(9000, 9032, dtype=F32) * 0.7
     angles = torch.outer(positions, 1.0 / (10_000.0 ** (torch.arange(0, 16, 2).to(F32) / 16)))

@@ -110,7 +110,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize(("scaling", "frequencies", "magnitude"), GOLDEN.values(), ids=GOLDEN.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_scaling_gives_stored_frequencies_of_transformers(scaling, frequencies, magnitude, dtype):
+def test_scaling_gives_stored_frequencies_of_transformers(scaling, frequencies, magnitude, dtype) -> None:
     ours = scaled_frequencies(scaling, 16, 10_000.0, dtype)
     assert ours.inverse.dtype == dtype
     torch.testing.assert_close(ours.inverse.double(), torch.tensor(frequencies).double(), rtol=1e-6, atol=0)
@@ -119,7 +119,7 @@ def test_scaling_gives_stored_frequencies_of_transformers(scaling, frequencies, 
 
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
 @pytest.mark.parametrize(("parameters", "seq_len"), PARAMETERS.values(), ids=PARAMETERS.keys())
-def test_scaling_from_a_model_configuration_is_transformers_own(parameters, seq_len, theta):
+def test_scaling_from_a_model_configuration_is_transformers_own(parameters, seq_len, theta) -> None:
     config = LlamaConfig(
         hidden_size=256, num_attention_heads=4, max_position_embeddings=8192,
         rope_parameters={**parameters, "rope_theta": theta},
@@ -131,7 +131,7 @@ def test_scaling_from_a_model_configuration_is_transformers_own(parameters, seq_
     assert math.isclose(ours.magnitude, magnitude, rel_tol=1e-12)
 
 
-def test_llama3_gives_the_frequencies_of_transformers_at_both_thresholds():
+def test_llama3_gives_the_frequencies_of_transformers_at_both_thresholds() -> None:
     ours = scaled_frequencies(Scaling.of("llama3", **LLAMA3), 128, 500_000.0, torch.float64)
     expected = torch.tensor(LLAMA3_28_TO_34, dtype=torch.float64)
     torch.testing.assert_close(ours.inverse[28:35], expected, rtol=1e-6, atol=0)
@@ -140,12 +140,12 @@ def test_llama3_gives_the_frequencies_of_transformers_at_both_thresholds():
     assert ours.magnitude == 1.0
 
 
-def test_yarn_takes_an_attention_factor_of_its_own():
+def test_yarn_takes_an_attention_factor_of_its_own() -> None:
     assert scaled_frequencies(Scaling.of("yarn", **YARN, attention_factor=1.5), 16, 1e4, torch.float64).magnitude == 1.5
 
 
 @pytest.mark.parametrize("scaling", [None, Scaling.of("default"), Scaling.of("none")], ids=str)
-def test_no_scaling_is_the_plain_formula(scaling):
+def test_no_scaling_is_the_plain_formula(scaling) -> None:
     ours = scaled_frequencies(scaling, 16, 10_000.0, torch.float64)
     expected = torch.tensor([10_000.0 ** (-2 * j / 16) for j in range(8)], dtype=torch.float64)
     torch.testing.assert_close(ours.inverse, expected, rtol=1e-15, atol=0)
@@ -153,7 +153,7 @@ def test_no_scaling_is_the_plain_formula(scaling):
 
 
 @pytest.mark.parametrize(("linear_factor", "ntk_factor"), [(2.0, 1.0), (1.0, 2.0), (1.0, 1.7)])
-def test_linear_and_ntk_with_exponent_one_are_luminas_bitwise(linear_factor, ntk_factor):
+def test_linear_and_ntk_with_exponent_one_are_luminas_bitwise(linear_factor, ntk_factor) -> None:
     expected = get_1d_rotary_pos_embed(36, 40, linear_factor=linear_factor, ntk_factor=ntk_factor, use_real=False)
     linear, ntk = Scaling.of("linear", factor=linear_factor), Scaling.of("ntk", factor=ntk_factor, exponent=1.0)
     scaling = linear if ntk_factor == 1.0 else ntk
@@ -165,14 +165,14 @@ def test_linear_and_ntk_with_exponent_one_are_luminas_bitwise(linear_factor, ntk
     torch.testing.assert_close(table.complex(), expected, rtol=0, atol=2**-23)
 
 
-def test_ntk_is_hunyuans_theta_rescale():
+def test_ntk_is_hunyuans_theta_rescale() -> None:
     assert math.isclose(256.0 * 2.0 ** (16 / 14), 565.2938310, rel_tol=1e-9)
     ours = scaled_frequencies(Scaling.of("ntk", factor=2.0), 16, 256.0, torch.float32)
     assert torch.equal(ours.inverse, base_frequencies(16, 256.0 * 2.0 ** (16 / 14), torch.float32))
 
 
 @pytest.mark.parametrize(("scale", "fps"), [((2.0, 1.0, 1.0), 30), ((1.0, 3.0, 3.0), 16), ((20 / 24, 2.0, 2.0), None)])
-def test_fps_and_ntk_are_cosmos_bitwise(scale, fps):
+def test_fps_and_ntk_are_cosmos_bitwise(scale, fps) -> None:
     theirs = CosmosRotaryPosEmbed(128, (60, 60, 60), (1, 1, 1), base_fps=24, rope_scale=scale)
     expected = theirs(torch.empty(1, 0, 50, 4, 6), fps=fps)
     first = Scaling.of("fps", fps=fps, factor=scale[0]) if fps else Scaling.of("ntk", factor=scale[0])
@@ -184,7 +184,7 @@ def test_fps_and_ntk_are_cosmos_bitwise(scale, fps):
         assert torch.equal(ours, their)
 
 
-def test_fps_and_ntk_give_stored_numbers_of_cosmos():
+def test_fps_and_ntk_give_stored_numbers_of_cosmos() -> None:
     scaling = (Scaling.of("fps", fps=16), Scaling.of("ntk", factor=3.0), Scaling.of("ntk", factor=3.0))
     spec = RopeSpec((44, 42, 42), frequency_dtype=torch.float32, scaling=scaling)
     cos, _ = rope_table(spec, Grid(5, 4, 6)).cos_sin(repeat=False)
@@ -194,7 +194,7 @@ def test_fps_and_ntk_give_stored_numbers_of_cosmos():
 
 
 @pytest.mark.parametrize("scale", [(1.0, 2.0, 2.0), (1.0, 3.16, 3.16)])
-def test_kandinsky5_is_its_models_bitwise(scale):
+def test_kandinsky5_is_its_models_bitwise(scale) -> None:
     positions = [torch.arange(size) for size in (5, 4, 6)]
     theirs = Kandinsky5RoPE3D((16, 24, 24))((1, 5, 4, 6), positions, scale).squeeze(4).reshape(120, 32, 2, 2)
     scaling = tuple(Scaling.of("kandinsky5", scale=factor) for factor in scale)
@@ -204,7 +204,7 @@ def test_kandinsky5_is_its_models_bitwise(scale):
     assert torch.equal(sin, theirs[..., 1, 0])
 
 
-def test_riflex_finds_the_intrinsic_pair_of_upstreams_example():
+def test_riflex_finds_the_intrinsic_pair_of_upstreams_example() -> None:
     assert intrinsic_pair(16, 256.0, 48) == (4, 50)
     assert [intrinsic_pair(16, 256.0, period)[1] for period in (6, 13, 25, 50, 101, 201, 402, 804)] == [
         6, 13, 25, 50, 101, 201, 402, 804,
@@ -213,7 +213,7 @@ def test_riflex_finds_the_intrinsic_pair_of_upstreams_example():
 
 @pytest.mark.parametrize("which", [{"k": 4}, {"repetition": 48}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_riflex_slows_that_pair_alone_to_less_than_one_turn(which, dtype):
+def test_riflex_slows_that_pair_alone_to_less_than_one_turn(which, dtype) -> None:
     ours = scaled_frequencies(Scaling.of("riflex", frames=66, **which), 16, 256.0, dtype).inverse
     trained = base_frequencies(16, 256.0, dtype)
     assert ours[3] == torch.tensor(0.9 * 2 * math.pi / 66, dtype=dtype)
@@ -221,14 +221,14 @@ def test_riflex_slows_that_pair_alone_to_less_than_one_turn(which, dtype):
     assert torch.equal(torch.cat((ours[:3], ours[4:])), torch.cat((trained[:3], trained[4:])))
 
 
-def test_riflex_leaves_a_video_that_fits_its_period_as_trained():
+def test_riflex_leaves_a_video_that_fits_its_period_as_trained() -> None:
     ours = scaled_frequencies(Scaling.of("riflex", frames=33, k=4), 16, 256.0, torch.float32).inverse
     assert torch.equal(ours, base_frequencies(16, 256.0, torch.float32))
 
 
 @pytest.mark.parametrize("which", [{"k": 4}, {"k": 4.0}, {"repetition": 50}], ids=str)
 @pytest.mark.parametrize("frames", [1, 45, 46, 48, 50, 51, 66])
-def test_riflex_slows_only_videos_longer_than_the_pair_s_period(frames, which):
+def test_riflex_slows_only_videos_longer_than_the_pair_s_period(frames, which) -> None:
     """HunyuanVideo's pair 4 comes round in 50 frames; upstream asks ``L_test > N_k``."""
     cache_clear()  # 4.0 is equal to 4
     ours = scaled_frequencies(Scaling.of("riflex", frames=frames, **which), 16, 256.0, torch.float64).inverse
@@ -239,14 +239,14 @@ def test_riflex_slows_only_videos_longer_than_the_pair_s_period(frames, which):
     assert torch.equal(ours, expected)
 
 
-def test_numbers_of_numpy_are_options_like_others():
+def test_numbers_of_numpy_are_options_like_others() -> None:
     ours = Scaling.of("longrope", factor=np.float32(2), seq_len=np.int64(9), short_factor=[np.float64(1)])
     assert ours == Scaling.of("longrope", factor=2.0, seq_len=9, short_factor=[1.0])
     assert {type(value) for name, value in ours.parameters if name != "short_factor"} == {float, int}
 
 
 @pytest.mark.parametrize("kind", ["riflex", "fps"])
-def test_scaling_of_frames_is_refused_on_another_axis(kind):
+def test_scaling_of_frames_is_refused_on_another_axis(kind) -> None:
     options = {"frames": 66, "k": 1} if kind == "riflex" else {"fps": 16}
     scaling = Scaling.of(kind, **options)
     spec = RopeSpec((8, 6, 4), scaling=(scaling, None, None))
@@ -256,7 +256,7 @@ def test_scaling_of_frames_is_refused_on_another_axis(kind):
 
 
 @pytest.mark.parametrize(("rescale", "interpolation"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.25), (2.0, 0.25)])
-def test_fastvideo_scales_theta_and_positions(rescale, interpolation):
+def test_fastvideo_scales_theta_and_positions(rescale, interpolation) -> None:
     spec = RopeSpec((8,), scaling=Scaling.of("fastvideo", theta_rescale=rescale, interpolation=interpolation))
     angles = axis_frequencies(spec, 0).angles(torch.arange(5.0, dtype=torch.float64))
     theta = 1e4 * rescale ** (8 / 6)
@@ -264,7 +264,7 @@ def test_fastvideo_scales_theta_and_positions(rescale, interpolation):
     assert torch.equal(angles, expected)
 
 
-def test_registered_scaling_is_called_once_per_distinct_axis():
+def test_registered_scaling_is_called_once_per_distinct_axis() -> None:
     calls = []
 
     def halved(dim, theta, dtype, *, by):
@@ -291,7 +291,7 @@ def test_registered_scaling_is_called_once_per_distinct_axis():
         (AxisFrequencies(torch.ones(4, device="meta")), ValueError, r"got \[4\] on meta"),
     ],
 )
-def test_registered_scaling_that_returns_something_else_is_refused(returned, error, message):
+def test_registered_scaling_that_returns_something_else_is_refused(returned, error, message) -> None:
     name = f"returns_{message[:30]}"
     register_scaling(name, lambda dim, theta, dtype: returned)
     with pytest.raises(error, match=message):
@@ -307,18 +307,18 @@ def test_registered_scaling_that_returns_something_else_is_refused(returned, err
         ({"position_scale": math.inf}, ValueError, "position_scale must be positive and finite, got inf"),
     ],
 )
-def test_axis_frequencies_refuses(fields, error, message):
+def test_axis_frequencies_refuses(fields, error, message) -> None:
     with pytest.raises(error, match=message):
         AxisFrequencies(**{"inverse": torch.ones(2)} | fields)
 
 
-def test_unknown_scaling_is_refused_naming_those_that_import_registered():
+def test_unknown_scaling_is_refused_naming_those_that_import_registered() -> None:
     names = r"default, dynamic, fastvideo, fps, .*kandinsky5, linear, llama3, longrope, none, ntk, .*riflex, yarn"
     with pytest.raises(ValueError, match=f"scaling must be one of {names}, got 'su'"):
         rope_table(RopeSpec((8,), scaling=Scaling.of("su")), Grid(2))
 
 
-def test_import_alone_registers_every_type(repository):
+def test_import_alone_registers_every_type(repository) -> None:
     program = "import json, dit_rope; print(json.dumps(dit_rope.known_scalings()))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=repository, check=True)
     assert {
@@ -352,7 +352,7 @@ def test_import_alone_registers_every_type(repository):
     ],
     ids=str,
 )
-def test_scaling_refuses_options(scaling, message):
+def test_scaling_refuses_options(scaling, message) -> None:
     with pytest.raises(ValueError, match=message):
         scaled_frequencies(scaling, 16, 10_000.0, torch.float64)
 
@@ -370,7 +370,7 @@ def test_scaling_refuses_options(scaling, message):
         ("fps", "fps"),
     ],
 )
-def test_scaling_names_every_option_it_lacks(kind, missing):
+def test_scaling_names_every_option_it_lacks(kind, missing) -> None:
     with pytest.raises(ValueError, match=f"{kind} scaling must have {missing}, got"):
         scaled_frequencies(Scaling.of(kind), 16, 10_000.0, torch.float64)
     with pytest.raises(ValueError, match=f"{kind} scaling must have {missing}, got"):
@@ -378,7 +378,7 @@ def test_scaling_names_every_option_it_lacks(kind, missing):
 
 
 @pytest.mark.parametrize("kind", ["ntk", "dynamic"])
-def test_ntk_refuses_an_axis_of_two_channels(kind):
+def test_ntk_refuses_an_axis_of_two_channels(kind) -> None:
     options = {"factor": 2.0} if kind == "ntk" else DYNAMIC | {"seq_len": 1}
     with pytest.raises(ValueError, match=r"dim / \(dim - 2\) is undefined"):
         scaled_frequencies(Scaling.of(kind, **options), 2, 10_000.0, torch.float64)

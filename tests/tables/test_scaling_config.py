@@ -59,7 +59,7 @@ class _ModelConfig:
     ],
     ids=lambda config: type(config).__name__,
 )
-def test_config_may_be_a_dictionary_a_dataclass_or_a_model(config):
+def test_config_may_be_a_dictionary_a_dataclass_or_a_model(config) -> None:
     assert scaling_from_config(config) == LINEAR
 
 
@@ -78,7 +78,7 @@ def test_config_may_be_a_dictionary_a_dataclass_or_a_model(config):
     ],
     ids=str,
 )
-def test_config_that_asks_for_nothing_gives_none(config):
+def test_config_that_asks_for_nothing_gives_none(config) -> None:
     assert scaling_from_config(config) is None
 
 
@@ -102,17 +102,17 @@ def test_config_that_asks_for_nothing_gives_none(config):
         ({"type": "longrope", **LONG, "seq_len": 1, "short_mscale": 1.2}, ValueError, "must not have short_mscale"),
     ],
 )
-def test_config_is_refused(config, error, message):
+def test_config_is_refused(config, error, message) -> None:
     with pytest.raises(error, match=message):
         scaling_from_config(config)
 
 
 @pytest.mark.parametrize("extra", [{"mrope_section": [16, 24, 24]}, {"type": "mrope"}, {"type": "linear"}], ids=str)
-def test_rope_type_is_read_before_type(extra):
+def test_rope_type_is_read_before_type(extra) -> None:
     assert scaling_from_config(YARN | extra) == scaling_from_config(YARN)
 
 
-def test_context_fills_in_what_the_type_takes_and_the_configuration_lacks():
+def test_context_fills_in_what_the_type_takes_and_the_configuration_lacks() -> None:
     expected = Scaling.of("dynamic", factor=2.0, max_position_embeddings=4096, seq_len=9000)
     assert scaling_from_config(DYNAMIC, max_position_embeddings=4096, seq_len=9000) == expected
     assert scaling_from_config(_ModelConfig(), seq_len=9000, original_max_position_embeddings=None) == expected
@@ -126,17 +126,17 @@ def test_context_fills_in_what_the_type_takes_and_the_configuration_lacks():
 
 
 @pytest.mark.parametrize("config", [DYNAMIC, _ModelConfig()], ids=["dictionary", "model"])
-def test_length_is_never_assumed(config):
+def test_length_is_never_assumed(config) -> None:
     with pytest.raises(ValueError, match="dynamic scaling must have .*seq_len, got"):
         scaling_from_config(config)
 
 
-def test_share_of_channels_is_an_option_of_proportional_alone():
+def test_share_of_channels_is_an_option_of_proportional_alone() -> None:
     given = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}
     assert scaling_from_config(given) == Scaling.of("proportional", partial_rotary_factor=0.25)
 
 
-def test_layer_types_have_scalings_of_their_own():
+def test_layer_types_have_scalings_of_their_own() -> None:
     config = Gemma3TextConfig(
         rope_parameters={
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},

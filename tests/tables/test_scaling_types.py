@@ -32,14 +32,14 @@ def by_definition(spec: RopeSpec, grid: Grid) -> tuple[torch.Tensor, torch.Tenso
     return torch.cat(cosines, dim=1), torch.cat(sines, dim=1)
 
 
-def test_every_type_that_comes_with_the_package_is_tried_here():
+def test_every_type_that_comes_with_the_package_is_tried_here() -> None:
     scaled = set(SCALINGS) | {"default", "none"}
     assert scaled <= set(known_scalings())
     assert {name for name in known_scalings() if "_" not in name} == scaled
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_table_holds_the_scaled_angles(name):
+def test_table_holds_the_scaled_angles(name) -> None:
     spec = spec_with(name)
     cos, sin = rope_table(spec, GRID, dtype=torch.float64).cos_sin(repeat=False)
     # Positions are formed in float32: a frame number over its rate has an error of 2**-24 of itself, up to 9 here.
@@ -53,7 +53,7 @@ def test_table_holds_the_scaled_angles(name):
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("pairing", Pairing)
 @pytest.mark.parametrize("name", SCALINGS)
-def test_rotation_turns_by_the_scaled_angles(name, pairing, exact, device):
+def test_rotation_turns_by_the_scaled_angles(name, pairing, exact, device) -> None:
     spec = spec_with(name, pairing)
     q, k = torch.randn(2, 2, GRID.tokens, 3, 32, dtype=torch.float64, device=device)
     table = rope_table(spec, GRID, device=device, dtype=torch.float64)
@@ -65,7 +65,7 @@ def test_rotation_turns_by_the_scaled_angles(name, pairing, exact, device):
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_stream_rotates_far_frames_by_the_scaled_angles(name):
+def test_stream_rotates_far_frames_by_the_scaled_angles(name) -> None:
     spec, queries = spec_with(name), torch.randn(1, 3 * 12, 2, 24)
     stream = RopeStream(spec, (3, 4), window_frames=6)
     for start in range(0, 600, 3):
@@ -81,7 +81,7 @@ def test_stream_rotates_far_frames_by_the_scaled_angles(name):
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_shift_turns_by_the_scaled_angle_without_its_magnitude(name):
+def test_shift_turns_by_the_scaled_angle_without_its_magnitude(name) -> None:
     spec = spec_with(name)
     cos, sin = ShiftTable(spec, dtype=torch.float64).rows[:, 7]
     torch.testing.assert_close(torch.hypot(cos, sin), torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-15)
@@ -91,7 +91,7 @@ def test_shift_turns_by_the_scaled_angle_without_its_magnitude(name):
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_table_is_traced_without_a_graph_break_and_again_for_other_numbers(name):
+def test_table_is_traced_without_a_graph_break_and_again_for_other_numbers(name) -> None:
     """The compiler takes a number that has changed since the last trace for one that is not known yet."""
     torch._dynamo.reset()
 

@@ -12,7 +12,7 @@ import torch
 from dit_rope import Grid, Pairing, RopeSpec, Scaling, Shard
 
 
-def test_spec_is_frozen_and_hashable():
+def test_spec_is_frozen_and_hashable() -> None:
     spec = RopeSpec((44, 42, 42))
     with pytest.raises(dataclasses.FrozenInstanceError):
         spec.theta = 2.0
@@ -23,7 +23,7 @@ def test_spec_is_frozen_and_hashable():
     assert len({spec, RopeSpec((44, 42, 42)), RopeSpec((42, 44, 42))}) == 2
 
 
-def test_spec_is_equal_however_it_is_spelled():
+def test_spec_is_equal_however_it_is_spelled() -> None:
     spec = RopeSpec([44, 42, 42], theta=10_000, scaling=[Scaling.of("linear", factor=2)] * 3)
     other = RopeSpec((44, 42, 42), 1e4, Pairing.INTERLEAVED, scaling=Scaling.of("linear", factor=2.0))
     assert spec == other
@@ -31,18 +31,18 @@ def test_spec_is_equal_however_it_is_spelled():
     assert (spec.rotary_dim, spec.pairs) == (128, (22, 21, 21))
 
 
-def test_values_survive_pickling():
+def test_values_survive_pickling() -> None:
     scaling = Scaling.of("yarn", factor=4.0, original_max_position_embeddings=64)
     for value in (RopeSpec((8, 6), scaling=scaling), Grid(2, 3, start_frame=4), Shard(1, 2, axis=0)):
         assert pickle.loads(pickle.dumps(value)) == value
 
 
-def test_scaling_is_equal_in_any_order_of_its_parameters_and_takes_lists():
+def test_scaling_is_equal_in_any_order_of_its_parameters_and_takes_lists() -> None:
     assert Scaling.of("a", x=1.0, y=[1.0, 2.0]) == Scaling.of("a", y=(1.0, 2.0), x=1.0)
     assert hash(Scaling.of("a", y=[1.0])) == hash(Scaling.of("a", y=(1.0,)))
 
 
-def test_spec_keeps_one_scaling_for_all_axes_or_one_per_axis():
+def test_spec_keeps_one_scaling_for_all_axes_or_one_per_axis() -> None:
     linear, ntk = Scaling.of("linear", factor=2.0), Scaling.of("ntk", factor=2.0)
     same = RopeSpec((8, 6), scaling=[linear, Scaling.of("linear", factor=2)])
     assert same == RopeSpec((8, 6), scaling=linear)
@@ -54,7 +54,7 @@ def test_spec_keeps_one_scaling_for_all_axes_or_one_per_axis():
     assert RopeSpec((8, 6), scaling=(None, None)) == RopeSpec((8, 6)) == other.with_scaling(None)
 
 
-def test_scaling_shows_itself():
+def test_scaling_shows_itself() -> None:
     assert str(Scaling.of("yarn", factor=4.0, truncate=False)) == "yarn(factor=4.0, truncate=False)"
 
 
@@ -68,7 +68,7 @@ def test_scaling_shows_itself():
         ("linear", {"factor": torch.ones(1)}, "factor of linear scaling must be a number or numbers"),
     ],
 )
-def test_scaling_refuses(kind, options, message):
+def test_scaling_refuses(kind, options, message) -> None:
     with pytest.raises(TypeError, match=message):
         Scaling.of(kind, **options)
 
@@ -97,7 +97,7 @@ def test_scaling_refuses(kind, options, message):
         ({"frequency_dtype": "float32"}, TypeError, "frequency_dtype must be a floating point torch.dtype"),
     ],
 )
-def test_spec_refuses(arguments, error, message):
+def test_spec_refuses(arguments, error, message) -> None:
     with pytest.raises(error, match=message):
         RopeSpec(**{"dims": (8, 6, 4)} | arguments)
 
@@ -112,7 +112,7 @@ OLD_PICKLE = (
 """``RopeSpec((8, 6), theta_rescale=(2.0, 1.0), interpolation=(0.5, 1.0))``, written by 0.1."""
 
 
-def test_old_options_of_a_spec_are_a_scaling_and_warn():
+def test_old_options_of_a_spec_are_a_scaling_and_warn() -> None:
     with pytest.warns(DeprecationWarning, match="options of a scaling type now"):
         spec = RopeSpec((8, 6), theta_rescale=2, interpolation=(0.5, 0.5))
     assert spec == RopeSpec((8, 6), scaling=RESCALED)
@@ -134,23 +134,23 @@ def test_old_options_of_a_spec_are_a_scaling_and_warn():
         ({"interpolation": 0.5, "scaling": RESCALED}, ValueError, "scaling must be None with theta_rescale or inter"),
     ],
 )
-def test_old_options_of_a_spec_are_checked(arguments, error, message):
+def test_old_options_of_a_spec_are_checked(arguments, error, message) -> None:
     with pytest.raises(error, match=message):
         RopeSpec((8, 6, 4), **arguments)
 
 
-def test_spec_that_an_older_version_pickled_is_read():
+def test_spec_that_an_older_version_pickled_is_read() -> None:
     assert pickle.loads(OLD_PICKLE) == RopeSpec((8, 6), scaling=(RESCALED, None))
 
 
-def test_grid_counts_its_tokens_and_shows_itself():
+def test_grid_counts_its_tokens_and_shows_itself() -> None:
     grid = Grid(21, 45, 80, start_frame=3)
     assert grid.tokens == 75_600
     assert grid == Grid(21, 45, 80, start_frame=3) != Grid(21, 45, 80)
     assert repr(grid) == "Grid(21, 45, 80, start_frame=3)"
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numbers_of_numpy_are_numbers() -> None:
     two = np.int64(2)
     spec = RopeSpec((two, 4), theta=np.float32(16), scaling=Scaling.of("ntk", factor=np.float32(0.5), exponent=two))
     assert repr(spec) == repr(RopeSpec((2, 4), theta=16.0, scaling=Scaling.of("ntk", factor=0.5, exponent=2)))
@@ -173,7 +173,7 @@ def test_numbers_of_numpy_are_numbers():
         ((3,), 0.5, TypeError, "start_frame must be an int, got 0.5"),
     ],
 )
-def test_grid_refuses(sizes, start, error, message):
+def test_grid_refuses(sizes, start, error, message) -> None:
     with pytest.raises(error, match=message):
         Grid(*sizes, start_frame=start)
 
@@ -192,6 +192,6 @@ def test_grid_refuses(sizes, start, error, message):
         ({"tokens": (-1, 4)}, ValueError, "tokens start must be at least 0, got -1"),
     ],
 )
-def test_shard_refuses(arguments, error, message):
+def test_shard_refuses(arguments, error, message) -> None:
     with pytest.raises(error, match=message):
         Shard(**arguments)

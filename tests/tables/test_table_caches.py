@@ -43,7 +43,7 @@ def caches() -> dict[str, FifoCache]:
     return found
 
 
-def test_clear_leaves_no_entry_and_no_byte_in_any_cache():
+def test_clear_leaves_no_entry_and_no_byte_in_any_cache() -> None:
     use_everything()
     cache_clear()
     for name, cache in caches().items():
@@ -51,7 +51,7 @@ def test_clear_leaves_no_entry_and_no_byte_in_any_cache():
         assert (info.entries, info.bytes, info.captured_bytes, info.hits, info.misses) == (0, 0, 0, 0, 0), name
 
 
-def test_info_shows_every_entry_of_every_cache():
+def test_info_shows_every_entry_of_every_cache() -> None:
     cache_clear()
     use_everything()
     shown = [getattr(cache_info(), field.name) for field in dataclasses.fields(cache_info())]
@@ -64,7 +64,7 @@ def test_info_shows_every_entry_of_every_cache():
     cache_clear()
 
 
-def test_no_function_remembers_tensors_on_its_own():
+def test_no_function_remembers_tensors_on_its_own() -> None:
     """``lru_cache`` keeps what nobody counts and nobody can clear; it may keep plans, specs, launches and names."""
     allowed = {"cuda_kernels.py", "cuda_plan.py", "cuda_tuning.py", "triton_kernels.py", "fastvideo.py"}
     allowed |= {"known_code.py"}
@@ -72,19 +72,19 @@ def test_no_function_remembers_tensors_on_its_own():
     assert users == allowed
 
 
-def test_every_cache_is_made_where_all_are_listed():
+def test_every_cache_is_made_where_all_are_listed() -> None:
     assert [path.name for path in SOURCES if re.search(r"^\w.* = FifoCache\(", path.read_text(), re.MULTILINE)] == [
         "caches.py"
     ]
 
 
-def test_every_module_of_the_package_is_looked_at():
+def test_every_module_of_the_package_is_looked_at() -> None:
     names = {module.name for module in pkgutil.walk_packages(dit_rope.__path__, "dit_rope.")}
     assert len(SOURCES) >= len(names)
     assert {name.rpartition(".")[2] for name in caches()} >= {"TABLES", "AXES", "EXPANDED", "FREQUENCIES", "SHIFTS"}
 
 
-def test_caps_may_be_integers_of_numpy():
+def test_caps_may_be_integers_of_numpy() -> None:
     cache_configure(max_entries=np.int64(3), max_bytes=np.int64(2**20))
     assert (cache_info().tables.max_entries, cache_info().tables.max_bytes) == (3, 2**20)
     with pytest.raises(TypeError, match="max_entries must be an int, got "):

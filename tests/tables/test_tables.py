@@ -45,7 +45,7 @@ def truth(spec: RopeSpec, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("start", [0, 5_000, 100_000, 1_000_000])
-def test_dense_table_is_within_1e_6_of_float64_truth_at_start_frame(start):
+def test_dense_table_is_within_1e_6_of_float64_truth_at_start_frame(start) -> None:
     grid = Grid(3, 2, 2, start_frame=start)
     for ours, exact in zip(rope_table(WAN, grid).cos_sin(repeat=False), truth(WAN, grid), strict=True):
         assert ours.dtype == torch.float32
@@ -54,7 +54,7 @@ def test_dense_table_is_within_1e_6_of_float64_truth_at_start_frame(start):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dims", [(16,), (8, 6), (8, 6, 4), (4, 6, 2, 8)], ids=str)
-def test_dense_table_equals_full_grid_build_on_any_number_of_axes(dims, dtype):
+def test_dense_table_equals_full_grid_build_on_any_number_of_axes(dims, dtype) -> None:
     sizes = (3, 7, 33, 2)[: len(dims)]
     spec = RopeSpec(dims, theta=256.0, frequency_dtype=dtype)
     ours = rope_table(spec, Grid(*sizes, start_frame=30), dtype=dtype).cos_sin()
@@ -63,20 +63,20 @@ def test_dense_table_equals_full_grid_build_on_any_number_of_axes(dims, dtype):
         assert torch.equal(mine, theirs)
 
 
-def test_dense_table_of_720p_equals_full_grid_build():
+def test_dense_table_of_720p_equals_full_grid_build() -> None:
     ours = rope_table(WAN, Grid(21, 45, 80), dtype=torch.float64).cos_sin()
     for mine, theirs in zip(ours, full_grid_table((21, 45, 80), WAN.dims, 1e4, dtype=torch.float64), strict=True):
         assert torch.equal(mine, theirs)
 
 
-def test_dense_table_of_half_pairing_repeats_the_whole_row():
+def test_dense_table_of_half_pairing_repeats_the_whole_row() -> None:
     spec = dataclasses.replace(SMALL, pairing=Pairing.HALF)
     table = rope_table(spec, GRID)
     for repeated, pairs in zip(table.cos_sin(), table.cos_sin(repeat=False), strict=True):
         assert torch.equal(repeated, torch.cat((pairs, pairs), dim=-1))
 
 
-def test_dense_table_broadcasts_the_same_memory():
+def test_dense_table_broadcasts_the_same_memory() -> None:
     table = rope_table(SMALL, GRID)
     for flat, broadcast in zip(table.cos_sin(), table.cos_sin(broadcast=True), strict=True):
         assert broadcast.shape == (1, 60, 1, 18)
@@ -85,7 +85,7 @@ def test_dense_table_broadcasts_the_same_memory():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bit_table_is_rounded_from_the_float32_one(dtype):
+def test_sixteen_bit_table_is_rounded_from_the_float32_one(dtype) -> None:
     for ours, wide in zip(
         rope_table(WAN, Grid(21, 30, 52), dtype=dtype).cos_sin(),
         full_grid_table((21, 30, 52), WAN.dims, 1e4, dtype=torch.float64),
@@ -99,7 +99,7 @@ def test_sixteen_bit_table_is_rounded_from_the_float32_one(dtype):
     [(torch.float64, torch.complex128), (torch.float32, torch.complex64), (torch.bfloat16, torch.complex64)],
     ids=str,
 )
-def test_complex_table_holds_cos_and_sin(dtype, expected):
+def test_complex_table_holds_cos_and_sin(dtype, expected) -> None:
     table = rope_table(SMALL, GRID, dtype=dtype)
     cos, sin = table.cos_sin(repeat=False)
     assert table.complex().dtype == expected
@@ -107,14 +107,14 @@ def test_complex_table_holds_cos_and_sin(dtype, expected):
     assert torch.equal(table.complex().imag, sin.to(table.complex().real.dtype))
 
 
-def test_start_frame_is_a_slice_of_a_longer_table():
+def test_start_frame_is_a_slice_of_a_longer_table() -> None:
     longer = rope_table(SMALL, Grid(40, 4, 5)).cos_sin()
     later = rope_table(SMALL, Grid(3, 4, 5, start_frame=31)).cos_sin()
     for whole, part in zip(longer, later, strict=True):
         assert torch.equal(whole[31 * 20 : 34 * 20], part)
 
 
-def test_values_do_not_depend_on_the_callers_modes():
+def test_values_do_not_depend_on_the_callers_modes() -> None:
     spec = dataclasses.replace(SMALL, scaling=Scaling.of("fastvideo", interpolation=0.3), frequency_dtype=torch.float32)
     expected = rope_table(spec, GRID).rows.clone()
     for mode in (torch.inference_mode(), torch.device("meta"), torch.autocast("cpu", torch.bfloat16)):
@@ -129,7 +129,7 @@ def test_values_do_not_depend_on_the_callers_modes():
         torch.set_default_dtype(torch.float32)
 
 
-def test_rows_hold_the_axes_one_after_another_with_unused_columns_zero():
+def test_rows_hold_the_axes_one_after_another_with_unused_columns_zero() -> None:
     table = rope_table(SMALL, Grid(3, 40, 5, start_frame=33), dtype=torch.float64)
     assert table.rows.shape == (2, 32 + 64 + 32, 4)
     assert table.first_rows == (1, 32, 96)
@@ -143,7 +143,7 @@ def test_rows_hold_the_axes_one_after_another_with_unused_columns_zero():
             torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-14)
 
 
-def test_args_carry_what_the_caller_asks_for():
+def test_args_carry_what_the_caller_asks_for() -> None:
     table = rope_table(dataclasses.replace(SMALL, pairing=Pairing.HALF), GRID, shard=Shard(1, 7))
     args = table.args(prefix=5, inverse=True, exact=True)
     assert args.rows is table.rows
@@ -156,17 +156,17 @@ def test_args_carry_what_the_caller_asks_for():
 
 
 @pytest.mark.parametrize("positions", [torch.zeros(1, 4, 3), torch.zeros(4, 3).int(), torch.zeros(1, 4, 2).int()])
-def test_args_refuse_positions_of_another_kind(positions):
+def test_args_refuse_positions_of_another_kind(positions) -> None:
     with pytest.raises(ValueError, match=r"positions must be int32 \[1 or B, count, 3\], got torch"):
         rope_table(SMALL, GRID).args(positions=positions)
 
 
-def test_args_refuse_a_negative_prefix():
+def test_args_refuse_a_negative_prefix() -> None:
     with pytest.raises(ValueError, match="prefix must not be negative, got -1"):
         rope_table(SMALL, GRID).args(prefix=-1)
 
 
-def test_repeated_call_returns_the_same_object_however_it_is_spelled():
+def test_repeated_call_returns_the_same_object_however_it_is_spelled() -> None:
     table = rope_table(SMALL, GRID)
     again = RopeSpec([8, 6, 4], theta=10_000, scaling=[None, None, None])
     for device in (None, "cpu", "cpu:0", torch.device("cpu")):
@@ -193,7 +193,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_every_input_is_keyed(change):
+def test_every_input_is_keyed(change) -> None:
     def dense(settings):
         settings = dict(settings)
         return rope_table(settings.pop("spec"), settings.pop("grid"), **settings).cos_sin()[0]
@@ -205,7 +205,7 @@ def test_every_input_is_keyed(change):
     assert dense(BASE | change) is second
 
 
-def test_scaling_parameters_are_keyed():
+def test_scaling_parameters_are_keyed() -> None:
     four, eight = (
         dataclasses.replace(SMALL, scaling=Scaling.of("yarn", factor=f, original_max_position_embeddings=64))
         for f in (4.0, 8.0)
@@ -213,7 +213,7 @@ def test_scaling_parameters_are_keyed():
     assert not torch.equal(rope_table(four, GRID).rows, rope_table(eight, GRID).rows)
 
 
-def test_table_cache_keeps_the_sixteen_newest():
+def test_table_cache_keeps_the_sixteen_newest() -> None:
     grids = [Grid(1, 1, n) for n in range(1, 21)]
     built = [rope_table(SMALL, grid) for grid in grids]
     assert (cache_info().tables.entries, cache_info().tables.evictions) == (16, 4)
@@ -222,7 +222,7 @@ def test_table_cache_keeps_the_sixteen_newest():
 
 
 @pytest.mark.parametrize("form", ["cos_sin", "complex", "positions"])
-def test_form_is_an_entry_of_its_own_that_hits_and_counts_its_bytes(form):
+def test_form_is_an_entry_of_its_own_that_hits_and_counts_its_bytes(form) -> None:
     table = rope_table(SMALL, GRID)
     before = cache_info().tables
     first = getattr(table, form)()
@@ -235,7 +235,7 @@ def test_form_is_an_entry_of_its_own_that_hits_and_counts_its_bytes(form):
     assert cache_info().tables.hits == after.hits + 1
 
 
-def test_dense_forms_do_not_escape_the_byte_cap():
+def test_dense_forms_do_not_escape_the_byte_cap() -> None:
     cache_configure(max_bytes=10_000)
     for start in range(8):
         rope_table(SMALL, Grid(3, 4, 5, start_frame=start)).cos_sin()
@@ -245,7 +245,7 @@ def test_dense_forms_do_not_escape_the_byte_cap():
     assert table.cos_sin()[0] is not table.cos_sin()[0]
 
 
-def test_rows_written_to_are_noticed_and_never_reach_a_dense_form():
+def test_rows_written_to_are_noticed_and_never_reach_a_dense_form() -> None:
     expected = rope_table(SMALL, GRID).rows.clone()
     table = rope_table(SMALL, GRID)
     table.axis(1)[0].zero_()
@@ -261,14 +261,14 @@ def test_rows_written_to_are_noticed_and_never_reach_a_dense_form():
     assert cache_info().tables.rebuilds == 2
 
 
-def test_casting_a_returned_table_leaves_the_cached_one_alone():
+def test_casting_a_returned_table_leaves_the_cached_one_alone() -> None:
     cos, _ = rope_table(SMALL, GRID, dtype=torch.float64).cos_sin()
     copy = cos.clone()
     cos.to("cpu").float().mul_(0)
     assert torch.equal(rope_table(SMALL, GRID, dtype=torch.float64).cos_sin()[0], copy)
 
 
-def test_threads_agree_and_build_each_table_once():
+def test_threads_agree_and_build_each_table_once() -> None:
     def ask(seed: int) -> list[tuple[int, int]]:
         order = torch.randperm(12, generator=torch.Generator().manual_seed(seed)).tolist()
         return sorted((n, id(rope_table(SMALL, Grid(2, 3, n + 1)).cos_sin()[0])) for n in order[:6] + order)
@@ -280,7 +280,7 @@ def test_threads_agree_and_build_each_table_once():
     assert cache_info().tables.misses == 24
 
 
-def test_table_under_fake_tensor_mode_is_fake_and_leaves_no_entry():
+def test_table_under_fake_tensor_mode_is_fake_and_leaves_no_entry() -> None:
     with FakeTensorMode():
         fake = rope_table(WAN, Grid(21, 45, 80))
         assert isinstance(fake.rows, FakeTensor)
@@ -289,14 +289,14 @@ def test_table_under_fake_tensor_mode_is_fake_and_leaves_no_entry():
     assert type(rope_table(WAN, Grid(21, 45, 80)).rows) is torch.Tensor
 
 
-def test_uncached_table_is_on_the_asked_device_whatever_the_default():
+def test_uncached_table_is_on_the_asked_device_whatever_the_default() -> None:
     with torch.device("meta"), FakeTensorMode():
         table = rope_table(SMALL, GRID, shard=Shard(6, 7))
         for tensor in (table.rows, table.complex(), table.positions(), *table.cos_sin()):
             assert tensor.device.type == "cpu"
 
 
-def test_table_on_meta_is_not_cached():
+def test_table_on_meta_is_not_cached() -> None:
     table = rope_table(SMALL, GRID, device="meta")
     assert table.rows.is_meta
     assert table.cos_sin()[0].is_meta
@@ -304,13 +304,13 @@ def test_table_on_meta_is_not_cached():
     assert cache_info().tables.entries == 0
 
 
-def test_device_without_float64_gets_float32(monkeypatch):
+def test_device_without_float64_gets_float32(monkeypatch) -> None:
     monkeypatch.setattr(tables, "WITHOUT_FLOAT64_OR_COMPLEX", frozenset({"meta"}))
     table = rope_table(SMALL, GRID, device="meta", dtype=torch.float64)
     assert table.dtype == table.rows.dtype == table.cos_sin()[0].dtype == torch.float32
 
 
-def test_table_first_asked_for_in_inference_mode_serves_autograd():
+def test_table_first_asked_for_in_inference_mode_serves_autograd() -> None:
     with torch.inference_mode():
         rope_table(SMALL, GRID).cos_sin()
     x = torch.ones(60, 18, requires_grad=True)
@@ -320,7 +320,7 @@ def test_table_first_asked_for_in_inference_mode_serves_autograd():
     assert cache_info().tables.misses == 2
 
 
-def test_compiled_function_builds_its_table_without_a_graph_break_or_an_entry():
+def test_compiled_function_builds_its_table_without_a_graph_break_or_an_entry() -> None:
     def scale(x: torch.Tensor, start: int) -> tuple[torch.Tensor, ...]:
         table = rope_table(SMALL, Grid(3, 4, 5, start_frame=start))
         return x * table.cos_sin()[0], table.complex(), table.positions(), table.args().rows
@@ -336,7 +336,7 @@ def test_compiled_function_builds_its_table_without_a_graph_break_or_an_entry():
         cache_clear()
 
 
-def test_first_call_of_a_process_may_be_compiled():
+def test_first_call_of_a_process_may_be_compiled() -> None:
     program = """
 import torch
 from dit_rope import Grid, RopeSpec, cache_info, rope_table
@@ -351,7 +351,7 @@ assert torch.equal(y, rope_table(spec, grid).cos_sin()[0])
 
 
 @pytest.mark.gpu
-def test_table_on_a_gpu_has_the_bits_of_the_cpu_one_and_is_not_built_during_capture():
+def test_table_on_a_gpu_has_the_bits_of_the_cpu_one_and_is_not_built_during_capture() -> None:
     here, there = rope_table(SMALL, GRID), rope_table(SMALL, GRID, device="cuda")
     assert rope_table(SMALL, GRID, device="cuda:0") is there
     for ours, theirs in zip((here.rows, *here.cos_sin()), (there.rows, *there.cos_sin()), strict=True):
@@ -375,7 +375,7 @@ def test_table_on_a_gpu_has_the_bits_of_the_cpu_one_and_is_not_built_during_capt
         ({"shard": Shard(0, 3, axis=1)}, ValueError, r"must divide the grid's size on axis 1 \(4\), got 3; shard the"),
     ],
 )
-def test_rope_table_refuses(arguments, error, message):
+def test_rope_table_refuses(arguments, error, message) -> None:
     settings = BASE | arguments
     with pytest.raises(error, match=message):
         rope_table(settings.pop("spec"), settings.pop("grid"), **settings)

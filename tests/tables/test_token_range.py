@@ -50,7 +50,7 @@ def expected_dense(shard: Shard | None, start: int, repeat: bool) -> tuple[torch
 
 @pytest.mark.parametrize("repeat", [True, False], ids=["repeated", "pairs"])
 @pytest.mark.parametrize("shard", SHARDS.values(), ids=SHARDS.keys())
-def test_dense_table_of_a_shard_is_its_part_of_the_whole(shard, repeat):
+def test_dense_table_of_a_shard_is_its_part_of_the_whole(shard, repeat) -> None:
     grid = Grid(*GRID.sizes, start_frame=31)
     ours = rope_table(SMALL, grid, shard=shard, dtype=torch.float64).cos_sin(repeat=repeat)
     for mine, theirs in zip(ours, expected_dense(shard, 31, repeat), strict=True):
@@ -58,7 +58,7 @@ def test_dense_table_of_a_shard_is_its_part_of_the_whole(shard, repeat):
 
 
 @pytest.mark.parametrize("shard", SHARDS.values(), ids=SHARDS.keys())
-def test_positions_and_args_lead_to_the_rows_of_the_dense_table(shard):
+def test_positions_and_args_lead_to_the_rows_of_the_dense_table(shard) -> None:
     table = rope_table(SMALL, Grid(*GRID.sizes, start_frame=31), shard=shard, dtype=torch.float64)
     cos, sin = expected_dense(shard, 31, repeat=False)
     args, positions = table.args(), table.positions()
@@ -77,12 +77,12 @@ def test_positions_and_args_lead_to_the_rows_of_the_dense_table(shard):
             assert not inside or torch.equal(torch.cat(parts), dense[token])
 
 
-def test_each_shard_form_has_an_entry_of_its_own():
+def test_each_shard_form_has_an_entry_of_its_own() -> None:
     first = {rope_table(SMALL, GRID, shard=shard) for shard in SHARDS.values()}
     assert len(first) == len(SHARDS) == cache_info().tables.entries
 
 
-def test_seven_tokens_over_four_ranks_turn_as_on_one():
+def test_seven_tokens_over_four_ranks_turn_as_on_one() -> None:
     """The last rank's second token is padding, and comes back as it is."""
     grid, x = Grid(7, 1, 1), torch.randn(1, 8, 2, 20)
     whole = rotate(x, rope_table(SMALL, grid), suffix=1)
