@@ -30,8 +30,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _shared_state() -> Iterator[None]:
-    """Seeds torch; restores the limits of the caches and the registered scaling types after the test."""
+    """Seeds torch and clears the caches; restores their limits and the registered scaling types after the test."""
     torch.manual_seed(0)
+    dit_rope.cache_clear()
     info, types = dit_rope.cache_info(), dict(TYPES)
     yield
     TYPES.clear()

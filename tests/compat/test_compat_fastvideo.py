@@ -14,13 +14,6 @@ WAN_DIMS, HUNYUAN_DIMS = [44, 42, 42], [16, 56, 56]
 GRIDS = [(1, 1, 1), (1, 9, 16), (5, 1, 1), (3, 4, 6), (6, 35, 33)]
 
 
-@pytest.fixture(autouse=True)
-def _empty_caches():
-    cache_clear()
-    yield
-    cache_clear()
-
-
 def embed(sizes=(3, 4, 6), dims=WAN_DIMS, theta=10_000, hidden=1536, **settings):
     return get_rotary_pos_embed(sizes, hidden, 12, dims, theta, **settings)
 

@@ -28,11 +28,6 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 both_pairings = pytest.mark.parametrize("interleave", [True, False], ids=["interleave", "half"])
 
 
-@pytest.fixture(autouse=True)
-def _empty_caches() -> None:
-    dit_rope.cache_clear()
-
-
 def llama31_frequencies(rotary_dim: int, theta: float) -> torch.Tensor:
     """``[rotary_dim / 2]`` in float64, wave by wave, as Llama 3.1's model card has them: 8, 1, 4 and 8192."""
     found = []

@@ -20,9 +20,7 @@ BY_KIND = pytest.mark.parametrize("name", KINDS)
 LINEARS = {"hidream": ["to_q", "to_k", "to_v"], "ideogram4": ["qkv"]}
 
 
-@pytest.fixture(autouse=True)
-def _quiet(one_thread: None) -> None:
-    dit_rope.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(name: str, model: torch.nn.Module, **changes: Any) -> list[torch.Tensor]:

@@ -13,10 +13,7 @@ from dit_rope.hooks import fused_norms
 from dit_rope.hooks.fused_norms import fused_norm, makes_fresh_results
 from zoo import named
 
-
-@pytest.fixture(autouse=True)
-def _quiet(one_thread: None) -> None:
-    dit_rope.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rms_norm() -> torch.nn.Module:

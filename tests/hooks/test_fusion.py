@@ -17,9 +17,7 @@ FUSIONS = pytest.mark.parametrize("fuse", Fusion, ids=lambda fuse: fuse.value)
 BY_NAME = pytest.mark.parametrize("name", ["wan", "chronoedit", *NAMES])
 
 
-@pytest.fixture(autouse=True)
-def _quiet(one_thread: None) -> None:
-    dit_rope.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, Any]:

@@ -13,10 +13,7 @@ from dit_rope.hooks.class_override import Override
 from model_state import state_of
 from zoo import wan
 
-
-@pytest.fixture(autouse=True)
-def _quiet(one_thread: None) -> None:
-    dit_rope.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_copy_of_a_block_is_given_back_with_its_model() -> None:

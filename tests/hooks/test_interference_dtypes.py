@@ -16,9 +16,7 @@ MODE = pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
 OTHERS = ("kandinsky5", "kandinsky5-offset", "prx", "stable-audio-3", "kandinsky6-sr", "sana-wm-refiner", "wan", "flux")
 
 
-@pytest.fixture(autouse=True)
-def _quiet(one_thread: None) -> None:
-    dit_rope.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["float64", "float16"])

@@ -19,9 +19,7 @@ MODE = pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _quiet(one_thread: None) -> None:
-    dit_rope.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs_of(name: str, model: Any, key: str, change: Callable[[Any], Any]) -> dict[str, Any]:

@@ -27,7 +27,6 @@ KINDS = pytest.mark.parametrize("name", ["wan", "flux", "anyflow-far", "sana-wm"
 
 @pytest.fixture(autouse=True)
 def _quiet(one_thread: None) -> Iterator[None]:
-    dit_rope.cache_clear()
     yield
     torch._dynamo.reset()
 

@@ -19,10 +19,7 @@ from dit_rope.models.wan import WAN
 from known_classes import known, memoize
 from zoo import Noise, named, tensors, wan
 
-
-@pytest.fixture(autouse=True)
-def _quiet(one_thread: None) -> None:
-    dit_rope.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(name: str, model: torch.nn.Module) -> list[torch.Tensor]:

@@ -21,11 +21,7 @@ FLUX = next(example for example in EXAMPLES if example.name == "flux")
 HUNYUAN_VIDEO = next(example for example in EXAMPLES if example.name == "hunyuan-video")
 
 
-@pytest.fixture(autouse=True)
-def _clean(one_thread: None) -> Any:
-    dit_rope.cache_clear()
-    yield
-    dit_rope.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Rope(torch.nn.Module):

@@ -23,9 +23,7 @@ PATCHED = [example for example in EXAMPLES if example.model in {adapter.model fo
 BY_NAME = pytest.mark.parametrize("example", PATCHED, ids=lambda example: example.name)
 
 
-@pytest.fixture(autouse=True)
-def _quiet(one_thread: None) -> None:
-    dit_rope.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def forward(example: Example, model: torch.nn.Module, dtype: torch.dtype) -> list[torch.Tensor]:

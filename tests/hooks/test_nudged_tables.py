@@ -25,9 +25,7 @@ MODE = pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _quiet(one_thread: None) -> None:
-    dit_rope.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def one_ulp_up(x: torch.Tensor) -> torch.Tensor:

@@ -32,9 +32,7 @@ CPU = torch.device("cpu")
 Change = Callable[[Any], Any]
 
 
-@pytest.fixture(autouse=True)
-def _quiet(one_thread: None) -> None:
-    dit_rope.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(name: str, model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:

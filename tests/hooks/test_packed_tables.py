@@ -22,9 +22,7 @@ CPU = torch.device("cpu")
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _quiet(one_thread: None) -> None:
-    dit_rope.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=[True, False], ids=["training", "sampling"])

@@ -18,10 +18,7 @@ from dit_rope.hooks.class_override import unpatched_class
 from twins import attentions, check, run
 from zoo import named
 
-
-@pytest.fixture(autouse=True)
-def _quiet(one_thread: None) -> None:
-    pass
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_report_says_where_the_model_rotates_by_itself(rotations: list[str]) -> None:

@@ -24,7 +24,6 @@ SCALINGS = every_scaling(pairs=4)
 
 @pytest.fixture(autouse=True)
 def _quiet(one_thread: None) -> None:
-    dit_rope.cache_clear()
     torch._dynamo.reset()
 
 

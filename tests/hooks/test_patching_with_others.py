@@ -19,9 +19,7 @@ from zoo import EXAMPLES, Example, wan
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def _quiet(one_thread: None) -> None:
-    pass
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def forward(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -23,9 +23,7 @@ from zoo import named, tensors
 FAMILIES = ("wan", "hunyuan-video", "flux", "joyimage", "anyflow-far", "qwen-image")
 
 
-@pytest.fixture(autouse=True)
-def _quiet(one_thread: None) -> None:
-    dit_rope.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(name: str, model: torch.nn.Module, times: int = 1) -> list[torch.Tensor]:

@@ -14,10 +14,7 @@ from dit_rope.hooks.class_override import Installed, PatchState
 from dit_rope.hooks.rope_modules import MemoizedMethod, TableSettings
 from known_classes import known, memoize
 
-
-@pytest.fixture(autouse=True)
-def _quiet(one_thread: None) -> None:
-    dit_rope.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Built(torch.nn.Module):

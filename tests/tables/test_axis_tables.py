@@ -19,13 +19,6 @@ GRID = Grid(3, 4, 5)
 GRID_1D = Grid(40)
 
 
-@pytest.fixture(autouse=True)
-def _empty_caches():
-    cache_clear()
-    yield
-    cache_clear()
-
-
 def in_threads(count: int, call: Callable[[int], object]) -> list[object]:
     """What ``call(0)``, ``call(1)``, ... return, or raise, in threads that start together."""
     barrier, results = threading.Barrier(count), [None] * count

@@ -66,14 +66,6 @@ class Watched(FifoCache[int, torch.Tensor]):
 
 
 @pytest.fixture
-def empty_caches() -> Iterator[None]:
-    """Clears the table caches before and after the test."""
-    dit_rope.cache_clear()
-    yield
-    dit_rope.cache_clear()
-
-
-@pytest.fixture
 def watched() -> Watched:
     return Watched(8, 64 * 1024)
 
@@ -141,7 +133,7 @@ def in_many_threads(call: Callable[[int], Any], count: int = THREADS) -> list[An
     return [results[i] for i in range(count)]
 
 
-def test_threads_get_the_right_tables_and_forms_while_others_clear_and_configure(empty_caches: None) -> None:
+def test_threads_get_the_right_tables_and_forms_while_others_clear_and_configure() -> None:
     grids = [Grid(2 + n % 5, 3, 2 + n % 3, start_frame=n) for n in range(24)]
     wanted = [dit_rope.rope_table(SPEC, grid) for grid in grids]
     forms = [
@@ -189,7 +181,7 @@ class _Model(torch.nn.Module):
         return ids.float().cos()
 
 
-def test_memoized_model_tables_are_right_under_threads_and_writes(empty_caches: None) -> None:
+def test_memoized_model_tables_are_right_under_threads_and_writes() -> None:
     known(_Rope)
     known(_Model, "tables")
     ropes, own = [_Rope(10.0 + n) for n in range(3)], [_Rope(10.0 + n) for n in range(3)]
@@ -323,7 +315,7 @@ def turned(args: RotationArgs) -> torch.Tensor:
     return out
 
 
-def test_angles_of_other_offsets_in_one_table_are_told_apart(empty_caches: None) -> None:
+def test_angles_of_other_offsets_in_one_table_are_told_apart() -> None:
     whole = dit_rope.rope_table(SPEC, Grid(2, 3, 4)).args()
     parts = [replace(whole, token_offset=offset, count=8) for offset in (0, 8, 16)]
     together = [turned(part) for part in parts]
@@ -333,7 +325,7 @@ def test_angles_of_other_offsets_in_one_table_are_told_apart(empty_caches: None)
     assert not torch.equal(together[0], together[1])
 
 
-def test_angles_of_two_views_of_one_memory_are_told_apart(empty_caches: None) -> None:
+def test_angles_of_two_views_of_one_memory_are_told_apart() -> None:
     memory = torch.rand(2, 24, 4)
     views = memory[:, :12], memory.flatten()[:96].view(2, 12, 4)
     whole = dit_rope.rope_table(SPEC, Grid(2, 2, 2)).args()
@@ -362,9 +354,7 @@ def test_memory_that_runs_out_after_the_build_leaves_the_key_free() -> None:
     assert (cache.info().entries, cache.info().bytes) == (1, 4)
 
 
-def test_host_without_memory_says_so_and_the_next_call_builds(
-    empty_caches: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_host_without_memory_says_so_and_the_next_call_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
@@ -377,7 +367,7 @@ def test_host_without_memory_says_so_and_the_next_call_builds(
     assert torch.equal(table.cos_sin()[0][-1], table.cos_sin(False)[0][-1].repeat_interleave(2))
 
 
-def test_allocator_without_memory_leaves_no_key_taken(empty_caches: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allocator_without_memory_leaves_no_key_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
@@ -504,7 +494,7 @@ def test_interrupt_of_a_thread_that_waits_leaves_the_build_of_the_other_alone(wa
     assert watched.info().misses == 1
 
 
-def test_pairing_and_every_other_field_of_a_spec_are_keys_of_their_own(empty_caches: None) -> None:
+def test_pairing_and_every_other_field_of_a_spec_are_keys_of_their_own() -> None:
     specs = [
         SPEC,
         RopeSpec((8, 4, 4), theta=100.0),

@@ -20,13 +20,6 @@ SMALL = RopeSpec(dims=(8, 6, 4))
 GRID = Grid(3, 4, 5)
 
 
-@pytest.fixture(autouse=True)
-def _empty_caches():
-    cache_clear()
-    yield
-    cache_clear()
-
-
 def truth(spec: RopeSpec, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Cos and sin ``[tokens, pairs]`` in float64, each number by Python's own arithmetic on exact integers."""
     lines = []

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dit_rope import Grid, RopeSpec, Shard, cache_clear, cache_info, rope_table, rotate
+from dit_rope import Grid, RopeSpec, Shard, cache_info, rope_table, rotate
 from oracle import full_grid_table
 
 SMALL = RopeSpec(dims=(8, 6, 4))
@@ -25,13 +25,6 @@ SHARDS = {
     "slice past the end": Shard.of_tokens(50, 80),
     "slice beyond the end": Shard.of_tokens(70, 80),
 }
-
-
-@pytest.fixture(autouse=True)
-def _empty_caches():
-    cache_clear()
-    yield
-    cache_clear()
 
 
 def expected_dense(shard: Shard | None, start: int, repeat: bool) -> tuple[torch.Tensor, torch.Tensor]:
