@@ -7,7 +7,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,11 +106,11 @@ class Step:
     def twin(self) -> Step:
         """The same calls of copies of the models, which share their parameters."""
         shared = {id(parameter): parameter for model in self.models for parameter in model.parameters()}
-        return Step(tuple(copy.deepcopy(self.models, shared)), self.calls)
+        return replace(self, models=tuple(copy.deepcopy(self.models, shared)))
 
     def compiled(self) -> Step:
         """The same calls of the models, each compiled whole."""
-        return Step(tuple(torch.compile(model) for model in self.models), self.calls)  # type: ignore[misc]
+        return replace(self, models=tuple(torch.compile(model) for model in self.models))
 
 
 def architecture_step(
@@ -166,7 +166,12 @@ def pipeline_step(pipe: Any, **arguments: Any) -> Step:
 
 
 def measure_step(
-    step: Step, *, rounds: int = 5, compiled: bool = False, advance: Callable[[], object] | None = None
+    step: Step,
+    *,
+    rounds: int = 5,
+    compiled: bool = False,
+    advance: Callable[[], object] | None = None,
+    on_error: Callable[[str, Exception], object] | None = None,
 ) -> list[Row]:
     """Times a step unpatched, patched in every way of :data:`VARIANTS`, and without any rope, after comparing outputs.
 
@@ -175,6 +180,8 @@ def measure_step(
         rounds: timed runs of each variant; they take turns.
         compiled: by ``torch.compile``, where a patched model runs its own code: unpatched and patched alone.
         advance: called after every run, of which there are :func:`runs`.
+        on_error: called with the name of each variant that fails or whose output differs, and the error; the others
+            are timed.
 
     Returns:
         A row for each variant: milliseconds of a step, ``ratio`` of the unpatched step to it, for the default
@@ -182,13 +189,17 @@ def measure_step(
         step.
 
     Raises:
-        Mismatch: an output differs by more than it may. Nothing is timed then.
+        Mismatch: an output differs by more than it may, and ``on_error`` is None. Nothing is timed then.
     """
     if compiled:
         # Past some number of versions of the same code, the compiler leaves what comes next as it is.
         torch.compiler.reset()
     variants = _twins(step, compiled)
-    _compare(variants, step, compiled)
+    for name, error in _errors(variants, step, compiled):
+        if on_error is None:
+            raise error
+        del variants[name]
+        on_error(name, error)
     cases: dict[str, Callable[[], object]] = {}
     for name, twin in variants.items():
         if name == default_variant(step.device):
@@ -262,26 +273,34 @@ def verdict(own: Timing, time: Timing) -> str:
     return "slower" if time.p20 > own.p80 else "no difference"
 
 
-def _compare(variants: Mapping[str, Step], step: Step, compiled: bool) -> None:
-    """Exact variants give the bits of the unpatched step; fast ones are no further from it than roundings take them."""
+def _errors(variants: Mapping[str, Step], step: Step, compiled: bool) -> Iterator[tuple[str, Exception]]:
+    """Names of variants that fail or whose outputs differ, and the errors.
+
+    Exact variants must give the bits of the unpatched step; fast ones must be as close as roundings allow.
+    """
     expected = variants[UNPATCHED].run()
     bound = None
-    for variant in VARIANTS:
-        if variant.name not in variants:
+    for variant in [variant for variant in VARIANTS if variant.name in variants]:
+        try:
+            actual = variants[variant.name].run()
+        except Exception as error:  # whatever a kernel or its compiler raises
+            yield variant.name, error
             continue
-        actual = variants[variant.name].run()
         if variant.exact or compiled:
-            if not all(torch.equal(ours, own) for ours, own in zip(actual, expected, strict=True)):
-                raise Mismatch(f"{variant.name} must give the bits of the unpatched model, got others")
+            if not all(map(torch.equal, actual, expected)):
+                yield variant.name, Mismatch(f"{variant.name} must give the bits of the unpatched model, got others")
             continue
         if bound is None:
-            rounding = max(torch.finfo(own.dtype).eps for own in expected) / math.sqrt(12)  # root of the mean square
+            rounding = max(torch.finfo(y.dtype).eps for y in expected) / math.sqrt(12)  # root of the mean square
             bound = _distance(_moved(step).run(), expected) + rounding
         distance = _distance(actual, expected)
         if not distance <= bound:
-            raise Mismatch(
-                f"{variant.name} must be within {_ROUNDINGS} roundings of queries and keys and one of the output, "
-                f"together {bound:.3g} of it, got {distance:.3g}"
+            yield (
+                variant.name,
+                Mismatch(
+                    f"{variant.name} must be within {_ROUNDINGS} roundings of queries and keys and one of the output, "
+                    f"together {bound:.3g} of it, got {distance:.3g}"
+                ),
             )
 
 

@@ -117,6 +117,24 @@ def test_fast_mode_may_not_miss_the_rotation(step: Step, monkeypatch: pytest.Mon
         measure_step(step, rounds=3)
 
 
+def test_others_are_timed_beside_variants_that_fail(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    rotate, errors = ops.rotate, {}
+
+    def fail(xs: Any, args: Any, norm: Any = None, **options: Any) -> Any:
+        if norm is not None:
+            raise RuntimeError("out of registers")
+        return [2 * x for x in rotate(xs, args, **options)]
+
+    monkeypatch.setattr(ops, "rotate", fail)
+    rows = measure_step(step, rounds=1, on_error=errors.__setitem__)
+    assert [row["variant"] for row in rows] == ["unpatched", "tables", "without rope"]
+    assert {name: type(error) for name, error in errors.items()} == {
+        "tables, rotation exact": Mismatch,
+        "tables, rotation": Mismatch,
+        "tables, norm and rotation": RuntimeError,
+    }
+
+
 def test_verdict_says_where_a_variant_loses() -> None:
     own = Timing(9.0, 10.0, 11.0)
     assert end_to_end.verdict(own, Timing(12.0, 13.0, 14.0)) == "slower"
