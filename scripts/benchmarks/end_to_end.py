@@ -110,7 +110,7 @@ class Step:
 
     def compiled(self) -> Step:
         """The same calls of the models, each compiled whole."""
-        return replace(self, models=tuple(torch.compile(model) for model in self.models))
+        return replace(self, models=tuple(torch.compile(model) for model in self.models))  # type: ignore[misc]
 
 
 def architecture_step(

@@ -34,7 +34,7 @@ WORKERS = 6
 SWEEP_SECONDS = 60.0
 # The longest that whole benchmarks measure; they begin no operation after it and finish what they have begun.
 PEERS_SECONDS, TRITON_SECONDS = 120.0, 40.0
-# Imports 15, building 1.4 billion weights 20, 25 eager passes of 0.75 s, compiling two models 40, 12 passes more.
+# Imports 15, building 1.4 billion weights 20, 39 eager passes of 0.75 s, compiling two models 40, 10 passes more.
 WAN_STEP_SECONDS = 110.0
 # How much longer than estimated a check may take while there is time.
 PATIENCE = 3.0
