@@ -1,8 +1,8 @@
 """The forms in which models pass rotary tables to their attention, and their conversion to packed tables.
 
-Upstream holds the same cos and sin in a dozen shapes: each value twice, complex numbers, two-by-two matrices, angles,
-one table per head. A :class:`Format` packs any of them into a :class:`~dit_rope.hooks.packed_tables.PackedTable`, and
-makes the upstream form from cos and sin, which the tests use.
+Models hold the same cos and sin in a dozen forms: each value twice, complex numbers, two-by-two matrices, angles, one
+table per head. A :class:`Format` packs one of these forms into a
+:class:`~dit_rope.hooks.packed_tables.PackedTable`. It can also make the form from cos and sin, for tests.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ _WIDE = frozenset({torch.float64, torch.complex128})
 
 @dataclass(frozen=True, eq=False)
 class Format:
-    """One upstream form of rotary tables.
+    """One form of rotary tables. The rotary argument is what the model passes to its attention.
 
     Attributes:
-        name: how reports call it.
+        name: its name in reports.
         pairing: which channels rotate together.
-        split: from what the attention is given to cos and sin ``[1 or B, S, 1 or H, P]``, one pair per table in it.
-        join: from cos and sin ``[B, S, H, P]`` to what the attention is given.
-        exact: whether the model rounds both products and their sum, as exact mode does. What multiplies complex
-            numbers or accumulates does not, and is left to the model in exact mode.
+        split: computes cos and sin ``[1 or B, S, 1 or H, P]`` of each table in a rotary argument.
+        join: computes a rotary argument from cos and sin ``[B, S, H, P]``.
+        exact: whether the model rounds both products and their sum, as exact mode does. A model that multiplies complex
+            numbers or accumulates does not; in exact mode it rotates by itself.
         narrows: whether the model rounds cos and sin to the dtype of its data before it multiplies, as exact mode does.
-        doubled: from what the attention is given to the tensors that hold each value twice, as two tensors that must
-            be equal, because one of the two is read; None where each value is held once.
-        every_sample: the model counts the samples of its data by the table's: there is one for each of them.
-        every_head: it has rows for every head, which are not shared, even where they are the same.
-        axes: a dense pair ``[1, S, 1, D]``, which may be the dense form of an axis table.
+        doubled: for a form that holds each value twice: computes pairs of tensors from a rotary argument, one with the
+            first and one with the second of these values. The two must be equal, because only one is read.
+        every_sample: whether the table has rows for each sample, even if all samples have the same rows.
+        every_head: whether the table has rows for each head, even if all heads have the same rows.
+        axes: whether it is a pair ``[1, S, 1, D]`` that may be the dense form of an axis table.
     """
 
     name: str
@@ -62,31 +62,31 @@ class Format:
     axes: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Format:
-        return self  # what was packed for it serves the copy of a model too
+        return self  # tables are packed by format, so a copy of a model reuses what was packed for the original
 
     def accepts(self, rotary: Any) -> bool:
         """Whether ``rotary`` is a tensor, or a tuple or dictionary of tensors, without gradients."""
         if isinstance(rotary, torch.Tensor):
             return not (rotary.requires_grad and torch.is_grad_enabled())
-        parts = rotary.values() if isinstance(rotary, dict) else rotary
-        return isinstance(rotary, (tuple, dict)) and len(parts) > 0 and all(map(self.accepts, parts))
+        items = rotary.values() if isinstance(rotary, dict) else rotary
+        return isinstance(rotary, (tuple, dict)) and len(items) > 0 and all(map(self.accepts, items))
 
     def pack(self, rotary: Any, device: torch.device, exact: bool = False) -> list[PackedTable]:
-        """The tables in ``rotary``, packed once as long as they are certain not to have changed.
+        """The packed tables of the rotary argument ``rotary``; packed again only if it may have changed.
 
         Raises:
-            UnfitTable: they are not of this form, a gradient is wanted of them, or exact mode does not have the bits
-                of the model: of a form that is not rounded so, or of tables in float64, in which the model multiplies.
+            UnfitTable: it has another form or needs a gradient, or exact mode cannot have the bits of the model: the
+                model rounds otherwise (see ``exact``), or multiplies in float64 because the tables are float64.
         """
         if not torch.is_grad_enabled():
-            found = recall((self, exact), rotary if type(rotary) is tuple else (rotary,), device)
-            if found is not None:
-                return found
+            packed = recall((self, exact), rotary if type(rotary) is tuple else (rotary,), device)
+            if packed is not None:
+                return packed
         require_fit(self.accepts(rotary))
-        parts = list(_parts(rotary))
-        tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+        leaves = list(_leaves(rotary))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         require_fit(not exact or (self.exact and all(tensor.dtype not in _WIDE for tensor in tensors)))
-        numbers = tuple(part for part in parts if not isinstance(part, torch.Tensor))
+        numbers = tuple(leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))
         with torch.inference_mode(False), torch.no_grad():
             tables = packed_once((self, numbers), tensors, device, lambda: self._packed(rotary, tensors, device))
         if not numbers and (isinstance(rotary, torch.Tensor) or len(rotary) == len(tensors)):
@@ -107,10 +107,9 @@ class Format:
     def _check_doubled(self, rotary: Any, device: torch.device) -> None:
         assert self.doubled is not None
         if capturing(device):
-            return  # a look would wait for the device
-        for one, other in self.doubled(rotary):
-            if not torch.equal(one, other):
-                raise UnfitTable
+            return  # comparing values would wait for the device
+        for first, second in self.doubled(rotary):
+            require_fit(torch.equal(first, second))
 
     def tables(self, rotary: Any, device: torch.device) -> list[PackedTable]:
         """The tables in ``rotary``, packed."""
@@ -122,10 +121,10 @@ def repeat(x: torch.Tensor, pairing: Pairing) -> torch.Tensor:
     return x.repeat_interleave(2, dim=-1) if pairing is Pairing.INTERLEAVED else torch.cat((x, x), dim=-1)
 
 
-def _parts(rotary: Any) -> Iterator[Any]:
+def _leaves(rotary: Any) -> Iterator[Any]:
     if isinstance(rotary, (tuple, list, dict)):
-        for part in rotary.values() if isinstance(rotary, dict) else rotary:
-            yield from _parts(part)
+        for item in rotary.values() if isinstance(rotary, dict) else rotary:
+            yield from _leaves(item)
     else:
         yield rotary
 
@@ -144,7 +143,7 @@ def neighbours(rotary: Any) -> list[Pair]:
 
 def halves(rotary: Any) -> list[Pair]:
     """The first and the second half of each tensor."""
-    return [(one, other) for one, other in (x.chunk(2, dim=-1) for x in rotary)]
+    return [(first, second) for first, second in (x.chunk(2, dim=-1) for x in rotary)]
 
 
 def _split_interleaved(rotary: Any) -> list[Pair]:
@@ -261,7 +260,7 @@ INTERLEAVED = Format(
 """``[S, D]`` or ``[B, S, D]``, multiplied in float32: ``embeddings.apply_rotary_emb`` of diffusers 0.42.1."""
 
 AXES = Format("cos and sin, each at two neighbours, of a grid", Pairing.INTERLEAVED, _split_axes, _join_axes, axes=True)
-"""``[1, S, 1, D]``, of which the even cosines and the odd sines are read: ``transformer_wan.py``."""
+"""``[1, S, 1, D]``; the model reads the cosines of even and the sines of odd channels: ``transformer_wan.py``."""
 
 HALF = Format("cos and sin, each at both halves", Pairing.HALF, _split_half, _join_half, doubled=halves)
 """The same as :data:`INTERLEAVED` with ``use_real_unbind_dim=-2``."""

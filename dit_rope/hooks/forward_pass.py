@@ -1,8 +1,8 @@
 """Which forward pass of a patched model is running.
 
-Tables that a caller passes to a model are packed once per forward pass. Between two passes code may write to them
-without a change of their version counter: collectives, fused optimizers, another process. Within a pass all layers get
-the same table.
+Tables that a caller passes to a model are packed once per forward pass, because all layers of a pass get the same
+table. Between two passes they are packed again: collectives, fused optimizers and other processes write to tensors
+without a change of the version counter.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def packed_in_this_pass() -> dict[Any, Any] | None:
 
 
 def current_pass() -> int | None:
-    """The number of the pass of this thread; None outside a pass, where tables may have changed since the last call."""
+    """The number of the pass of this thread; None outside a pass."""
     return _current.number
 
 

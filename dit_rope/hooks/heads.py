@@ -13,7 +13,7 @@ from .packed_tables import PackedTable
 
 
 def fits(heads: torch.Tensor, table: PackedTable, rotation: AttentionRotation) -> bool:
-    """Whether ``table`` was made for ``heads`` ``[B, S, H, D]``, apart from its number of rows."""
+    """Whether ``table`` fits ``heads`` ``[B, S, H, D]``: its batch, heads and width, not its number of rows."""
     batch, _, count, width = heads.shape
     samples = (batch,) if rotation.format.every_sample else (1, batch)
     if table.batch not in samples or table.heads not in ((count,) if rotation.format.every_head else (1, count)):
@@ -35,7 +35,7 @@ def rotate_heads(heads: list[torch.Tensor], args: RotationArgs, backend: str, in
 
 
 def is_distributed(x: torch.Tensor) -> bool:
-    """Whether ``x`` is a DTensor; does not import the module of that class."""
+    """Whether ``x`` is a DTensor. Asks for its method, because importing its module takes time."""
     return type(x) is not torch.Tensor and hasattr(x, "to_local")
 
 

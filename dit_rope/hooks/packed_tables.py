@@ -1,7 +1,7 @@
 """The form of rotary tables that kernels read, and when a packed table may be reused.
 
-Tables that a patched model builds by memoized code are known objects. They are packed once, or recognised, whole or in
-part, as the dense form of axis tables. Tables from elsewhere are packed in every forward pass.
+Tables that known code of a patched model built are marked. A marked table is packed once, or recognized as the dense
+form of axis tables; so is a range of its tokens. Other tables are packed in every forward pass.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class PackedTable:
     first_rows: tuple[int, ...] | None = None
     token_offset: int = 0
     heads: int = 1
-    _made: dict[tuple[int, Align, bool], RotationArgs] = field(default_factory=dict, repr=False)
-    _narrowed: dict[torch.dtype, PackedTable] = field(default_factory=dict, repr=False)
-    _identities: dict[int, bool] = field(default_factory=dict, repr=False)
+    _args: dict[tuple[int, Align, bool], RotationArgs] = field(default_factory=dict, init=False, repr=False)
+    _narrowed: dict[torch.dtype, PackedTable] = field(default_factory=dict, init=False, repr=False)
+    _identities: dict[int, bool] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def head_dim(self) -> int:
@@ -85,44 +85,40 @@ class PackedTable:
         """The same table with its rows rounded to ``dtype``."""
         if self.rows.dtype == dtype:
             return self
-        found = self._narrowed.get(dtype)
-        if found is None:
-            found = self._narrowed[dtype] = replace(
-                self, rows=self.rows.to(dtype), _made={}, _narrowed={}, _identities={}
-            )
-        return found
+        table = self._narrowed.get(dtype)
+        if table is None:
+            table = self._narrowed[dtype] = replace(self, rows=self.rows.to(dtype))
+        return table
 
-    def part(self, first: int, count: int) -> PackedTable:
-        """``count`` of its tokens, from number ``first`` on."""
+    def token_range(self, first: int, count: int) -> PackedTable:
+        """The table of ``count`` tokens, from token ``first`` on."""
         return replace(
             self,
             positions=None if self.positions is None else self.positions[:, first : first + count],
             tokens=count,
             token_offset=self.token_offset + first,
-            _made={},
-            _narrowed={},
-            _identities={},
         )
 
     def args(self, length: int, align: Align, exact: bool) -> RotationArgs:
         """The rotation of a sequence of ``length`` tokens that shares its start or its end with the table.
 
-        A longer sequence holds tokens that do not rotate; a shorter one takes its part of the table.
+        A longer sequence has tokens that do not rotate; a shorter one uses fewer rows of the table.
         """
-        found = self._made.get((length, align, exact))
-        if found is None:
-            if len(self._made) >= _MOST_REMEMBERED:
-                self._made.clear()
-            found = self._made[length, align, exact] = self._make_args(length, align, exact)
-        return found
+        args = self._args.get((length, align, exact))
+        if args is None:
+            if len(self._args) >= _MOST_REMEMBERED:
+                self._args.clear()
+            args = self._args[length, align, exact] = self._make_args(length, align, exact)
+        return args
 
     def _make_args(self, length: int, align: Align, exact: bool) -> RotationArgs:
         count = min(length, self.tokens)
         first = self.tokens - count if align is Align.END else 0
         prefix = length - count if align is Align.END else 0
         if self.positions is not None:
-            where = (self.rows, self.positions[:, first : first + count], self.pairs, count, self.pairing)
-            return RotationArgs.of_rows(*where, prefix=prefix, exact=exact, head_rows=self.head_rows)
+            positions = self.positions[:, first : first + count]
+            rotation = (self.rows, positions, self.pairs, count, self.pairing)
+            return RotationArgs.of_rows(*rotation, prefix=prefix, exact=exact, head_rows=self.head_rows)
         return RotationArgs(
             rows=self.rows,
             positions=None,
@@ -142,14 +138,14 @@ class PackedTable:
         """Whether the rows of the tokens after the first ``count`` are the identity."""
         if count >= self.tokens:
             return True
-        if self.heads > 1 or capturing(self.rows.device):  # a look would wait for the device
+        if self.heads > 1 or capturing(self.rows.device):  # reading values would wait for the device
             return False
-        found = self._identities.get(count)
-        if found is None:
-            rest = self.rows[:, count:] if self.positions is None else self.rows[:, self.positions[:, count:, 0].long()]
-            cos, sin = rest.unbind()
-            found = self._identities[count] = bool((cos == 1).all()) and not bool(sin.any())
-        return found
+        identity = self._identities.get(count)
+        if identity is None:
+            rows = self.rows[:, count:] if self.positions is None else self.rows[:, self.positions[:, count:, 0].long()]
+            cos, sin = rows.unbind()
+            identity = self._identities[count] = bool((cos == 1).all()) and not bool(sin.any())
+        return identity
 
 
 def pack(cos: torch.Tensor, sin: torch.Tensor, pairing: Pairing, device: torch.device) -> PackedTable:
@@ -157,7 +153,7 @@ def pack(cos: torch.Tensor, sin: torch.Tensor, pairing: Pairing, device: torch.d
     if cos.shape != sin.shape:
         raise UnfitTable
     batch, tokens, heads, pairs = cos.shape
-    # Tokens of one head follow one another, so that the row of a token is its number.
+    # All tokens of head 0, then all tokens of head 1: the row of a token is its number, plus ``tokens`` for each head.
     rows = torch.stack((cos, sin)).transpose(2, 3).reshape(2, -1, pairs).to(device)
     positions = None
     if batch > 1:
@@ -177,18 +173,22 @@ class _InPass(NamedTuple):
 
 
 def recall(key: tuple[object, ...], tensors: Sequence[Any], device: torch.device) -> list[PackedTable] | None:
-    """The tables packed from ``tensors`` earlier in this forward pass; None without any. All layers get the same."""
+    """The tables packed from ``tensors`` earlier in this forward pass; None if there are none.
+
+    This runs in every layer, so it is the shortest way: :func:`packed_once` makes a longer key and more checks.
+    """
     packed = packed_in_this_pass()
-    found: _InPass | None = None if packed is None else packed.get((*key, *map(id, tensors)))
-    if found is None or found.device != device or in_mode():
+    entry: _InPass | None = None if packed is None else packed.get((*key, *map(id, tensors)))
+    if entry is None or entry.device != device or in_mode():
         return None
-    if device.type != "cpu" and (capturing(device) or found.stream != stream_of(device)):
+    if device.type != "cpu" and (capturing(device) or entry.stream != stream_of(device)):
         return None
-    for of, version, tensor in zip(found.tensors, found.versions, tensors, strict=True):
-        same = of()
+    for ref, version, tensor in zip(entry.tensors, entry.versions, tensors, strict=True):
+        same = ref()
+        # The id of a freed tensor may belong to another tensor now.
         if same is None or same is not tensor or same._version != version:
             return None
-    return found.tables
+    return entry.tables
 
 
 def remember(
@@ -205,25 +205,25 @@ def remember(
 class _Packed:
     """Packed tables, with the tensors that they were packed from, their versions, and the forward pass."""
 
-    __slots__ = ("number", "rest", "tables", "versions")
+    __slots__ = ("number", "other_tensors", "tables", "versions")
 
     def __init__(self, tensors: Sequence[torch.Tensor], tables: list[PackedTable]) -> None:
         self.versions = tuple(tensor._version for tensor in tensors)
-        self.rest = [weakref.ref(tensor) for tensor in tensors[1:]]
+        self.other_tensors = [weakref.ref(tensor) for tensor in tensors[1:]]
         self.number = current_pass()
         self.tables = tables
 
     def is_of(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether these are the same tensors, with the same version counters."""
-        same = all(of() is tensor for of, tensor in zip(self.rest, tensors[1:], strict=True))
+        same = all(of() is tensor for of, tensor in zip(self.other_tensors, tensors[1:], strict=True))
         return same and self.versions == tuple(tensor._version for tensor in tensors)
 
 
-# By the first tensor of a table: packed tables die with it.
+# By the first tensor of a table. Packed tables are freed with it.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # Tensors that memoized code returned, with their versions: only the model has them.
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# A table that stays beside one that is new in every step would otherwise collect an entry for each step.
+# Entries of one first tensor. If its partner is new in every step, each step adds an entry.
 _MOST_PACKED = 16
 
 
@@ -247,41 +247,39 @@ def packed_once(
 ) -> list[PackedTable]:
     """The result of ``build`` for ``tensors``, reused as long as they have certainly not changed.
 
-    Tables of known code are reused until somebody writes to them. Other tables are reused for the rest of a forward
-    pass, and on CPU in the next passes too, if packing them again gives the same.
+    Marked tables are reused until somebody writes to them. Other tables are reused for the rest of a forward pass. On a
+    CPU they are packed again in the next pass, and the earlier result is kept if it is equal.
     """
     if any(tensor.is_inference() for tensor in tensors) or in_mode() or capturing(device):
         # A captured graph must pack in every replay, because its inputs are written for every replay.
         return build()
     number = current_pass()
-    known = _packed.setdefault(tensors[0], {})
+    entries = _packed.setdefault(tensors[0], {})
     key = (*key, device, stream_of(device), *map(id, tensors[1:]))
-    found: _Packed | None = known.get(key)
+    found: _Packed | None = entries.get(key)
     if found is not None and found.is_of(tensors):
         if (number is not None and found.number == number) or is_known(tensors):
             return found.tables
         built = build()
         if device.type == "cpu" and len(built) == len(found.tables) and all(map(_equal, built, found.tables)):
-            found.number = number  # what was made of the same rows since, such as expanded angles, serves again
+            # Keep the earlier rows: other caches, such as that of expanded tables, have entries for these tensors.
+            found.number = number
             return found.tables
     else:
         built = build()
-    known[key] = _Packed(tensors, built)
-    for oldest in list(known)[:-_MOST_PACKED]:
-        known.pop(oldest, None)
+    entries[key] = _Packed(tensors, built)
+    for oldest in list(entries)[:-_MOST_PACKED]:
+        entries.pop(oldest, None)
     return built
 
 
-def _equal(one: PackedTable, other: PackedTable) -> bool:
-    numbers = [(t.tokens, t.pairs, t.head_rows, t.sizes, t.first_rows, t.token_offset, t.heads) for t in (one, other)]
-    if (
-        numbers[0] != numbers[1]
-        or one.rows.dtype != other.rows.dtype
-        or (one.positions is None) != (other.positions is None)
-    ):
+def _equal(a: PackedTable, b: PackedTable) -> bool:
+    numbers = [(t.tokens, t.pairs, t.head_rows, t.sizes, t.first_rows, t.token_offset, t.heads) for t in (a, b)]
+    if numbers[0] != numbers[1] or a.rows.dtype != b.rows.dtype or not torch.equal(a.rows, b.rows):
         return False
-    same = torch.equal(one.rows, other.rows)
-    return same and (one.positions is None or other.positions is None or torch.equal(one.positions, other.positions))
+    if a.positions is None or b.positions is None:
+        return a.positions is b.positions
+    return torch.equal(a.positions, b.positions)
 
 
 class _AxisTables(NamedTuple):
@@ -300,23 +298,24 @@ def mark_axis_tables(tensors: Sequence[torch.Tensor], table: PackedTable) -> Non
     mark_known(tensors)
     storage = tensors[0].untyped_storage()._cdata
     _axis_tables[storage] = _AxisTables(tuple(map(weakref.ref, tensors)), table)
-    for gone in [key for key, form in list(_axis_tables.items()) if any(ref() is None for ref in form.tensors)]:
-        _axis_tables.pop(gone, None)
+    # Entries of freed tensors go: their storage's address may belong to another tensor now.
+    for freed in [key for key, form in list(_axis_tables.items()) if any(ref() is None for ref in form.tensors)]:
+        _axis_tables.pop(freed, None)
 
 
 def axis_tables_of(tensors: Sequence[Any]) -> PackedTable | None:
-    """The axis tables of ``tensors``, a marked dense table or a range of its tokens; None for others."""
+    """The axis tables of ``tensors``: a marked dense table, or a range of its tokens. None for other tensors."""
     form = _axis_tables.get(tensors[0].untyped_storage()._cdata)
     if form is None or len(tensors) != len(form.tensors):
         return None
-    places = [_place(view, of()) for view, of in zip(tensors, form.tensors, strict=True)]
+    places = [_place(view, ref()) for view, ref in zip(tensors, form.tensors, strict=True)]
     if places[0] is None or any(place != places[0] for place in places):
         return None
-    return form.table.part(*places[0])
+    return form.table.token_range(*places[0])
 
 
 def _place(view: torch.Tensor, whole: torch.Tensor | None) -> tuple[int, int] | None:
-    """First token and number of tokens of a ``view`` ``[1, n, 1, D]`` of ``whole``; None where it is none of these."""
+    """First token and token count if ``view`` is a range ``[1, n, 1, D]`` of the tokens of ``whole``, else None."""
     if whole is None or view.untyped_storage()._cdata != whole.untyped_storage()._cdata:
         return None
     if view.is_inference() or not is_known((whole,)) or view.dtype != whole.dtype or view.ndim != 4:
@@ -328,41 +327,42 @@ def _place(view: torch.Tensor, whole: torch.Tensor | None) -> tuple[int, int] | 
         or view.stride()[1:] != whole.stride()[1:]
     ):
         return None
-    offset, rest = divmod(int(view.storage_offset() - whole.storage_offset()), whole.stride(1))
-    return None if rest or view.shape[1] == 0 else (offset, view.shape[1])
+    offset, remainder = divmod(int(view.storage_offset() - whole.storage_offset()), whole.stride(1))
+    return None if remainder or view.shape[1] == 0 else (offset, view.shape[1])
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By bytes: what tells the bits of two numbers apart, their zeros too."""
+"""By bytes of an element. As integers, 0.0 and -0.0 differ and equal NaNs are equal: the comparison is of bits."""
 
 
 def axis_rows(values: Sequence[torch.Tensor], sizes: Sequence[int], pairs: Sequence[int]) -> torch.Tensor | None:
-    """The rows of every axis that cos and sin of a grid are made of, taken from them.
+    """Takes the rows of every axis out of the cos and sin of a grid.
 
-    On a GPU this waits for the device, once.
+    On a GPU this waits once for the device.
 
     Args:
         values: cos and sin ``[1, S, 1, P]`` of every token of a row-major grid, one value per pair.
-        sizes: of the grid, at least 1 on each axis.
-        pairs: of each axis, which follow one another along P.
+        sizes: tokens of the grid on each axis, at least 1.
+        pairs: pairs of each axis; P is the pairs of axis 0, then those of axis 1, and so on.
 
     Returns:
-        ``[2, sum(sizes), max(pairs)]``, axis after axis; None where a token has other bits than those of its axes.
+        ``[2, sum(sizes), max(pairs)]``, axis after axis; None unless they expand to ``values`` bit for bit.
     """
     shape = (1, math.prod(sizes), 1, sum(pairs))
-    if any(each.shape != shape for each in values):
+    if any(value.shape != shape for value in values):
         return None
     dtype = values[0].dtype
-    bits = [each.view(_INTEGERS[dtype.itemsize]).reshape(*sizes, -1) for each in values]
+    bits = [value.view(_INTEGERS[dtype.itemsize]).reshape(*sizes, -1) for value in values]
     rows = bits[0].new_zeros((len(values), sum(sizes), max(pairs)))
     first_row = first_pair = 0
     same = []
     for axis, (size, count) in enumerate(zip(sizes, pairs, strict=True)):
-        along_axis = tuple(slice(None) if other == axis else 0 for other in range(len(sizes)))
-        around = [size if other == axis else 1 for other in range(len(sizes))]
-        for kept, of_grid in zip(rows, bits, strict=True):
+        # The tokens with coordinate 0 on every other axis hold the rows of this axis; all other tokens repeat them.
+        along_axis = tuple(slice(None) if dim == axis else 0 for dim in range(len(sizes)))
+        around = [size if dim == axis else 1 for dim in range(len(sizes))]
+        for axis_row, of_grid in zip(rows, bits, strict=True):
             of_axis = of_grid[..., first_pair : first_pair + count]
-            kept[first_row : first_row + size, :count] = of_axis[along_axis]
+            axis_row[first_row : first_row + size, :count] = of_axis[along_axis]
             same.append((of_axis == of_axis[along_axis].view(*around, count)).all())
         first_row, first_pair = first_row + size, first_pair + count
     return rows.view(dtype) if bool(torch.stack(same).all()) else None

@@ -3,8 +3,8 @@
 The cache key holds whatever decides the result (see ``table_keys``). Tables that depend on something that cannot be a
 key, such as the values of a tensor on a GPU, are built in every forward pass, as without a patch.
 
-Only the results of known code (see ``known_code``) are memoized; they are what the model's own code returned. From the
-tables of a grid kernels read one small array per axis, with the same values.
+Only known code (see ``known_code``) is memoized. The tables are those that the model's own code returned. If they are
+the dense form of axis tables, kernels read the axis tables, with the same values.
 """
 
 from __future__ import annotations
@@ -88,9 +88,10 @@ class _Key:
 
 @dataclass(frozen=True, eq=False)
 class _Built:
-    """Tables as leaves and structure, so that each caller gets new containers; ``held`` keeps other tensors alive.
+    """Tables as leaves and structure, so that each caller gets new containers.
 
-    ``sets`` are the attributes that the method set, ``state`` is their part of a cache key.
+    ``held`` keeps the tensors alive that a cache key identifies. ``sets`` holds the attributes that the method set,
+    ``state`` their part of a cache key.
     """
 
     leaves: Sequence[Any]
@@ -199,7 +200,7 @@ def _memoized(
         before = _values(target, tables.sets)
         result = original(*args, **kwargs)
         leaves, structure = pytree.tree_flatten(result[len(not_cached) :] if not_cached else result)
-        leaves = [_kept(leaf, device if tables.to_device else None) for leaf in leaves]
+        leaves = [_cacheable(leaf, device if tables.to_device else None) for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         mark_known(tensors)
         if tables.axes is not None and settings.spec is not None:
@@ -217,7 +218,7 @@ def _memoized(
 
     built = MODEL_TABLES.get(key(state), device, build)
     assert isinstance(built, _Built)
-    if built.state != state:  # the next call of this kind meets what this one set
+    if built.state != state:  # the next call of this kind finds the attributes that this call set
         _assign(target, built.sets)
         MODEL_TABLES.get(key(built.state), device, lambda: built)
     result = pytree.tree_unflatten(list(built.leaves), built.structure)
@@ -234,8 +235,8 @@ def _assign(target: Any, values: Mapping[str, Any]) -> None:
         setattr(target, name, value)
 
 
-def _kept(leaf: Any, device: torch.device | None) -> Any:
-    """A leaf as the cache keeps it: on ``device`` unless that is None, and never a tensor without version counter."""
+def _cacheable(leaf: Any, device: torch.device | None) -> Any:
+    """A leaf as the cache keeps it: moved to ``device`` unless that is None; a copy if it has no version counter."""
     if not isinstance(leaf, torch.Tensor):
         return leaf
     leaf = leaf if device is None else leaf.to(device)
@@ -250,7 +251,10 @@ def _find_axis_tables(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> list[torch.Tensor]:
-    """Marks the axis tables of the dense tables just built, and returns their rows; empty unless they fit a grid."""
+    """Marks the new dense ``tensors`` as the expanded form of axis tables, and returns the rows of these.
+
+    Returns an empty list if they are not the dense form of a grid.
+    """
     grid = axes.grid(target, *args, **kwargs)
     frames = grid.sizes[0] if grid.frames is None else len(grid.frames)
     sizes = (frames, *grid.sizes[1:])
@@ -269,7 +273,7 @@ def _find_axis_tables(
 def _scaled(target: Any, settings: TableSettings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Cos and sin ``[1, S, 1, rotary_dim]`` of the scaled rotation, instead of the model's own."""
     if settings.choose is not None and torch.compiler.is_compiling():
-        # The compiler would treat the returned scaling as a constant.
+        # The compiler would make the returned scaling a constant of the graph.
         return torch.compiler.disable(_scaled_tables)(target, settings, args, kwargs)
     return _scaled_tables(target, settings, args, kwargs)
 

@@ -1,8 +1,8 @@
-"""What decides the tables that a model builds: the arguments of the call, all that the code reads, torch's modes.
+"""Cache keys of the tables that a model builds. A key holds everything that decides them.
 
-Numbers and tensors on the host count by value. A buffer on another device is known as the tensor that it is, by its
-storage and by the writes that torch counts; any other tensor there is not known at all, since to look at it would mean
-waiting for the device.
+That is the arguments of the call, everything that the code reads, and torch's settings. Numbers and tensors on the host
+count by value. A buffer on another device counts by its identity, storage and version counter. Any other tensor there
+makes a key impossible: comparing its values would wait for the device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .class_override import INSTALLED
 
 _PLAIN = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device)
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
-# What torch and the libraries that wrap forwards keep on every module; none of it is read by code that builds tables.
+# Attributes of torch, and of libraries that wrap forwards. Code that builds tables does not read them.
 _BOOKKEEPING = frozenset(vars(torch.nn.Module())) - {"training"} | {
     INSTALLED,
     "forward",
@@ -29,14 +29,14 @@ _BOOKKEEPING = frozenset(vars(torch.nn.Module())) - {"training"} | {
     "_diffusers_hook",
     "_forward",
 }
-# Where diffusers keeps a model's configuration.
+# The attribute in which diffusers keeps a model's configuration.
 _CONFIG = "_internal_dict"
-# Of arguments, and of what one object holds; more than that is not compared in every forward pass.
+# A larger tensor on the host is not compared in every forward pass.
 _MOST_BYTES = 8 * 2**20
 
 
 class Unkeyed(Exception):
-    """Something that decides the tables cannot be told from something else, or not without waiting for a device."""
+    """Something that decides the tables cannot be part of a key, or only after waiting for a device."""
 
 
 def parts_of(
@@ -47,15 +47,16 @@ def parts_of(
     kwargs: dict[str, Any],
     held: list[torch.Tensor],
 ) -> tuple[Hashable, ...]:
-    """Whatever decides what a call returns; ``parameters`` are the names of its positional arguments.
+    """The key of a call; ``parameters`` are the names of its positional arguments.
 
-    ``held`` is given the tensors that are known as themselves: an entry has to keep them.
+    Tensors that count by identity are appended to ``held``. The cache entry must keep them: otherwise their memory
+    could become another tensor's, with the same key.
 
     Raises:
-        Unkeyed: something that decides cannot be told from something else, or not without waiting for a device.
+        Unkeyed: something that decides the result cannot be part of a key.
     """
     if tables.to_device and _default_device().type != "cpu":
-        raise Unkeyed  # the tables are not built on the host, from where the cache would move them
+        raise Unkeyed  # the method builds on the default device, and the cache expects tables on the host
     parts: list[Hashable] = [_ambient(), len(args)]
     for name, value in (*zip(parameters, args, strict=False), *kwargs.items()):
         keyed_by_shape = tables.keyed_by_shape == EVERY or name in tables.keyed_by_shape
@@ -66,7 +67,7 @@ def parts_of(
 
 
 def state_of(target: Any, tables: ModelTables, held: list[torch.Tensor]) -> tuple[Hashable, ...]:
-    """The values of the attributes and buffers that the method sets: it may read what an earlier call left there.
+    """The values of the attributes and buffers that the method sets: it may read what an earlier call set.
 
     Raises:
         Unkeyed: as :func:`parts_of`.
@@ -76,7 +77,7 @@ def state_of(target: Any, tables: ModelTables, held: list[torch.Tensor]) -> tupl
 
 
 def _ambient() -> Hashable:
-    """What changes the arithmetic of any code."""
+    """The settings of torch that change the results of any code."""
     autocast = tuple(
         (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
     )
@@ -93,10 +94,10 @@ def _default_device() -> torch.device:
 def _state(
     target: Any, writes: tuple[str, ...], tensor: Callable[[torch.Tensor], Hashable], parameters: bool
 ) -> Hashable:
-    """The attributes, the configuration, the buffers and parameters of the object that builds the tables.
+    """The attributes, configuration, buffers and parameters of the object that builds the tables.
 
-    Of a whole model (without ``parameters``), whose weights decide nothing, these are the plain attributes and the
-    configuration.
+    For a whole model ``parameters`` is False: its weights decide nothing, so the key holds plain attributes and the
+    configuration only.
     """
     if not parameters:
         config = vars(target).get(_CONFIG)
@@ -130,16 +131,16 @@ def _attributes(
 
 
 def _tree(value: Any, tensor: Callable[[torch.Tensor], Hashable]) -> Hashable:
-    """A hashable stand-in for ``value``, which tells whatever decides a table apart."""
+    """A hashable form of ``value``. It differs for two values if tables built from them may differ."""
     if isinstance(value, torch.Tensor):
         return tensor(value)
     if isinstance(value, _PLAIN):
         # Numbers that are equal and of different types may become tables of different dtypes.
         return (type(value), value)
     if isinstance(value, (tuple, list)):
-        return (type(value), *(_tree(part, tensor) for part in value))
+        return (type(value), *(_tree(item, tensor) for item in value))
     if isinstance(value, dict):
-        return (dict, *((name, _tree(part, tensor)) for name, part in value.items()))
+        return (dict, *((name, _tree(item, tensor)) for name, item in value.items()))
     raise Unkeyed
 
 
@@ -161,7 +162,7 @@ def _by_value(tensor: torch.Tensor) -> Hashable:
 
 
 class _Snapshot:
-    """The values that a tensor had when it was last looked at, and a number for them."""
+    """The values of a tensor when it was last compared, and a number that identifies them."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.values = tensor.detach().clone()
@@ -170,12 +171,12 @@ class _Snapshot:
 
 _snapshots: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _numbers = itertools.count()
-# Elements of a tensor whose bytes are a key of their own: comparing larger ones with a copy is faster than hashing.
+# The bytes of tensors with fewer elements are the key. For larger ones a comparison with a copy is faster than hashing.
 _SMALL = 4096
 
 
 def _by_snapshot(tensor: torch.Tensor) -> Hashable:
-    """A number for the values of a larger tensor that stays, such as a buffer."""
+    """A number that identifies the values of a large tensor that lives long, such as a buffer."""
     if type(tensor) not in _TENSORS or tensor.layout is not torch.strided:
         raise Unkeyed
     if torch.is_grad_enabled() and tensor.requires_grad:
@@ -188,7 +189,7 @@ def _by_snapshot(tensor: torch.Tensor) -> Hashable:
 
 
 def _by_value_or_as_held(held: list[torch.Tensor], tensor: torch.Tensor) -> Hashable:
-    """The numbers on the host; elsewhere the buffer itself, which the entry keeps with the memory that it has now."""
+    """The values of a tensor on the host; elsewhere its identity, memory and version, and ``held`` gets an alias."""
     if tensor.device.type == "cpu":
         return _by_value(tensor) if tensor.numel() < _SMALL else _by_snapshot(tensor)
     if type(tensor) is not torch.Tensor or tensor.is_inference() or tensor.is_meta or tensor.requires_grad:

@@ -23,7 +23,7 @@ _AXES = 3
 
 
 class _AxisTable(PackedTable):
-    """The axes' tables one below the other, with positions ``[3, tokens, 1]``, for whole batches of token sequences."""
+    """The tables of all axes, one after another. Positions ``[3, tokens, 1]`` have a row for each token and axis."""
 
     def _make_args(self, length: int, align: Align, exact: bool) -> RotationArgs:
         args = super()._make_args(self.tokens, align, exact)
@@ -32,17 +32,17 @@ class _AxisTable(PackedTable):
 
 
 class _AxisFormat(Format):
-    """Three tables, and which row of each a token takes."""
+    """Three tables, one for each axis, and the row of each token in each of them."""
 
     def tables(self, rotary: Any, device: torch.device) -> list[PackedTable]:
         """One table of all axes."""
         pairs = self.split(rotary)
-        for (cos, _), taken in zip(pairs, rotary[1], strict=True):
-            require_fit(taken.dtype in (torch.int32, torch.int64) and taken.numel() > 0)
-            require_fit(int(taken.min()) >= 0 and int(taken.max()) < cos.shape[1])
+        for (cos, _), indices in zip(pairs, rotary[1], strict=True):
+            require_fit(indices.dtype in (torch.int32, torch.int64) and indices.numel() > 0)
+            require_fit(int(indices.min()) >= 0 and int(indices.max()) < cos.shape[1])
         rows = torch.cat([torch.stack(pair).flatten(1, 3) for pair in pairs], dim=1).to(device)
         first = [sum(cos.shape[1] for cos, _ in pairs[:axis]) for axis in range(_AXES)]
-        positions = torch.stack([taken.flatten() + start for taken, start in zip(rotary[1], first, strict=True)])
+        positions = torch.stack([indices.flatten() + start for indices, start in zip(rotary[1], first, strict=True)])
         positions = positions.to(device, torch.int32).unsqueeze(2)
         return [_AxisTable(rows, positions, positions.shape[1], (rows.shape[-1],), self.pairing)]
 
@@ -54,14 +54,14 @@ def _split(rotary: Any) -> Sequence[Pair]:
 
 
 def _halves(rotary: Any) -> Sequence[Pair]:
-    """Both halves of every table, of which the first is read."""
+    """Both halves of every table, which must be equal: only the first is read."""
     return [tuple(table.chunk(2, dim=-1)) for pair in rotary[0] for table in pair]
 
 
 def _join(cos: torch.Tensor, sin: torch.Tensor) -> Any:
-    """A third of the pairs for each axis, of whose table each token takes its own row."""
-    by_axis = zip(*(part[0, :, 0].chunk(_AXES, dim=-1) for part in (cos, sin)), strict=True)
-    tables = tuple((repeat(one, Pairing.HALF), repeat(other, Pairing.HALF)) for one, other in by_axis)
+    """A table for each axis, with a third of the pairs. Token i has row i of each."""
+    by_axis = zip(*(x[0, :, 0].chunk(_AXES, dim=-1) for x in (cos, sin)), strict=True)
+    tables = tuple((repeat(c, Pairing.HALF), repeat(s, Pairing.HALF)) for c, s in by_axis)
     rows = torch.arange(cos.shape[1], device=cos.device).unsqueeze(0)
     return tables, (rows,) * _AXES
 
