@@ -1,4 +1,4 @@
-"""What a patch must know of a model class: where it builds rotary tables, and where it rotates queries and keys."""
+"""Declarations of model classes: where a model builds rotary tables, and where it rotates queries and keys."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ class ModelAdapter:
         model: dotted name of the class. Classes that derive from it are patched too.
         tables: the objects that build rotary tables.
         rotations: the attention modules that rotate.
-        not_patched: what the patch leaves to the model, each with the reason, in the words of reports.
+        not_patched: operations that the patch leaves to the model, with the reasons, as reports print them.
     """
 
     model: str

@@ -1,7 +1,7 @@
 """The code that an adapter depends on, and digests of its source.
 
-``scripts/pages/write_known_code.py`` writes those of dit_rope's own adapters into ``known_code.json``. Those of an
-adapter that somebody registers are taken at that moment.
+``scripts/pages/write_known_code.py`` writes the digests for dit_rope's adapters into ``known_code.json``. Digests for a
+registered adapter are computed when it is registered.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class AdapterMethod(NamedTuple):
 
     Attributes:
         class_name: name of its class, as the adapter has it.
-        cls: the class; None if no module knows one by that name.
+        cls: the class; None if no module has a class of that name.
         name: name of the method.
     """
 
@@ -46,11 +46,11 @@ class Digests(Walk):
         super().__init__(cls, method)
 
     def wants(self, slot: str, value: Any) -> bool:
-        """Whether it is a function of these packages."""
+        """Whether ``value`` is a function of the packages."""
         return isinstance(value, FunctionType) and _top(value.__module__) in self._packages
 
     def accepts(self, slot: str, value: Any, function: Any) -> bool:
-        """Takes every function as known, and notes its digest."""
+        """Accepts every function, and adds its digest."""
         digest = source_digest(function) if isinstance(function, FunctionType) else None
         if digest is None:
             raise ValueError(f"{slot} must be a function in a file that Python can read, got {value!r}")
@@ -67,7 +67,7 @@ def methods_of(adapter: ModelAdapter) -> Iterator[AdapterMethod]:
     """The methods that ``adapter`` depends on: they build tables or attend.
 
     Raises:
-        ModuleNotFoundError: there is no module of the model's name.
+        ModuleNotFoundError: the module of the model does not exist.
     """
     module = importlib.import_module(adapter.model.rpartition(".")[0])
     for tables in adapter.tables:
@@ -80,13 +80,13 @@ def methods_of(adapter: ModelAdapter) -> Iterator[AdapterMethod]:
 
 
 def class_named(name: str, module: ModuleType) -> type | None:
-    """The class that ``module`` knows by ``name``, or diffusers' general attention code, or a module beside it."""
+    """The class called ``name`` in ``module``, in diffusers' general attention code, or in a module beside it."""
     general = (f"{LIBRARY}.models.attention_processor", f"{LIBRARY}.models.attention")
     modules = [module, *map(importlib.import_module, general)]
-    # A model may borrow a class from another file, under no name of its own.
+    # A model may use a class of another file without importing its name.
     packages = (f"{LIBRARY}.models.", f"{_top(module.__name__)}.")
-    modules += [other for key, other in list(sys.modules.items()) if key.startswith(packages)]
-    return next((vars(each)[name] for each in modules if isinstance(vars(each).get(name), type)), None)
+    modules += [loaded for key, loaded in list(sys.modules.items()) if key.startswith(packages)]
+    return next((vars(scope)[name] for scope in modules if isinstance(vars(scope).get(name), type)), None)
 
 
 def _top(name: str) -> str:

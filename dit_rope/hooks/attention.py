@@ -1,8 +1,8 @@
-"""How queries and keys rotate as the norms of an attention module return them.
+"""Rotation of queries and keys in the norms of an attention module.
 
-The attention processor, or an attention module without one, gets a subclass of its own class. If all the code that its
-call runs is known, the call runs this code on a proxy of the attention module and without the rotary tensors, so that
-the code does not rotate. The norms of the proxy (or its projections, if there is no norm) rotate what they return. The
+The attention processor gets a subclass of its own class; so does an attention module without a processor. If all the
+code of its call is known, the call runs this code on a proxy of the attention module, without the rotary tensors, so
+that the code does not rotate. The norms of the proxy rotate their results; if it has no norms, its projections do. The
 proxy lives for one call and shares everything else with the module. So wrappers, hooks, compilers and replacements of
 the module, its norms or its processor see what they would see without a patch.
 
@@ -97,7 +97,7 @@ def why_unknown(holder: Any, guard: Guard, rotation: AttentionRotation) -> str |
 def _with_rotating_function(
     processor: Any, attn: Any, guard: Guard, settings: AttentionSettings, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Runs code that rotates by a function of its module, with another function under that name."""
+    """Runs code that calls a rotating function of its module, with another function under that name."""
     replaced_function = settings.rotation.replaced_function
     assert replaced_function is not None
     scope = guard.function.__globals__
@@ -174,7 +174,7 @@ def _prepared(attn: Any, settings: AttentionSettings, arguments: Mapping[str, An
     """The rotation of one call, whose ``arguments`` are by name.
 
     Raises:
-        UnfitTable: there are no rotary tensors, or they do not fit the tokens.
+        UnfitTable: rotary tensors are missing, or do not fit the tokens.
     """
     rotation = settings.rotation
     form = rotation.format
@@ -191,7 +191,7 @@ def _prepared(attn: Any, settings: AttentionSettings, arguments: Mapping[str, An
         raise UnfitTable
     tables = form.pack(rotary[0], hidden.device, exact)
     if len(rotary) > 1:
-        tables = [table for each in rotary for table in form.pack(each, hidden.device, exact)]
+        tables = [table for argument in rotary for table in form.pack(argument, hidden.device, exact)]
     dim = 0 if rotation.layout is Layout.SHD else 1
     for index, table in enumerate(tables):
         if not rotation.covers[min(index, len(rotation.covers) - 1)].fit(arguments, dim, table.tokens):
@@ -216,6 +216,6 @@ def _wants_gradients(attn: Any, arguments: Mapping[str, Any]) -> bool:
 def _computed_dtype(hidden: torch.Tensor) -> torch.dtype:
     """The dtype of queries and keys projected from ``hidden``, which autocast may change."""
     kind = hidden.device.type
-    # Torch raises an error if it is asked about autocast on the meta device.
+    # torch.is_autocast_enabled raises an error for the meta device.
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if autocast else hidden.dtype

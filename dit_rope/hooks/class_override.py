@@ -1,4 +1,4 @@
-"""How one method of one object is overridden and restored: by a subclass of the object's class.
+"""Overrides of one method of one object, by a subclass of the object's class.
 
 The object gets a subclass of its class, made on demand, with one method replaced. Its attributes, parameters, buffers,
 hooks and path stay what they are. Restoring the class leaves nothing behind.
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 INSTALLED = "_dit_rope"
-# Equal for all models, since torch.compile guards on the ids of hooks, and an id that torch itself never uses.
+# torch itself never uses this id. All models have the same, because torch.compile guards on the ids of hooks.
 _HOOK_ID = -1
 _override_classes: dict[tuple[type, type, str], type] = {}
-# Classes that others derived from an override, once it was taken out of their bases, and that override: their methods
-# may still call it.
+# Classes that other libraries derived from an override, and that override. It was removed from their bases since, but
+# their methods may call it.
 _derived: weakref.WeakKeyDictionary[type, Any] = weakref.WeakKeyDictionary()
 
 
@@ -84,7 +84,7 @@ def installed(target: Any) -> Installed | None:
 
 
 def install(target: Any, settings: object, state: PatchState) -> bool:
-    """Leaves ``settings`` on ``target`` for ``state``; False if another patch left settings, which serve both."""
+    """Leaves ``settings`` on ``target`` for ``state``; False if it has those of another patch, which serve both."""
     record = installed(target)
     if record is None or state not in record.states:
         state.objects[:] = [*(ref for ref in state.objects if ref() is not None), weakref.ref(target)]
@@ -109,7 +109,8 @@ def override_method(target: Any, override: type[Override], settings: object, sta
     derived = _derived_class(type(target))
     made = None if derived is None else _derived[derived]
     if made is not None and made == _override_class(made.unpatched, override, method):
-        _exchange_base(derived, made.unpatched, made)  # not twice below and above what others derived
+        # Put the override back below the derived class, whose methods may call it. On top of it, it would run twice.
+        _exchange_base(derived, made.unpatched, made)
         del _derived[derived]
     else:
         target.__class__ = _override_class(type(target), override, method)
@@ -133,8 +134,8 @@ def release_all(target: Any) -> None:
         wrapped = list(_wrapped_forwards(target)) if made.method == "forward" else []
         if cls is made:
             target.__class__ = made.unpatched
-        else:  # another library has derived a class from the override since, for this object
-            derived = next(each for each in cls.__mro__ if made in each.__bases__)
+        else:  # another library derived a class from the override, for this object
+            derived = next(base for base in cls.__mro__ if made in base.__bases__)
             _exchange_base(derived, made, made.unpatched)
             _derived[derived] = made
         _rebind(target, wrapped)
@@ -143,17 +144,17 @@ def release_all(target: Any) -> None:
     vars(target).pop(INSTALLED, None)
 
 
-def _exchange_base(cls: Any, base: type, other: type) -> None:
-    cls.__bases__ = tuple(other if each is base else each for each in cls.__bases__)
+def _exchange_base(cls: Any, old: type, new: type) -> None:
+    cls.__bases__ = tuple(new if base is old else base for base in cls.__bases__)
 
 
 def _derived_class(cls: type) -> Any:
-    """The class that another library derived from an override, of which ``cls`` is one; None where there is none."""
-    return next((each for each in cls.__mro__ if each in _derived), None) if _derived else None
+    """The class in ``_derived`` that ``cls`` is or derives from; None without one."""
+    return next((base for base in cls.__mro__ if base in _derived), None) if _derived else None
 
 
 def derived_with(target: Any, method: str) -> type | None:
-    """The class that others derived from the override of ``target``, if it has a ``method`` that runs instead."""
+    """A class that another library derived from the override of ``target``, and whose ``method`` runs instead."""
     if isinstance(target, Override):
         for cls in type(target).__mro__:
             if "unpatched" in vars(cls):
@@ -181,13 +182,14 @@ def is_bypassed(target: Any) -> bool:
 
 
 def _wrapped_forwards(target: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    """The places that hold the bound forward of the class of ``target``, or of an override: dictionaries and keys.
+    """Dictionaries and keys that hold the bound forward of the class of ``target``, or of an override of it.
 
-    accelerate keeps it as an attribute of the module, diffusers in a record in the closure of its wrapper. Both leave
-    it in the module itself when they are removed. Wrappers may be wrapped again.
+    accelerate keeps the forward that it wraps as an attribute of the module. diffusers keeps it in a record in the
+    closure of its wrapper, which may be nested. Both write it back into the module when they are removed, so a forward
+    that was not rebound here would bypass the patch from then on.
     """
     base: Any = unpatched_class(target)
-    made = [cls for (of, _, method), cls in _override_classes.items() if of is base and method == "forward"]
+    made = [cls for (key, _, method), cls in _override_classes.items() if key is base and method == "forward"]
     forwards = {cls.forward for cls in (base, *made)}
     holders = [vars(target)]
     for holder in holders:  # the loop appends to this list

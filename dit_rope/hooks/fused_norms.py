@@ -1,4 +1,4 @@
-"""The norm modules that kernels can compute, and their numbers."""
+"""The norm modules that kernels can compute, and their parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .known_code import guard_of
 
 
 class FusedNorm(NamedTuple):
-    """The numbers of one norm: y = (x - mean if ``centred``) / sqrt(mean square + eps) * weight + bias.
+    """The parameters of one norm: y = (x - mean if ``centred``) / sqrt(mean square + eps) * weight + bias.
 
     ``keeps_dtype`` tells whether the result of the module has the dtype of the data, as in the kernels, even if the
     weight has another.
@@ -35,9 +35,9 @@ class FusedNorm(NamedTuple):
 
 
 def fused_norm(module: Any, dtype: torch.dtype) -> FusedNorm | None:
-    """The norm that ``module`` computes on data of ``dtype``; None if the kernels do not compute the same.
+    """The norm that ``module`` computes on data of ``dtype``; None if the kernels would compute something else.
 
-    In most modules a weight of another dtype decides the dtype of the result; in the kernels it does not.
+    For example, the dtype of a weight changes the dtype of the result of most modules, but not that of the kernels.
     """
     cls = type(module)
     read = KNOWN_NORMS.get(f"{cls.__module__}.{cls.__qualname__}")
@@ -52,9 +52,9 @@ def fused_norm(module: Any, dtype: torch.dtype) -> FusedNorm | None:
 
 
 def makes_fresh_results(module: Any) -> bool:
-    """Whether a call of ``module`` runs known code alone, so that nobody else holds its result: no hooks, no compiler.
+    """Whether a call of ``module`` runs only known code: it has no hooks, wrappers or compiler.
 
-    Then the result may be overwritten, and a kernel may replace the call of a norm.
+    Then nobody else holds its result, which may be overwritten, and a kernel may replace the call of a norm.
     """
     state = vars(module)
     if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
@@ -77,7 +77,7 @@ def _runs_known_code(cls: type) -> bool:
 
 
 def _of_torch(cls: type) -> tuple[tuple[Any, str, Any], ...] | None:
-    """The forward of a module class of torch, and the function that it calls; None if one of them was replaced."""
+    """The forward of a module class of torch and the function that it calls, or None if one of them was replaced."""
     functional = vars(torch.nn.functional)
     functions = tuple(
         (namespace, name, namespace[name])
@@ -96,7 +96,7 @@ _CALLED = {"RMSNorm": "rms_norm", "LayerNorm": "layer_norm", "Linear": "linear"}
 
 
 def _is_of(function: Any, name: str) -> bool:
-    """Whether ``function`` is the one of torch called ``name``: defined in a file of torch, or built in."""
+    """Whether ``function`` is torch's function ``name``: defined in a file of torch, or built in."""
     if not isinstance(function, FunctionType):
         return inspect.isbuiltin(function)
     code = function.__code__
@@ -119,12 +119,12 @@ def _layer_norm(module: Any, dtype: torch.dtype) -> FusedNorm:
 
 
 def _stable_audio_3_norm(module: Any, dtype: torch.dtype) -> FusedNorm:
-    """The weight is called gamma, and takes part in float32: ``transformer_stable_audio3.py`` of diffusers 0.42.1."""
+    """The weight is called gamma and multiplies in float32: ``transformer_stable_audio3.py`` of diffusers 0.42.1."""
     return FusedNorm(False, module.gamma, None, module.eps, keeps_dtype=True)
 
 
 def _krea2_norm(module: Any, dtype: torch.dtype) -> FusedNorm:
-    """Weights around zero, in float32 whatever the model's dtype: ``transformer_krea2.py`` of diffusers 0.42.1."""
+    """The factor is 1 + weight, in float32 for any dtype of the model: ``transformer_krea2.py`` of diffusers 0.42.1."""
     return FusedNorm(False, module.weight + 1.0, None, module.eps, keeps_dtype=True)
 
 

@@ -1,10 +1,10 @@
-"""Which code an adapter was written for, and whether it is the code that runs.
+"""Known code: the code that an adapter was written for, and whether a model runs it.
 
 A patch takes over a rotation or a table only from code that it knows: the method of an attention processor or of a
-rope module, the functions and methods that it calls, and the norms. ``known_code.json`` holds a digest of the source
-of each of them, under the name by which the code that calls it finds it; ``scripts/pages/write_known_code.py`` writes
-it. Names and classes prove nothing: people write processors of the same name, wrap and compile functions, and assign to
-modules and classes at any time. So the objects found under these names are compared again in every call, which costs a
+rope module, the functions and methods that it calls, and the norms. ``known_code.json`` holds a digest of the source of
+each of them, under the name by which its caller looks it up; ``scripts/pages/write_known_code.py`` writes the file.
+Names and classes prove nothing: people write processors of the same name, wrap and compile functions, and assign to
+modules and classes at any time. So every call compares the objects under these names again, at the cost of one
 dictionary lookup each.
 """
 
@@ -28,18 +28,20 @@ import torch
 
 LIBRARY = "diffusers"
 """Where the models come from, and the general code that they use."""
-# Called with queries and keys that have been rotated, or before there are any: nothing is taken over from them.
+# These run before queries and keys exist or after they are rotated, so a patch replaces nothing in them.
 _NOT_FOLLOWED = frozenset({"dispatch_attention_fn", "deprecate", "is_torch_npu_available", "is_torch_xla_available"})
 
 
 class Walk:
-    """Everything that one method of a class runs, as far as an adapter depends on it.
+    """Follows everything that one method of a class runs, as far as an adapter depends on it.
+
+    A slot is the dotted name of a place that holds a function: module, class if any, and name.
 
     Attributes:
-        function: the method, unwrapped; None where the class has none.
-        slot: the name under which it stands: module, class and method.
+        function: the method, unwrapped; None if the class has none.
+        slot: the slot of the method.
         methods: names of the methods of its object that it calls, itself included.
-        checks: what was looked at: namespace, name, what stood there, its function and its code.
+        checks: for each place: namespace, name, the object there, its function and its code.
     """
 
     def __init__(self, cls: type, method: str) -> None:
@@ -50,11 +52,11 @@ class Walk:
         self._follow_method(cls, method)
 
     def wants(self, slot: str, value: Any) -> bool:
-        """Whether the function under ``slot``, which code names, has to be known."""
+        """Whether ``value``, which code looks up in ``slot``, must be known code."""
         raise NotImplementedError
 
     def accepts(self, slot: str, value: Any, function: Any) -> bool:
-        """Whether ``function`` is known under ``slot``, so that what it calls is looked at too."""
+        """Whether ``function`` is known code of ``slot``. If so, the functions that it calls are followed too."""
         raise NotImplementedError
 
     def _follow_method(self, cls: type, name: str) -> None:
@@ -62,7 +64,7 @@ class Walk:
             return
         self.methods.add(name)
         owner = next((base for base in cls.__mro__ if name in vars(base)), cls)
-        # A class between that one and the object's own may be given such a method later.
+        # Somebody may later add the method to a class between these two, and it would run instead.
         self.checks += [(vars(base), name, None, None, None) for base in cls.__mro__[: cls.__mro__.index(owner)]]
         slot = f"{owner.__module__}.{owner.__qualname__}.{name}"
         function = self._check(vars(owner), name, slot)
@@ -77,28 +79,28 @@ class Walk:
     def _follow_globals(self, function: FunctionType) -> None:
         for namespace, name in references(function):
             slot = f"{namespace.get('__name__')}.{name}"
-            looked_at = any(of is namespace and called == name for of, called, *_ in self.checks)
-            if not looked_at and self.wants(slot, namespace.get(name)):
+            checked = any(scope is namespace and called == name for scope, called, *_ in self.checks)
+            if not checked and self.wants(slot, namespace.get(name)):
                 called = self._check(namespace, name, slot)
                 if called is not None:
                     self._follow_globals(called)
 
     def _check(self, namespace: Mapping[str, Any], name: str, slot: str) -> FunctionType | None:
-        """Notes what stands under ``name``; returns its function where it is known."""
+        """Adds the object under ``name`` to the checks; returns its function if that is known code."""
         value = namespace.get(name)
         function = underlying(value)
         code = function.__code__ if isinstance(function, FunctionType) else None
         self.checks.append((namespace, name, value, None if code is None else function, code))
-        known: bool = self.accepts(slot, value, function)
-        return function if known else None
+        accepted: bool = self.accepts(slot, value, function)
+        return function if accepted else None
 
 
 class Guard(Walk):
     """Whether all code of a method is known, and whether it has changed since.
 
     Attributes:
-        unknown: what is not known, in words; None where everything is.
-        owner: name of the class that has the method.
+        unknown: the first unknown function, in words; None if all code is known.
+        owner: name of the class that defines the method.
         parameters: names of the method's parameters, the object itself first.
     """
 
@@ -106,15 +108,14 @@ class Guard(Walk):
         self.unknown: str | None = None
         super().__init__(cls, method)
         self.owner = self.slot.rpartition(".")[0].rpartition(".")[2]
-        known = self.function is not None
-        self.parameters = tuple(inspect.signature(self.function).parameters) if known else ()
+        self.parameters = () if self.function is None else tuple(inspect.signature(self.function).parameters)
 
     def wants(self, slot: str, value: Any) -> bool:
-        """Whether the known code of a caller finds a function under ``slot``."""
+        """Whether known code looks up a function in ``slot``."""
         return slot in known_digests()
 
     def accepts(self, slot: str, value: Any, function: Any) -> bool:
-        """Whether the source of ``function`` is a known one of ``slot``."""
+        """Whether the source of ``function`` is known for ``slot``."""
         if isinstance(function, FunctionType) and source_digest(function) in known_digests().get(slot, ()):
             return True
         self.unknown = self.unknown or f"{slot} is {_described(value, slot)}"
@@ -128,7 +129,7 @@ class Guard(Walk):
         return True
 
     def overridden_in(self, target: Any) -> str | None:
-        """Name of a method that ``target`` itself holds in place of its class's; None without one."""
+        """Name of a method that an attribute of ``target`` replaces; None if there is none."""
         attributes = vars(target)
         if self.methods.isdisjoint(attributes):
             return None
@@ -155,16 +156,16 @@ _registered: dict[str, Mapping[str, str]] = {}
 
 @functools.cache
 def known_digests() -> dict[str, frozenset[str]]:
-    """Digests of the known sources, by the name under which their caller finds them."""
+    """Digests of the known sources, by slot."""
     text = importlib.resources.files(__package__).joinpath("known_code.json").read_text(encoding="utf-8")
-    known = {slot: frozenset[str](digests) for slot, digests in json.loads(text).items()}
+    built_in = {slot: frozenset[str](digests) for slot, digests in json.loads(text).items()}
     added: dict[str, frozenset[str]] = {}
     for digests in _registered.values():
         for slot, digest in digests.items():
-            # A registration does not change what is known of the code under dit_rope's own adapters.
-            if slot not in known:
+            # A registered digest must not make changed code known for the adapters of dit_rope.
+            if slot not in built_in:
                 added[slot] = added.get(slot, frozenset()) | {digest}
-    return known | added
+    return built_in | added
 
 
 def register_code(model: str, digests: Mapping[str, str]) -> None:
@@ -174,7 +175,7 @@ def register_code(model: str, digests: Mapping[str, str]) -> None:
 
 
 def unregister_code(model: str) -> None:
-    """Takes back :func:`register_code`: code that no other adapter needs is unknown from the next call on."""
+    """Undoes :func:`register_code`: code that only this adapter needs is unknown from the next call on."""
     del _registered[model]
     _forget_guards()
 
@@ -185,9 +186,9 @@ def _forget_guards() -> None:
 
 
 def source_digest(function: FunctionType) -> str | None:
-    """A digest of the source of ``function`` and of the module whose names it looks up; None without a source.
+    """A digest of the source of ``function`` and of the name of its module; None if it has no source.
 
-    The same source in another module may call other functions.
+    The module counts because the same source in another module may call other functions.
     """
     module = sys.modules.get(function.__globals__.get("__name__", ""))
     if module is None or vars(module) is not function.__globals__:
@@ -214,7 +215,7 @@ def _source(code: CodeType) -> str | None:
 
 
 def underlying(value: Any) -> Any:
-    """The function that ``value`` runs, out of a descriptor, a cache or one of torch's context decorators."""
+    """The function that ``value`` runs: unwraps descriptors, caches, and torch's context decorators."""
     if isinstance(value, (staticmethod, classmethod)):
         return underlying(value.__func__)
     if type(value) is functools._lru_cache_wrapper:
@@ -225,12 +226,12 @@ def underlying(value: Any) -> Any:
 
 
 def _is_context_decorator(function: FunctionType) -> bool:
-    """Whether ``function`` is what ``torch.no_grad()``, ``torch.autocast()`` and their kin make of one."""
+    """Whether ``function`` is the wrapper that ``torch.no_grad()``, ``torch.autocast()`` or the like makes."""
     return function.__code__.co_filename in (torch.utils._contextlib.__file__, torch.amp.autocast_mode.__file__)
 
 
 def references(function: FunctionType) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Where the names stand that ``function`` looks up in modules: its globals, and what it imports when it runs."""
+    """Namespaces and names that ``function`` looks up: its globals, and the names that it imports when it runs."""
     for code in _codes(function.__code__):
         for name in code.co_names:
             if name in function.__globals__ and name not in _NOT_FOLLOWED:
@@ -248,7 +249,7 @@ def _imports(code: CodeType, package: str) -> Iterator[tuple[Mapping[str, Any], 
         if name.partition(".")[0] not in (LIBRARY, package.partition(".")[0]):
             continue
         module = sys.modules.get(name) or importlib.import_module(name)
-        yield from ((vars(module), each) for each in names or () if each not in _NOT_FOLLOWED)
+        yield from ((vars(module), imported) for imported in names or () if imported not in _NOT_FOLLOWED)
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -259,11 +260,11 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _names(code: CodeType) -> set[str]:
-    return {name for each in _codes(code) for name in each.co_names}
+    return {name for inner in _codes(code) for name in inner.co_names}
 
 
 def _static(cls: type, name: str) -> Any:
-    """The attribute of a class as it is held, without calling descriptors; None for those of torch and Python."""
+    """The attribute of a class without a call of its descriptor; None if torch or Python defines it."""
     for base in cls.__mro__:
         if name in vars(base):
             return None if base.__module__.partition(".")[0] in ("torch", "builtins") else vars(base)[name]
@@ -271,7 +272,7 @@ def _static(cls: type, name: str) -> Any:
 
 
 def _described(value: Any, slot: str) -> str:
-    """An object that stands where known code should, in words."""
+    """The object ``value`` in ``slot``, which is not known code, in words."""
     if isinstance(value, FunctionType):
         name = f"{value.__module__}.{value.__qualname__}"
         return "not the code that dit_rope knows" if name == slot else name

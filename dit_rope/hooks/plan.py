@@ -1,4 +1,4 @@
-"""What a patch replaces in one model, and what it does not patch. Looked up again for every report."""
+"""What a patch replaces in one model, and what it does not patch. Every report looks it up again."""
 
 from __future__ import annotations
 
@@ -131,33 +131,32 @@ class PatchPlan:
     state: PatchState = field(default_factory=PatchState, compare=False)
 
     def now(self) -> PatchPlan:
-        """The plan of the model as it is at this moment: its modules may have been replaced."""
+        """The plan of the model at this moment: its modules may have been replaced."""
         return replace(
             self, tables=_all_tables(self.model, self.adapter), rotations=_all_rotations(self.model, self.adapter)
         )
 
     def scaled_spec(self, options: Options) -> RopeSpec | None:
-        """The rotation that a scaling asks for; None without one, or where a function chooses it.
+        """The spec with the scaling of ``options``; None without a scaling, or if a function chooses it.
 
         Raises:
-            TypeError, ValueError: for a scaling that the model's axes cannot have.
+            TypeError, ValueError: the model's axes cannot have the scaling.
         """
         if options.scaling is None:
             return None
-        grid = next((each for each in self.tables if each.tables.axes is not None), None)
-        if grid is None:
+        plan = next((plan for plan in self.tables if plan.tables.axes is not None), None)
+        if plan is None or plan.tables.axes is None:
             raise ValueError(
                 f"scaling must be None for {self.adapter.model_class}, which builds its own tables, "
                 f"got {options.scaling!r}"
             )
-        reason = grid.why_not_patched()
+        reason = plan.why_not_patched()
         if reason is not None:
             raise ValueError(
                 f"scaling must be None where dit_rope does not know the code that builds tables, got "
-                f"{options.scaling!r} for {grid.tables.path} of {self.name}: {reason}"
+                f"{options.scaling!r} for {plan.tables.path} of {self.name}: {reason}"
             )
-        assert grid.tables.axes is not None
-        spec = grid.tables.axes.spec(grid.target)
+        spec = plan.tables.axes.spec(plan.target)
         if callable(options.scaling):
             return None
         spec = spec.with_scaling(options.scaling)
@@ -167,8 +166,8 @@ class PatchPlan:
 
     def apply(self, scaled: RopeSpec | None, options: Options) -> None:
         """Replaces what the plan names; ``scaled`` is :meth:`scaled_spec` of ``options``."""
-        for each in self.tables:
-            self._apply_tables(each, scaled, options)
+        for plan in self.tables:
+            self._apply_tables(plan, scaled, options)
         fuses_norm = options.fuse is Fusion.NORM_AND_ROTATION
         for rotation in self.rotations:
             path = f"{self.name}.{plain_path(rotation.path)}"
@@ -177,10 +176,10 @@ class PatchPlan:
         install(self.model, None, self.state)
         add_hooks(self.model, BeginPass(prepare_attention), EndPass())
 
-    def _apply_tables(self, each: TablesPlan, scaled: RopeSpec | None, options: Options) -> None:
-        tables, target = each.tables, each.target
+    def _apply_tables(self, plan: TablesPlan, scaled: RopeSpec | None, options: Options) -> None:
+        tables, target = plan.tables, plan.target
         path = f"{self.name}.{tables.path or tables.method}"
-        reason = each.why_not_patched()
+        reason = plan.why_not_patched()
         if reason is not None:
             log_not_patched(path, reason, set())
             return
@@ -195,13 +194,13 @@ class PatchPlan:
             vars(target)[tables.method] = MemoizedMethod(target, tables.method, Installed(settings, self.state))
 
     def restore(self) -> None:
-        """Removes what this plan installed, and nothing else, even if objects were moved since."""
+        """Removes what this plan installed and nothing else, also from objects that were moved since."""
         self.state.active = False
         for ref in self.state.objects:
             target = ref()
             if target is not None:
                 release(target, self.state)
-        # A block may have been replaced by a copy of itself, which is patched too.
+        # A block may have been replaced by a copy of itself. The copy is patched too, and the references above miss it.
         for module in self.model.modules():
             for target in list(_changeable(module)):
                 record: Installed | None = getattr(target, "__dict__", {}).get(INSTALLED)
@@ -241,14 +240,14 @@ def adopt_processor(attention: Any) -> None:
         _register(type(processor), cls)
 
 
-def _register(made: type, cls: type) -> None:
-    """Lets diffusers' registry of processors, which layer skipping asks by class, know ``made`` as it knows ``cls``."""
+def _register(override: type, cls: type) -> None:
+    """Registers ``override`` like ``cls`` in diffusers' registry of processors, in which layer skipping looks it up."""
     try:
         from diffusers.hooks._helpers import AttentionProcessorRegistry as Registry
-    except ImportError:  # an older diffusers
+    except ImportError:  # older versions of diffusers have no registry
         return
-    with contextlib.suppress(ValueError):  # it does not know this one
-        Registry.register(made, Registry.get(cls))
+    with contextlib.suppress(ValueError):  # cls is not registered
+        Registry.register(override, Registry.get(cls))
 
 
 def _override(target: Any, override: type[Override], settings: object, state: PatchState, method: str) -> None:
@@ -294,7 +293,7 @@ def is_patched(model: torch.nn.Module) -> bool:
 
 
 def _changeable(module: torch.nn.Module) -> Iterator[object]:
-    """The objects that a patch may have changed: ``module`` itself, and its attributes that are no modules."""
+    """The objects that a patch may have changed: ``module`` and its attributes, such as its processor."""
     return itertools.chain((module,), vars(module).values())
 
 
@@ -312,11 +311,11 @@ def make_plan(name: str, model: torch.nn.Module, adapter: ModelAdapter) -> Patch
 
 
 def _all_tables(model: torch.nn.Module, adapter: ModelAdapter) -> tuple[TablesPlan, ...]:
-    return tuple(each for tables in adapter.tables if (each := _find_tables(model, tables)) is not None)
+    return tuple(plan for tables in adapter.tables if (plan := _find_tables(model, tables)) is not None)
 
 
 def _all_rotations(model: torch.nn.Module, adapter: ModelAdapter) -> tuple[RotationPlan, ...]:
-    return tuple(each for rotation in adapter.rotations for each in _find_rotations(model, rotation))
+    return tuple(plan for rotation in adapter.rotations for plan in _find_rotations(model, rotation))
 
 
 def _find_tables(model: torch.nn.Module, tables: ModelTables) -> TablesPlan | None:
@@ -333,11 +332,11 @@ def _find_rotations(model: torch.nn.Module, rotation: AttentionRotation) -> Iter
         inner = path.rpartition(".")[2]
         if inner not in _WRAPPED and getattr(module, "_orig_mod", None) is not None:
             continue  # a compiled module; the module inside comes next
-        if pattern.fullmatch(plain_path(path)) and (rotation.when is None or _is_meant(rotation, model, module)):
+        if pattern.fullmatch(plain_path(path)) and (rotation.when is None or _is_selected(rotation, model, module)):
             yield RotationPlan(rotation, path, module)
 
 
-def _is_meant(rotation: AttentionRotation, model: torch.nn.Module, attention: torch.nn.Module) -> bool:
+def _is_selected(rotation: AttentionRotation, model: torch.nn.Module, attention: torch.nn.Module) -> bool:
     assert rotation.when is not None
     try:
         return rotation.when(model, attention)
@@ -347,4 +346,4 @@ def _is_meant(rotation: AttentionRotation, model: torch.nn.Module, attention: to
 
 def plain_path(path: str) -> str:
     """``path`` without the names under which wrappers hold the module that they wrap."""
-    return ".".join(part for part in path.split(".") if part not in _WRAPPED)
+    return ".".join(name for name in path.split(".") if name not in _WRAPPED)

@@ -1,4 +1,4 @@
-"""What a patch replaces, and what it does not patch and why, in words."""
+"""Reports: what a patch replaces, what it does not patch, and why."""
 
 from __future__ import annotations
 
@@ -131,23 +131,23 @@ def _elsewhere(plan: PatchPlan) -> Iterator[str]:
     """A line for attention modules of the same classes at paths that the adapter does not name."""
     known = {id(each.attention) for each in plan.rotations}
     classes = {each.attention_class for each in plan.adapter.rotations if each.norms}
-    others = [
+    paths = [
         plain_path(path)
         for path, module in plan.model.named_modules()
         if id(module) not in known and unpatched_class(module).__name__ in classes
     ]
-    count = _count(len(others), "attention module")
-    if others and plan.rotations:
+    count = _count(len(paths), "attention module")
+    if paths and plan.rotations:
         yield _not_patched(f"{count} without rotary embedding")
-    elif others:
+    elif paths:
         yield _not_patched(
-            f"{count} at other paths than dit_rope knows, such as {others[0]}; unwrap their blocks and patch again"
+            f"{count} at other paths than dit_rope knows, such as {paths[0]}; unwrap their blocks and patch again"
         )
 
 
 def _arithmetic(options: Options) -> str:
-    same = "bitwise equal to unpatched" if options.scaling is None else "rounded as unpatched"
-    exact = f"exact ({same}; the model's own rotation if gradients are wanted)"
+    bits = "bitwise equal to unpatched" if options.scaling is None else "rounded as unpatched"
+    exact = f"exact ({bits}; the model's own rotation if gradients are wanted)"
     fast = "fast (float32, rounded once)"
     if options.exact is None:
         return f"{exact} on CPU, {fast} elsewhere"
@@ -155,11 +155,11 @@ def _arithmetic(options: Options) -> str:
 
 
 def _fused(plan: PatchPlan, options: Options) -> str:
-    """What happens in one pass."""
+    """Which operations are one pass over memory."""
     if options.fuse is Fusion.ROTATION:
         return "rotation, because fuse is Fusion.ROTATION; norms are the model's own"
     if not any("norm" in name for each in plan.rotations for name in each.names):
-        return "rotation; there is no norm before it"
+        return "rotation; the model has no norm before it"
     if options.exact:
         return "rotation; norms are the model's own in exact mode"
     return "norm and rotation" + ("" if options.exact is False else " in fast mode, rotation in exact mode")

@@ -22,7 +22,7 @@ DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 @dataclass(frozen=True, eq=False)
 class AttentionSettings:
-    """How one attention module is patched, by the arguments of :func:`dit_rope.patch`: kept on the module itself.
+    """The settings of one patched attention module, from the arguments of :func:`dit_rope.patch`; stored on the module.
 
     ``name`` is its path for the log, ``logged`` holds the reasons that were logged.
     """
@@ -63,7 +63,7 @@ def why_incomplete(attn: Any, rotation: AttentionRotation) -> str | None:
 
 
 class RotatedCall:
-    """One call of an attention module: its tables, and the norms that were not called yet."""
+    """One call of an attention module: its tables, and the norms that were not called so far."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class RotatedCall:
         self.pending: set[str] = set()
 
     def check(self, attn: Any) -> None:
-        """Raises RuntimeError if the code left out norms, unless the adapter allows it."""
+        """Raises RuntimeError if the code did not call all norms, unless the adapter allows it."""
         self.rotation.check_called(attn, self.rotating, self.pending)
 
     def proxy(self, attn: Any) -> Any:
@@ -138,13 +138,13 @@ class _RotatingModule:
     def _fused(self, x: torch.Tensor, table: PackedTable, layout: Layout) -> torch.Tensor | None:
         """Norm and rotation of ``x`` in one pass; None if the kernels do not compute what the module does."""
         call, rotation = self._call, self._call.rotation
-        # A subclass of PackedTable maps tokens to rows by its own rule, which heads of this layout do not follow.
+        # A subclass of PackedTable has its own rule for tokens and rows, which only its rotate_result follows.
         if not call.settings.fuses_norm or type(table) is not PackedTable or is_distributed(x):
             return None
         if not makes_fresh_results(self._module):
             return None
         if rotation.cast_to is CastTo.PROJECTION:
-            x = x.to(call.dtypes[rotation.cast_to])  # x is an upcast from that dtype, so nothing is lost
+            x = x.to(call.dtypes[rotation.cast_to])  # lossless: the model upcast x from that dtype
         norm = fused_norm(self._module, x.dtype) if x.dtype in DTYPES else None
         if norm is None:
             return None

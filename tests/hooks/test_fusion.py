@@ -101,7 +101,7 @@ def test_report_says_what_is_fused(options: dict[str, Any], said: str) -> None:
 def test_report_says_where_there_is_no_norm_to_fuse() -> None:
     model, _ = build("stable-audio")
     with dit_rope.patch(model, exact=False) as handle:
-        assert "  fused: rotation; there is no norm before it\n" in handle.report()
+        assert "  fused: rotation; the model has no norm before it\n" in handle.report()
 
 
 def test_nothing_fused_scales_dense_tables() -> None:
