@@ -45,8 +45,8 @@ def run(
 ) -> None:
     """Measure tables, rotation, operators and a whole step on this machine; write CSV files and an HTML report.
 
-    Every variant is checked before it is timed: if one of ours is wrong, the run ends without a figure. Variants take
-    turns.
+    Every variant is checked before it is timed: if one of dit_rope's is wrong, the run ends without a figure. Variants
+    take turns.
     """
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
@@ -74,8 +74,8 @@ def run(
             console.print(f"{error}: no figures", style="red", markup=False, highlight=False)
             raise typer.Exit(1) from error
         bar.update(task, completed=len(todo), description="done")
-    for name, found in rows.items():
-        write_csv(out / f"{name}.csv", found, device)
+    for name, section_rows in rows.items():
+        write_csv(out / f"{name}.csv", section_rows, device)
     report = write_report(out / REPORT, rows, settings, environment(device))
     for line in summary(rows):
         console.print(line, markup=False, highlight=False)

@@ -18,7 +18,7 @@ class Guidance(enum.Enum):
 
     PASSES = "two forward passes"
     BATCH = "one forward pass of twice the batch"
-    DISTILLED = "one forward pass, guided by a number that it is given"
+    DISTILLED = "one forward pass, guided by a number"
 
     __hash__ = object.__hash__
 
@@ -51,9 +51,9 @@ class Architecture:
     text: int
     config: Mapping[str, Any] = field(default_factory=dict)
 
-    def guided(self, wanted: bool) -> tuple[int, int]:
+    def guided(self, with_guidance: bool) -> tuple[int, int]:
         """Forward passes of a step, and the batch of each, with guidance or without."""
-        twice = 2 if wanted else 1
+        twice = 2 if with_guidance else 1
         return twice if self.guidance is Guidance.PASSES else 1, twice if self.guidance is Guidance.BATCH else 1
 
     def build(self, layers: int | None, device: str, dtype: torch.dtype, **config: Any) -> torch.nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .end_to_end import UNPATCHED, WITHOUT
 from .end_to_end import VARIANTS as STEP_VARIANTS
 from .peers import PEERS
-from .rope_modules import FIRST, FOUND, OWN
+from .rope_modules import EVERY_PASS, FIRST_PASS, LATER_PASSES
 from .rotation import COPY
 from .table_building import AXES, DENSE, FULL
 
@@ -14,8 +14,9 @@ SECTIONS = {
     "then diffusers' own rope modules at released sizes, each as it is and in a patched model, compared bit for bit. "
     "Bytes are what the caches hold, counted and not timed.",
     "rotation": "Queries and keys of each model, random, rotated alone and after the model's RMSNorm. Every variant is "
-    "first compared with float64, exact mode with the bits of the model's own code; what is wrong is left out, or, if "
-    "it is ours, ends the run without a figure. All write new tensors. On a CPU, shapes have fewer frames or lines.",
+    "first compared with float64, exact mode with the bits of the model's own code; a wrong variant is left out, or, "
+    "if it is dit_rope's, ends the run without figures. All write new tensors. On a CPU, shapes have fewer frames or "
+    "lines.",
     "operators": "Kernels and bytes of one attention module besides its projections and the attention product, in the "
     "second forward pass, in bfloat16, patched in fast mode as on a GPU. Counted on CPU; no clock is read.",
     "step": "One forward pass of Wan 1.3B with random weights in bfloat16, with more and more of the rotary embedding "
@@ -27,9 +28,9 @@ VARIANTS = {
         FULL: "every token of the grid on its own, as FastVideo builds it",
         DENSE: "dit_rope.compat.fastvideo.get_rotary_pos_embed: the same result, expanded from axis tables",
         AXES: "dit_rope.rope_table: one row for each coordinate of each axis, which the rotation reads",
-        OWN: "the rope module of diffusers as it is: it builds in every forward pass",
-        FIRST: "the same module in a patched model, with nothing in the cache",
-        FOUND: "the same module in a patched model, from the second forward pass on",
+        EVERY_PASS: "the rope module of diffusers as it is: it builds in every forward pass",
+        FIRST_PASS: "the same module in a patched model, with nothing in the cache",
+        LATER_PASSES: "the same module in a patched model, from the second forward pass on",
     },
     "rotation": {
         COPY: "empty_like and copy_ of the same q and k: what reading and writing them once takes",

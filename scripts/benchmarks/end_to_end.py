@@ -96,12 +96,16 @@ class Step:
         """Makes the calls; returns every tensor in their outputs."""
         with torch.no_grad():
             outputs = [self.models[call.model](*call.args, **call.kwargs) for call in self.calls]
-        return [leaf for leaf in pytree.tree_leaves([_plain(one) for one in outputs]) if isinstance(leaf, torch.Tensor)]
+        return [
+            leaf
+            for leaf in pytree.tree_leaves([_plain(output) for output in outputs])
+            if isinstance(leaf, torch.Tensor)
+        ]
 
     def plans(self) -> list[PatchPlan]:
         """What a patch would replace in each model."""
-        found = [(f"model {number}", model, adapter_of(model)) for number, model in enumerate(self.models)]
-        return [make_plan(name, model, adapter) for name, model, adapter in found if adapter is not None]
+        adapted = [(f"model {number}", model, adapter_of(model)) for number, model in enumerate(self.models)]
+        return [make_plan(name, model, adapter) for name, model, adapter in adapted if adapter is not None]
 
     def twin(self) -> Step:
         """The same calls of copies of the models, which share their parameters."""
@@ -152,16 +156,16 @@ def pipeline_step(pipe: Any, **arguments: Any) -> Step:
         UnsupportedModelError, ValueError: as :func:`dit_rope.patch`.
     """
     patch(pipe).undo()
-    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    models = tuple(part for part in parts if adapter_of(part) is not None)
+    modules = [module for module in pipe.components.values() if isinstance(module, torch.nn.Module)]
+    models = tuple(module for module in modules if adapter_of(module) is not None)
     calls: list[Call] = []
-    taken = inspect.signature(pipe.__call__).parameters
-    given = {name: value for name, value in arguments.items() if name in taken}
+    parameters = inspect.signature(pipe.__call__).parameters
+    accepted = {name: value for name, value in arguments.items() if name in parameters}
     with contextlib.ExitStack() as stack:
         for number, model in enumerate(models):
             hook = _remembers(calls, number)
             stack.callback(model.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        pipe(**{"prompt": "", **given, "num_inference_steps": 2, "output_type": "latent"})
+        pipe(**{"prompt": "", **accepted, "num_inference_steps": 2, "output_type": "latent"})
     return Step(models, tuple(calls[len(calls) // 2 :]))
 
 
@@ -206,15 +210,17 @@ def measure_step(
             cases[_FIRST] = cold(twin.run)  # right before the runs that find what it has built
         cases[name] = twin.run
     timings = interleave(cases, rounds, warm_up=1, advance=advance)
-    parts = dict.fromkeys(KINDS) if compiled else shares(step.plans(), step.run, step.device)
-    return [_row(name, variants, timings, step, parts) for name in variants]
+    step_shares = dict.fromkeys(KINDS) if compiled else shares(step.plans(), step.run, step.device)
+    return [_row(name, variants, timings, step, step_shares) for name in variants]
 
 
 def whole_run(rows: list[Row], passes: int) -> list[Row]:
     """The rows of :func:`measure_step` for a run of so many such passes, of which only the first finds no table."""
-    own = rows[0]["ms_median"] * passes
+    unpatched_ms = rows[0]["ms_median"] * passes
     runs = [row["ms_first"] and row["ms_first"] + row["ms_median"] * (passes - 1) for row in rows]
-    return [{**row, "run_ms": run, "run_ratio": run and own / run} for row, run in zip(rows, runs, strict=True)]
+    return [
+        {**row, "run_ms": run, "run_ratio": run and unpatched_ms / run} for row, run in zip(rows, runs, strict=True)
+    ]
 
 
 def runs(step: Step, rounds: int, compiled: bool) -> int:
@@ -246,31 +252,31 @@ def _twins(step: Step, compiled: bool) -> dict[str, Step]:
 
 
 def _row(
-    name: str, variants: Mapping[str, Step], timings: Mapping[str, Timing], step: Step, parts: Mapping[str, Any]
+    name: str, variants: Mapping[str, Step], timings: Mapping[str, Timing], step: Step, step_shares: Mapping[str, Any]
 ) -> Row:
-    own, time = timings[UNPATCHED], timings[name]
+    unpatched, patched = timings[UNPATCHED], timings[name]
     is_default = name == default_variant(step.device)
-    rope = None if None in parts.values() else sum(parts[kind] for kind in ROPE)
+    rope = None if None in step_shares.values() else sum(step_shares[kind] for kind in ROPE)
     return {
         "variant": name,
         "default": is_default,
-        "ms_p20": time.p20,
-        "ms_median": time.median,
-        "ms_p80": time.p80,
-        "ratio": own.median / time.median,
-        "verdict": "" if name in (UNPATCHED, WITHOUT) else verdict(own, time),
+        "ms_p20": patched.p20,
+        "ms_median": patched.median,
+        "ms_p80": patched.p80,
+        "ratio": unpatched.median / patched.median,
+        "verdict": "" if name in (UNPATCHED, WITHOUT) else verdict(unpatched, patched),
         "ms_first": timings[_FIRST].median if is_default else None,
-        "ratio_at_most": own.median / timings[WITHOUT].median if WITHOUT in timings else None,
+        "ratio_at_most": unpatched.median / timings[WITHOUT].median if WITHOUT in timings else None,
         "share_rope": rope,
-        **{f"share_{kind.replace(' ', '_')}": share for kind, share in parts.items()},
+        **{f"share_{kind.replace(' ', '_')}": share for kind, share in step_shares.items()},
     }
 
 
-def verdict(own: Timing, time: Timing) -> str:
-    """Whether ``time`` is better than ``own``, or within the spread of both."""
-    if time.p80 < own.p20:
+def verdict(unpatched: Timing, patched: Timing) -> str:
+    """Whether the patched step is faster or slower, or the difference is within the spread of both."""
+    if patched.p80 < unpatched.p20:
         return "faster"
-    return "slower" if time.p20 > own.p80 else "no difference"
+    return "slower" if patched.p20 > unpatched.p80 else "no difference"
 
 
 def _errors(variants: Mapping[str, Step], step: Step, compiled: bool) -> Iterator[tuple[str, Exception]]:
@@ -304,11 +310,11 @@ def _errors(variants: Mapping[str, Step], step: Step, compiled: bool) -> Iterato
             )
 
 
-def _distance(ours: list[torch.Tensor], own: list[torch.Tensor]) -> float:
+def _distance(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     """The root of the mean square of the differences, over that of the values."""
     squares = [(torch.linalg.vector_norm(a.double() - b.double()), torch.linalg.vector_norm(b.double()))
-               for a, b in zip(ours, own, strict=True)]  # fmt: skip
-    return max(float(apart / size) for apart, size in squares)
+               for a, b in zip(actual, expected, strict=True)]  # fmt: skip
+    return max(float(difference / size) for difference, size in squares)
 
 
 def _moved(step: Step) -> Step:
@@ -322,8 +328,8 @@ def _moved(step: Step) -> Step:
         wide = torch.float64 if y.dtype == torch.float64 else torch.float32
         return (y.to(wide) * (1 + _ROUNDINGS * unit * signs.to(wide))).to(y.dtype)
 
-    for found in _rotations(twin.plans()):
-        for _, module in found.modules():
+    for rotation in _rotations(twin.plans()):
+        for _, module in rotation.modules():
             module.register_forward_hook(move)
     return twin
 
@@ -331,17 +337,20 @@ def _moved(step: Step) -> Step:
 def _has_bound(plans: list[PatchPlan]) -> bool:
     """Whether the models' processors do not rotate what comes without tables."""
     return all(
-        found.rotation.replaced_function is None and found.rotation.unrotated is None for found in _rotations(plans)
+        rotation.rotation.replaced_function is None and rotation.rotation.unrotated is None
+        for rotation in _rotations(plans)
     )
 
 
 def _without_rope(plan: PatchPlan) -> None:
-    """Keeps a model's tables, and neither norms nor rotates queries and keys: what is left is no patch's to gain."""
-    for found in plan.rotations:
-        taken = list(inspect.signature(type(found.attention).forward).parameters)[1:]
-        places = tuple((name, taken.index(name) if name in taken else None) for name in found.rotation.rotary)
-        found.attention.register_forward_pre_hook(_Without(places), with_kwargs=True)
-        for name, module in found.modules():
+    """Keeps a model's tables, and neither norms nor rotates queries and keys: no patch can be faster."""
+    for rotation in plan.rotations:
+        parameters = list(inspect.signature(type(rotation.attention).forward).parameters)[1:]
+        places = tuple(
+            (name, parameters.index(name) if name in parameters else None) for name in rotation.rotation.rotary
+        )
+        rotation.attention.register_forward_pre_hook(_Without(places), with_kwargs=True)
+        for name, module in rotation.modules():
             if "norm" in name:
                 vars(module)["forward"] = _same
     patch(plan.model, fuse=Fusion.NOTHING)
@@ -364,7 +373,7 @@ class _Without:
 
 
 def _rotations(plans: list[PatchPlan]) -> Iterator[RotationPlan]:
-    return (found for plan in plans for found in plan.rotations)
+    return (rotation for plan in plans for rotation in plan.rotations)
 
 
 def _remembers(calls: list[Call], number: int) -> Callable[..., None]:

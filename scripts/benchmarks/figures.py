@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-OURS, OURS_EXACT, THEIRS, COMPILED, LIMIT = "#1f5fae", "#7fb2e5", "#b9bec7", "#7d8590", "#111111"
+PACKAGE, PACKAGE_EXACT, THEIRS, COMPILED, LIMIT = "#1f5fae", "#7fb2e5", "#b9bec7", "#7d8590", "#111111"
 OTHERS = ("#d98b2b", "#4f9d69", "#a4558c", "#c2574b", "#8a7a3d")
 
 
@@ -23,7 +23,7 @@ def growth_of_builds(rows: Sequence[Row]) -> str:
     """Time to build against tokens, log axes."""
     figure, (axes,) = _figure(1, 3.6)
     builds = [row for row in rows if row["quantity"] == table_building.BUILD]
-    styles = {table_building.FULL: THEIRS, table_building.DENSE: OURS_EXACT, table_building.AXES: OURS}
+    styles = {table_building.FULL: THEIRS, table_building.DENSE: PACKAGE_EXACT, table_building.AXES: PACKAGE}
     for name, color in styles.items():
         _line(axes, [row for row in builds if row["variant"] == name], "tokens", "", color, name)
     _log(axes, "x", "y")
@@ -37,10 +37,16 @@ def cache_bytes(rows: Sequence[Row]) -> str:
     figure, panels = _figure(2, 3.4)
     kinds = ((table_building.BYTES, "resolution, 81 frames"), (table_building.ENTRIES, "grids in the cache"))
     for axes, (quantity, label) in zip(panels, kinds, strict=True):
-        for name, color in ((table_building.FULL, THEIRS), (table_building.AXES, OURS)):
-            found = [row for row in rows if (row["quantity"], row["variant"]) == (quantity, name)]
+        for name, color in ((table_building.FULL, THEIRS), (table_building.AXES, PACKAGE)):
+            variant_rows = [row for row in rows if (row["quantity"], row["variant"]) == (quantity, name)]
             shown = "as dense tables" if name == table_building.FULL else "as axis tables"
-            axes.plot([row["case"] for row in found], [row["median"] for row in found], "o-", color=color, label=shown)
+            axes.plot(
+                [row["case"] for row in variant_rows],
+                [row["median"] for row in variant_rows],
+                "o-",
+                color=color,
+                label=shown,
+            )
         _log(axes, "y", text=lambda count: f"{count / 1e6:,g} MB")
         axes.set(xlabel=label)
     panels[0].legend(frameon=False)
@@ -49,11 +55,11 @@ def cache_bytes(rows: Sequence[Row]) -> str:
 
 def rope_module_bars(rows: Sequence[Row]) -> str:
     """Time of diffusers' rope modules, unpatched, in the first patched pass and in later ones."""
-    names = (rope_modules.OWN, rope_modules.FIRST, rope_modules.FOUND)
-    found = [row for row in rows if row["quantity"] == rope_modules.MODULE]
-    values = {name: {r["case"]: r["median"] for r in found if r["variant"] == name} for name in names}
+    names = (rope_modules.EVERY_PASS, rope_modules.FIRST_PASS, rope_modules.LATER_PASSES)
+    module_rows = [row for row in rows if row["quantity"] == rope_modules.MODULE]
+    values = {name: {r["case"]: r["median"] for r in module_rows if r["variant"] == name} for name in names}
     figure, (axes,) = _figure(1, 4.0)
-    _bars(axes, values, dict(zip(names, (THEIRS, OURS_EXACT, OURS), strict=True)))
+    _bars(axes, values, dict(zip(names, (THEIRS, PACKAGE_EXACT, PACKAGE), strict=True)))
     _log(axes, "x")
     axes.set(xlabel="ms in a forward pass")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
@@ -73,7 +79,7 @@ def copy_ratios(rows: Sequence[Row]) -> str:
     for axes, (title, norm) in zip(both, panels.items(), strict=True):
         chosen = [row for row in timed if ("norm" in row["operation"]) == norm]
         values = {n: {_shape(row): row["times_copy"] for row in chosen if row["variant"] == n} for n in variants}
-        _bars(axes, {name: found for name, found in values.items() if found}, colors)
+        _bars(axes, {name: bars for name, bars in values.items() if bars}, colors)
         axes.axvline(1.0, color=LIMIT, linewidth=1.2)
         _log(axes, "x")
         axes.set_title(title, fontsize=11, loc="left")
@@ -104,7 +110,7 @@ def operator_bars(rows: Sequence[Row]) -> str:
     least = [float(row["q_units_minimum"]) for row in rows]
     figure, (axes,) = _figure(1, 1.3 + 0.5 * len(rows))
     axes.barh(labels, before, height=0.7, color=THEIRS, label="unpatched")
-    axes.barh(labels, after, height=0.7, color=OURS, label="patched")
+    axes.barh(labels, after, height=0.7, color=PACKAGE, label="patched")
     axes.scatter(least, labels, marker="|", s=160, color=LIMIT, linewidths=2, label="minimum", zorder=3)
     for row, size, label in zip(rows, before, labels, strict=True):
         text = f"{row['kernels_before']} → {row['kernels_after']} kernels"
@@ -122,7 +128,7 @@ def step_bars(rows: Sequence[Row]) -> str:
     spread = [[row["ms_median"] - row["ms_p20"] for row in rows], [row["ms_p80"] - row["ms_median"] for row in rows]]
     figure, (axes,) = _figure(1, 1.2 + 0.4 * len(rows))
     special = {UNPATCHED: THEIRS, WITHOUT: "#e4e7ec"}
-    axes.barh(labels, medians, height=0.65, color=[special.get(row["variant"], OURS) for row in rows])
+    axes.barh(labels, medians, height=0.65, color=[special.get(row["variant"], PACKAGE) for row in rows])
     axes.errorbar(medians, labels, xerr=spread, fmt="none", ecolor=LIMIT, elinewidth=1, capsize=3)
     for label, row in zip(labels, rows, strict=True):
         axes.annotate(f"{row['ratio']:.2f}x", (row["ms_p80"], label), (7, 0), textcoords="offset points", va="center")
@@ -132,13 +138,13 @@ def step_bars(rows: Sequence[Row]) -> str:
 
 
 def variant_colors(names: Sequence[str]) -> dict[str, str]:
-    """One color for each variant: blue for ours, grey for the models' own code, black for the copy."""
+    """One color for each variant: blue for dit_rope, grey for the models' own code, black for the copy."""
     fixed = {rotation.COPY: LIMIT, rotation.MODEL: THEIRS, rotation.COMPILED: COMPILED}
     others = iter(OTHERS * (1 + len(names) // len(OTHERS)))
     colors = {}
     for name in names:
-        ours = OURS_EXACT if name.endswith(rotation.EXACT) else OURS
-        colors[name] = fixed.get(name) or (ours if name.startswith("dit_rope") else next(others))
+        color = PACKAGE_EXACT if name.endswith(rotation.EXACT) else PACKAGE
+        colors[name] = fixed.get(name) or (color if name.startswith("dit_rope") else next(others))
     return colors
 
 
@@ -156,12 +162,12 @@ def _line(axes: Axes, rows: Sequence[Row], x: str, prefix: str, color: str, labe
 
 def _bars(axes: Axes, values: Mapping[str, Mapping[str, float]], colors: Mapping[str, str]) -> None:
     """Groups of horizontal bars, from the top: one group for each key of the inner mappings."""
-    groups = list(dict.fromkeys(group for found in values.values() for group in found))
+    groups = list(dict.fromkeys(group for lengths in values.values() for group in lengths))
     height = 0.84 / max(1, len(values))
-    for number, (name, found) in enumerate(values.items()):
-        places = [groups.index(group) - 0.42 + height * (number + 0.5) for group in found]
-        bars = axes.barh(places, list(found.values()), height=0.92 * height, color=colors[name], label=name)
-        axes.bar_label(bars, [f"{value:.3g}" for value in found.values()], padding=3, fontsize=7.5)
+    for number, (name, lengths) in enumerate(values.items()):
+        places = [groups.index(group) - 0.42 + height * (number + 0.5) for group in lengths]
+        bars = axes.barh(places, list(lengths.values()), height=0.92 * height, color=colors[name], label=name)
+        axes.bar_label(bars, [f"{value:.3g}" for value in lengths.values()], padding=3, fontsize=7.5)
     axes.set_yticks(range(len(groups)), groups)
     axes.invert_yaxis()
     axes.margins(x=0.12)
@@ -190,7 +196,7 @@ def _figure(columns: int, height: float) -> tuple[Figure, list[Axes]]:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as one ``<svg>`` element without a size of its own, texts as text and no reference to a file."""
+    """The figure as one ``<svg>`` element without a fixed size, with texts as text and without references to files."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()

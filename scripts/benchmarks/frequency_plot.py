@@ -26,7 +26,7 @@ _ABOVE: dict[str, Any] = {
 _ANY_SPEC = RopeSpec((2, 2, 2))  # layouts are those of any rotation of three axes
 
 
-Held = np.ndarray[tuple[int, int, int], np.dtype[np.float64]]
+Ranks = np.ndarray[tuple[int, int, int], np.dtype[np.float64]]
 """The rank that holds each token, ``[F, H, W]``."""
 
 
@@ -47,8 +47,8 @@ def draw(frequencies: ModelFrequencies, setting: Setting, path: Path) -> None:
     # Text stays text, and the same picture is the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dit-rope", "font.size": 9}):
         figure = Figure(figsize=(10, 10), layout="constrained", dpi=120)
-        parts: Any = figure.subfigures(3, 1, height_ratios=(3.4, 2.8, 3.6), hspace=0.04)
-        above, middle, below = parts
+        rows: Any = figure.subfigures(3, 1, height_ratios=(3.4, 2.8, 3.6), hspace=0.04)
+        above, middle, below = rows
         frames, height, width = setting.sizes
         figure.suptitle(
             f"{frequencies.name}, a grid of {frames} x {height} x {width} tokens"
@@ -71,8 +71,8 @@ def _draw_wavelengths(plot: Any, frequencies: ModelFrequencies, sizes: Sizes) ->
         colour, size = _COLOURS[axis.name], axis.size(sizes)
         plot.plot(axis.pairs, math.tau / axis.radians.abs(), ".", markersize=4, color=colour, label=axis.name)
         if other is not None and (moved := axis.radians != other.radians).any():
-            turned = math.tau / other.radians[moved].abs()
-            plot.plot(axis.pairs[moved], turned, "x", markersize=5, color="black", label=f"{axis.name}, scaled")
+            wavelengths = math.tau / other.radians[moved].abs()
+            plot.plot(axis.pairs[moved], wavelengths, "x", markersize=5, color="black", label=f"{axis.name}, scaled")
         if size > 1:
             plot.hlines(size, axis.pairs.min(), axis.pairs.max(), color=colour, linestyle=":", linewidth=1.5)
     if any((axis.radians.abs() > math.pi).any() for axis in frequencies.axes):
@@ -91,15 +91,22 @@ def _draw_memory(plot: Any, frequencies: ModelFrequencies, sizes: Sizes) -> None
         ("dense", "tab:red", frequencies.dense_bytes),
         ("rows of the axes", "tab:purple", frequencies.axis_bytes),
     ):
-        for part, style in ((0.5, "--"), (1, "-"), (2, ":")) if moving == 0 else ((1, "-"),):
-            shape = [max(1, round(part * size)) for size in sizes]
-            taken = [count((tick, shape[1], shape[2])) for tick in ticks]
+        for scale, style in ((0.5, "--"), (1, "-"), (2, ":")) if moving == 0 else ((1, "-"),):
+            shape = [max(1, round(scale * size)) for size in sizes]
+            sizes_of_ticks = [count((tick, shape[1], shape[2])) for tick in ticks]
             if moving == 1:
-                taken = [count((1, tick, max(1, round(tick * sizes[2] / sizes[1])))) for tick in ticks]
-            kept = ", kept" if frequencies.keeps_axes == (kind != "dense") else ""
-            plot.plot(ticks, taken, style, color=colour, label=kind + kept if part == 1 else None)
+                sizes_of_ticks = [count((1, tick, max(1, round(tick * sizes[2] / sizes[1])))) for tick in ticks]
+            note = ", kept" if frequencies.keeps_axes == (kind != "dense") else ""
+            plot.plot(ticks, sizes_of_ticks, style, color=colour, label=kind + note if scale == 1 else None)
             if moving == 0 and kind == "dense":
-                plot.text(1.02 * ticks[-1], taken[-1], f"{shape[1]}x{shape[2]}", color=colour, va="center", fontsize=8)
+                plot.text(
+                    1.02 * ticks[-1],
+                    sizes_of_ticks[-1],
+                    f"{shape[1]}x{shape[2]}",
+                    color=colour,
+                    va="center",
+                    fontsize=8,
+                )
         plot.plot([sizes[moving]], [count(sizes)], "o", color=colour)
         above = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
         plot.annotate(_bytes(count(sizes)), (sizes[moving], count(sizes)), color=colour, **above)
@@ -159,15 +166,15 @@ def _draw_shards(figure: Any, setting: Setting) -> None:
     colours = _colours(setting.ranks)
     plots = figure.subplots(*((len(ways), 1) if video else (1, len(ways))), squeeze=False).flatten()
     gap = np.full((setting.sizes[1], max(1, setting.sizes[2] // 16)), np.nan)
-    for plot, (name, (held, count)) in zip(plots, ways.items(), strict=True):
-        tiles = [part for frame in shown for part in (held[frame], gap)][:-1]
+    for plot, (name, (ranks, count)) in zip(plots, ways.items(), strict=True):
+        tiles = [tile for frame in shown for tile in (ranks[frame], gap)][:-1]
         plot.imshow(
             np.concatenate(tiles, axis=1), cmap=ListedColormap(colours), vmin=-0.5, vmax=setting.ranks - 0.5,
             aspect="auto" if video else "equal", interpolation="nearest",
         )  # fmt: skip
         plot.spines[:].set_visible(False)
         plot.set(xticks=[], yticks=[])
-        padding = count * setting.ranks - held.size
+        padding = count * setting.ranks - ranks.size
         label = f"{name}\n{count:,} tokens each" + (f"\n({padding} of padding)" if padding else "")
         if video:
             plot.set_ylabel(label, rotation=0, ha="right", va="center")
@@ -183,16 +190,16 @@ def _draw_shards(figure: Any, setting: Setting) -> None:
         figure.legend(handles=patches, loc="outside lower center", ncols=min(8, setting.ranks), frameon=False)
 
 
-def _frames_shown(held: Held) -> list[int]:
+def _frames_shown(ranks: Ranks) -> list[int]:
     """Some frames: the first and the last, those of several ranks, and as many others as there is room for."""
-    flat = held.reshape(len(held), -1)
-    found = {0, len(held) - 1, *np.flatnonzero(flat.min(axis=1) < flat.max(axis=1)).tolist()}
-    if len(found) > _MAX_TILES:
-        found = set()
-    while len(found) < min(len(held), _MAX_TILES):
-        even = np.linspace(0, len(held) - 1, _MAX_TILES).round().astype(int).tolist()
-        found |= {next(frame for frame in (*even, *range(len(held))) if frame not in found)}
-    return sorted(found)
+    flat = ranks.reshape(len(ranks), -1)
+    frames = {0, len(ranks) - 1, *np.flatnonzero(flat.min(axis=1) < flat.max(axis=1)).tolist()}
+    if len(frames) > _MAX_TILES:
+        frames = set()
+    while len(frames) < min(len(ranks), _MAX_TILES):
+        even = np.linspace(0, len(ranks) - 1, _MAX_TILES).round().astype(int).tolist()
+        frames |= {next(frame for frame in (*even, *range(len(ranks))) if frame not in frames)}
+    return sorted(frames)
 
 
 def _colours(count: int) -> list[Any]:
@@ -204,20 +211,20 @@ def _colours(count: int) -> list[Any]:
     return list(matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, count)))
 
 
-def _ways(setting: Setting) -> dict[str, tuple[Held, int]]:
+def _ways(setting: Setting) -> dict[str, tuple[Ranks, int]]:
     """By name of the cut, the rank of every token and the rows of each rank, padding included."""
-    ways = {"flattened": _held(setting, None)}
+    ways = {"flattened": _ranks_of_tokens(setting, None)}
     for axis, (name, size) in enumerate(zip(("frame", "height", "width"), setting.sizes, strict=True)):
         if size > 1 and size % setting.ranks == 0:
-            ways[f"by {name}"] = _held(setting, axis)
+            ways[f"by {name}"] = _ranks_of_tokens(setting, axis)
     return ways
 
 
-def _held(setting: Setting, axis: int | None) -> tuple[Held, int]:
-    held, count = np.full(setting.sizes, np.nan), 0
+def _ranks_of_tokens(setting: Setting, axis: int | None) -> tuple[Ranks, int]:
+    ranks, count = np.full(setting.sizes, np.nan), 0
     for rank in range(setting.ranks):
         layout = TokenRange.of(_ANY_SPEC, Grid(*setting.sizes), Shard(rank, setting.ranks, axis))
         places = zip(layout.coordinates(torch.device("cpu")), layout.starts, strict=True)
-        held[tuple((place + start).numpy() for place, start in places)] = rank
+        ranks[tuple((place + start).numpy() for place, start in places)] = rank
         count = layout.count
-    return held, count
+    return ranks, count

@@ -54,7 +54,7 @@ class Picture:
         self._draw(_default_model(name), self.path)
 
     def draw_model(self, model: str) -> None:
-        """Draws the transformers of a folder or hub id; several of one pipeline get files of their own, by name."""
+        """Draws the transformers of a folder or hub id; each of several gets a file with its name."""
         transformers = build_transformers(model, functools.partial(EmptyOptions, device="meta"))
         for name, transformer in transformers.items():
             several = len(transformers) > 1
@@ -78,12 +78,12 @@ def parse_scalings(texts: list[str]) -> Scalings:
     """The scalings of ``--scaling``: none, one for all axes, or one per axis; one of frames alone is for frames.
 
     Raises:
-        TypeError, ValueError: a text is no scaling.
+        TypeError, ValueError: a text does not describe a scaling.
     """
-    given = tuple(map(_parse_scaling, texts))
-    if len(given) > 1:
-        return given
-    only = given[0] if given else None
+    scalings = tuple(map(_parse_scaling, texts))
+    if len(scalings) > 1:
+        return scalings
+    only = scalings[0] if scalings else None
     if only is not None and TYPES[only.kind].frame_axis_only:
         return (only, None, None)
     return only
@@ -109,6 +109,6 @@ def _default_model(name: str) -> Any:
             return getattr(importlib.import_module(module), name)()
     except (AttributeError, TypeError, ValueError) as error:
         raise typer.BadParameter(
-            f"must be a folder or hub id for --plot: {name} has no configuration of its own that builds a model",
+            f"must be a folder or hub id for --plot: {name} has no default configuration",
             param_hint="MODEL",
         ) from error

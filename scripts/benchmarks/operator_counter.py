@@ -3,8 +3,8 @@
 An operator of aten that makes or writes a tensor is a kernel, one of ``dit_rope`` is one too; a view, an allocation, a
 GEMM and the attention product are none. The bytes of a kernel are those of its arguments and results, each element
 once: a broadcast or expanded table counts as it lies in memory. A destination that is overwritten is not read. Of a
-table that our operators gather from, they read at most what their tokens use. Parameters are left out, because the few
-tokens of a small run do not outweigh them as those of a video do.
+table that operators of dit_rope gather from, they read at most what their tokens use. Parameters are left out, because
+the few tokens of a small run do not outweigh them as those of a video do.
 
 ``torch.nn.RMSNorm`` is several operators on CPU; where the dtypes of data and weight agree it is counted as on CUDA,
 one kernel that reads and writes once, and elsewhere operator by operator, as CUDA runs it then too.
@@ -39,7 +39,7 @@ class Count:
         operators: how often each ran.
         query, key: elements that the attention product was given.
         rotated: elements that each norm or projection returned.
-        tables: bytes that operators of ours read of each table.
+        tables: bytes that operators of dit_rope read of each table.
         largest: elements of the largest tensor that they rotated.
     """
 
@@ -57,22 +57,22 @@ class Count:
         namespace, _, name = func._schema.name.partition("::")
         if name in GEMMS or name in ALLOCATIONS or name.startswith("_scaled_dot_product"):
             return
-        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        arguments = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
         written = {argument.name for argument in func._schema.arguments if _is_write(argument)}
-        storages = {_storage(tensor) for tensor in _tensors(given)}
-        made = [tensor for tensor in _tensors(result) if _storage(tensor) not in storages]
-        changed = _tensors([given[name] for name in written if name in given])
-        if not made and not changed:
+        storages = {_storage(tensor) for tensor in _tensors(arguments)}
+        outputs = [tensor for tensor in _tensors(result) if _storage(tensor) not in storages]
+        changed = _tensors([arguments[name] for name in written if name in arguments])
+        if not outputs and not changed:
             return
         overwritten = written if name in OVERWRITES else {a.name for a in func._schema.arguments if a.is_out}
-        read = {key: value for key, value in given.items() if key not in overwritten}
+        read = {key: value for key, value in arguments.items() if key not in overwritten}
         size = 0
         if namespace == "dit_rope":
-            size = self._table(read.pop("rows"), given)
+            size = self._table(read.pop("rows"), arguments)
             read.pop("positions", None)
-            self.largest = max(self.largest, *(x.numel() for x in given["xs"]))
+            self.largest = max(self.largest, *(x.numel() for x in arguments["xs"]))
         tensors = {(t.data_ptr(), t.shape, t.stride()): t for t in _tensors(read)}
-        self.count(f"{namespace}::{name}", [*tensors.values(), *made, *changed], size)
+        self.count(f"{namespace}::{name}", [*tensors.values(), *outputs, *changed], size)
 
     def count(self, name: str, moved: Iterable[torch.Tensor], more: int = 0) -> None:
         """Counts one kernel that reads or writes ``moved``, and ``more`` bytes."""
@@ -85,15 +85,15 @@ class Count:
         self.query += query.numel()
         self.key += key.numel()
 
-    def _table(self, rows: torch.Tensor, given: dict[str, Any]) -> int:
-        """Bytes of ``rows`` ``[2, R, P]`` and of positions that the tokens of one operator of ours use."""
-        positions = given.get("positions")
+    def _table(self, rows: torch.Tensor, arguments: dict[str, Any]) -> int:
+        """Bytes of ``rows`` ``[2, R, P]`` and of positions that the tokens of one operator of dit_rope use."""
+        positions = arguments.get("positions")
         batch = 1 if positions is None else positions.shape[0]
-        heads = given["xs"][0].shape[2] if given.get("head_rows") else 1
-        used = 2 * batch * given["count"] * heads * sum(given["pairs"]) * rows.itemsize
+        heads = arguments["xs"][0].shape[2] if arguments.get("head_rows") else 1
+        used = 2 * batch * arguments["count"] * heads * sum(arguments["pairs"]) * rows.itemsize
         size: int = min(stored_bytes(rows), used) + (0 if positions is None else stored_bytes(positions))
         start = rows.data_ptr() if positions is None else positions.data_ptr()
-        self.tables[rows.data_ptr(), start, given["token_offset"], given["count"]] = size
+        self.tables[rows.data_ptr(), start, arguments["token_offset"], arguments["count"]] = size
         return size
 
 
@@ -133,7 +133,7 @@ class OperatorCounter(TorchDispatchMode):
             return query.new_zeros((*query.shape[:-1], value.shape[-1]))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Runs the operator, and counts it; what an operator of ours calls is none of its own."""
+        """Runs the operator, and counts it; operators that an operator of dit_rope calls are not counted."""
         with self.region(None):
             result = func(*args, **(kwargs or {}))
         if self.current is not None:
@@ -156,7 +156,7 @@ class OperatorCounter(TorchDispatchMode):
 
 
 class _WholeFunctions(TorchFunctionMode):
-    """Sees functions that are one kernel on CUDA, or none of our concern, before they fall into parts."""
+    """Sees functions that are one kernel on CUDA, or not counted, before they are decomposed."""
 
     only_watches = True
 
@@ -172,8 +172,8 @@ class _WholeFunctions(TorchFunctionMode):
             return func(*args, **kwargs)
         with self.counter.region(None):
             result = func(*args, **kwargs)
-        given: list[Any] = [*args, *kwargs.values()]
-        first, second = given[:2]
+        operands: list[Any] = [*args, *kwargs.values()]
+        first, second = operands[:2]
         if norm:
             count.count("aten::_fused_rms_norm", [first, result])
         else:

@@ -1,8 +1,8 @@
 """Operators of attention modules and the bytes they move, before and after a patch; no clock is read.
 
 Counted is the second of two forward passes, in one attention module of each path that rotates: all of it but GEMMs and
-the attention product, as ``operator_counter`` says. The building of tables, and what converts them to ours, is counted
-apart, in both passes.
+the attention product, as ``operator_counter`` says. The building of tables, and their conversion to tables of dit_rope,
+are counted separately, in both passes.
 """
 
 from __future__ import annotations
@@ -98,12 +98,12 @@ class Step:
 def _watched(target: Any, method: str, region: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
     """``target`` runs ``method`` in ``region()``, as a subclass that keeps its class's name."""
     cls = type(target)
-    own = getattr(cls, method)
+    original = getattr(cls, method)
 
-    @functools.wraps(own)
+    @functools.wraps(original)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         with region():
-            return own(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
 
     target.__class__ = type(cls.__name__, (cls,), {method: run, "__module__": cls.__module__})
     try:
@@ -114,8 +114,8 @@ def _watched(target: Any, method: str, region: Callable[[], contextlib.AbstractC
 
 @contextlib.contextmanager
 def _packing_watched(region: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
-    """Conversions of a model's tables to ours run in ``region()``."""
-    own = {Format: Format.pack}
+    """Conversions of a model's tables to those of dit_rope run in ``region()``."""
+    original = {Format: Format.pack}
 
     def watch(pack: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
@@ -124,25 +124,25 @@ def _packing_watched(region: Callable[[], contextlib.AbstractContextManager[None
 
         return run
 
-    for cls, pack in own.items():
+    for cls, pack in original.items():
         cls.pack = watch(pack)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for cls, pack in own.items():
+        for cls, pack in original.items():
             cls.pack = pack  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
 def constant_weights() -> Iterator[None]:
     """Models are built with weights of one value, which takes a tenth of the time and changes no count."""
-    own = {name: getattr(torch.nn.init, name) for name in INITIALIZERS}
-    for name in own:
+    original = {name: getattr(torch.nn.init, name) for name in INITIALIZERS}
+    for name in original:
         setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor.detach().fill_(0.001))
     try:
         yield
     finally:
-        for name, function in own.items():
+        for name, function in original.items():
             setattr(torch.nn.init, name, function)
 
 
@@ -158,21 +158,23 @@ def run_steps(plan: PatchPlan, forward: Callable[[], object], steps: int = 2, lo
         # The first call counts: models that call a module again do it with the same kind of arguments.
         return counter.region(step.attention.setdefault(path, Count()) if path not in step.attention else Count())
 
-    def seen(name: str, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+    def count_rotated(name: str, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
         if counter.current is not None:
             counter.current.rotated[name] += output.numel()
 
     builders = {
-        (id(found.target), method): (found.target, method) for found in plan.tables for method in [found.tables.method]
+        (id(builder.target), method): (builder.target, method)
+        for builder in plan.tables
+        for method in [builder.tables.method]
     }
     with contextlib.ExitStack() as stack:
         for target, method in builders.values():
             stack.enter_context(_watched(target, method, lambda: counter.region(step.tables)))
         stack.enter_context(_packing_watched(lambda: counter.region(step.tables)))
-        for found in plan.rotations:
-            stack.enter_context(_watched(found.attention, "forward", functools.partial(call, found.path)))
-            for name, module in found.modules() if look else ():
-                stack.callback(module.register_forward_hook(functools.partial(seen, name)).remove)
+        for rotation in plan.rotations:
+            stack.enter_context(_watched(rotation.attention, "forward", functools.partial(call, rotation.path)))
+            for name, module in rotation.modules() if look else ():
+                stack.callback(module.register_forward_hook(functools.partial(count_rotated, name)).remove)
         for step in results:  # noqa: B007 - the closures above read it
             with torch.no_grad(), counter:
                 forward()

@@ -22,7 +22,7 @@ MODULES = {
     "flashinfer-python": ("flashinfer",),
     "rotary-embedding-torch": ("rotary_embedding_torch",),
 }
-"""Distributions, and the modules of each that are tried in turn."""
+"""Distributions, and the the modules of each: the first that can be imported is used."""
 
 
 def wan_rotate(x: torch.Tensor, freqs_cos: torch.Tensor, freqs_sin: torch.Tensor) -> torch.Tensor:
@@ -57,12 +57,12 @@ def flash_attn(problem: Problem) -> Call:
     _only(problem, *_ROTATIONS, Operation.BACKWARD)
     apply_rotary = _module("flash-attn").apply_rotary
     cos, sin = problem.cos_sin
-    how = {
+    options = {
         "interleaved": not problem.half,
         "inplace": problem.operation.in_place,
         "conjugate": problem.operation is Operation.BACKWARD,
     }
-    return lambda q, k: (apply_rotary(q, cos, sin, **how), apply_rotary(k, cos, sin, **how))
+    return lambda q, k: (apply_rotary(q, cos, sin, **options), apply_rotary(k, cos, sin, **options))
 
 
 def rotary_embedding_torch(problem: Problem) -> Call:
@@ -78,7 +78,7 @@ def liger(problem: Problem) -> Call:
     """``liger_rotary_pos_emb`` of Liger-Kernel, in place; it takes ``[B, H, S, D]`` and pairs halves."""
     _only(problem, Operation.HALF_IN_PLACE)
     rotate = _module("liger-kernel").liger_rotary_pos_emb
-    cos, sin = (torch.cat((part, part), dim=-1)[None] for part in problem.cos_sin)
+    cos, sin = (torch.cat((values, values), dim=-1)[None] for values in problem.cos_sin)
 
     def call(q: torch.Tensor, k: torch.Tensor) -> Tensors:
         rotated = rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
@@ -140,7 +140,7 @@ def flashinfer_norm(problem: Problem) -> Call:
     if shape.prefix or shape.grid.start_frame:
         raise Unavailable("it has neither text tokens nor a start frame")
     frames, height, width = shape.grid.sizes
-    how = {
+    options = {
         "ppf": frames, "pph": height, "ppw": width,
         "num_frame_channels": shape.dims[0], "num_height_channels": shape.dims[1], "num_width_channels": shape.dims[2],
         "num_heads_q": shape.heads, "num_heads_k": shape.heads, "num_heads_v": 0,
@@ -151,8 +151,8 @@ def flashinfer_norm(problem: Problem) -> Call:
     def call(q: torch.Tensor, k: torch.Tensor) -> Tensors:
         if id(q) not in packed:  # q is kept beside its copy, so that no other tensor gets its id
             packed[id(q)] = q, torch.cat((q.flatten(2), k.flatten(2)), dim=-1)
-        turned_q, turned_k, _ = fused(packed[id(q)][1], *problem.weights, **how)
-        return turned_q, turned_k
+        rotated_q, rotated_k, _ = fused(packed[id(q)][1], *problem.weights, **options)
+        return rotated_q, rotated_k
 
     return call
 
@@ -181,7 +181,7 @@ def _module(distribution: str) -> ModuleType:
     for name in MODULES[distribution]:
         try:
             return importlib.import_module(name)
-        except Exception as error:  # a peer may fail on import with whatever its own imports raise
+        except Exception as error:  # a peer may fail on import with whatever its imports raise
             reasons.append(f"{name}: {error}")
     raise Unavailable("; ".join(reasons))
 
@@ -205,7 +205,7 @@ def _model_code(problem: Problem) -> Call:
 
 
 def _model_rotation(problem: Problem) -> Callable[[torch.Tensor], torch.Tensor]:
-    cos, sin = (part.repeat_interleave(2, dim=-1) for part in problem.cos_sin)
+    cos, sin = (values.repeat_interleave(2, dim=-1) for values in problem.cos_sin)
     if problem.shape.name.startswith(("wan", "streaming")):
         return functools.partial(wan_rotate, freqs_cos=cos[None, :, None], freqs_sin=sin[None, :, None])
     try:
@@ -222,7 +222,7 @@ def _model_backward(problem: Problem, rotate: Callable[[torch.Tensor], torch.Ten
         outs = [rotate(leaf) for leaf in leaves]
 
     def backward(q: torch.Tensor, k: torch.Tensor) -> Tensors:
-        turned_q, turned_k = torch.autograd.grad(outs, leaves, (q, k), retain_graph=True)
-        return turned_q, turned_k
+        grad_q, grad_k = torch.autograd.grad(outs, leaves, (q, k), retain_graph=True)
+        return grad_q, grad_k
 
     return backward

@@ -25,7 +25,7 @@ class Unavailable(Exception):
 
 
 class NotOffered(Unavailable):
-    """An operation that a library does not have, which is no news."""
+    """An operation that a library does not have; it is left out silently."""
 
 
 class Operation(enum.Enum):
@@ -144,8 +144,8 @@ class Problem:
         """Dense cos and sin ``[tokens, pairs]``, float32, (1, 0) where the prefix stands."""
         shape = self.shape
         cos, sin = self.table.cos_sin(repeat=False)
-        still = cos.new_ones(shape.prefix, cos.shape[1]), sin.new_zeros(shape.prefix, sin.shape[1])
-        return torch.cat((still[0], cos)), torch.cat((still[1], sin))
+        unrotated = cos.new_ones(shape.prefix, cos.shape[1]), sin.new_zeros(shape.prefix, sin.shape[1])
+        return torch.cat((unrotated[0], cos)), torch.cat((unrotated[1], sin))
 
     @cached_property
     def weights(self) -> tuple[torch.Tensor, ...]:

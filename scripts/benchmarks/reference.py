@@ -38,14 +38,14 @@ class Expectation:
         inside = (tokens >= self.prefix) & (tokens < self.prefix + table.count)
         rows = table.positions()[0, (tokens - self.prefix).clamp(0, table.count - 1)].long()
         rotating = inside[:, None] & (rows >= 0)
-        parts = []
-        for which, still in ((0, 1.0), (1, 0.0)):
+        cos_sin = []
+        for which, unrotated in ((0, 1.0), (1, 0.0)):
             columns = [
-                torch.where(rotating[:, axis, None], table.rows[which, rows[:, axis].clamp_min(0), :pairs], still)
+                torch.where(rotating[:, axis, None], table.rows[which, rows[:, axis].clamp_min(0), :pairs], unrotated)
                 for axis, pairs in enumerate(table.spec.pairs)
             ]
-            parts.append(torch.cat(columns, dim=1))
-        return parts[0], -parts[1] if self.inverse else parts[1]
+            cos_sin.append(torch.cat(columns, dim=1))
+        return cos_sin[0], -cos_sin[1] if self.inverse else cos_sin[1]
 
     def exact(self, x: torch.Tensor, tokens: torch.Tensor, index: int = 0) -> torch.Tensor:
         """Float64 result ``[B, n, H, D]`` at ``tokens`` of tensor number ``index``."""
@@ -72,7 +72,7 @@ class Expectation:
             else:
                 normed = torch.nn.functional.rms_norm(flat, flat.shape[-1:], weight, self.eps)
             values = normed.view(values.shape)
-        cos, sin = (part[None, :, None].float() for part in self.angles(tokens))
+        cos, sin = (values[None, :, None].float() for values in self.angles(tokens))
         return reference.rotated(values, cos, sin, self.table.spec.pairing)
 
     def assert_right(self, out: torch.Tensor, x: torch.Tensor, index: int = 0, context: str = "") -> None:

@@ -26,7 +26,7 @@ class Part:
         plots: captions and SVG.
         tables: of every figure.
         descriptions: the names of variants, and what each is.
-        losses: where ours gains nothing or loses.
+        losses: where dit_rope gains nothing or is slower.
     """
 
     name: str
@@ -62,23 +62,25 @@ def write_report(path: Path, rows: Mapping[str, list[Row]], settings: Settings, 
 
 def summary(rows: Mapping[str, list[Row]]) -> list[str]:
     """One sentence for each section."""
-    return [report_text.TITLES[name](found) for name, found in rows.items()]
+    return [report_text.TITLES[name](section_rows) for name, section_rows in rows.items()]
 
 
 def parts(rows: Mapping[str, list[Row]]) -> Iterator[Part]:
     """The sections that were measured, in order."""
-    for name, found in rows.items():
-        plots, tables = _SHOWN[name](found)
-        seen = {str(row.get("variant", "")) for row in found}
-        known = {key: text for key, text in descriptions.VARIANTS[name].items() if key in seen or not seen - {""}}
+    for name, section_rows in rows.items():
+        plots, tables = _SHOWN[name](section_rows)
+        variants = {str(row.get("variant", "")) for row in section_rows}
+        described = {
+            key: text for key, text in descriptions.VARIANTS[name].items() if key in variants or not variants - {""}
+        }
         yield Part(
             name,
-            report_text.TITLES[name](found),
+            report_text.TITLES[name](section_rows),
             descriptions.SECTIONS[name],
             plots,
             tables,
-            known,
-            report_text.LOSSES[name](found),
+            described,
+            report_text.LOSSES[name](section_rows),
         )
 
 

@@ -38,13 +38,13 @@ def rotation_table(rows: list[Row]) -> Table:
         if row.get("times_model") and row["variant"] not in (rotation.COPY, rotation.MODEL):
             cell += f" · {times(row['times_model'])}"
         lines.setdefault((where, row["dtype"], row["operation"]), {})[row["variant"]] = cell
-    left_out = dict.fromkeys(f"{row['variant']}: {row['note']}" for row in rows if row.get("note"))
+    reasons = dict.fromkeys(f"{row['variant']}: {row['note']}" for row in rows if row.get("note"))
     return Table(
         "ms of q and k together; below, the multiple of the copy's time · times as fast as the model's code",
         ["shape\ntokens x heads x channels", "dtype", "operation", *variants],
         [[*where, *(cells.get(name, "") for name in variants)] for where, cells in lines.items()],
         words=3,
-        remarks=[f"Left out: {reason}" for reason in left_out],
+        remarks=[f"Left out: {reason}" for reason in reasons],
     )
 
 
@@ -72,11 +72,18 @@ def operator_table(rows: list[Row]) -> Table:
 
 def step_table(rows: list[Row]) -> Table:
     """A line for each variant of a step; the shares of the unpatched one below."""
-    own = rows[0]
-    shares = {name.removeprefix("share_").replace("_", " "): own[name] for name in own if name.startswith("share_")}
-    known = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share is not None and name != "rope")
+    unpatched = rows[0]
+    shares = {
+        name.removeprefix("share_").replace("_", " "): unpatched[name]
+        for name in unpatched
+        if name.startswith("share_")
+    }
+    share_words = ", ".join(
+        f"{name} {share:.1%}" for name, share in shares.items() if share is not None and name != "rope"
+    )
     return Table(
-        f"A denoising step of {own['model']}, {own['layers']} layers, {own['grid']} tokens, {own['dtype']}",
+        f"A denoising step of {unpatched['model']}, {unpatched['layers']} layers, {unpatched['grid']} tokens, "
+        f"{unpatched['dtype']}",
         ["variant", "ms", "times as fast", "verdict", "first step, ms"],
         [
             [
@@ -88,7 +95,7 @@ def step_table(rows: list[Row]) -> Table:
             ]
             for row in rows
         ],
-        remarks=[f"The unpatched step is: {known}."] if known else [],
+        remarks=[f"The unpatched step is: {share_words}."] if share_words else [],
     )
 
 
@@ -118,17 +125,18 @@ def _builds(rows: list[Row]) -> Table:
     builds = [row for row in rows if row["quantity"] == table_building.BUILD]
     lines = []
     for case in dict.fromkeys(row["case"] for row in builds):
-        found = [row for name in names if (row := find(builds, case=case, variant=name))]
+        variant_rows = [row for name in names if (row := find(builds, case=case, variant=name))]
         cells = [
-            milliseconds(row) + (f"\n{times(row['times_better'])}" if row is not found[0] else "") for row in found
+            milliseconds(row) + (f"\n{times(row['times_better'])}" if row is not variant_rows[0] else "")
+            for row in variant_rows
         ]
-        lines.append([case, f"{found[0]['tokens']:,}", *cells])
+        lines.append([case, f"{variant_rows[0]['tokens']:,}", *cells])
     return Table("Built from empty caches, ms, and how many times as fast", ["grid", "tokens", *names], lines)
 
 
 def _hits(rows: list[Row]) -> Table:
-    found = [row for row in rows if row["quantity"] in (table_building.HIT, table_building.RATE)]
-    lines = [[row["variant"], f"{milliseconds(row)} {row['unit']}"] for row in found]
+    hit_rows = [row for row in rows if row["quantity"] in (table_building.HIT, table_building.RATE)]
+    lines = [[row["variant"], f"{milliseconds(row)} {row['unit']}"] for row in hit_rows]
     return Table(
         "Found in the cache: one call, and calls per second of threads that share a table", ["call", ""], lines
     )
@@ -138,22 +146,27 @@ def _rope_modules(rows: list[Row]) -> Table:
     modules = [row for row in rows if row["quantity"] in (rope_modules.MODULE, rope_modules.MODULE_BYTES)]
     lines = []
     for case in dict.fromkeys(row["case"] for row in modules):
-        own, first, later = (
+        unpatched, first, later = (
             find(modules, case=case, variant=name, unit="ms")
-            for name in (rope_modules.OWN, rope_modules.FIRST, rope_modules.FOUND)
+            for name in (rope_modules.EVERY_PASS, rope_modules.FIRST_PASS, rope_modules.LATER_PASSES)
         )
-        dense, held = (
-            find(modules, case=case, variant=name, unit="bytes") for name in (rope_modules.OWN, rope_modules.FOUND)
+        dense, axes_row = (
+            find(modules, case=case, variant=name, unit="bytes")
+            for name in (rope_modules.EVERY_PASS, rope_modules.LATER_PASSES)
         )
-        assert own is not None
+        assert unpatched is not None
         assert first is not None
         assert later is not None
         assert dense is not None
-        assert held is not None
-        speeds = [milliseconds(own), milliseconds(first), f"{milliseconds(later)}\n{times(later['times_better'])}"]
-        lines.append([case, f"{own['tokens']:,}", *speeds, size(dense["median"]), size(held["median"])])
+        assert axes_row is not None
+        speeds = [
+            milliseconds(unpatched),
+            milliseconds(first),
+            f"{milliseconds(later)}\n{times(later['times_better'])}",
+        ]
+        lines.append([case, f"{unpatched['tokens']:,}", *speeds, size(dense["median"]), size(axes_row["median"])])
     headings = [
-        "model", "tokens", rope_modules.OWN, rope_modules.FIRST, rope_modules.FOUND,
+        "model", "tokens", rope_modules.EVERY_PASS, rope_modules.FIRST_PASS, rope_modules.LATER_PASSES,
         "bytes of its tables", "bytes held when patched",
     ]  # fmt: skip
     return Table("diffusers' own rope modules, ms in a forward pass", headings, lines)
@@ -166,14 +179,18 @@ def _bytes(rows: list[Row]) -> list[Table]:
     }
     tables = []
     for quantity, (caption, heading) in captions.items():
-        found = [row for row in rows if row["quantity"] == quantity]
+        quantity_rows = [row for row in rows if row["quantity"] == quantity]
         lines = []
-        for case in dict.fromkeys(row["case"] for row in found):
-            dense, held = (find(found, case=case, variant=v) for v in (table_building.FULL, table_building.AXES))
+        for case in dict.fromkeys(row["case"] for row in quantity_rows):
+            dense, axes_row = (
+                find(quantity_rows, case=case, variant=v) for v in (table_building.FULL, table_building.AXES)
+            )
             assert dense is not None
-            assert held is not None
-            per_token = f"{held['median'] / held['tokens']:.2f}" if quantity == table_building.BYTES else ""
-            lines.append([case, size(dense["median"]), size(held["median"]), times(held["times_better"]), per_token])
+            assert axes_row is not None
+            per_token = f"{axes_row['median'] / axes_row['tokens']:.2f}" if quantity == table_building.BYTES else ""
+            lines.append(
+                [case, size(dense["median"]), size(axes_row["median"]), times(axes_row["times_better"]), per_token]
+            )
         headings = [heading, "dense", "axis tables", "times fewer", "bytes a token"]
         if quantity == table_building.ENTRIES:
             headings, lines = headings[:-1], [line[:-1] for line in lines]

@@ -23,25 +23,25 @@ def tables_title(rows: list[Row]) -> str:
     builds = [row for row in rows if row["quantity"] == table_building.BUILD]
     largest = max(builds, key=lambda row: int(row["tokens"]))["tokens"]
     faster = find(builds, tokens=largest, variant=table_building.AXES)
-    held = find(rows, quantity=table_building.BYTES, case="720p", variant=table_building.AXES)
-    found = [row for row in rows if row.get("variant") == rope_modules.FOUND and row["unit"] == "ms"]
+    axes_row = find(rows, quantity=table_building.BYTES, case="720p", variant=table_building.AXES)
+    module_rows = [row for row in rows if row.get("variant") == rope_modules.LATER_PASSES and row["unit"] == "ms"]
     assert faster is not None
-    assert held is not None
+    assert axes_row is not None
     return (
         f"Tables: a grid of {largest:,} tokens is built {times(faster['times_better'])} as fast and one of 720p holds "
-        f"{times(held['times_better'])} fewer bytes; diffusers' rope modules take "
-        f"{max(row['median'] for row in found):.2g} ms or less once patched"
+        f"{times(axes_row['times_better'])} fewer bytes; diffusers' rope modules take "
+        f"{max(row['median'] for row in module_rows):.2g} ms or less once patched"
     )
 
 
 def rotation_title(rows: list[Row]) -> str:
-    """The ranges of ours and of the models' own code, as multiples of a copy."""
+    """The ranges of dit_rope's times and of the models' own code, as multiples of a copy."""
     timed = [row for row in rows if "times_copy" in row and row["shape"] != rotation.GROWTH]
     fast = [row for row in timed if _is_fast(row)]
-    own = [row for row in timed if row["variant"] == rotation.MODEL]
+    model_rows = [row for row in timed if row["variant"] == rotation.MODEL]
     return (
         f"Rotation: {spread([row['times_copy'] for row in fast])} the time of a copy, with the norm or without; the "
-        f"models' own code takes {spread([row['times_copy'] for row in own])}"
+        f"models' own code takes {spread([row['times_copy'] for row in model_rows])}"
     )
 
 
@@ -68,8 +68,8 @@ def step_title(rows: list[Row]) -> str:
 
 def table_losses(rows: list[Row]) -> list[str]:
     """Builds and bytes that are not better than upstream's."""
-    ours = (table_building.DENSE, table_building.AXES, rope_modules.FIRST, rope_modules.FOUND)
-    worse = [row for row in rows if row["variant"] in ours and row["times_better"] and row["times_better"] < GAIN]
+    gaining = (table_building.DENSE, table_building.AXES, rope_modules.FIRST_PASS, rope_modules.LATER_PASSES)
+    worse = [row for row in rows if row["variant"] in gaining and row["times_better"] and row["times_better"] < GAIN]
     return [
         f"{row['case']}: {row['variant']}: {1 / row['times_better']:.2f}x the "
         f"{'bytes' if row['unit'] == 'bytes' else 'time'} of what upstream builds"
@@ -78,7 +78,7 @@ def table_losses(rows: list[Row]) -> list[str]:
 
 
 def rotation_losses(rows: list[Row]) -> list[str]:
-    """Variants of ours that the model's own code or a peer matches or beats."""
+    """Variants of dit_rope that the model's own code or a peer matches or beats."""
     lines = []
     for row in rows:
         where = f"{row['shape']}, {row['tokens']:,} tokens, {row['dtype']}, {row['operation']}: {row['variant']}"

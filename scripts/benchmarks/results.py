@@ -85,7 +85,7 @@ def _commit() -> str:
     """
     call = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
     folder = Path(__file__).resolve().parents[2]
-    known = ""
+    commit = ""
     if (folder / ".git").exists() and shutil.which("git"):
-        known = subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
-    return known or os.environ.get("DIT_ROPE_COMMIT", "unknown")
+        commit = subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
+    return commit or os.environ.get("DIT_ROPE_COMMIT", "unknown")

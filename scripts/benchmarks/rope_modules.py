@@ -20,10 +20,10 @@ from dit_rope.tables.caches import cache_clear
 from .random_models import EmptyOptions
 from .results import Row
 from .sections import Case, Settings, Wrong
-from .table_building import cold, held_bytes, repeated
+from .table_building import cold, entry_bytes, repeated
 from .timing import Timing, interleave
 
-OWN, FIRST, FOUND = "diffusers, every pass", "dit_rope, first pass", "dit_rope, later passes"
+EVERY_PASS, FIRST_PASS, LATER_PASSES = "diffusers, every pass", "dit_rope, first pass", "dit_rope, later passes"
 MODULE, MODULE_BYTES = "rope module", "bytes of a rope module"
 HITS = 100
 
@@ -121,31 +121,32 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 def _rows(family: Family, settings: Settings) -> list[Row]:
     model, twin = (family.build(settings.device) for _ in range(2))
-    rope, patched = (getattr(each, family.rope) for each in (model, twin))
+    rope, patched = (getattr(model, family.rope) for model in (model, twin))
     inputs = family.inputs(settings.device)
     with patch(twin):
         cache_clear()
-        own, ours = rope(*inputs), patched(*inputs)
-        held = held_bytes()
-        _check(family, model, own, ours)
+        unpatched, memoized = rope(*inputs), patched(*inputs)
+        entry_size = entry_bytes()
+        _check(family, model, unpatched, memoized)
         call = functools.partial(patched, *inputs)
         timings = interleave(
-            {OWN: functools.partial(rope, *inputs), FIRST: cold(call), FOUND: repeated(call, HITS)}, settings.rounds
+            {EVERY_PASS: functools.partial(rope, *inputs), FIRST_PASS: cold(call), LATER_PASSES: repeated(call, HITS)},
+            settings.rounds,
         )
-    timings[FOUND] = timings[FOUND].times(1 / HITS)
-    dense = sum(leaf.nbytes for leaf in pytree.tree_leaves(own) if isinstance(leaf, torch.Tensor))
-    rows = [_row(family, MODULE, name, "ms", timing, timings[OWN]) for name, timing in timings.items()]
-    sizes = {OWN: Timing(*3 * (dense,)), FOUND: Timing(*3 * (held,))}
-    return rows + [_row(family, MODULE_BYTES, name, "bytes", size, sizes[OWN]) for name, size in sizes.items()]
+    timings[LATER_PASSES] = timings[LATER_PASSES].times(1 / HITS)
+    dense = sum(leaf.nbytes for leaf in pytree.tree_leaves(unpatched) if isinstance(leaf, torch.Tensor))
+    rows = [_row(family, MODULE, name, "ms", timing, timings[EVERY_PASS]) for name, timing in timings.items()]
+    sizes = {EVERY_PASS: Timing(*3 * (dense,)), LATER_PASSES: Timing(*3 * (entry_size,))}
+    return rows + [_row(family, MODULE_BYTES, name, "bytes", size, sizes[EVERY_PASS]) for name, size in sizes.items()]
 
 
-def _check(family: Family, model: torch.nn.Module, own: Any, ours: Any) -> None:
-    pairs = zip(pytree.tree_leaves(own), pytree.tree_leaves(ours), strict=True)
-    if not all(torch.equal(mine, theirs) for mine, theirs in pairs):
+def _check(family: Family, model: torch.nn.Module, unpatched: Any, memoized: Any) -> None:
+    pairs = zip(pytree.tree_leaves(unpatched), pytree.tree_leaves(memoized), strict=True)
+    if not all(torch.equal(expected, actual) for expected, actual in pairs):
         raise Wrong(f"the tables of {family.name} with the memo differ from its own")
 
 
-def _row(family: Family, quantity: str, variant: str, unit: str, timing: Timing, own: Timing) -> Row:
+def _row(family: Family, quantity: str, variant: str, unit: str, timing: Timing, unpatched: Timing) -> Row:
     return {
         "case": f"{family.name}, {family.size}",
         "tokens": family.tokens,
@@ -153,5 +154,5 @@ def _row(family: Family, quantity: str, variant: str, unit: str, timing: Timing,
         "variant": variant,
         "unit": unit,
         **vars(timing),
-        "times_better": own.median / timing.median,
+        "times_better": unpatched.median / timing.median,
     }

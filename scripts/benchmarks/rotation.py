@@ -1,4 +1,4 @@
-"""Rotation, and norm with rotation, of the models' shapes: ours, the models' own code, other libraries, and a copy."""
+"""Rotation, and norm with rotation, of the models' shapes: dit_rope, the models' code, other libraries, and a copy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .problems import SHAPES, Call, NotOffered, Operation, Problem, Shape, Unava
 from .results import Row
 from .sections import Case, Settings, Wrong
 from .timing import Measurement, input_sets, measurement, take_turns
-from .variants import check_own, own, own_exact
+from .variants import check_call, exact_call, rotation_call
 
 COPY = "copy"
 MODEL, COMPILED = "model, eager", "model, compiled"
@@ -32,7 +32,7 @@ Peers = Mapping[str, Callable[[Problem], Call]]
 
 @dataclass(frozen=True)
 class Variants:
-    """Calls that are right, why others are left out, and what is wrong with those of ours that failed, by name."""
+    """By name: calls that are right, why others are left out, and why those of dit_rope failed."""
 
     calls: dict[str, Call] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
@@ -46,33 +46,33 @@ def cases(settings: Settings) -> Iterator[Case]:
         yield Case(label, functools.partial(_rows, problem, peers, settings))
 
 
-def own_backends(device: str) -> dict[str, str]:
+def package_backends(device: str) -> dict[str, str]:
     """Our variants by name: every backend that is meant for this kind of device."""
     return {f"dit_rope, {name}": name for name in ("cuda", "triton")} if device != "cpu" else {"dit_rope": "eager"}
 
 
 def variants(problem: Problem, backends: Mapping[str, str], peers: Peers, exact: bool = False) -> Variants:
     """Every variant that runs and is right; ``exact`` asks for our exact mode as well."""
-    found = Variants()
+    checked = Variants()
     for name, backend in backends.items():
         try:
-            call = own(problem, backend)
-            check_own(problem, call)
-            found.calls[name] = call
+            call = rotation_call(problem, backend)
+            check_call(problem, call)
+            checked.calls[name] = call
             if exact:
-                found.calls[name + EXACT] = own_exact(problem, backend)
+                checked.calls[name + EXACT] = exact_call(problem, backend)
         except Unavailable as reason:
-            found.missing[name if name not in found.calls else name + EXACT] = str(reason)
+            checked.missing[name if name not in checked.calls else name + EXACT] = str(reason)
         except Exception as error:  # whatever a kernel or its compiler raises: the other variants are measured
-            found.failed[name if name not in found.calls else name + EXACT] = one_line(error)
+            checked.failed[name if name not in checked.calls else name + EXACT] = one_line(error)
     for name, peer in peers.items():
         try:
-            found.calls[name] = _right_peer(problem, peer)
+            checked.calls[name] = _right_peer(problem, peer)
         except NotOffered:
             continue
-        except Exception as error:  # peers fail in ways of their own, which must not stop the run
-            found.missing[name] = one_line(error).removeprefix("Unavailable: ")
-    return found
+        except Exception as error:  # whatever a peer raises must not stop the run
+            checked.missing[name] = one_line(error).removeprefix("Unavailable: ")
+    return checked
 
 
 def one_line(error: Exception) -> str:
@@ -80,16 +80,16 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
-def measure(problem: Problem, found: Variants, rounds: int) -> list[Row]:
-    """One row for each variant of one operation at one shape; none is timed where none is ours.
+def measure(problem: Problem, checked: Variants, rounds: int) -> list[Row]:
+    """One row for each variant of one operation at one shape; none is timed without one of dit_rope.
 
     Rows of variants that have no figure say why in ``note``; those of ``found.failed`` have ``failed`` set, and so
-    have those of ours that fail only when they are timed.
+    have those of dit_rope that fail only when they are timed.
     """
-    measurements = _measurements(problem, found) if any(_is_own(name) for name in found.calls) else {}
-    if not any(_is_own(name) for name in measurements):
-        reasons = {name: reason for name, reason in found.missing.items() if _is_own(name)}
-        return _without_figures(problem, Variants({}, reasons, found.failed))
+    measurements = _measurements(problem, checked) if any(_is_package(name) for name in checked.calls) else {}
+    if not any(_is_package(name) for name in measurements):
+        reasons = {name: reason for name, reason in checked.missing.items() if _is_package(name)}
+        return _without_figures(problem, Variants({}, reasons, checked.failed))
     moved = problem.data_bytes()
     timings = take_turns(measurements, rounds, warm_up=1)  # each has run once already
     copy, model = timings[COPY].median, timings.get(MODEL)
@@ -106,36 +106,36 @@ def measure(problem: Problem, found: Variants, rounds: int) -> list[Row]:
             "of_copy": read / timing.median / (moved / copy),
             "times_copy": timing.median / copy,
             "times_model": model.median / timing.median if model else None,
-            "times_best_peer": timings[best_peer].median / timing.median if best_peer and _is_own(name) else None,
-            "best_peer": best_peer if _is_own(name) else None,
+            "times_best_peer": timings[best_peer].median / timing.median if best_peer and _is_package(name) else None,
+            "best_peer": best_peer if _is_package(name) else None,
         }
         rows.append(row(problem, name, **values))
-    return rows + _without_figures(problem, found)
+    return rows + _without_figures(problem, checked)
 
 
-def _measurements(problem: Problem, found: Variants) -> dict[str, Measurement]:
+def _measurements(problem: Problem, checked: Variants) -> dict[str, Measurement]:
     """How to time a copy and each variant, once tried; a variant that fails moves to where ``found`` says why."""
     moved = problem.data_bytes()
     inputs = problem.inputs(input_sets(moved // 2, problem.device))
     # Autograd runs a backward on the stream of its forward, which is not the one that is captured.
     graph = problem.operation is not Operation.BACKWARD
     measurements = {}
-    for name, call in {COPY: copy_of(problem), **found.calls}.items():
+    for name, call in {COPY: copy_of(problem), **checked.calls}.items():
         try:
-            each = measurement([functools.partial(call, q, k) for q, k in inputs], problem.device, moved, graph)
-            each.run()
+            timed_round = measurement([functools.partial(call, q, k) for q, k in inputs], problem.device, moved, graph)
+            timed_round.run()
         except Exception as error:
             if name == COPY:
                 raise
-            (found.failed if _is_own(name) else found.missing)[name] = one_line(error)
+            (checked.failed if _is_package(name) else checked.missing)[name] = one_line(error)
         else:
-            measurements[name] = each
+            measurements[name] = timed_round
     return measurements
 
 
-def _without_figures(problem: Problem, found: Variants) -> list[Row]:
-    missing = [row(problem, name, note=reason) for name, reason in found.missing.items()]
-    return missing + [row(problem, name, note=reason, failed=True) for name, reason in found.failed.items()]
+def _without_figures(problem: Problem, checked: Variants) -> list[Row]:
+    missing = [row(problem, name, note=reason) for name, reason in checked.missing.items()]
+    return missing + [row(problem, name, note=reason, failed=True) for name, reason in checked.failed.items()]
 
 
 def row(problem: Problem, variant: str, **values: object) -> Row:
@@ -166,9 +166,9 @@ def _problems(settings: Settings) -> Iterator[tuple[Problem, Peers]]:
 
 def _rows(problem: Problem, peers: Peers, settings: Settings) -> list[Row]:
     exact = not problem.operation.in_place
-    found = variants(problem, own_backends(settings.device), peers, exact)
-    rows = measure(problem, found, settings.rounds)
-    for name, reason in found.failed.items():
+    checked = variants(problem, package_backends(settings.device), peers, exact)
+    rows = measure(problem, checked, settings.rounds)
+    for name, reason in checked.failed.items():
         raise Wrong(f"{name}, {problem.operation.value} at {problem.shape.name}: {reason}")
     return rows
 
@@ -182,14 +182,14 @@ def _right_peer(problem: Problem, peer: Callable[[Problem], Call]) -> Call:
     return call
 
 
-def _is_own(name: str) -> bool:
+def _is_package(name: str) -> bool:
     return name not in PEERS and name != COPY
 
 
 def _table_bytes(problem: Problem, name: str) -> int:
     if name == COPY:
         return 0
-    return problem.axis_table_bytes() if _is_own(name) else problem.dense_table_bytes()
+    return problem.axis_table_bytes() if _is_package(name) else problem.dense_table_bytes()
 
 
 def copy_of(problem: Problem) -> Call:

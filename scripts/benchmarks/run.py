@@ -60,7 +60,7 @@ def measure(todo: Iterable[tuple[str, Case]], device: str, begin: Callable[[str]
         The rows of each section.
 
     Raises:
-        Wrong: something of ours gave a wrong result; nothing measured is returned.
+        Wrong: dit_rope gave a wrong result; nothing measured is returned.
     """
     if device != "cpu":
         torch.cuda.set_device(torch.device(device).index or 0)

@@ -9,7 +9,7 @@ from .results import Row
 
 
 class Wrong(Exception):
-    """Something of ours gave a wrong result: there are no figures."""
+    """dit_rope gave a wrong result: there are no figures."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Settings:
 class Case:
     """Something to measure: what the progress bar calls it, and the function that measures it.
 
-    ``run`` raises :class:`Wrong` where a result of ours is.
+    ``run`` raises :class:`Wrong` where dit_rope gives a wrong result.
     """
 
     label: str

@@ -45,8 +45,8 @@ def shares(plans: Iterable[PatchPlan], step: Callable[[], object], device: str, 
 def _places(plans: Iterable[PatchPlan]) -> Iterator[tuple[Any, str, str]]:
     """Objects, their methods and what these do."""
     for plan in plans:
-        for found in plan.tables:
-            yield found.target, found.tables.method, _TABLES
+        for table in plan.tables:
+            yield table.target, table.tables.method, _TABLES
         rotated = set()
         for rotation in plan.rotations:
             yield rotation.attention, "forward", _MODULE
@@ -62,13 +62,13 @@ def _places(plans: Iterable[PatchPlan]) -> Iterator[tuple[Any, str, str]]:
 @contextlib.contextmanager
 def _marked(target: Any, method: str, name: str) -> Iterator[None]:
     """Calls of ``method`` show in profiles under ``name``."""
-    own = getattr(target, method)
+    original = getattr(target, method)
     before = vars(target).get(method)
 
-    @functools.wraps(own)
+    @functools.wraps(original)
     def run(*args: Any, **kwargs: Any) -> Any:
         with record_function(name):
-            return own(*args, **kwargs)
+            return original(*args, **kwargs)
 
     vars(target)[method] = run
     try:

@@ -1,7 +1,7 @@
 """Tables of a grid: building them, finding them again, and the bytes that they take.
 
 Compared are axis tables and the dense drop-in for FastVideo's function with what that function does: a table of every
-token of the grid on its own.
+token of the grid separately.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Subject:
         return RopeSpec(self.dims, frequency_dtype=torch.float64)
 
     def full_grid(self) -> Tensors:
-        """Every token's angles on their own, on the host as FastVideo does, then moved."""
+        """Every token's angles separately, on the host as FastVideo does, then moved."""
         return self._moved(full_grid_table(self.grid.sizes, self.dims))
 
     def table(self) -> RopeTable:
@@ -80,15 +80,15 @@ class Subject:
         """
         cache_clear()
         expected, table = self.full_grid(), self.table()
-        for name, ours in ((DENSE, self.dense()), (f"{AXES}, expanded", table.cos_sin())):
-            if not all(torch.equal(mine, theirs) for mine, theirs in zip(ours, expected, strict=True)):
+        for name, built in ((DENSE, self.dense()), (f"{AXES}, expanded", table.cos_sin())):
+            if not all(map(torch.equal, built, expected)):
                 raise Wrong(f"{name} differs from the {FULL} of {self.grid.sizes}")
         if self.table() is not table or table.cos_sin()[0] is not table.cos_sin()[0]:
             raise Wrong(f"a second call built the tables of {self.grid.sizes} again")
 
 
 def full_grid_table(sizes: tuple[int, ...], dims: tuple[int, ...], theta: float = 10_000.0) -> Tensors:
-    """Cos and sin ``[tokens, channels]``, float64, each number twice in a row, every token on its own.
+    """Cos and sin ``[tokens, channels]``, float64, each number twice in a row, every token separately.
 
     The arithmetic of FastVideo's builder (fastvideo/layers/rotary_embedding.py at 2f3d4074): float32 positions of the
     whole grid, float64 frequencies, and their products.
@@ -99,8 +99,8 @@ def full_grid_table(sizes: tuple[int, ...], dims: tuple[int, ...], theta: float 
         for positions, dim in zip(torch.meshgrid(*lines, indexing="ij"), dims, strict=True)
     ]
     cos, sin = (
-        torch.cat([part(angle).repeat_interleave(2, dim=-1) for angle in angles], dim=1)
-        for part in (torch.cos, torch.sin)
+        torch.cat([function(angle).repeat_interleave(2, dim=-1) for angle in angles], dim=1)
+        for function in (torch.cos, torch.sin)
     )
     return cos, sin
 
@@ -163,7 +163,7 @@ def _count_bytes(device: str) -> list[Row]:
         subject = Subject(Grid(FRAMES, height, width), device)
         cache_clear()
         subject.table()
-        rows += _byte_rows(subject, BYTES, name, subject.dense_bytes(), held_bytes())
+        rows += _byte_rows(subject, BYTES, name, subject.dense_bytes(), entry_bytes())
     cache_clear()
     dense = 0
     for number in range(1, max(ENTRY_COUNTS) + 1):
@@ -171,17 +171,17 @@ def _count_bytes(device: str) -> list[Row]:
         subject.table()
         dense += subject.dense_bytes()
         if number in ENTRY_COUNTS:
-            rows += _byte_rows(subject, ENTRIES, str(number), dense, held_bytes())
+            rows += _byte_rows(subject, ENTRIES, str(number), dense, entry_bytes())
     cache_clear()
     return rows
 
 
-def _byte_rows(subject: Subject, quantity: str, case: str, dense: int, held: int) -> list[Row]:
-    sizes = ((FULL, dense), (AXES, held))
+def _byte_rows(subject: Subject, quantity: str, case: str, dense: int, axes_bytes: int) -> list[Row]:
+    sizes = ((FULL, dense), (AXES, axes_bytes))
     return [{**_row(subject, quantity, name, "bytes", Timing(n, n, n), dense / n), "case": case} for name, n in sizes]
 
 
-def held_bytes() -> int:
+def entry_bytes() -> int:
     """Bytes of all tables that the caches hold."""
     info = cache_info()
     return info.tables.bytes + info.axes.bytes + info.models.bytes

@@ -63,8 +63,8 @@ def take_turns(
     """As :func:`interleave`, of rounds that time themselves."""
     times: dict[str, list[float]] = {name: [] for name in measurements}
     for number in range(rounds + warm_up):
-        for name, each in measurements.items():
-            milliseconds = each.run()
+        for name, timed_round in measurements.items():
+            milliseconds = timed_round.run()
             if number >= warm_up:
                 times[name].append(milliseconds)
             if advance is not None:
@@ -80,7 +80,7 @@ def summary(milliseconds: Sequence[float]) -> Timing:
     return Timing(cuts[0], statistics.median(milliseconds), cuts[3])
 
 
-def measurement(calls: Sequence[Call], device: str, bytes_of_one: int, graph: bool = True) -> Measurement:
+def measurement(calls: Sequence[Call], device: str, call_bytes: int, graph: bool = True) -> Measurement:
     """How to time ``calls``, which do the same with different inputs, on ``device``.
 
     On a GPU, calls that move less than ``GRAPH_BYTES`` are replayed as a CUDA graph unless ``graph`` is false or they
@@ -88,22 +88,22 @@ def measurement(calls: Sequence[Call], device: str, bytes_of_one: int, graph: bo
     """
     if not device.startswith("cuda"):
         return Measurement(lambda: _host_round(calls), "host clock")
-    for each in calls:
-        each()
-    if graph and bytes_of_one < GRAPH_BYTES:
+    for call in calls:
+        call()
+    if graph and call_bytes < GRAPH_BYTES:
         try:
             return Measurement(_graph_round(calls), "graph replay")
         except RuntimeError:
             torch.cuda.synchronize()
-    return Measurement(lambda: _event_round(lambda: [each() for each in calls], len(calls)), "events")
+    return Measurement(lambda: _event_round(lambda: [call() for call in calls], len(calls)), "events")
 
 
-def input_sets(bytes_of_one: int, device: str) -> int:
+def input_sets(call_bytes: int, device: str) -> int:
     """How many different inputs one round goes through."""
     if not device.startswith("cuda"):
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, -(-CACHES * cache // bytes_of_one))
+    return max(2, -(-CACHES * cache // call_bytes))
 
 
 def host_time(call: Call, device: str, batches: int, calls: int = 40) -> Timing:
@@ -146,8 +146,8 @@ def keep_freed_memory() -> None:
 def _host_round(calls: Sequence[Call]) -> float:
     _synchronize()
     start = time.perf_counter()
-    for each in calls:
-        each()
+    for call in calls:
+        call()
     _synchronize()
     return 1e3 * (time.perf_counter() - start) / len(calls)
 
@@ -166,7 +166,7 @@ def _graph_round(calls: Sequence[Call]) -> Callable[[], float]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         # Kept until the capture ends, so that no call writes where another has written.
-        outs = [each() for each in calls]
+        outs = [call() for call in calls]
     del outs
     return lambda: _event_round(graph.replay, len(calls))
 

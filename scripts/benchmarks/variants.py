@@ -1,4 +1,4 @@
-"""Our own rotation of a problem's queries and keys, by backend, checked against float64."""
+"""dit_rope's rotation of a problem's queries and keys, by backend, checked against float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .problems import EPS, Call, Operation, Problem, Tensors, Unavailable
 from .reference import sample
 
 
-def own(problem: Problem, backend: str) -> Call:
+def rotation_call(problem: Problem, backend: str) -> Call:
     """The call that does the problem's operation with ``backend``.
 
     Raises:
@@ -30,7 +30,7 @@ def own(problem: Problem, backend: str) -> Call:
     return call
 
 
-def check_own(problem: Problem, call: Call) -> None:
+def check_call(problem: Problem, call: Call) -> None:
     """Fails unless ``call`` gives what float64 gives but for its roundings; exact mode must give eager's bits."""
     q, k = problem.inputs(1)[0]
     outs = call(q.clone(), k.clone())
@@ -46,11 +46,11 @@ def check_own(problem: Problem, call: Call) -> None:
             problem.expectation.assert_right(out, x, index, f"({problem.operation.value}, {'qk'[index]})")
 
 
-def own_exact(problem: Problem, backend: str) -> Call:
+def exact_call(problem: Problem, backend: str) -> Call:
     """The same in exact mode, after its result has been compared with the model's own code, bit for bit.
 
     Raises:
-        Unavailable: as :func:`own`.
+        Unavailable: as :func:`rotation_call`.
         AssertionError: a bit differs.
     """
     call = _forward(problem, backend, exact=True)
@@ -64,7 +64,7 @@ def own_exact(problem: Problem, backend: str) -> Call:
     return call
 
 
-def own_still(problem: Problem, backend: str) -> Call:
+def unrotated_call(problem: Problem, backend: str) -> Call:
     """The problem's call, out of place, at positions that are all negative: everything but the rotation is done."""
     size = (1, problem.shape.grid.tokens, len(problem.shape.dims))
     nowhere = torch.full(size, -1, dtype=torch.int32, device=problem.device)
@@ -104,8 +104,8 @@ def _backward(problem: Problem, backend: str) -> Call:
         outs = rotation.rotate_qk(leaves[0], leaves[1], problem.table, prefix=problem.shape.prefix, backend=backend)
 
     def backward(q: torch.Tensor, k: torch.Tensor) -> Tensors:
-        turned_q, turned_k = torch.autograd.grad(outs, leaves, (q, k), retain_graph=True)
-        return turned_q, turned_k
+        grad_q, grad_k = torch.autograd.grad(outs, leaves, (q, k), retain_graph=True)
+        return grad_q, grad_k
 
     return backward
 
@@ -117,7 +117,7 @@ def _shift(problem: Problem, backend: str) -> Call:
         raise Unavailable("a shift needs a grid of at least two frames and no prefix")
     table = _shift_table(problem)
     deltas = torch.ones(frames - 1, 1, dtype=torch.int32, device=problem.device)
-    how: dict[str, Any] = {
+    options: dict[str, Any] = {
         "deltas": deltas,
         "blocks": torch.arange(frames - 1, dtype=torch.int32, device=problem.device),
         "inplace": True,
@@ -126,7 +126,7 @@ def _shift(problem: Problem, backend: str) -> Call:
     }
 
     def shift(q: torch.Tensor, k: torch.Tensor) -> Tensors:
-        shifting.shift_keys(k.view(frames, -1, *k.shape[2:]), table, **how)
+        shifting.shift_keys(k.view(frames, -1, *k.shape[2:]), table, **options)
         return q, k
 
     return shift
@@ -142,7 +142,7 @@ def _check_shift(problem: Problem, out: torch.Tensor, k: torch.Tensor) -> None:
     tokens = sample(shape.tokens, problem.device)
     rotating = (tokens < shape.tokens - shape.tokens // shape.grid.sizes[0])[None, :, None, None]
     pairs = shape.dims[0] // 2
-    cos, sin = (part.double() for part in _shift_table(problem).rows[:, 1, :pairs])
+    cos, sin = (values.double() for values in _shift_table(problem).rows[:, 1, :pairs])
     exact = k[:, tokens].double()
     x1, x2 = exact[..., 0 : 2 * pairs : 2].clone(), exact[..., 1 : 2 * pairs : 2].clone()
     exact[..., 0 : 2 * pairs : 2] = torch.where(rotating, x1 * cos + x2 * sin, x1)

@@ -22,7 +22,7 @@ from benchmarks.problems import EPS, Call, Operation, Problem, Shape
 from benchmarks.results import Row
 from benchmarks.rotation import COPY, copy_of, one_line, row
 from benchmarks.timing import Measurement, Timing, input_sets, measurement, take_turns
-from benchmarks.variants import check_own, own, own_still
+from benchmarks.variants import check_call, rotation_call, unrotated_call
 from dit_rope.rotation.backends import cuda_kernels
 from dit_rope.rotation.backends.cuda_plan import Plan
 from dit_rope.rotation.backends.cuda_tuning import Tuning
@@ -124,11 +124,11 @@ class Sweep:
             name = name_of(tuning)
             try:
                 with cuda_kernels.tuned(tuning):
-                    call = own(self.problem, self.backend)
-                    check_own(self.problem, call)
+                    call = rotation_call(self.problem, self.backend)
+                    check_call(self.problem, call)
                     new = {name: call}
                     if tuning is kept:
-                        new[STILL] = own_still(self.problem, self.backend)
+                        new[STILL] = unrotated_call(self.problem, self.backend)
                 # With its choices whenever it is called: a graph keeps them, a host clock calls it anew.
                 tuned = cuda_kernels.tuned(tuning)
                 measurements |= {each: self._captured(tuned(one), inputs) for each, one in new.items()}

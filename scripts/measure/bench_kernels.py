@@ -36,7 +36,7 @@ from benchmarks.problems import SHAPES, Operation, Problem, Shape
 from benchmarks.results import Row
 from benchmarks.rotation import COMPILED, MODEL, Variants, measure, one_line, row, variants
 from benchmarks.timing import allocations, host_time
-from benchmarks.variants import own
+from benchmarks.variants import rotation_call
 from gpu_checks import sweep
 from gpu_checks.results import RESULTS, Record, result_path, table
 from gpu_checks.targets import ALL_RUN, BACKEND, HEADLINE, HOST, HOST_OPERATIONS, PEERS_RUN, SHARES_RUN, TARGETS
@@ -76,7 +76,7 @@ def right_variants(problem: Problem, options: argparse.Namespace) -> Variants:
 def host_row(problem: Problem, backend: str, options: argparse.Namespace) -> Row:
     """Host time of one call on a few tokens, and the blocks of device memory it allocates, or why there is none."""
     try:
-        call, (q, k) = own(problem, "eager" if options.rehearse else backend), problem.inputs(1)[0]
+        call, (q, k) = rotation_call(problem, "eager" if options.rehearse else backend), problem.inputs(1)[0]
         timing = host_time(lambda: call(q, k), problem.device, options.rounds)
         blocks = allocations(lambda: call(q, k), problem.device)
     except Exception as error:  # whatever a kernel or its compiler raises: the others are measured

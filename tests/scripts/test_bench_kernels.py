@@ -43,13 +43,13 @@ def broken(error: Exception) -> Callable[..., Any]:
     def own(problem: Problem, backend: str) -> Any:
         if backend == "broken":
             raise error
-        return variants.own(problem, "eager")
+        return variants.rotation_call(problem, "eager")
 
     return own
 
 
 def test_failing_variant_of_ours_is_a_row_beside_the_others(monkeypatch) -> None:
-    monkeypatch.setattr(rotation, "own", broken(RuntimeError("PassManager::run failed\nat line 1")))
+    monkeypatch.setattr(rotation, "rotation_call", broken(RuntimeError("PassManager::run failed\nat line 1")))
     found = rotation.variants(ROTATE, {"triton": "broken", "cuda": "eager"}, {})
     rows = {row["variant"]: row for row in rotation.measure(ROTATE, found, 2)}
     assert rows["cuda"]["ms_median"] > 0
@@ -57,7 +57,7 @@ def test_failing_variant_of_ours_is_a_row_beside_the_others(monkeypatch) -> None
 
 
 def test_wrong_variant_of_ours_has_no_figure(monkeypatch) -> None:
-    monkeypatch.setattr(rotation, "own", lambda problem, backend: lambda q, k: (q, k))
+    monkeypatch.setattr(rotation, "rotation_call", lambda problem, backend: lambda q, k: (q, k))
     found = rotation.variants(ROTATE, {"cuda": "eager"}, {})
     (row,) = rotation.measure(ROTATE, found, 2)
     assert row["failed"]
@@ -80,8 +80,8 @@ def test_variant_that_fails_when_it_is_timed_is_a_row_beside_the_others() -> Non
 
 
 def test_benchmark_command_stops_at_a_failing_variant(monkeypatch) -> None:
-    monkeypatch.setattr(rotation, "own", broken(RuntimeError("no")))
-    monkeypatch.setattr(rotation, "own_backends", lambda device: {"dit_rope": "broken"})
+    monkeypatch.setattr(rotation, "rotation_call", broken(RuntimeError("no")))
+    monkeypatch.setattr(rotation, "package_backends", lambda device: {"dit_rope": "broken"})
     case = next(rotation.cases(Settings("cpu", 2, quick=True)))
     with pytest.raises(Wrong, match="dit_rope, rotate at wan-1.3b-480p: RuntimeError: no"):
         case.run()
@@ -112,7 +112,7 @@ def test_failing_problem_is_a_row_and_makes_the_exit_code_1(monkeypatch, tmp_pat
 
 
 def test_failing_host_time_is_a_row_and_makes_the_exit_code_1(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(bench_kernels, "own", lambda problem, backend: {}["cuda"])
+    monkeypatch.setattr(bench_kernels, "rotation_call", lambda problem, backend: {}["cuda"])
     assert bench(monkeypatch) == 1
     assert "  cuda: KeyError: 'cuda'" in capsys.readouterr().out
 
