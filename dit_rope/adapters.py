@@ -1,4 +1,4 @@
-"""Which transformer classes can be patched: those of diffusers that dit_rope knows, and those that users register.
+"""The transformer classes that can be patched: those of diffusers that dit_rope knows, and those that users register.
 
 The names in ``__all__`` are what an adapter is written with.
 """
@@ -86,17 +86,17 @@ class UnsupportedModelError(ValueError):
 def register_adapter(adapter: ModelAdapter) -> None:
     """Lets :func:`dit_rope.patch` know a transformer class that dit_rope does not know.
 
-    The code that the adapter names must be importable: its rope modules, its processors, and what these call in the
-    package of the model. Digests of its source are taken now. Code that changes afterwards is unknown, and runs as it
-    is. Registration is for this process alone. It is not safe to register while another thread runs a patched model.
+    The code that the adapter names must be importable: its rope modules, its processors, and the functions that these
+    call in the package of the model. Digests of its source are computed now. Code that changes afterwards is unknown,
+    and runs as it is. Registration is for this process only. Do not register while another thread runs a patched model.
 
     Args:
         adapter: describes the class. :mod:`dit_rope.adapters` has the vocabulary.
 
     Raises:
         TypeError: ``adapter`` is not a ModelAdapter, or its tables or rotations are not tuples of the right type.
-        ValueError: the class has an adapter already; a name in ``adapter`` is of no class; a path is not a regular
-            expression; or a function has no source.
+        ValueError: the class has an adapter already; ``adapter`` names a class that does not exist; a path is not a
+            regular expression; or a function has no source.
 
     Example:
         >>> from dit_rope.adapters import ModelAdapter, register_adapter
@@ -116,7 +116,7 @@ def register_adapter(adapter: ModelAdapter) -> None:
 
 
 def unregister_adapter(adapter: ModelAdapter) -> None:
-    """Takes back :func:`register_adapter`. Models that are patched run their own code from now on.
+    """Undoes :func:`register_adapter`. Patched models of this class run their own code from now on.
 
     Raises:
         ValueError: ``adapter`` is not registered.
@@ -186,7 +186,7 @@ def adapter_named(name: str) -> ModelAdapter:
     """The adapter of the class called ``name``.
 
     Raises:
-        UnsupportedModelError: there is none; names classes with similar names.
+        UnsupportedModelError: no adapter has this name; the message has similar names.
     """
     for adapter in _BY_MODEL.values():
         if name == adapter.model_class:
@@ -204,7 +204,7 @@ def unsupported(modules: list[tuple[str, torch.nn.Module]]) -> UnsupportedModelE
 
 
 def supported_models() -> str:
-    """The names of all supported classes, as errors have them."""
+    """The names of all supported classes, for error messages."""
     return "supported models: " + ", ".join(adapter.model_class for adapter in _BY_MODEL.values())
 
 
@@ -216,6 +216,6 @@ def _class_name(cls: type) -> str:
 
 
 def _suggestion(names: list[str]) -> str:
-    known = [adapter.model_class for adapter in _BY_MODEL.values() if adapter.model_class not in names]
-    near = {near for name in names for near in difflib.get_close_matches(name, known, 3, 0.75)}
+    supported = [adapter.model_class for adapter in _BY_MODEL.values() if adapter.model_class not in names]
+    near = {near for name in names for near in difflib.get_close_matches(name, supported, 3, 0.75)}
     return f"; did you mean {' or '.join(sorted(near))}?" if near else ""

@@ -58,7 +58,7 @@ class _Entry(Generic[Value]):
 
 
 class _Build(Generic[Value]):
-    """A build that runs: its thread, and its value for the threads that wait."""
+    """A running build: its thread, and its value for the threads that wait for it."""
 
     __slots__ = ("done", "owner", "result")
 
@@ -91,7 +91,7 @@ class FifoCache(Generic[Key, Value]):
         in_default_device: whether builds run under the default device of their caller, which keys must name then.
 
     Raises:
-        ValueError: for caps that are not positive.
+        ValueError: a cap is not positive.
 
     Example:
         >>> import torch
@@ -241,10 +241,10 @@ class FifoCache(Generic[Key, Value]):
             self._evictions += 1
 
     def configure(self, *, max_entries: int | None = None, max_bytes: int | None = None) -> None:
-        """Changes the caps that are not None; entries that no longer fit leave at once, the oldest first.
+        """Changes the caps that are not None; evicts entries that no longer fit, the oldest first.
 
         Raises:
-            ValueError: for caps that are not positive.
+            ValueError: a cap is not positive.
         """
         for name, value in (("max_entries", max_entries), ("max_bytes", max_bytes)):
             if value is not None and value < 1:

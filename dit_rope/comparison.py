@@ -31,10 +31,10 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate, in the words of diffusers' text-to-video pipelines; sizes in pixels.
+    """The arguments of a text-to-video pipeline of diffusers; sizes in pixels.
 
     Raises:
-        ValueError: for fewer than 2 steps: the first is not timed.
+        ValueError: fewer than 2 steps, of which the first is not timed.
     """
 
     prompt: str

@@ -1,4 +1,4 @@
-"""What went in 0.2 and still works until 0.3, with a warning: old paths of modules, and a function."""
+"""Old names that work until 0.3, with a warning: paths of modules, and a function."""
 
 from __future__ import annotations
 

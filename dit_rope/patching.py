@@ -1,4 +1,4 @@
-"""Patches diffusers models, and takes patches out again."""
+"""Patches diffusers models, and removes patches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Patch:
         return any(plan.state.active for plan in self._plans)
 
     def report(self) -> str:
-        """What is replaced at this moment, the arithmetic and backend, and what is not patched and why."""
+        """A text: what is replaced at this moment, the arithmetic and backend, and what is not patched and why."""
         return "\n".join(describe(plan, self._options) for plan in self._plans)
 
     def undo(self) -> None:
@@ -116,7 +116,7 @@ def patch(
 
 
 def unpatch(target: Any) -> None:
-    """Takes all patches out of a pipeline or transformer, without their handles: for a copy of a patched model.
+    """Removes all patches from a pipeline or transformer without their handles, such as from a copy of a patched model.
 
     A model without a patch stays as it is.
 

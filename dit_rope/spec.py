@@ -165,7 +165,7 @@ def _fastvideo(
 
 
 def _per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple[float, ...]:
-    """One positive finite float per axis; a number, or a sequence of one, serves every axis."""
+    """One positive finite float per axis. A single number, or a sequence of one number, is for every axis."""
     values = list(value) if isinstance(value, Sequence) else [value]
     if any(as_number(v) is None for v in values):
         raise TypeError(f"{name} must be a number or numbers, got {value!r}")
@@ -196,8 +196,8 @@ class RopeSpec:
             ``rotary_dim``, at most the head dim D; channels past it are not rotated.
         theta: base of the frequencies, ``theta ** (-2 j / dim)`` for pair j (RoFormer, arXiv:2104.09864).
         pairing: which two channels rotate together.
-        scaling: a frequency scaling for all axes, or a tuple of one Scaling or None per axis. A tuple of equals is kept
-            as that one; :meth:`axis_scaling` reads either form.
+        scaling: a frequency scaling for all axes, or a tuple of one Scaling or None per axis. A tuple of equal entries
+            is stored as that entry; :meth:`axis_scaling` reads either form.
         frequency_dtype: dtype in which frequencies are formed. Angles take the wider of it and float32, the
             dtype of positions. float64 for Wan, float32 for HunyuanVideo.
         theta_rescale, interpolation: deprecated, gone in 0.3; options of the scaling type
@@ -304,7 +304,7 @@ class Grid:
     ``start_frame`` is the position of the first index of axis 0, for autoregressive video that continues.
 
     Raises:
-        TypeError, ValueError: for sizes that are not positive ints, or a negative start_frame.
+        TypeError, ValueError: sizes that are not positive ints, or a negative start_frame.
 
     Example:
         >>> from dit_rope import Grid

@@ -1,4 +1,4 @@
-"""Programs that a checkout has beside the package, and that an installed package does not carry."""
+"""Programs of a checkout, which an installed package does not contain."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..comparison import Comparison
 
 SAMPLE = Path(__file__).resolve().parents[2] / "samples" / "tiny-wan"
-"""The trained pipeline of a checkout; a wheel does not carry it."""
+"""The trained pipeline of a checkout; a wheel does not contain it."""
 REQUIRED = ("imageio", "imageio_ffmpeg", "skimage", "transformers")
 
 
@@ -73,8 +73,8 @@ def load_pipeline(model: str | None, device: str, dtype: DType | None) -> Any:
     """Loads a text-to-video pipeline, by default the checkout's sample, with its autoencoder in float32.
 
     Raises:
-        typer.BadParameter: when there is no such pipeline, it needs more than a prompt, it brings code or weights that
-            are no safetensors, or a package is missing.
+        typer.BadParameter: the pipeline does not exist, needs more than a prompt, contains code, or has weights in
+            another format than safetensors; or a package is missing.
     """
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
@@ -85,21 +85,19 @@ def load_pipeline(model: str | None, device: str, dtype: DType | None) -> Any:
             "Name a folder or a hub id of a text-to-video pipeline, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
             param_hint="--model",
         )
-    # Not every diffusers asks before it runs code that lies in a local folder.
+    # Some versions of diffusers run code in a local folder without asking.
     code = (
         [] if model is None else sorted(path.name for path in (*Path(model).glob("*.py"), *Path(model).glob("*/*.py")))
     )
     if code:
-        raise typer.BadParameter(
-            f"must be a folder without code of its own, got {', '.join(code)}", param_hint="--model"
-        )
+        raise typer.BadParameter(f"must be a folder without code, got {', '.join(code)}", param_hint="--model")
     from diffusers import DiffusionPipeline
 
     dtype = dtype or (DType.bfloat16 if device.startswith("cuda") else DType.float32)
     dtypes = {"default": dtype.torch, "vae": torch.float32}
     try:
         with warnings.catch_warnings():
-            # The name of this argument that every supported diffusers knows is deprecated in the newest ones.
+            # torch_dtype is deprecated in the newest versions of diffusers, but older ones know no other name.
             warnings.simplefilter("ignore", FutureWarning)
             pipe = DiffusionPipeline.from_pretrained(
                 model or str(SAMPLE), torch_dtype=dtypes, use_safetensors=True, trust_remote_code=False

@@ -36,16 +36,16 @@ def run() -> None:
 
 
 def devices() -> dict[str, str]:
-    """Every torch device of this machine, with what it is."""
-    found = {"cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
+    """Every torch device of this machine, with a description."""
+    descriptions = {"cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found[f"cuda:{index}"] = (
+        descriptions[f"cuda:{index}"] = (
             f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
         )
     if torch.backends.mps.is_available():
-        found["mps"] = "Apple GPU"
-    return found
+        descriptions["mps"] = "Apple GPU"
+    return descriptions
 
 
 def _version(package: str) -> str:

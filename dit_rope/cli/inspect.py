@@ -83,7 +83,7 @@ def build_transformers(model: str, context: Callable[[], AbstractContextManager[
     """The transformers of a pipeline by component name, or one under ``""``; within ``context``, on the meta device.
 
     Raises:
-        typer.BadParameter: when the model has no configuration, or a class that diffusers does not know.
+        typer.BadParameter: the model has no configuration, or its class is not in diffusers.
     """
     from diffusers import DiffusionPipeline
 
@@ -91,12 +91,12 @@ def build_transformers(model: str, context: Callable[[], AbstractContextManager[
         index = DiffusionPipeline.load_config(model)
     except (OSError, ValueError):
         return {"": _build(model, None, context)}
-    known = {adapter.model_class for adapter in ADAPTERS}
-    names = [name for name, part in index.items() if isinstance(part, (list, tuple)) and part[-1] in known]
+    supported = {adapter.model_class for adapter in ADAPTERS}
+    names = [name for name, value in index.items() if isinstance(value, (list, tuple)) and value[-1] in supported]
     if not names:
         raise typer.BadParameter(
             f"must have a component of a supported class, got a {index.get('_class_name')} without; supported models: "
-            + ", ".join(sorted(known)),
+            + ", ".join(sorted(supported)),
             param_hint="MODEL",
         )
     return {name: _build(model, name, context) for name in names}

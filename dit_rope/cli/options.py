@@ -1,4 +1,4 @@
-"""What several commands take: a device, a dtype, sizes."""
+"""Options of several commands: device, dtype, sizes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Annotated
 import torch
 import typer
 
-Device = Annotated[str | None, typer.Option(help="Torch device. Default: cuda where there is one, else cpu.")]
+Device = Annotated[str | None, typer.Option(help="Torch device. Default: cuda if available, else cpu.")]
 
 
 class DType(StrEnum):
-    """Dtypes that a model or a tensor can be in."""
+    """Dtypes of a model."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -25,7 +25,7 @@ class DType(StrEnum):
 
 
 def pick_device(device: str | None) -> str:
-    """The device asked for, else cuda where there is one, else cpu."""
+    """``device`` if it is given, else cuda if this machine has it, else cpu."""
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -1,4 +1,4 @@
-"""Shared by the other modules: dense tables as the rows of one axis, tokens as ``[B, S, H, D]``, without copies."""
+"""Helpers of ``compat``: dense tables as the rows of one axis, tokens as ``[B, S, H, D]``, both without copies."""
 
 from __future__ import annotations
 

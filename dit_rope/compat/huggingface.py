@@ -68,7 +68,7 @@ def apply_rotary_emb(
     _check_four_dims("x", x)
     heads_first = use_real and sequence_dim == 2
     tokens = x.transpose(1, 2) if heads_first else x
-    # Wider than 16 bits, as diffusers multiplies in float32 whatever the dtype of its tables.
+    # At least float32: diffusers multiplies in float32, also by tables of 16 bits.
     rows = _rows(cos, sin, torch.promote_types(cos.dtype, torch.float32), x.device)
     args = _args(("freqs_cis",), ("x",), (tokens,), rows, interleaved, exact)
     (rotated,) = ops.rotate([tokens], args, backend=backend)
@@ -133,7 +133,7 @@ def _real_tables(freqs: object, interleaved: bool) -> tuple[torch.Tensor, torch.
         raise TypeError(f"freqs_cis must be (cos, sin) with use_real=True, got {type(freqs).__name__}")
     _check_tables(("freqs_cis[0]", "freqs_cis[1]"), freqs, dims=(2,))
     half = freqs[0].shape[1] // 2
-    cos, sin = (part[:, ::2] if interleaved else part[:, :half] for part in freqs)
+    cos, sin = (table[:, ::2] if interleaved else table[:, :half] for table in freqs)
     return cos, sin
 
 
@@ -190,18 +190,18 @@ def _check_four_dims(name: str, x: object) -> None:
         raise ValueError(f"{name} must be a tensor of 4 dims, batch first and channels last, got {got}")
 
 
-def _check_tables(names: Sequence[str], parts: Sequence[object], dims: Sequence[int]) -> None:
+def _check_tables(names: Sequence[str], tables: Sequence[object], dims: Sequence[int]) -> None:
     """Checks that cos and sin are real, of one dtype, shape and device, with channels in pairs."""
-    for name, part in zip(names, parts, strict=True):
-        if not isinstance(part, torch.Tensor) or not part.is_floating_point():
-            got = part.dtype if isinstance(part, torch.Tensor) else type(part).__name__
+    for name, table in zip(names, tables, strict=True):
+        if not isinstance(table, torch.Tensor) or not table.is_floating_point():
+            got = table.dtype if isinstance(table, torch.Tensor) else type(table).__name__
             raise TypeError(f"{name} must be a floating point tensor, got {got}")
-        if part.layout is not torch.strided:
-            raise TypeError(f"{name} must be a strided tensor, got {part.layout}; call {name}.to_dense()")
-        if part.ndim not in dims or part.shape[-1] < 2 or part.shape[-1] % 2:
+        if table.layout is not torch.strided:
+            raise TypeError(f"{name} must be a strided tensor, got {table.layout}; call {name}.to_dense()")
+        if table.ndim not in dims or table.shape[-1] < 2 or table.shape[-1] % 2:
             shape = {2: "[S, even D]", 3: "[1 or B, S, even D]"}[dims[0]]
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(part.shape)}")
-    cos, sin = (part for part in parts if isinstance(part, torch.Tensor))
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(table.shape)}")
+    cos, sin = (table for table in tables if isinstance(table, torch.Tensor))
     if (cos.shape, cos.dtype, cos.device) != (sin.shape, sin.dtype, sin.device):
         raise ValueError(
             f"{names[1]} must have the shape, dtype and device of {names[0]}, {tuple(cos.shape)} {cos.dtype} on "

@@ -54,7 +54,7 @@ class PackedTable:
         tokens: length of the table.
         pairs, pairing, head_rows: as in :class:`~dit_rope.rotation_args.RotationArgs`.
         sizes, first_rows, token_offset: the same; None where token i has row i.
-        heads: how many heads have rows of their own; 1 where all share them.
+        heads: number of heads that have separate rows; 1 if all heads share the rows.
     """
 
     rows: torch.Tensor
@@ -78,7 +78,7 @@ class PackedTable:
 
     @property
     def batch(self) -> int:
-        """Samples that have positions of their own; 1 where all share them."""
+        """Number of samples that have separate positions; 1 if all samples share them."""
         return 1 if self.positions is None else self.positions.shape[0]
 
     def narrowed(self, dtype: torch.dtype) -> PackedTable:

@@ -1,7 +1,7 @@
-"""Allegro: no norm, and three rotations in each head, one by time, height and width each of a third of its channels.
+"""Allegro: no norm. Each third of a head's channels rotates by one axis: time, height or width.
 
-In each third halves rotate. The pipeline builds a table for each axis and the rows that the tokens take of it, once for
-all steps. There is no text in the sequence. Sources: ``transformer_allegro.py``, ``attention_processor.py`` and
+Pairs are the halves of a third. The pipeline builds a table for each axis, and the row of each token in it, once for
+all steps. The sequence has no text. Sources: ``transformer_allegro.py``, ``attention_processor.py`` and
 ``embeddings.apply_rotary_emb_allegro`` of diffusers 0.42.1.
 """
 

@@ -1,7 +1,7 @@
 """AnyFlow: one complex table over the video, neighbours rotate, norms across heads.
 
-What the causal model (FAR) generates attends to keys that were cached before they rotated, and rotates them again in
-every step: it rotates where its processor does, after the norms. Text stands in attention modules that do not rotate.
+The causal model (FAR) caches keys before they rotate, and rotates them in every step. So its norms must not rotate: the
+function that rotates is replaced. Text is used in attention modules that do not rotate.
 Sources, in diffusers 0.42.1: ``transformer_anyflow.py``, ``transformer_anyflow_far.py``.
 """
 

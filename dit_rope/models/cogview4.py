@@ -1,8 +1,8 @@
 """CogView4 and GLM-Image: half pairing, LayerNorm without weight per head, text before image and not rotated.
 
-Their tables depend on the size of the latent alone and are built on the default device, from which every call of an
-attention module would copy them; here they stay where the model computes. What the norm returns is rounded to the dtype
-of the attention's input before it rotates. Sources: ``transformer_cogview4.py`` and ``transformer_glm_image.py`` of
+Their tables depend only on the size of the latent and are built on the default device. Every attention module would
+copy them to the device of the model; the cache keeps them there. The result of the norm is rounded to the dtype of the
+attention's input before it rotates. Sources: ``transformer_cogview4.py`` and ``transformer_glm_image.py`` of
 diffusers 0.42.1.
 """
 

@@ -1,8 +1,8 @@
 """EasyAnimate: text before the image in the joint sequence unrotated, LayerNorm per head.
 
-The first blocks norm image and text apart, the last ones both in one sequence; either way the end rotates. Queries and
-keys are transposed before the norm; neighbours rotate. The model builds its tables on the host, and copies them to the
-device in every rotation. Source: ``transformer_easyanimate.py`` of diffusers 0.42.1.
+The first blocks have separate norms for image and text, the last blocks norm the joint sequence. In both, the image at
+the end rotates. Queries and keys are transposed before the norm. Pairs are neighbours. The model builds its tables on
+the host, and copies them to the device in every rotation. Source: ``transformer_easyanimate.py`` of diffusers 0.42.1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Ernie-Image: image before text, RMSNorm per head, and a rotate that is no rotation.
+"""Ernie-Image: image before text, RMSNorm per head. Its rotary function does not compute a rotation.
 
-The angles of neighbours are equal, but what rotates together is halves: the two channels of a pair rotate by different
-angles. Source: ``transformer_ernie_image.py`` of diffusers 0.42.1.
+The table holds equal angles at neighbouring channels, but the code pairs channels half a head apart. So the two
+channels of a pair rotate by different angles. Source: ``transformer_ernie_image.py`` of diffusers 0.42.1.
 """
 
 from __future__ import annotations

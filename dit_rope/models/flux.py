@@ -1,8 +1,7 @@
 """Flux and the models built on its attention: tables from position ids, joint text and image, norms per head.
 
-Text comes first in the joint sequence, and has norms of its own in the double blocks: what the norms of the image
-rotate is the end of the table, what those of the text rotate its start. Source: ``transformer_flux.py`` of diffusers
-0.42.1.
+Text comes first in the joint sequence, and has its own norms in the double blocks. These norms rotate by the start of
+the table, and the norms of the image by its end. Source: ``transformer_flux.py`` of diffusers 0.42.1.
 """
 
 from __future__ import annotations

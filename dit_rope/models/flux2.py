@@ -1,9 +1,9 @@
-"""Flux 2 and Flux 3: tables of text, image and references made apart and then joined, RMSNorm per head.
+"""Flux 2 and Flux 3: separate tables of text, image and references, which the model joins; RMSNorm per head.
 
-Neighbouring channels rotate by four axes. The ids go to the rope as they are or as their first row, a view, so that
-they are the key of its tables themselves. The joined tables are new in every forward pass, and packed once in it.
+Pairs are neighbours, on four axes. The rope module gets the position ids, or a view of their first row, so its tables
+are keyed on the ids. The joined tables are new in every forward pass, and packed once in it.
 
-Flux 2 has text before the image in its joint sequence, and in the double blocks norms of its own for it. The processors
+Flux 2 has text before the image in its joint sequence, and separate norms for it in the double blocks. The processors
 that cache keys of reference images store them rotated. Flux 3 has blocks for the text, for the image and for reference
 images alone, each with its own table, and then joint blocks in this order; its norms take and return float32, and so
 does the rotation. Sources: ``transformer_flux2.py`` and ``transformer_flux3.py`` of diffusers 0.42.1.

@@ -1,4 +1,4 @@
-"""Models of Flux's design with classes of their own: Bria 3.2, Bria Fibo, LongCat-Image and Ovis-Image.
+"""Models of Flux's design with other classes: Bria 3.2, Bria Fibo, LongCat-Image and Ovis-Image.
 
 As in Flux, tables of neighbouring pairs come from position ids, text stands before the image, and the norms are
 RMSNorm per head: in double blocks those of the image rotate the end of the table and those of the text its start, in

@@ -1,8 +1,8 @@
-"""Helios: a video and up to three histories of it in one sequence, one table over all of them, norms across heads.
+"""Helios: a video and up to three histories of it in one sequence with one table, norms across heads.
 
-Pairs are neighbours. The model averages the tables of its coarser histories, so that their rows are no rotations of any
-position: what is memoized are the four parts, and the sequence's table is packed once in each forward pass. Text stands
-in attention modules that do not rotate. Source: ``transformer_helios.py`` of diffusers 0.42.1.
+Pairs are neighbours. The model averages the tables of its coarser histories, so their rows are not rotations of any
+position. The tables of the four parts are memoized, and the table of the sequence is packed once in each forward pass.
+Text is used in attention modules that do not rotate. Source: ``transformer_helios.py`` of diffusers 0.42.1.
 """
 
 from __future__ import annotations

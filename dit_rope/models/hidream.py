@@ -1,8 +1,8 @@
 """HiDream: image before text, rotation matrices, RMSNorm across heads.
 
-Text is at position 0 of every axis and never rotates, so that its own norms in the double blocks stay as they are.
-Where the axes have half the channels of a head, the first half of them rotates. The processor always rotates, by a
-function of its module. Source: ``transformer_hidream_image.py`` of diffusers 0.42.1.
+Text is at position 0 of every axis and never rotates, so its norms in the double blocks do not rotate either. If the
+axes have only half the channels of a head, the first half rotates. The processor always rotates, by a function of its
+module. Source: ``transformer_hidream_image.py`` of diffusers 0.42.1.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def _adapter(model: str) -> ModelAdapter:
         f"diffusers.models.{model}",
         (),
         (_rotations("attn1", "norm_q", "norm_k"), _rotations("attn2", "norm_q")),
-        not_patched=("tables, which the pipeline makes once and hands over",),
+        not_patched=("tables, which the pipeline builds once for all steps",),
     )
 
 

@@ -1,9 +1,10 @@
-"""The Hunyuan family: one table for the image, text behind it in the joint sequence unrotated, norms per head.
+"""The Hunyuan family: one table for the image, unrotated text after it in the joint sequence, norms per head.
 
-Double blocks norm image and text apart, single blocks both in one sequence, whose start rotates. Neighbours rotate.
+Double blocks have separate norms for image and text. Single blocks norm the joint sequence, whose start rotates. Pairs
+are neighbours.
 
-Framepack joins the tables of a video and of its history at three resolutions, two of them pooled, from frame indices
-that the pipeline makes once for all steps of a section.
+Framepack joins the tables of a video and of its history at three resolutions, two of them pooled. The pipeline makes
+the frame indices once for all steps of a section.
 
 Sources, all in diffusers 0.42.1: ``transformer_hunyuan_video.py``, ``transformer_hunyuan_video_framepack.py``,
 ``transformer_hunyuan_video15.py``, ``transformer_hunyuanimage.py``.

@@ -1,7 +1,7 @@
-"""Ideogram 4: text before image, all of it rotated by positions of the caller's, half pairing, RMSNorm per head.
+"""Ideogram 4: text before image, both rotated by positions that the caller passes, half pairing, RMSNorm per head.
 
-The model rounds its tables to its own dtype, and multiplies in what they and the data promote to. The processor always
-rotates, in its own code, so the adapter has the same attention without a rotation. Source:
+The model rounds its tables to its dtype, and multiplies in the dtype that tables and data promote to. The processor
+always rotates, without calling a function, so the adapter has the same attention without a rotation. Source:
 ``transformer_ideogram4.py`` of diffusers 0.42.1.
 """
 

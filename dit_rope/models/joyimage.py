@@ -1,7 +1,7 @@
-"""JoyImage Edit and Edit Plus: RMSNorm per head, image before text in the joint sequence, each with norms of its own.
+"""JoyImage Edit and Edit Plus: RMSNorm per head, image before text in the joint sequence, each with their own norms.
 
-Neighbours rotate. Text rotates only in JoyImage Edit, and only where it is configured so. A method of the model builds
-the tables on the host; Edit Plus calls it for every image of a sample and joins what it gives. Sources:
+Pairs are neighbours. Text rotates in JoyImage Edit only, if its configuration says so. A method of the model builds the
+tables on the host; Edit Plus calls it for every image of a sample and joins the results. Sources:
 ``transformer_joyimage.py`` and ``transformer_joyimage_edit_plus.py`` of diffusers 0.42.1.
 """
 
@@ -18,7 +18,7 @@ from ..spec import Pairing
 
 
 class _ImageAlone(Format):
-    """A table of the image, and None in place of one of the text."""
+    """A pair: a table of the image, and None instead of a table of the text."""
 
     def accepts(self, rotary: Any) -> bool:
         """Whether ``rotary`` is such a pair."""
@@ -34,7 +34,7 @@ def _join_image(cos: torch.Tensor, sin: torch.Tensor) -> tuple[Any, None]:
 
 
 def _split_both(rotary: Any) -> list[Pair]:
-    return [pair for part in rotary for pair in INTERLEAVED.split(part)]
+    return [pair for table in rotary for pair in INTERLEAVED.split(table)]
 
 
 def _join_both(cos: torch.Tensor, sin: torch.Tensor) -> tuple[Any, Any]:

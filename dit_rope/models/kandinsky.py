@@ -1,4 +1,4 @@
-"""Kandinsky 5 and 6: text and video in blocks of their own, each with its table, RMSNorm per head.
+"""Kandinsky 5 and 6: text and video in separate blocks, each with its table, RMSNorm per head.
 
 Pairs are neighbours, rotated by 2 x 2 matrices. Cross-attention to text does not rotate; that of Kandinsky 6 between
 video and audio does, with a table for queries and one for keys. Sources, in diffusers 0.42.1:

@@ -1,8 +1,8 @@
-"""LTX-Video and LTX-2: angles of its own for every channel of a token, norms across heads.
+"""LTX-Video and LTX-2: each head rotates by different angles, norms across heads.
 
-LTX-2 rotates video and audio, each in its own attention and in both cross-modal ones, where queries and keys have
-tables of their own modality. Its text stands in attention modules that do not rotate. The pairs of ``rope_type``
-"interleaved" are neighbours, those of "split" are the halves of a head.
+LTX-2 rotates video and audio, in self-attention and in both cross-modal attentions, in which queries and keys have the
+tables of their modality. Text is used in attention modules that do not rotate. Pairs are neighbours if ``rope_type`` is
+"interleaved", and the halves of a head if it is "split".
 
 Sources, in diffusers 0.42.1: ``transformer_ltx.py``, ``transformer_ltx2.py``.
 """

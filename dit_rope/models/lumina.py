@@ -1,9 +1,9 @@
 """The Lumina family: complex tables, norms per head in Lumina 2 and across heads in Lumina Next.
 
-Lumina 2 rotates text and image of every sample together, text first and without a gap before the image, so that each
-sample has a table of its own; the refiners before the joint blocks rotate text alone and image alone. Its rope module
-also cuts the latent into patches. The processor of Lumina Next scales scores otherwise where keys get no table, so that
-their rotation cannot leave it. Sources: ``transformer_lumina2.py`` and ``lumina_nextdit2d.py`` of diffusers 0.42.1.
+Lumina 2 rotates text and image of a sample together. The image follows the text without a gap, so each sample has its
+own table. The refiners before the joint blocks rotate text alone and image alone. Its rope module also cuts the latent
+into patches. The processor of Lumina Next scales scores differently if keys have no table, so keys must rotate in the
+processor. Sources: ``transformer_lumina2.py`` and ``lumina_nextdit2d.py`` of diffusers 0.42.1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Mochi: angles of its own for every head, from frequencies that are a parameter of the model.
+"""Mochi: different angles for every head, from frequencies that are a parameter of the model.
 
-Image and text are normed apart, per head; text does not rotate. Neighbours rotate. While the frequencies learn, the
-tables belong to the backward pass: they are built in every pass, and the model rotates. Source:
+Image and text have separate norms per head. Text does not rotate. Pairs are neighbours. While the frequencies are
+trained, tables are built in every pass, because the backward pass needs them, and the model rotates. Source:
 ``transformer_mochi.py`` and ``attention_processor.py`` of diffusers 0.42.1.
 """
 

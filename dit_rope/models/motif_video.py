@@ -1,6 +1,6 @@
 """Motif-Video: as HunyuanVideo, text behind the image unrotated, and text cross-attention that rotates queries only.
 
-The last single blocks read image tokens in the place of text; those do not rotate either. Neighbours rotate; norms are
+In the last single blocks, image tokens take the place of text and do not rotate either. Pairs are neighbours, norms are
 per head. Source: ``transformer_motif_video.py`` of diffusers 0.42.1.
 """
 

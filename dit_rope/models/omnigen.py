@@ -1,7 +1,7 @@
 """OmniGen: one sequence of text and images, half pairing, no norm of queries and keys.
 
-Positions are the caller's, those of the first sample for the whole batch; cos and sin are scaled beyond 1. The rope
-module overwrites its own frequencies in every forward pass, which decide nothing. Source: ``transformer_omnigen.py`` of
+The caller passes positions; those of the first sample are for the whole batch. Cos and sin are scaled beyond 1. The
+rope module overwrites its frequencies in every forward pass before it reads them. Source: ``transformer_omnigen.py`` of
 diffusers 0.42.1.
 """
 

@@ -1,10 +1,10 @@
 """Qwen-Image, its ControlNet, Qwen-Image 2.1 and Nucleus: tables of complex numbers, RMSNorm per head.
 
-Neighbouring channels rotate. Qwen-Image and Nucleus make two tables from the sizes of the images and the length of the
-text, and rotate each before the sequences are joined, so that the norms of the text rotate the second table from its
-start. Nucleus has no queries of text, and its keys of text may come from a cache, rotated; its norm of queries of text
-is never called. Qwen-Image 2.1 has one table for one sequence, from the layout of its mask, and norms for all of it; it
-caches keys rotated, and a step that reads them takes the end of the table. Sources, all in diffusers 0.42.1:
+Pairs are neighbours. Qwen-Image and Nucleus build one table from the sizes of the images and one from the length of the
+text, and rotate image and text before they join the sequences. So the norms of the text rotate by the second table.
+Nucleus has no queries of text, so that norm is never called; its keys of text may come from a cache, already rotated.
+Qwen-Image 2.1 has one table and one set of norms for the whole sequence. It caches rotated keys, and a step that reads
+them uses the end of the table. Sources, all in diffusers 0.42.1:
 ``transformer_qwenimage.py``, ``controlnet_qwenimage.py``, ``transformer_qwenimage21.py``,
 ``transformer_nucleusmoe_image.py``.
 """

@@ -1,6 +1,6 @@
-"""Sana's video models: linear attention of queries and keys that are also used unrotated, norms across heads.
+"""Sana's video models: linear attention that also uses unrotated queries and keys, norms across heads.
 
-Sana-WM's refiner is an LTX-2 without audio. Text stands in attention modules that do not rotate. Sources, in diffusers
+Sana-WM's refiner is an LTX-2 without audio. Text is used in attention modules that do not rotate. Sources, in diffusers
 0.42.1: ``transformer_sana_video.py``, ``transformer_sana_wm.py``, ``transformer_sana_wm_refiner.py``.
 """
 
@@ -20,7 +20,7 @@ SANA_VIDEO = ModelAdapter(
     f"{_TRANSFORMERS}.transformer_sana_video.SanaVideoTransformer3DModel",
     (ModelTables("rope", "WanRotaryPosEmbed", keyed_by_shape=EVERY),),
     not_patched=(
-        "rotation in SanaLinearAttnProcessor3_0: it also needs queries and keys unrotated, and rotates by a function "
+        "rotation in SanaLinearAttnProcessor3_0: it also uses unrotated queries and keys, and rotates by a function "
         "that it defines in every call",
     ),
 )
@@ -31,7 +31,7 @@ def _is_a(attention_class: str, model: Any, attention: Any) -> bool:
 
 
 def _rotates_inside(attention_class: str) -> AttentionRotation:
-    """The inner attention module of a block, which holds no parameters and is given normed queries and keys."""
+    """The inner attention module of a block, which has no parameters and gets normed queries and keys."""
     return AttentionRotation(
         attention=r"blocks\.\d+\.attn\.attn",
         attention_class=attention_class,
@@ -49,8 +49,8 @@ SANA_WM = ModelAdapter(
     (ModelTables("rope", "SanaWMRotaryPosEmbed"),),
     (_rotates_inside("SanaWMSoftmaxAttention"), _rotates_inside("SanaWMBidirectionalGDNAttention")),
     not_patched=(
-        "q_norm and k_norm, because of linear attention queries and keys are also needed unrotated, and the softmax "
-        "attention of the camera branch may need the table",
+        "q_norm and k_norm, because linear attention also uses unrotated queries and keys, and the softmax attention "
+        "of the camera branch may need the table",
         "rotation of the camera branch: it is one half of a transform whose other half is a matrix of each token",
     ),
 )
@@ -58,7 +58,7 @@ SANA_WM = ModelAdapter(
 
 SANA_WM_REFINER = ModelAdapter(
     f"{_TRANSFORMERS}.transformer_sana_wm_refiner.SanaWMLTX2RefinerTransformer3DModel",
-    # The pipeline has the model ask for them in every step, before the forward that it gives them to.
+    # In every step the pipeline asks the rope module for tables, and passes them to the forward.
     (ModelTables("rope", "SanaWMLTX2AudioVideoRotaryPosEmbed"),),
     tuple(
         AttentionRotation(

@@ -1,8 +1,8 @@
 """Stable Audio: half pairing within the first half of a head's channels.
 
-The first model is given its tables and has no norm. Stable Audio 3 builds angles, of which its attention makes cos and
-sin in every call; it has an RMSNorm per head of its own, which takes the two queries and two keys of differential
-attention in turn, and a processor that always rotates, by a function of its module. Sources:
+The first model gets tables from its pipeline and has no norm. Stable Audio 3 builds angles, and its attention computes
+cos and sin in every call. Its RMSNorm per head is called for both queries and both keys of differential attention, one
+after another. Its processor always rotates, by a function of its module. Sources:
 ``stable_audio_transformer.py`` and ``transformer_stable_audio3.py`` of diffusers 0.42.1.
 """
 
@@ -25,7 +25,7 @@ def _head_dim(attention: Any) -> int:
 
 
 def _split_angles(rotary: Any) -> list[Pair]:
-    """Cos and sin of all the angles, of which the second half repeats the first, as the model makes them."""
+    """Cos and sin of the angles, computed like in the model. The second half of the angles repeats the first."""
     angles = rotary.float()
     cos, sin = (four_dims(x)[..., : angles.shape[-1] // 2] for x in (angles.cos(), angles.sin()))
     return [(cos, sin)]
@@ -37,8 +37,8 @@ def _join_angles(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
 
 
 def _halves(rotary: Any) -> list[Pair]:
-    one, other = rotary.chunk(2, dim=-1)
-    return [(one, other)]
+    first, second = rotary.chunk(2, dim=-1)
+    return [(first, second)]
 
 
 class _LastTokens(Tokens):
@@ -65,7 +65,7 @@ STABLE_AUDIO = ModelAdapter(
             partial=True,
         ),
     ),
-    not_patched=("tables, which the pipeline makes once and hands over",),
+    not_patched=("tables, which the pipeline builds once for all steps",),
 )
 STABLE_AUDIO_3 = ModelAdapter(
     "diffusers.models.transformers.transformer_stable_audio3.StableAudio3DiTModel",

@@ -1,8 +1,8 @@
-"""Wan-Animate 2: a video, and a reference video at positions of its own, whose keys are cached before they rotate.
+"""Wan-Animate 2: a video, and a reference video at other positions, whose keys are cached before they rotate.
 
-Pairs are neighbours; norms are across heads, and what they return is cached, so that it rotates where the processor
-does. The processor is given the frequencies of 512 positions per axis and the sizes of the grid, and expands one by the
-other in every call. Text and image stand in attention modules that do not rotate. Source:
+Pairs are neighbours, norms are across heads. Normed keys are cached unrotated, so norms must not rotate: the function
+that rotates is replaced. The processor gets complex numbers of 512 positions per axis and the sizes of the grid, and
+expands them in every call. Text and image are used in attention modules that do not rotate. Source:
 ``transformer_wan_animate_2.py`` of diffusers 0.42.1.
 """
 
@@ -47,7 +47,7 @@ def _positions(grid: list[int], stride: int, device: torch.device) -> torch.Tens
 
 
 def _join(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """A line of frames, whose side axes have one position, at the angles of its first token."""
+    """A grid of frames of one token each."""
     numbers = torch.complex(cos[0, :, 0], sin[0, :, 0])
     return torch.tensor([[len(numbers), 1, 1]]), numbers, 1
 

@@ -1,8 +1,8 @@
 """Z-Image, its ControlNet and Bria Fibo 2: complex tables that are gathered in every pass, RMSNorm per head or none.
 
-Neighbouring channels rotate, all tokens of a sequence, whatever the order of its parts. Z-Image has a table for each
-sample, in which rows of padding are zeros. Its ControlNet runs with blocks of the transformer beside its own, so that
-both models may hold the same attention. Sources, all in diffusers 0.42.1: ``transformer_z_image.py``,
+Pairs are neighbours. All tokens of a sequence rotate, whatever the order of its parts. Z-Image has a table for each
+sample, in which rows of padding are zeros. Its ControlNet also runs blocks of the transformer, so two models may hold
+the same attention module. Sources, all in diffusers 0.42.1: ``transformer_z_image.py``,
 ``controlnet_z_image.py``, ``transformer_bria_fibo2.py``.
 """
 

@@ -1,8 +1,8 @@
 """The caches of the package in one place: what each keeps, their counters, their caps, and how to empty them.
 
-Whatever keeps tensors beyond the objects that they belong to is one of these. What else is remembered goes with its
-object (the validated calls of a table, what a table of a model was packed to) or holds no tensor (specs, launches, the
-source of functions).
+Everything that keeps tensors longer than their owner lives is one of these. Other results are remembered on an object
+and freed with it (validated calls of a table, packed tables of a model), or hold no tensors (specs, launches, source
+code).
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ def _tensors_of(value: HoldsTensors | torch.Tensor) -> Iterable[torch.Tensor]:
 
 
 TABLES: FifoCache[Hashable, HoldsTensors | torch.Tensor] = FifoCache("table", 16, 256 * 2**20, _tensors_of)
-"""What users ask for: tables, their dense forms, positions."""
+"""Tables, their dense forms, and positions, as users ask for them."""
 AXES: FifoCache[Hashable, torch.Tensor] = FifoCache("axis", 256, 64 * 2**20, _tensors_of)
 """Cos and sin of single axes in host memory, by :class:`~dit_rope.tables.axes.AxisKey`."""
 EXPANDED: FifoCache[Hashable, Sequence[torch.Tensor]] = FifoCache(
     "expanded table", 8, 64 * 2**20, lambda tensors: tensors
 )
-"""Cos and sin of every token, which the eager backend expands of tables on CPU."""
+"""Cos and sin of every token, which the eager backend expands from tables on CPU."""
 MODEL_TABLES: FifoCache[Hashable, HoldsTensors] = FifoCache(
     "model table", 64, 2**30, _tensors_of, across_streams=False, in_default_device=True
 )
-"""What rope modules of patched models build themselves, and what their keys hold."""
+"""Tables that patched models build themselves, and tensors that their cache keys identify."""
 FREQUENCIES: FifoCache[Hashable, AxisFrequencies] = FifoCache(
     "frequency", 256, 2**20, lambda frequencies: (frequencies.inverse,)
 )
-"""Frequencies of scaled axes: a stream, or steps of a changing scaling, ask for the same ones again."""
+"""Frequencies of axes: a stream, or a scaling that changes with the step, asks for the same frequencies again."""
 SHIFTS: FifoCache[Hashable, torch.Tensor] = FifoCache("shift", 256, 2**20, _tensors_of)
-"""Cos and sin by which whole keys are shifted, one row for each shift that is in no table."""
+"""Cos and sin of shifts of whole keys: one row for each shift that is not in a table."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class TableCacheInfo:
     Attributes:
         tables: tables, dense forms and position tensors, one entry each.
         axes: cos and sin of single axes in host memory, which tables of many grids and shards share.
-        expanded: cos and sin of every token, which the eager backend expands of tables on CPU.
+        expanded: cos and sin of every token, which the eager backend expands from tables on CPU.
         models: tables that patched models build themselves.
-        frequencies: frequencies of scaled axes, and their copies on devices.
+        frequencies: frequencies of axes, and their copies on devices.
         shifts: cos and sin by which :func:`~dit_rope.shift_keys` moves whole keys.
     """
 

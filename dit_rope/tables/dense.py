@@ -66,9 +66,9 @@ def token_range(key: TableKey) -> TokenRange:
 def build_dense(
     key: TableKey, device: torch.device, arrays: list[tuple[int, torch.Tensor]] | None = None
 ) -> DenseTable:
-    """Expands axis arrays by copying each to its columns; no trigonometry, and no gather for a whole grid.
+    """Expands axis arrays by copying each to its columns, without trigonometry, and without a gather for a whole grid.
 
-    ``arrays`` are those of :func:`axis_arrays` for the spec and grid of ``key`` by default.
+    ``arrays`` is the result of :func:`axis_arrays` for the spec and grid of ``key`` by default.
     """
     arrays = axis_arrays(key.spec, key.grid, key.dtype) if arrays is None else arrays
     tokens, spec = token_range(key), key.spec
@@ -94,8 +94,8 @@ def build_dense(
                 target, value = target.view(*tokens.sizes, width), value.view(*shape, -1)
             else:
                 target, value = target[: tokens.inside], value[coordinates[axis]]
-            for each in columns:
-                target[..., each] = value
+            for span in columns:
+                target[..., span] = value
     flat[0][tokens.inside :] = 1.0
     flat[1][tokens.inside :] = 0.0
     return DenseTable(flat, (flat[0][None, :, None], flat[1][None, :, None]))

@@ -18,7 +18,7 @@ from ..torch_state import WITHOUT_FLOAT64_OR_COMPLEX, in_mode
 from .caches import FREQUENCIES
 from .scaling_types import TYPES, AxisFrequencies, ScalingFunction, ScalingType, default
 
-# Keys of transformers' dictionaries that name the type, or belong to the rotation and not to its scaling.
+# Keys of transformers' dictionaries: those that name the type, then those that are ignored.
 _TYPE_KEYS = ("rope_type", "type")
 _OTHER_NAMES = {"mrope": "default"}  # Qwen2-VL: several axes, frequencies as trained
 _WITHOUT_EFFECT = frozenset({"finetuned"})  # in checkpoints of YaRN's authors; no code reads it
@@ -67,14 +67,14 @@ def axis_frequencies(spec: RopeSpec, axis: int) -> AxisFrequencies:
     """The frequencies of one axis of ``spec``, with its scaling.
 
     Raises:
-        ValueError: an unknown type, options that it does not take, or a type of the frame axis on another axis.
+        ValueError: an unknown type, options that it does not take, or a type for the frame axis on another axis.
     """
     scaling = spec.axis_scaling(axis)
     if scaling is not None and axis > 0 and scaling.kind in TYPES and TYPES[scaling.kind].frame_axis_only:
-        others = ", None" * (len(spec.dims) - 1)
+        unscaled = ", None" * (len(spec.dims) - 1)
         raise ValueError(
             f"scaling must have {scaling.kind} on the frame axis alone, got it on axis {axis}; pass "
-            f"(Scaling.of({scaling.kind!r}, ...){others})"
+            f"(Scaling.of({scaling.kind!r}, ...){unscaled})"
         )
     return scaled_frequencies(scaling, spec.dims[axis], spec.theta, spec.frequency_dtype)
 
@@ -214,8 +214,8 @@ def _as_mapping(config: object) -> Mapping[str, Any]:
         return config
     named = (*_IN_MODEL_CONFIG, *_TYPE_KEYS, *_CONTEXT_OF_MODEL)
     # A model's configuration may have these through __getattr__ alone, and a dataclass with slots has no __dict__.
-    known = {*named, *getattr(config, "__dict__", ()), *getattr(config, "__dataclass_fields__", ())}
-    attributes = {name: getattr(config, name) for name in known if not name.startswith("_") and hasattr(config, name)}
+    names = {*named, *getattr(config, "__dict__", ()), *getattr(config, "__dataclass_fields__", ())}
+    attributes = {name: getattr(config, name) for name in names if not name.startswith("_") and hasattr(config, name)}
     if isinstance(config, type) or not any(name in attributes for name in (*_IN_MODEL_CONFIG, *_TYPE_KEYS)):
         raise TypeError(
             "config must be a rope_scaling dictionary, an object with such attributes, or None, "

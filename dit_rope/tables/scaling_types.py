@@ -35,8 +35,8 @@ class AxisFrequencies:
         position_divisor, position_scale: positions are divided by the first, then multiplied by the second.
         angle_divisor: angles are divided by it.
 
-    One factor of the angles would be enough in exact arithmetic. There are three because each model's code rounds at
-    another place.
+    In exact arithmetic one factor of the angles would be enough. There are three because each model's code rounds at
+    a different place.
 
     Raises:
         TypeError, ValueError: naming the field, the rule and the value.
@@ -218,7 +218,7 @@ def yarn(
     factor = _growth("yarn", factor, max_position_embeddings, length)
 
     def pair_with(rotations: float) -> float:
-        """The pair that rotates so many times over the original length."""
+        """The pair, as a fraction, that makes ``rotations`` rotations over the original length."""
         return dim * math.log(length / (positive("beta", rotations) * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = pair_with(beta_fast), pair_with(beta_slow)
@@ -252,7 +252,7 @@ def longrope(
     attention_factor: float | None = None,
     factor: float | None = None,
 ) -> AxisFrequencies:
-    """LongRoPE (arXiv:2402.13753): a divisor per pair, from ``short_factor`` up to the original length, else the other.
+    """LongRoPE (arXiv:2402.13753): one divisor per pair: ``short_factor``, or ``long_factor`` for longer sequences.
 
     ``attention_factor`` is the factor of cos and sin. By default it follows from ``factor``, which is
     ``max_position_embeddings / original_max_position_embeddings`` by default.
@@ -285,8 +285,8 @@ def llama3(
     frequencies = base_frequencies(dim, theta, dtype)
     length = positive("original_max_position_embeddings", original_max_position_embeddings)
     rotations = length * frequencies / (2 * math.pi)
-    kept = ((rotations - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return AxisFrequencies(frequencies * kept + frequencies / positive("factor", factor) * (1 - kept))
+    trained = ((rotations - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return AxisFrequencies(frequencies * trained + frequencies / positive("factor", factor) * (1 - trained))
 
 
 @_scaling_type()
@@ -324,7 +324,7 @@ def riflex(
         raise ValueError(f"riflex scaling must have k or repetition, and not both, got {k} and {repetition}")
     if k is None:
         k, _ = intrinsic_pair(dim, theta, positive("repetition", repetition))
-    if k not in range(1, dim // 2 + 1):  # 4.0 is in it, and must be: as a key of caches it equals 4
+    if k not in range(1, dim // 2 + 1):  # 4.0 is accepted, because as a cache key it equals 4
         raise ValueError(f"k must be an int from 1 to the number of pairs of the axis ({dim // 2}), got {k}")
     frequencies = base_frequencies(dim, theta, dtype)
     slowed = positive("margin", margin) * 2 * math.pi / positive("frames", frames)

@@ -102,7 +102,7 @@ def grid_coordinates(sizes: tuple[int, ...], offset: int, count: int, device: to
     """Per axis, the int64 coordinates of the tokens ``offset <= i < offset + count`` that are in a row-major grid.
 
     Example:
-        >>> [each.tolist() for each in grid_coordinates((2, 3), 2, 3, torch.device("cpu"))]
+        >>> [x.tolist() for x in grid_coordinates((2, 3), 2, 3, torch.device("cpu"))]
         [[0, 1, 1], [2, 0, 1]]
     """
     total = math.prod(sizes)

@@ -59,7 +59,7 @@ class RopeTable:
     cached: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        if torch.compiler.is_compiling():  # which takes no object that is not whole yet
+        if torch.compiler.is_compiling():  # dynamo cannot trace properties of an object that is still being made
             return
         rows, shape = self.rows, (2, self.blocks[-1][1], max(self.spec.pairs))
         if tuple(rows.shape) != shape or rows.dtype != self.dtype or rows.device.type != self.device.type:
@@ -106,7 +106,7 @@ class RopeTable:
         Example:
             >>> from dit_rope import Grid, RopeSpec, rope_table
             >>> table = rope_table(RopeSpec((8, 4, 4)), Grid(2, 3, 4))
-            >>> [part.shape for part in table.axis(1)]
+            >>> [x.shape for x in table.axis(1)]
             [torch.Size([3, 2]), torch.Size([3, 2])]
         """
         axis = integer("axis", axis, 0)

@@ -205,7 +205,7 @@ def test_calls_leave_nothing_in_the_caches() -> None:
     x = torch.randn(2, 3, 11, 32)
     apply_rotary_emb(x, tables(11, 32, F32, True))
     apply_rotary_pos_emb(x, x, *(part.expand(2, 11, 32) for part in tables(11, 32, F32, False)))
-    assert dit_rope.cache_info().angles.entries == 0
+    assert dit_rope.cache_info().expanded.entries == 0
 
 
 def test_compiled_calls_equal_the_plain_ones_without_a_graph_break() -> None:
