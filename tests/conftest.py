@@ -59,8 +59,8 @@ def contract_backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     """
     from contract_calls import prepared
 
-    kept = os.environ.get("DIT_ROPE_EMULATION_CACHE")
-    with prepared(Path(kept) if kept else tmp_path_factory.mktemp("kernels")):
+    folder = os.environ.get("DIT_ROPE_EMULATION_CACHE")
+    with prepared(Path(folder) if folder else tmp_path_factory.mktemp("kernels")):
         yield
 
 

@@ -18,12 +18,12 @@ def embed(sizes=(3, 4, 6), dims=WAN_DIMS, theta=10_000, hidden=1536, **settings)
     return get_rotary_pos_embed(sizes, hidden, 12, dims, theta, **settings)
 
 
-def assert_bitwise(ours, theirs) -> None:
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine.dtype == other.dtype
-        assert mine.shape == other.shape
-        assert mine.is_contiguous()
-        assert torch.equal(mine, other)
+def assert_bitwise(actual, expected) -> None:
+    for x, y in zip(actual, expected, strict=True):
+        assert x.dtype == y.dtype
+        assert x.shape == y.shape
+        assert x.is_contiguous()
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("use_real", [True, False], ids=["use_real", "pairs"])
@@ -32,9 +32,9 @@ def assert_bitwise(ours, theirs) -> None:
 @pytest.mark.parametrize("sizes", GRIDS, ids=str)
 def test_builder_is_bitwise_equal_to_the_full_grid(sizes, dtype, start_frame, use_real) -> None:
     for dims, theta in ((WAN_DIMS, 10_000), (HUNYUAN_DIMS, 256)):
-        ours = embed(sizes, dims, theta, dtype=dtype, start_frame=start_frame, use_real=use_real)
+        actual = embed(sizes, dims, theta, dtype=dtype, start_frame=start_frame, use_real=use_real)
         settings = {"dtype": dtype, "start_frame": start_frame, "repeat": use_real}
-        assert_bitwise(ours, full_grid_table(sizes, tuple(dims), theta, **settings))
+        assert_bitwise(actual, full_grid_table(sizes, tuple(dims), theta, **settings))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -43,11 +43,11 @@ def test_builder_is_bitwise_equal_to_the_full_grid(sizes, dtype, start_frame, us
     [(2.0, 1.0), (1.0, 0.3), ([1.5], [0.7]), ([2.0, 1.0, 3.0], [0.5, 1.0, 1 / 3]), (20 / 24, [2.0, 2.0, 0.1])],
 )
 def test_builder_is_bitwise_equal_with_factors(rescale, interpolation, dtype) -> None:
-    ours = embed(
+    actual = embed(
         (5, 7, 9), theta_rescale_factor=rescale, interpolation_factor=interpolation, dtype=dtype, start_frame=7
     )
     settings = {"rescale": rescale, "interpolation": interpolation, "dtype": dtype, "start_frame": 7}
-    assert_bitwise(ours, full_grid_table((5, 7, 9), tuple(WAN_DIMS), 10_000, **settings))
+    assert_bitwise(actual, full_grid_table((5, 7, 9), tuple(WAN_DIMS), 10_000, **settings))
 
 
 @pytest.mark.parametrize("use_real", [True, False], ids=["use_real", "pairs"])
@@ -57,17 +57,17 @@ def test_shards_are_bitwise_equal_and_their_sum_is_the_whole(axis, world, dtype,
     sizes, settings = (4, 6, 10), {"dtype": dtype, "start_frame": 18}
     parts = []
     for rank in range(world):
-        ours = embed(
+        actual = embed(
             sizes, **settings, use_real=use_real, shard_dim=axis, do_sp_sharding=True, sp_rank=rank, sp_world_size=world
         )
-        theirs = full_grid_table(
+        expected = full_grid_table(
             sizes, tuple(WAN_DIMS), 10_000, **settings, repeat=use_real, shard_axis=axis, rank=rank, world=world
         )
-        assert_bitwise(ours, theirs)
+        assert_bitwise(actual, expected)
         local = [size // world if a == axis else size for a, size in enumerate(sizes)]
-        parts.append([part.view(*local, -1) for part in ours])
+        parts.append([table.view(*local, -1) for table in actual])
     whole = embed(sizes, **settings, use_real=use_real)
-    assert_bitwise([torch.cat(part, dim=axis).flatten(0, 2) for part in zip(*parts, strict=True)], whole)
+    assert_bitwise([torch.cat(table, dim=axis).flatten(0, 2) for table in zip(*parts, strict=True)], whole)
 
 
 def test_rank_and_world_come_from_the_default_group(tmp_path) -> None:
@@ -93,9 +93,9 @@ def test_rank_and_world_are_ignored_without_sharding() -> None:
 def test_repeated_call_returns_the_same_tensors_from_one_entry() -> None:
     first = embed()
     for _ in range(9):
-        again = embed()
-        assert again[0] is first[0]
-        assert again[1] is first[1]
+        repeated = embed()
+        assert repeated[0] is first[0]
+        assert repeated[1] is first[1]
     assert cache_info().tables.entries == 1
     assert (cache_info().tables.hits, cache_info().tables.misses) == (9, 1)
 
@@ -166,10 +166,10 @@ def test_degenerate_grids_have_their_rows(sizes) -> None:
     assert embed(sizes)[0].shape == (sizes[0] * sizes[1] * sizes[2], 128)
 
 
-@pytest.mark.parametrize("same", [2.0, [2.0], (2.0, 2.0, 2.0), [2, 2, 2]], ids=str)
-def test_a_factor_and_the_list_that_repeats_it_share_one_entry(same) -> None:
+@pytest.mark.parametrize("spelling", [2.0, [2.0], (2.0, 2.0, 2.0), [2, 2, 2]], ids=str)
+def test_a_factor_and_the_list_that_repeats_it_share_one_entry(spelling) -> None:
     first = embed(theta_rescale_factor=2.0, interpolation_factor=2.0)
-    assert embed(theta_rescale_factor=same, interpolation_factor=same)[0] is first[0]
+    assert embed(theta_rescale_factor=spelling, interpolation_factor=spelling)[0] is first[0]
     assert cache_info().tables.entries == 1
 
 

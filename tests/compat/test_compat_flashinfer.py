@@ -22,6 +22,7 @@ from dit_rope.compat.flashinfer import (
 )
 from dit_rope.tables import scaling
 from serving import angles_at, assert_rotated, cos_sin_cache, frequencies, one_thread  # noqa: F401
+from tolerance import all_equal
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -30,36 +31,36 @@ both_pairings = pytest.mark.parametrize("interleave", [True, False], ids=["inter
 
 def llama31_frequencies(rotary_dim: int, theta: float) -> torch.Tensor:
     """``[rotary_dim / 2]`` in float64, wave by wave, as Llama 3.1's model card has them: 8, 1, 4 and 8192."""
-    found = []
+    scaled = []
     for frequency in frequencies(rotary_dim, theta).tolist():
         wave = 2 * math.pi / frequency
         if wave < 8192 / 4:
-            found.append(frequency)
+            scaled.append(frequency)
         elif wave > 8192 / 1:
-            found.append(frequency / 8)
+            scaled.append(frequency / 8)
         else:
-            kept = (8192 / wave - 1) / (4 - 1)
-            found.append((1 - kept) * frequency / 8 + kept * frequency)
-    return torch.tensor(found, dtype=torch.float64)
+            share = (8192 / wave - 1) / (4 - 1)
+            scaled.append((1 - share) * frequency / 8 + share * frequency)
+    return torch.tensor(scaled, dtype=torch.float64)
 
 
 def packed(tokens: int, heads: int, key_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Queries and keys of one packed tensor: tokens further apart than their heads."""
-    both = torch.randn(tokens, heads + 2 * key_heads, head_dim).to(dtype)
-    return both[:, :heads], both[:, heads : heads + key_heads]
+    qk = torch.randn(tokens, heads + 2 * key_heads, head_dim).to(dtype)
+    return qk[:, :heads], qk[:, heads : heads + key_heads]
 
 
 def call(
-    name: str, q: torch.Tensor, k: torch.Tensor, where: tuple[torch.Tensor, ...], inplace: bool, **options: object
+    name: str, q: torch.Tensor, k: torch.Tensor, segments: tuple[torch.Tensor, ...], inplace: bool, **options: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Calls the function of ``name``, or its version in place, and returns what is rotated."""
     if not inplace:
         before = q.clone(), k.clone()
-        turned = getattr(flashinfer, name)(q, k, *where, **options)
+        rotated = getattr(flashinfer, name)(q, k, *segments, **options)
         assert torch.equal(q, before[0])
         assert torch.equal(k, before[1])
-        return turned
-    assert getattr(flashinfer, f"{name}_inplace")(q, k, *where, **options) is None
+        return rotated
+    assert getattr(flashinfer, f"{name}_inplace")(q, k, *segments, **options) is None
     return q, k
 
 
@@ -80,10 +81,10 @@ def test_ragged_rotation_is_within_the_bound(
     offsets = torch.full((batch,), offset, dtype=torch.int32)
     name = "apply_llama31_rope" if llama31 else "apply_rope"
     options = {"rotary_dim": rotary_dim, "interleave": interleave, "rope_theta": theta}
-    turned = call(name, q, k, (indptr, offsets), inplace, **options)
+    rotated = call(name, q, k, (indptr, offsets), inplace, **options)
     table = llama31_frequencies(rotary_dim, theta) if llama31 else frequencies(rotary_dim, theta)
     cos, sin = angles_at(torch.arange(offset, offset + length).repeat(batch), table)
-    for x, after in zip(before, turned, strict=True):
+    for x, after in zip(before, rotated, strict=True):
         assert_rotated(after[None], x[None], cos, sin, interleaved=interleave)
 
 
@@ -97,13 +98,13 @@ def test_positions_and_segments_give_the_same_bits(
     positions = torch.tensor([4, 6, 7, 8, 9, 3, 4, 5, 6, 7], dtype=index)
     indptr, offsets = torch.tensor([0, 1, 5, 10], dtype=index), torch.tensor([4, 6, 3], dtype=index)
     q, k = packed(10, 3, 1, 64, BF16)
-    others = q.clone(), k.clone()
-    by_position = call(f"{name}_pos_ids", *others, (positions,), inplace, interleave=interleave)
+    copies = q.clone(), k.clone()
+    by_position = call(f"{name}_pos_ids", *copies, (positions,), inplace, interleave=interleave)
     by_segment = call(name, q, k, (indptr, offsets), inplace, interleave=interleave)
-    assert all(map(torch.equal, by_position, by_segment))
+    assert all_equal(by_position, by_segment)
     if not inplace:
         listed = getattr(flashinfer, name)(q, k, [0, 1, 5, 10], [4, 6, 3], interleave=interleave)
-        assert all(map(torch.equal, listed, by_segment))
+        assert all_equal(listed, by_segment)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +139,8 @@ def test_segments_become_positions_without_a_wait() -> None:
 @pytest.mark.parametrize("scale", [4, 0.5, 1.7])
 def test_scale_divides_positions(scale: float) -> None:
     q, k = packed(8, 2, 1, 64, F32)
-    turned, _ = apply_rope_pos_ids(q, k, torch.arange(8), rope_scale=scale)
-    assert_rotated(turned[None], q[None], *angles_at(torch.arange(8) / scale, frequencies(64)), interleaved=False)
+    rotated, _ = apply_rope_pos_ids(q, k, torch.arange(8), rope_scale=scale)
+    assert_rotated(rotated[None], q[None], *angles_at(torch.arange(8) / scale, frequencies(64)), interleaved=False)
 
 
 CACHED = [
@@ -173,17 +174,17 @@ def test_cached_rotation_is_within_the_bound(
     cache, positions = cos_sin_cache(rows, rotary_dim, table), torch.arange(tokens) % rows
     query, key = (torch.randn(tokens, count * head_size).to(dtype) for count in heads)
     before = query.clone(), key.clone()
-    turned = apply_rope_with_cos_sin_cache(positions, query, key, head_size, cache, is_neox)
+    rotated = apply_rope_with_cos_sin_cache(positions, query, key, head_size, cache, is_neox)
     assert torch.equal(query, before[0])
     assert torch.equal(key, before[1])
     cos, sin = cache[positions].chunk(2, dim=-1)
-    for x, after in zip(before, turned, strict=True):
+    for x, after in zip(before, rotated, strict=True):
         shape = (1, tokens, -1, head_size)
         assert after.shape == x.shape
         assert_rotated(after.view(shape), x.view(shape), cos, sin, interleaved=not is_neox)
     assert apply_rope_with_cos_sin_cache_inplace(positions, query, key, head_size, cache, is_neox) is None
-    assert torch.equal(query, turned[0])
-    assert torch.equal(key, turned[1])
+    assert torch.equal(query, rotated[0])
+    assert torch.equal(key, rotated[1])
 
 
 def test_cached_function_in_place_has_vllms_arguments() -> None:
@@ -197,11 +198,11 @@ def test_cached_rotation_takes_views_of_packed_memory_and_three_dims() -> None:
     q, k = packed(7, 3, 2, 80, BF16)
     cache, positions = cos_sin_cache(50, 80, F32), torch.arange(7, dtype=torch.int32)
     expected = apply_rope_with_cos_sin_cache(positions, q.flatten(1), k.flatten(1), 80, cache)
-    turned = apply_rope_with_cos_sin_cache(positions, q, k, 80, cache)
+    rotated = apply_rope_with_cos_sin_cache(positions, q, k, 80, cache)
     apply_rope_inplace_with_cache(positions, q, k, 80, cache)
-    for after, new, wanted in zip((q, k), turned, expected, strict=True):
-        assert torch.equal(after, wanted.view(after.shape))
-        assert torch.equal(new, wanted.view(after.shape))
+    for after, new, exact in zip((q, k), rotated, expected, strict=True):
+        assert torch.equal(after, exact.view(after.shape))
+        assert torch.equal(new, exact.view(after.shape))
 
 
 @both_pairings
@@ -210,8 +211,8 @@ def test_rotation_without_a_cache_equals_that_with_one(interleave: bool) -> None
     q, k = (torch.rand(64, heads, 128) * 2 - 1 for heads in (4, 2))
     positions, cache = torch.randint(8192, (64,)), cos_sin_cache(8192, 128, F32)
     cached = apply_rope_with_cos_sin_cache(positions, q, k, 128, cache, not interleave)
-    for mine, other in zip(apply_rope_pos_ids(q, k, positions, interleave=interleave), cached, strict=True):
-        assert (mine - other).abs().max() <= 1e-6
+    for actual, expected in zip(apply_rope_pos_ids(q, k, positions, interleave=interleave), cached, strict=True):
+        assert (actual - expected).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("position", [0, 1, 1000, 10**5, 10**6, 2**24 + 1, -5, -(10**6)])
@@ -219,9 +220,9 @@ def test_angles_stay_exact_at_any_position(position: int) -> None:
     """A float32 in cos or sin rounded once, wherever: half a step below 1, which 1e-5 is far above."""
     positions = torch.full((33,), position)
     for count in (1, 33):  # a row for each token, and where there are tokens enough, a shared table
-        rows, where = angles.token_rows(positions[:count], dit_rope.RopeSpec((128,)), torch.device("cpu"), F32)
-        at = 0 if where is None else int(where[0, 0, 0])
-        assert (where is None) == (count == 1 or not 0 <= position < 2**24)
+        rows, indices = angles.token_rows(positions[:count], dit_rope.RopeSpec((128,)), torch.device("cpu"), F32)
+        at = 0 if indices is None else int(indices[0, 0, 0])
+        assert (indices is None) == (count == 1 or not 0 <= position < 2**24)
         expected = torch.stack(angles_at(torch.tensor(position), frequencies(128)))
         # Frequencies of another float64 power differ in their last place, which is 1e-9 of an angle at position 10**6.
         assert (rows[:, at] - expected).abs().max() <= 2**-25 + abs(position) * 2**-51
@@ -236,9 +237,9 @@ def test_cached_rotation_at_position_100000_is_off_by_the_caches_rounding_alone(
     query = torch.zeros(2, 16).to(dtype)
     query[:, :8] = 1.0
     positions = torch.tensor([10**5, 99_999])
-    turned, _ = apply_rope_with_cos_sin_cache(positions, query, query, 16, cos_sin_cache(10**5 + 1, 16, table))
+    rotated, _ = apply_rope_with_cos_sin_cache(positions, query, query, 16, cos_sin_cache(10**5 + 1, 16, table))
     expected = torch.cat(angles_at(positions, frequencies(16)), dim=-1)
-    error = (turned.double() - expected).abs().max()
+    error = (rotated.double() - expected).abs().max()
     assert error <= bound
     assert table == F32 or error > 1e-5
 
@@ -257,24 +258,24 @@ def test_layers_share_one_table_and_decoding_steps_share_axis_rows() -> None:
 def test_far_apart_positions_make_no_table() -> None:
     q, k = packed(40, 2, 1, 64, F32)
     positions = torch.arange(40) * 10_000
-    turned, _ = apply_rope_pos_ids(q, k, positions)
+    rotated, _ = apply_rope_pos_ids(q, k, positions)
     info = dit_rope.cache_info()
     assert (info.tables.entries, info.angles.entries) == (0, 0)
-    assert_rotated(turned[None], q[None], *angles_at(positions, frequencies(64)), interleaved=False)
+    assert_rotated(rotated[None], q[None], *angles_at(positions, frequencies(64)), interleaved=False)
 
 
 def test_devices_without_float64_form_angles_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "WITHOUT_FLOAT64_OR_COMPLEX", frozenset({"cpu"}))
     q, k = packed(3, 2, 1, 64, F32)
     positions = torch.tensor([0, 10_000, 3])
-    turned, _ = apply_rope_pos_ids(q, k, positions)
+    rotated, _ = apply_rope_pos_ids(q, k, positions)
     narrow = positions.float()[:, None] * frequencies(64).float()
     # Half a step of a float32 angle, twice: the frequency and the product are rounded.
     allowed = 2 * 10_000 * 2**-24 + 8 * 2**-24
     expected = apply_rope_with_cos_sin_cache(
         torch.arange(3), q.flatten(1), k.flatten(1), 64, torch.cat((narrow.cos(), narrow.sin()), -1)
     )[0]
-    assert (turned - expected.view(turned.shape)).abs().max() <= allowed * q.abs().max() * math.sqrt(2)
+    assert (rotated - expected.view(rotated.shape)).abs().max() <= allowed * q.abs().max() * math.sqrt(2)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
@@ -283,9 +284,9 @@ def test_rotation_without_a_cache_is_within_the_bound_on_every_device(device: st
     positions = torch.tensor([4, 6, 7, 8, 9, 3, 4, 5, 6, 7])
     cos, sin = angles_at(positions, frequencies(32))
     indptr, offsets = (torch.tensor(x, device=device) for x in ([0, 1, 5, 10], [4, 6, 3]))
-    for where in ((indptr, offsets), ([0, 1, 5, 10], [4, 6, 3])):
-        turned = apply_rope(q.to(device), k.to(device), *where, rotary_dim=32)
-        for x, after in zip((q, k), turned, strict=True):
+    for segments in ((indptr, offsets), ([0, 1, 5, 10], [4, 6, 3])):
+        rotated = apply_rope(q.to(device), k.to(device), *segments, rotary_dim=32)
+        for x, after in zip((q, k), rotated, strict=True):
             assert_rotated(after.cpu()[None], x[None], cos, sin, interleaved=False)
 
 
@@ -294,7 +295,7 @@ def test_compiled_call_equals_the_plain_one_without_a_graph_break() -> None:
     q, k = packed(10, 2, 1, 64, F32)
     positions = torch.arange(10)
     compiled = torch.compile(apply_rope_pos_ids, backend="aot_eager", fullgraph=True)(q, k, positions)
-    assert all(map(torch.equal, compiled, apply_rope_pos_ids(q, k, positions)))
+    assert all_equal(compiled, apply_rope_pos_ids(q, k, positions))
 
 
 def test_gradients_are_those_of_the_inverse_rotation() -> None:

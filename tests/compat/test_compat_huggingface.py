@@ -17,7 +17,7 @@ import dit_rope
 import oracle
 from dit_rope.compat.huggingface import apply_rotary_emb, apply_rotary_pos_emb
 from serving import HEAD_SIZES, HEADS, angles_at, assert_rotated, frequencies, one_thread  # noqa: F401
-from tolerance import assert_within
+from tolerance import all_equal, assert_within
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = [F32, BF16, F16]
@@ -33,7 +33,9 @@ def repeated(half: torch.Tensor, interleaved: bool) -> torch.Tensor:
 
 def tables(tokens: int, width: int, dtype: torch.dtype, interleaved: bool) -> tuple[torch.Tensor, ...]:
     """Cos and sin ``[tokens, width]``."""
-    return tuple(repeated(part, interleaved).to(dtype) for part in angles_at(torch.arange(tokens), frequencies(width)))
+    return tuple(
+        repeated(table, interleaved).to(dtype) for table in angles_at(torch.arange(tokens), frequencies(width))
+    )
 
 
 @pytest.mark.parametrize(("dtype", "table"), [(F32, F32), (BF16, F32), (F16, BF16), (BF16, F64)], ids=NAMES.get)
@@ -45,10 +47,10 @@ def test_exact_rotation_equals_diffusers(
 ) -> None:
     x = torch.randn(2, 11, 3, head_size).to(dtype)
     freqs = tables(x.shape[sequence_dim], head_size, table, unbind == -1)
-    turned = apply_rotary_emb(x, freqs, True, unbind, sequence_dim)
-    assert torch.equal(turned, embeddings.apply_rotary_emb(x, freqs, True, unbind, sequence_dim))
-    assert turned.dtype == dtype
-    assert turned.is_contiguous()
+    rotated = apply_rotary_emb(x, freqs, True, unbind, sequence_dim)
+    assert torch.equal(rotated, embeddings.apply_rotary_emb(x, freqs, True, unbind, sequence_dim))
+    assert rotated.dtype == dtype
+    assert rotated.is_contiguous()
 
 
 @both_modes
@@ -60,9 +62,9 @@ def test_rotation_like_diffusers_is_within_the_bound(
 ) -> None:
     x = torch.randn(1, HEADS if tokens < 8192 else 2, tokens, head_size).to(dtype)
     freqs = tables(tokens, width, F32, unbind == -1)
-    turned = apply_rotary_emb(x, freqs, use_real_unbind_dim=unbind, exact=exact)
-    cos, sin = (part[:, ::2] if unbind == -1 else part[:, : width // 2] for part in freqs)
-    assert_rotated(turned.transpose(1, 2), x.transpose(1, 2), cos, sin, interleaved=unbind == -1)
+    rotated = apply_rotary_emb(x, freqs, use_real_unbind_dim=unbind, exact=exact)
+    cos, sin = (table[:, ::2] if unbind == -1 else table[:, : width // 2] for table in freqs)
+    assert_rotated(rotated.transpose(1, 2), x.transpose(1, 2), cos, sin, interleaved=unbind == -1)
 
 
 @both_modes
@@ -74,11 +76,11 @@ def test_complex_tables_turn_tokens_of_dim_one(dtype: torch.dtype, batches: int,
     x = torch.randn(2, 11, 3, 64).to(dtype)
     angles = torch.arange(11.0)[:, None] * frequencies(64).float() + torch.arange(float(batches))[:, None, None]
     freqs = torch.polar(torch.ones_like(angles), angles)
-    given = freqs[0] if dims == 2 and batches == 1 else freqs
-    turned = apply_rotary_emb(x, given, use_real=False, exact=exact)
+    table = freqs[0] if dims == 2 and batches == 1 else freqs
+    rotated = apply_rotary_emb(x, table, use_real=False, exact=exact)
     truth = oracle.rotate(x, freqs.real, freqs.imag, interleaved=True)
-    assert_within(turned, truth, embeddings.apply_rotary_emb(x.float(), freqs, use_real=False))
-    assert turned.dtype == dtype
+    assert_within(rotated, truth, embeddings.apply_rotary_emb(x.float(), freqs, use_real=False))
+    assert rotated.dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -93,12 +95,12 @@ def test_exact_rotation_equals_transformers(
     k = k[:, :2] if unsqueeze_dim == 1 else k[:, :, :2]
     tokens = q.shape[3 - unsqueeze_dim]
     positions = torch.arange(tokens) + 100 * torch.arange(batches)[:, None]
-    cos, sin = (repeated(part, False).to(table) for part in angles_at(positions, frequencies(head_size)))
-    turned = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
-    theirs = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
-    for mine, other in zip(turned, theirs, strict=True):
-        assert torch.equal(mine, other.to(dtype))
-        assert mine.dtype == dtype
+    cos, sin = (repeated(angle_table, False).to(table) for angle_table in angles_at(positions, frequencies(head_size)))
+    rotated = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+    upstream = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+    for actual, expected in zip(rotated, upstream, strict=True):
+        assert torch.equal(actual, expected.to(dtype))
+        assert actual.dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
@@ -107,26 +109,26 @@ def test_fast_rotation_like_transformers_is_within_the_bound_of_float32(
     head_size: int, width: int, tokens: int, dtype: torch.dtype
 ) -> None:
     q, k = (torch.randn(1, heads, tokens, head_size).to(dtype) for heads in (HEADS if tokens < 8192 else 2, 1))
-    cos, sin = (part[None] for part in tables(tokens, width, dtype, False))
-    turned = apply_rotary_pos_emb(q, k, cos, sin, exact=False)
+    cos, sin = (table[None] for table in tables(tokens, width, dtype, False))
+    rotated = apply_rotary_pos_emb(q, k, cos, sin, exact=False)
     halves = cos[0, :, : width // 2], sin[0, :, : width // 2]
-    for x, after in zip((q, k), turned, strict=True):
+    for x, after in zip((q, k), rotated, strict=True):
         assert_rotated(after.transpose(1, 2), x.transpose(1, 2), *halves, interleaved=False)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=NAMES.get)
 def test_exact_gradients_equal_the_originals(dtype: torch.dtype) -> None:
-    x, other, grad = (torch.randn(2, 3, 11, 32).to(dtype) for _ in range(3))
+    x, y, grad = (torch.randn(2, 3, 11, 32).to(dtype) for _ in range(3))
     x.requires_grad_()
-    other.requires_grad_()
+    y.requires_grad_()
     freqs = tables(11, 32, F32, True)
-    (mine,) = torch.autograd.grad(apply_rotary_emb(x, freqs), x, grad)
-    (theirs,) = torch.autograd.grad(embeddings.apply_rotary_emb(x, freqs), x, grad)
-    assert torch.equal(mine, theirs)
-    cos, sin = (part[None].to(dtype) for part in tables(11, 32, F32, False))
-    mine = torch.autograd.grad(apply_rotary_pos_emb(x, other, cos, sin), (x, other), (grad, grad))
-    theirs = torch.autograd.grad(modeling_llama.apply_rotary_pos_emb(x, other, cos, sin), (x, other), (grad, grad))
-    assert all(map(torch.equal, mine, theirs))
+    (actual,) = torch.autograd.grad(apply_rotary_emb(x, freqs), x, grad)
+    (expected,) = torch.autograd.grad(embeddings.apply_rotary_emb(x, freqs), x, grad)
+    assert torch.equal(actual, expected)
+    cos, sin = (table[None].to(dtype) for table in tables(11, 32, F32, False))
+    actual = torch.autograd.grad(apply_rotary_pos_emb(x, y, cos, sin), (x, y), (grad, grad))
+    expected = torch.autograd.grad(modeling_llama.apply_rotary_pos_emb(x, y, cos, sin), (x, y), (grad, grad))
+    assert all_equal(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +140,9 @@ def test_exact_gradients_equal_the_originals(dtype: torch.dtype) -> None:
     ids=["diffusers", "transformers"],
 )
 def test_signatures_are_the_originals(function: Callable[..., object], original: Callable[..., object]) -> None:
-    mine, theirs = (list(inspect.signature(one).parameters.values()) for one in (function, original))
-    assert [(p.name, p.default) for p in mine[: len(theirs)]] == [(p.name, p.default) for p in theirs]
-    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in mine[len(theirs) :])
+    actual, expected = (list(inspect.signature(signed).parameters.values()) for signed in (function, original))
+    assert [(p.name, p.default) for p in actual[: len(expected)]] == [(p.name, p.default) for p in expected]
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in actual[len(expected) :])
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=NAMES.get)
@@ -191,12 +193,12 @@ def test_flux_gives_the_same_image_tokens(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=NAMES.get)
 def test_rotations_are_exact_on_every_device(device: str, dtype: torch.dtype) -> None:
     x, freqs = torch.randn(2, 3, 11, 48).to(dtype), tables(11, 48, F32, True)
-    turned = apply_rotary_emb(x.to(device), freqs)
-    assert torch.equal(turned.cpu(), embeddings.apply_rotary_emb(x, freqs))
-    cos, sin = (part[None].to(dtype) for part in tables(11, 48, F32, False))
-    mine = apply_rotary_pos_emb(*(t.to(device) for t in (x, x, cos, sin)))
-    theirs = modeling_llama.apply_rotary_pos_emb(x, x, cos, sin)
-    assert all(torch.equal(a.cpu(), b) for a, b in zip(mine, theirs, strict=True))
+    rotated = apply_rotary_emb(x.to(device), freqs)
+    assert torch.equal(rotated.cpu(), embeddings.apply_rotary_emb(x, freqs))
+    cos, sin = (table[None].to(dtype) for table in tables(11, 48, F32, False))
+    actual = apply_rotary_pos_emb(*(t.to(device) for t in (x, x, cos, sin)))
+    expected = modeling_llama.apply_rotary_pos_emb(x, x, cos, sin)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_calls_leave_nothing_in_the_caches() -> None:
@@ -204,20 +206,20 @@ def test_calls_leave_nothing_in_the_caches() -> None:
     dit_rope.cache_clear()
     x = torch.randn(2, 3, 11, 32)
     apply_rotary_emb(x, tables(11, 32, F32, True))
-    apply_rotary_pos_emb(x, x, *(part.expand(2, 11, 32) for part in tables(11, 32, F32, False)))
+    apply_rotary_pos_emb(x, x, *(table.expand(2, 11, 32) for table in tables(11, 32, F32, False)))
     assert dit_rope.cache_info().expanded.entries == 0
 
 
 def test_compiled_calls_equal_the_plain_ones_without_a_graph_break() -> None:
     torch._dynamo.reset()
     x, freqs = torch.randn(2, 3, 11, 32), tables(11, 32, F32, True)
-    cos, sin = (part[None] for part in tables(11, 32, F32, False))
+    cos, sin = (table[None] for table in tables(11, 32, F32, False))
 
-    def both(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def rotations(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (apply_rotary_emb(x, freqs), *apply_rotary_pos_emb(x, x * 2, cos, sin))
 
-    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
-    assert all(map(torch.equal, compiled(x), both(x)))
+    compiled = torch.compile(rotations, backend="aot_eager", fullgraph=True)
+    assert all_equal(compiled(x), rotations(x))
 
 
 PAIR = (torch.ones(5, 8), torch.ones(5, 8))

@@ -118,13 +118,13 @@ def test_functions_that_overwrite_name_no_argument_that_they_do_not_have(name: s
 
 @pytest.mark.parametrize("negated", ["positions", "query", "key", "cache"])
 def test_lazily_negated_tensors_are_refused(negated: str) -> None:
-    given: dict[str, Any] = {"positions": torch.arange(3), "query": torch.randn(3, 32), "key": torch.randn(3, 32)}
-    given |= {"cache": torch.randn(9, 16)}
-    given[negated] = torch._neg_view(given[negated])
+    arguments: dict[str, Any] = {"positions": torch.arange(3), "query": torch.randn(3, 32), "key": torch.randn(3, 32)}
+    arguments |= {"cache": torch.randn(9, 16)}
+    arguments[negated] = torch._neg_view(arguments[negated])
     name = {"cache": "cos_sin_cache"}.get(negated, negated)
     for function in (vllm.rotary_embedding, flashinfer.apply_rope_with_cos_sin_cache):
         with pytest.raises(ValueError, match=f"{name} must hold its own values, got a lazily negated view"):
-            function(given["positions"], given["query"], given["key"], 16, given["cache"], True)
+            function(arguments["positions"], arguments["query"], arguments["key"], 16, arguments["cache"], True)
     q = torch.randn(3, 2, 16)
     with pytest.raises(ValueError, match="pos_ids must hold its own values"):
         flashinfer.apply_rope_pos_ids(q, q, torch._neg_view(torch.arange(3)))
@@ -138,9 +138,9 @@ def test_lazily_negated_tables_of_a_copy_are_read_as_they_are() -> None:
         huggingface.apply_rotary_emb(x, (cos, torch._neg_view(sin))), huggingface.apply_rotary_emb(x, (cos, -sin))
     )
     freqs = torch.randn(5, 4, dtype=torch.complex64)
-    ours = huggingface.apply_rotary_emb(x.transpose(1, 2), freqs.conj(), use_real=False)
+    actual = huggingface.apply_rotary_emb(x.transpose(1, 2), freqs.conj(), use_real=False)
     assert torch.equal(
-        ours, huggingface.apply_rotary_emb(x.transpose(1, 2), freqs.conj().resolve_conj(), use_real=False)
+        actual, huggingface.apply_rotary_emb(x.transpose(1, 2), freqs.conj().resolve_conj(), use_real=False)
     )
 
 
@@ -159,31 +159,33 @@ def test_sparse_tables_are_refused_by_name() -> None:
 def test_lists_stay_in_host_memory_whatever_the_default_device() -> None:
     expected = flashinfer.ragged_positions([0, 1, 5], [4, 6], 5)
     with torch.device("meta"):
-        found = flashinfer.ragged_positions([0, 1, 5], [4, 6], 5)
-    assert found.device.type == "cpu"
-    assert torch.equal(found, expected)
+        positions = flashinfer.ragged_positions([0, 1, 5], [4, 6], 5)
+    assert positions.device.type == "cpu"
+    assert torch.equal(positions, expected)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
     two, q = np.int64(2), torch.randn(5, 2, 16)
     indptr, offsets = [np.int64(n) for n in (0, 2, 5)], [np.int32(7), two]
-    ours = flashinfer.apply_rope(q, q, indptr, offsets, rotary_dim=np.int64(8), rope_theta=np.float32(100))
-    theirs = flashinfer.apply_rope(q, q, [0, 2, 5], [7, 2], rotary_dim=8, rope_theta=100.0)
-    assert torch.equal(ours[0], theirs[0])
+    actual = flashinfer.apply_rope(q, q, indptr, offsets, rotary_dim=np.int64(8), rope_theta=np.float32(100))
+    expected = flashinfer.apply_rope(q, q, [0, 2, 5], [7, 2], rotary_dim=8, rope_theta=100.0)
+    assert torch.equal(actual[0], expected[0])
     llama = flashinfer.apply_llama31_rope(q, q, indptr, offsets, rope_scale=two, old_context_len=np.int64(64))
     assert torch.equal(
         llama[0], flashinfer.apply_llama31_rope(q, q, [0, 2, 5], [7, 2], rope_scale=2, old_context_len=64)[0]
     )
     x, offset = torch.randn(3, 64), np.int64(0)
-    other, positions = x.clone(), torch.tensor([1, 2, 3])
+    copy, positions = x.clone(), torch.tensor([1, 2, 3])
     vllm.rotary_embedding(positions, x, None, np.int64(32), CACHE, True, rope_dim_offset=offset)
-    vllm.rotary_embedding(positions, other, None, 32, CACHE, True)
-    assert torch.equal(x, other)
+    vllm.rotary_embedding(positions, copy, None, 32, CACHE, True)
+    assert torch.equal(x, copy)
     x, table = torch.randn(1, 2, 5, 8), torch.randn(5, 8)
     assert huggingface.apply_rotary_emb(x, (table, table), True, np.int64(-1), np.int64(2)).shape == x.shape
     assert huggingface.apply_rotary_pos_emb(x, x, table[None], table[None], np.int64(1))[0].shape == x.shape
     sizes = (np.int64(2), np.int64(4), 6)
-    how = {"do_sp_sharding": True, "shard_dim": np.int64(0), "sp_rank": np.int64(1), "sp_world_size": np.int64(2)}
-    ours = get_rotary_pos_embed(sizes, np.int64(16), two, [np.int64(4), 2, two], np.int64(100), np.float32(1), **how)
+    settings = {"do_sp_sharding": True, "shard_dim": np.int64(0), "sp_rank": np.int64(1), "sp_world_size": np.int64(2)}
+    actual = get_rotary_pos_embed(
+        sizes, np.int64(16), two, [np.int64(4), 2, two], np.int64(100), np.float32(1), **settings
+    )
     plain = get_rotary_pos_embed((2, 4, 6), 16, 2, [4, 2, 2], 100, 1.0, do_sp_sharding=True, sp_rank=1, sp_world_size=2)
-    assert torch.equal(ours[0], plain[0])
+    assert torch.equal(actual[0], plain[0])

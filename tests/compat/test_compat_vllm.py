@@ -17,6 +17,7 @@ from dit_rope.compat.dense import cache_rows, one_axis_args, prepare_cached
 from dit_rope.compat.vllm import rotary_embedding
 from dit_rope.rotation import ops
 from serving import HEAD_SIZES, HEADS, assert_rotated, cos_sin_cache, naive, one_thread  # noqa: F401
+from tolerance import all_equal
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F16, F16)]
@@ -95,10 +96,10 @@ def test_rotation_of_8192_tokens_is_within_the_bound(head_size: int, rotary_dim:
 def test_rotation_is_within_the_bound_on_every_device(device: str, dtype: torch.dtype, table: torch.dtype) -> None:
     cache, positions = cos_sin_cache(ROWS, 80, table), torch.randint(ROWS, (2, 11))
     query, key = torch.randn(2, 11, HEADS * 112).to(dtype), torch.randn(2, 11, 112).to(dtype)
-    turned = [x.to(device, copy=True) for x in (query, key)]
-    rotary_embedding(positions.to(device), *turned, 112, cache.to(device), is_neox=True)
+    rotated = [x.to(device, copy=True) for x in (query, key)]
+    rotary_embedding(positions.to(device), *rotated, 112, cache.to(device), is_neox=True)
     cos, sin = cache[positions].chunk(2, dim=-1)
-    for x, after in zip((query, key), turned, strict=True):
+    for x, after in zip((query, key), rotated, strict=True):
         assert_rotated(after.cpu().unflatten(-1, (-1, 112)), x.unflatten(-1, (-1, 112)), cos, sin, interleaved=False)
 
 
@@ -114,9 +115,9 @@ def test_positions_past_the_cache_leave_their_tokens_alone_on_a_gpu() -> None:
 
 
 def test_signature_is_vllms() -> None:
-    theirs = ["positions", "query", "key", "head_size", "cos_sin_cache", "is_neox", "rope_dim_offset", "inverse"]
+    expected = ["positions", "query", "key", "head_size", "cos_sin_cache", "is_neox", "rope_dim_offset", "inverse"]
     parameters = inspect.signature(rotary_embedding).parameters
-    assert list(parameters) == [*theirs, "backend"]
+    assert list(parameters) == [*expected, "backend"]
     assert (parameters["rope_dim_offset"].default, parameters["inverse"].default) == (0, False)
     assert parameters["backend"].kind is inspect.Parameter.KEYWORD_ONLY
 
@@ -159,23 +160,23 @@ def test_inverse_undoes_the_rotation(is_neox: bool) -> None:
     Each rounds three times, at a magnitude of at most sqrt(2), and its float32 table is off by at most 2**-24 a number.
     """
     x = torch.rand(11, HEADS * 128) * 2 - 1
-    turned, cache, positions = x.clone(), cos_sin_cache(ROWS, 128, F32), torch.randint(1, ROWS, (11,))
-    rotary_embedding(positions, turned, None, 128, cache, is_neox)
-    assert not torch.allclose(turned, x, atol=1e-2)
-    rotary_embedding(positions, turned, None, 128, cache, is_neox, inverse=True)
-    assert (turned - x).abs().max() <= 1e-6
+    rotated, cache, positions = x.clone(), cos_sin_cache(ROWS, 128, F32), torch.randint(1, ROWS, (11,))
+    rotary_embedding(positions, rotated, None, 128, cache, is_neox)
+    assert not torch.allclose(rotated, x, atol=1e-2)
+    rotary_embedding(positions, rotated, None, 128, cache, is_neox, inverse=True)
+    assert (rotated - x).abs().max() <= 1e-6
 
 
 def test_inverse_is_within_the_bound() -> None:
     cache, positions, x = cos_sin_cache(ROWS, 64, F32), torch.randint(ROWS, (11,)), torch.randn(11, 3, 64).to(BF16)
-    turned = x.clone()
-    rotary_embedding(positions, turned, None, 64, cache, True, inverse=True)
-    assert_rotated(turned[None], x[None], *cache[positions].chunk(2, -1), interleaved=False, inverse=True)
+    rotated = x.clone()
+    rotary_embedding(positions, rotated, None, 64, cache, True, inverse=True)
+    assert_rotated(rotated[None], x[None], *cache[positions].chunk(2, -1), interleaved=False, inverse=True)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
 def test_cache_is_float32_or_of_the_querys_dtype_and_nothing_else(dtype: torch.dtype) -> None:
-    taken = []
+    accepted = []
     for table in (F32, BF16, F16, F64):
         x, cache = torch.randn(3, 64).to(dtype), cos_sin_cache(ROWS, 32, table)
         try:
@@ -183,23 +184,23 @@ def test_cache_is_float32_or_of_the_querys_dtype_and_nothing_else(dtype: torch.d
         except TypeError as refusal:
             assert f"must be float32 or of the query's dtype {dtype}, got {table}" in str(refusal)  # noqa: PT017
         else:
-            taken.append(table)
-    assert taken == ([F32] if dtype == F32 else [table for table in (F32, BF16, F16, F64) if table in (F32, dtype)])
+            accepted.append(table)
+    assert accepted == ([F32] if dtype == F32 else [table for table in (F32, BF16, F16, F64) if table in (F32, dtype)])
 
 
 @both_pairings
 def test_bfloat16_cache_is_read_into_float32_arithmetic(is_neox: bool) -> None:
     """At most one step of bfloat16 from the float32 result of the same cache; products in bfloat16 are further off."""
     cache, positions, x = cos_sin_cache(8192, 128, BF16), torch.randint(8192, (64,)), torch.randn(64, 8, 128).to(BF16)
-    turned, (cos, sin) = x.clone(), cache[positions].chunk(2, dim=-1)
-    rotary_embedding(positions, turned, None, 128, cache, is_neox)
+    rotated, (cos, sin) = x.clone(), cache[positions].chunk(2, dim=-1)
+    rotary_embedding(positions, rotated, None, 128, cache, is_neox)
     expected = naive(x[None], cos, sin, interleaved=not is_neox)[0].to(BF16)
     up, down = (torch.nextafter(expected, torch.full_like(expected, end)) for end in (torch.inf, -torch.inf))
-    assert ((turned >= down) & (turned <= up)).all()
+    assert ((rotated >= down) & (rotated <= up)).all()
     first, second = (x[..., :64], x[..., 64:]) if is_neox else (x[..., ::2], x[..., 1::2])
     rounded = first * cos[:, None] - second * sin[:, None]
-    part = slice(0, 64) if is_neox else slice(0, 128, 2)
-    assert ((rounded < down[..., part]) | (rounded > up[..., part])).any()
+    channels = slice(0, 64) if is_neox else slice(0, 128, 2)
+    assert ((rounded < down[..., channels]) | (rounded > up[..., channels])).any()
 
 
 def peak_bytes(call: object) -> int:
@@ -225,12 +226,12 @@ def test_cache_is_not_copied_or_converted(is_neox: bool, table: torch.dtype) -> 
 
 
 def test_cache_reaches_the_backend_as_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(ops, "rotate", lambda xs, args, **_: seen.append((xs, args)))
+    rows = []
+    monkeypatch.setattr(ops, "rotate", lambda xs, args, **_: rows.append((xs, args)))
     cache, query = cos_sin_cache(ROWS, 32, F32), torch.randn(5, 4 * 64)
     positions = torch.arange(5, dtype=torch.int32)
     rotary_embedding(positions, query, query[:, :0], 64, cache, True)
-    ((xs, args),) = seen
+    ((xs, args),) = rows
     assert args.rows.data_ptr() == cache.data_ptr()
     assert args.positions.data_ptr() == positions.data_ptr()
     assert xs[0].data_ptr() == query.data_ptr()
@@ -242,12 +243,12 @@ def test_negative_row_of_a_long_table_does_not_turn(is_neox: bool) -> None:
     rows, x = cache_rows(cos_sin_cache(ROWS, 32, F32), F32), torch.randn(2, 3, 2, 32)
     positions = torch.tensor([[5, -1, 96], [-7, 0, 96]], dtype=torch.int32)[..., None]
     args = one_axis_args(rows, positions, 3, interleaved=not is_neox)
-    (turned,) = ops.rotate([x], args)
-    still = torch.tensor([[False, True, False], [True, False, False]])
-    cos, sin = (part[positions[..., 0].clamp(min=0)].clone() for part in rows)
-    cos[still], sin[still] = 1.0, 0.0
-    assert_rotated(turned, x, cos, sin, interleaved=not is_neox)
-    assert torch.equal(turned[still], x[still])
+    (rotated,) = ops.rotate([x], args)
+    unrotated = torch.tensor([[False, True, False], [True, False, False]])
+    cos, sin = (table[positions[..., 0].clamp(min=0)].clone() for table in rows)
+    cos[unrotated], sin[unrotated] = 1.0, 0.0
+    assert_rotated(rotated, x, cos, sin, interleaved=not is_neox)
+    assert torch.equal(rotated[unrotated], x[unrotated])
     with pytest.raises(IndexError):
         ops.rotate([x], one_axis_args(rows, positions + 1, 3, interleaved=not is_neox))
 
@@ -279,7 +280,7 @@ def test_compiled_call_equals_the_plain_one_without_a_graph_break(dtype: torch.d
     compiled = [x.clone() for x in plain]
     rotary_embedding(positions, *plain, 64, cache, True)
     torch.compile(rotary_embedding, backend="aot_eager", fullgraph=True)(positions, *compiled, 64, cache, True)
-    assert all(map(torch.equal, compiled, plain))
+    assert all_equal(compiled, plain)
 
 
 def test_kernel_reads_the_cache_where_it_lies() -> None:

@@ -11,6 +11,7 @@ import torch
 
 import dit_rope
 from dit_rope.hooks.class_override import Override
+from tolerance import all_equal
 from zoo import Noise, named, tensors
 
 # Turns in norms, in projections, by a rebound function, and by a processor of ours.
@@ -29,10 +30,6 @@ def run(name: str, model: torch.nn.Module, **changes: Any) -> list[torch.Tensor]
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     with torch.no_grad():
         return tensors(example.run(model, {**example.inputs(model, Noise(dtype)), **changes}))
-
-
-def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
-    return len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
 
 
 Step = Callable[[Any], Any]
@@ -74,16 +71,16 @@ def test_lora_comes_and_goes_while_patched(name: str) -> None:
     steps = _lora_steps(name)
     plain, patched = named(name).build(), named(name).build()
     before = run(name, plain)
-    seen = []
+    outputs = []
     with dit_rope.patch(patched, exact=True):
-        for what, step in steps.items():
+        for title, step in steps.items():
             for model in (plain, patched):
                 step(model)
-            seen.append(run(name, plain))
-            assert same(run(name, patched), seen[-1]), what
-    assert not same(seen[0], before)
-    assert same(run(name, patched), run(name, plain))
-    torch.testing.assert_close(seen[-1], before)  # weights that were fused are rounded when it is taken out of them
+            outputs.append(run(name, plain))
+            assert all_equal(run(name, patched), outputs[-1]), title
+    assert not all_equal(outputs[0], before)
+    assert all_equal(run(name, patched), run(name, plain))
+    torch.testing.assert_close(outputs[-1], before)  # weights that were fused are rounded when it is taken out of them
     assert not any(isinstance(module, Override) for module in patched.modules())
 
 
@@ -93,14 +90,14 @@ def test_lora_loaded_before_the_patch_is_undone_in_any_order(name: str, last: st
     steps = _lora_steps(name)
     model, plain = named(name).build(), named(name).build()
     before = run(name, plain)
-    for each in (model, plain):
-        steps["load"](each)
+    for target in (model, plain):
+        steps["load"](target)
     handle = dit_rope.patch(model, exact=True)
-    assert same(run(name, model), run(name, plain))
+    assert all_equal(run(name, model), run(name, plain))
     ways = [steps["unload"], lambda _: handle.undo()]
     for step in ways if last == "undo" else reversed(ways):
         step(model)
-    assert same(run(name, model), before)
+    assert all_equal(run(name, model), before)
     assert not any(isinstance(module, Override) for module in model.modules())
 
 
@@ -125,8 +122,8 @@ def test_processor_of_the_same_class_put_in_while_patched(name: str) -> None:
             fresh.__class__ = unpatched_class(processor)
             vars(fresh).pop("_dit_rope", None)
             attention.processor = fresh
-        assert same(run(name, model), expected)
-    assert same(run(name, model), expected)
+        assert all_equal(run(name, model), expected)
+    assert all_equal(run(name, model), expected)
     assert not any(isinstance(processor, Override) for _, processor in attentions(model))
 
 
@@ -148,32 +145,32 @@ def test_processor_of_other_code_put_in_while_patched_rotates_by_itself(name: st
         another.__class__ = type("Another", (base,), {"__module__": __name__, "__call__": called})
         vars(another).pop("_dit_rope", None)
         attention.processor = another
-    assert same(run(name, model), plain)
+    assert all_equal(run(name, model), plain)
     handle.undo()
-    assert same(run(name, model), plain)
+    assert all_equal(run(name, model), plain)
 
 
 def test_processor_that_norms_twice_rotates_by_itself() -> None:
     model = named(NORMS).build()
     attention = model.blocks[0].attn1
-    own = type(attention.processor)
+    original = type(attention.processor)
 
-    class Twice(own):
+    class Twice(original):
         def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             attn.norm_q(attn.to_q(hidden_states))
             return super().__call__(attn, hidden_states, *args, **kwargs)
 
-    Twice.__name__ = own.__name__
+    Twice.__name__ = original.__name__
     expected = run(NORMS, model)
     with dit_rope.patch(model, exact=False):
         attention.processor = Twice()
-        rest = run(NORMS, model)
-        attention.processor = own()
+        others = run(NORMS, model)
+        attention.processor = original()
         fast = run(NORMS, model)
     with dit_rope.patch(model):
         attention.processor = Twice()
-        assert same(run(NORMS, model), expected)
-    for fused in (rest, fast):
+        assert all_equal(run(NORMS, model), expected)
+    for fused in (others, fast):
         torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -183,15 +180,15 @@ def test_processors_taken_out_and_put_back_while_patched(name: str) -> None:
     model = named(name).build()
     expected = run(name, model)
     with dit_rope.patch(model, exact=True):
-        kept = attentions(model)
-        for attention, processor in kept:
+        modules = attentions(model)
+        for attention, processor in modules:
             attention.processor = unpatched_class(processor).__new__(unpatched_class(processor))
             vars(attention.processor).update({k: v for k, v in vars(processor).items() if k != "_dit_rope"})
-        assert same(run(name, model), expected)
-        for attention, processor in kept:
+        assert all_equal(run(name, model), expected)
+        for attention, processor in modules:
             attention.processor = processor
-        assert same(run(name, model), expected)
-    assert same(run(name, model), expected)
+        assert all_equal(run(name, model), expected)
+    assert all_equal(run(name, model), expected)
     assert not any(isinstance(processor, Override) for _, processor in attentions(model))
 
 
@@ -222,20 +219,20 @@ def test_ip_adapter_comes_and_goes_while_flux_is_patched(patch_first: bool, exac
     expected = run("flux", plain, **image)
     _without_image(plain)
     before = run("flux", plain)
-    assert not same(expected, before)
+    assert not all_equal(expected, before)
     if not patch_first:
         _with_image(model)
     with dit_rope.patch(model, exact=exact):
         if patch_first:
             _with_image(model)
-        ours = run("flux", model, **image)
+        actual = run("flux", model, **image)
         if exact:
-            assert same(ours, expected)
+            assert all_equal(actual, expected)
         else:  # the single blocks have no adapter, and turn in their norms
-            torch.testing.assert_close(ours, expected)
+            torch.testing.assert_close(actual, expected)
         _without_image(model)
         torch.testing.assert_close(run("flux", model), before, **({"rtol": 0, "atol": 0} if exact else {}))
-    assert same(run("flux", model), before)
+    assert all_equal(run("flux", model), before)
 
 
 class Scaled(torch.nn.Linear):
@@ -243,13 +240,13 @@ class Scaled(torch.nn.Linear):
 
     @classmethod
     def of(cls, linear: torch.nn.Linear) -> Scaled:
-        made = cls(linear.in_features, linear.out_features, linear.bias is not None)
+        replacement = cls(linear.in_features, linear.out_features, linear.bias is not None)
         with torch.no_grad():
             scale = linear.weight.abs().amax(dim=1, keepdim=True) / 127
-            made.weight = torch.nn.Parameter((linear.weight / scale).round().to(torch.int8), requires_grad=False)
-            made.register_buffer("scale", scale)
-            made.bias = linear.bias
-        return made
+            replacement.weight = torch.nn.Parameter((linear.weight / scale).round().to(torch.int8), requires_grad=False)
+            replacement.register_buffer("scale", scale)
+            replacement.bias = linear.bias
+        return replacement
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
@@ -261,11 +258,11 @@ def of_bitsandbytes(layer: str) -> Callable[[torch.nn.Linear], torch.nn.Module]:
     def of(linear: torch.nn.Linear) -> torch.nn.Module:
         bitsandbytes = pytest.importorskip("bitsandbytes", exc_type=ImportError)
         options = {"has_fp16_weights": False} if layer == "Linear8bitLt" else {"compute_dtype": linear.weight.dtype}
-        made = getattr(bitsandbytes.nn, layer)(
+        replacement = getattr(bitsandbytes.nn, layer)(
             linear.in_features, linear.out_features, bias=linear.bias is not None, **options
         )
-        made.load_state_dict(linear.state_dict())
-        quantized: torch.nn.Module = made.to("cpu")
+        replacement.load_state_dict(linear.state_dict())
+        quantized: torch.nn.Module = replacement.to("cpu")
         return quantized
 
     return of
@@ -294,14 +291,14 @@ def test_quantized_projections_stay_bitwise_equal(
     before = run(name, plain)
     quantize(plain, of)
     expected = run(name, plain)
-    assert not same(expected, before)
+    assert not all_equal(expected, before)
     if not patch_first:
         quantize(model, of)
     with dit_rope.patch(model, exact=True):
         if patch_first:
             quantize(model, of)
-        assert same(run(name, model), expected)
-    assert same(run(name, model), expected)
+        assert all_equal(run(name, model), expected)
+    assert all_equal(run(name, model), expected)
     assert not any(isinstance(module, Override) for module in model.modules())
 
 
@@ -318,13 +315,13 @@ def test_weights_quantized_by_torchao_while_patched(name: str, config: str, exac
     model, plain = named(name).build(), named(name).build()
     before = run(name, plain)
     handle = dit_rope.patch(model, exact=exact)
-    for each in (model, plain):
-        quantization.quantize_(each, getattr(quantization, config)())
+    for target in (model, plain):
+        quantization.quantize_(target, getattr(quantization, config)())
     expected = run(name, plain)
-    for ours, theirs, unquantized in zip(run(name, model), expected, before, strict=True):
-        allowed = 0.0 if exact else (theirs - unquantized).abs().max()
-        assert (ours - theirs).abs().max() <= allowed
+    for actual, expected_output, unquantized in zip(run(name, model), expected, before, strict=True):
+        allowed = 0.0 if exact else (expected_output - unquantized).abs().max()
+        assert (actual - expected_output).abs().max() <= allowed
     handle.undo()
-    assert same(run(name, model), expected)
+    assert all_equal(run(name, model), expected)
     with dit_rope.patch(model, exact=True):
-        assert same(run(name, model), expected)
+        assert all_equal(run(name, model), expected)

@@ -13,6 +13,7 @@ import torch._dynamo.testing
 import dit_rope
 from compiled_graphs import compiled, equal, inputs_of
 from dit_rope import Grid, NormKind, RopeSpec, rope_table
+from tolerance import all_equal
 from zoo import Example, Noise, named, tensors
 
 KINDS = {
@@ -50,27 +51,23 @@ def run(example: Example, model: Any, times: int = 1) -> list[torch.Tensor]:
         return tensors(example.run(model, inputs_of(example, getattr(model, "_orig_mod", model), times)))
 
 
-def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
-    return len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
-
-
 @BY_KIND
 def test_patch_breaks_no_graph_and_changes_no_bit(name: str) -> None:
     example = small(name)
-    ours, theirs = (compiled(example, patched=patched) for patched in (True, False))
-    assert ours.graphs == theirs.graphs
-    assert ours.breaks == theirs.breaks
-    assert equal(ours, theirs)
+    actual, expected = (compiled(example, patched=patched) for patched in (True, False))
+    assert actual.graphs == expected.graphs
+    assert actual.breaks == expected.breaks
+    assert equal(actual, expected)
 
 
 @pytest.mark.parametrize("blocks", [False, True], ids=["model", "blocks"])
 def test_new_resolution_compiles_no_more_graphs_than_unpatched(blocks: bool) -> None:
     """The second size makes lengths symbols, and the third must then be nothing new; exact or not is no matter."""
     example, sizes = small("wan"), (1, 2, 3)
-    ours = compiled(example, sizes, patched=True, blocks=blocks, exact=None)
-    theirs = compiled(example, sizes, patched=False, blocks=blocks)
-    assert ours.graphs == theirs.graphs
-    assert equal(ours, theirs)
+    actual = compiled(example, sizes, patched=True, blocks=blocks, exact=None)
+    expected = compiled(example, sizes, patched=False, blocks=blocks)
+    assert actual.graphs == expected.graphs
+    assert equal(actual, expected)
 
 
 @pytest.mark.parametrize("name", ["wan", "minimax-music-3"])
@@ -81,11 +78,11 @@ def test_patch_and_undo_after_compile_are_right_each_time(name: str) -> None:
     expected = run(example, model)
     fast = torch.compile(model, backend="eager")
     for _ in range(2):
-        assert same(run(example, fast), expected)
+        assert all_equal(run(example, fast), expected)
         with dit_rope.patch(fast, exact=True):
-            assert same(run(example, fast), expected)
-            assert same(run(example, model), expected)  # the same module called as it is
-        assert same(run(example, model), expected)
+            assert all_equal(run(example, fast), expected)
+            assert all_equal(run(example, model), expected)  # the same module called as it is
+        assert all_equal(run(example, model), expected)
 
 
 def test_patch_and_undo_after_compiling_blocks_are_right() -> None:
@@ -94,11 +91,11 @@ def test_patch_and_undo_after_compiling_blocks_are_right() -> None:
     model = example.build()
     expected = run(example, model)
     model.compile_repeated_blocks(backend="eager", fullgraph=True)
-    assert same(run(example, model), expected)
+    assert all_equal(run(example, model), expected)
     for _ in range(2):
         with dit_rope.patch(model):
-            assert same(run(example, model), expected)
-        assert same(run(example, model), expected)
+            assert all_equal(run(example, model), expected)
+        assert all_equal(run(example, model), expected)
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -128,21 +125,21 @@ def test_in_place_operators_compile_with_arguments_that_share_a_symbolic_length(
 
     def step(q: torch.Tensor, k: torch.Tensor, table: dit_rope.RopeTable) -> tuple[torch.Tensor, ...]:
         q, k = q * 2, k + 1
-        turned = operation(q, k, table)
-        return (*turned, turned[0] + turned[1], q, k)
+        rotated = operation(q, k, table)
+        return (*rotated, rotated[0] + rotated[1], q, k)
 
     fast = torch.compile(step, backend=backend, dynamic=True, fullgraph=True)
     for grid in (Grid(2, 3, 4), Grid(3, 3, 5), Grid(2, 5, 7)):
         table = rope_table(SPEC, grid)
         table.positions()
         q, k = noise(2, grid.tokens, 3, 18), noise(2, grid.tokens, 3, 18) * 2
-        given = q.clone(), k.clone()
+        copies = q.clone(), k.clone()
         outs, expected = fast(q, k, table), step(q, k, table)
-        for ours, theirs in zip(outs, expected, strict=True):
-            torch.testing.assert_close(ours, theirs)
-        assert not torch.allclose(outs[0], given[0] * 2)
-        assert torch.equal(q, given[0])
-        assert torch.equal(k, given[1])
+        for actual, exact in zip(outs, expected, strict=True):
+            torch.testing.assert_close(actual, exact)
+        assert not torch.allclose(outs[0], copies[0] * 2)
+        assert torch.equal(q, copies[0])
+        assert torch.equal(k, copies[1])
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -192,7 +189,7 @@ def test_patched_model_exports_and_computes_the_same() -> None:
         expected = tensors(example.run(model, inputs))
         with dit_rope.patch(model):
             program = torch.export.export(model, (), {**inputs, "return_dict": False})
-    assert same(tensors(program.module()(**inputs, return_dict=False)), expected)
+    assert all_equal(tensors(program.module()(**inputs, return_dict=False)), expected)
     assert "dit_rope" not in str(program.graph)
 
 
@@ -205,4 +202,4 @@ def test_error_in_a_compiled_model_leaves_the_next_call_as_it_is() -> None:
         inputs = inputs_of(example, model)
         with pytest.raises(Exception, match="."), torch.no_grad():
             example.run(fast, {**inputs, "encoder_hidden_states": noise(1, 12, 5)})
-        assert same(run(example, model), expected)
+        assert all_equal(run(example, model), expected)

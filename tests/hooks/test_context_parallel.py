@@ -24,79 +24,81 @@ from split_models import (
     CASES,
     UNEVEN,
     WORLD,
-    counted_turns,
+    counted_rotations,
     error,
     example_of,
     groups_of,
     join,
     plan_of,
     run,
-    same,
     split_over_ranks,
     ulysses,
     wrapped,
 )
+from tolerance import all_equal
 from zoo import Noise, named
 
 
 @contextmanager
 def warnings_of_diffusers() -> Iterator[list[str]]:
-    """What its splitting warns of, each time."""
-    from diffusers.hooks import context_parallel as theirs
+    """Every warning that context parallelism of diffusers logs."""
+    from diffusers.hooks import context_parallel as upstream
 
-    class Keeps:
+    class RecordingLogger:
         def __init__(self) -> None:
-            self.said: list[str] = []
+            self.messages: list[str] = []
 
         def warning_once(self, message: str) -> None:
-            self.said.append(message)
+            self.messages.append(message)
 
-    real, keeps = theirs.logger, Keeps()
-    theirs.logger = keeps
+    real, recording = upstream.logger, RecordingLogger()
+    upstream.logger = recording
     try:
-        yield keeps.said
+        yield recording.messages
     finally:
-        theirs.logger = real
+        upstream.logger = real
 
 
 @dataclass
-class Seen:
+class Outcome:
     """What one rank saw of one model, patched before or after it was split."""
 
     unpatched_error: float
     equal: bool
     fast_error: float
     undone_equal: bool
-    turned: set[int]
-    more_said: list[str]
+    rotated: set[int]
+    new_warnings: list[str]
     handed_back: bool
 
 
-def patched_and_split(name: str, degree: int, first: str, even: bool) -> Seen:
+def patched_and_split(name: str, degree: int, first: str, even: bool) -> Outcome:
     """On every rank; ``first`` is "patch" or "split"."""
     example = example_of(name, even)
     dit_rope.cache_clear()
     model = example.build()
     single = run(example, model)
     split_over_ranks(model, groups_of(degree), not even)
-    with warnings_of_diffusers() as said_unpatched:
-        theirs = run(example, model)
+    with warnings_of_diffusers() as warnings_unpatched:
+        expected = run(example, model)
     model = example.build()
     handle = dit_rope.patch(model) if first == "patch" else None
     split_over_ranks(model, groups_of(degree), not even)
     before = wrapped(model)
     handle = handle or dit_rope.patch(model)
-    with warnings_of_diffusers() as said:
-        ours = [run(example, model)]
-    ours.append(run(example, model))
+    with warnings_of_diffusers() as warned:
+        actual = [run(example, model)]
+    actual.append(run(example, model))
     handle.undo()
     undone, handed_back = run(example, model), first == "patch" or wrapped(model) == before
-    with dit_rope.patch(model, exact=False), counted_turns() as turned:
+    with dit_rope.patch(model, exact=False), counted_rotations() as rotated:
         fast = run(example, model)
-    equal = all(same(each, theirs) for each in ours)
-    more_said = [message for message in said if message not in said_unpatched]
-    fast_error = error(fast, theirs)
-    return Seen(error(theirs, single), equal, fast_error, same(undone, theirs), set(turned), more_said, handed_back)
+    equal = all(all_equal(outputs, expected) for outputs in actual)
+    new_warnings = [message for message in warned if message not in warnings_unpatched]
+    fast_error = error(fast, expected)
+    return Outcome(
+        error(expected, single), equal, fast_error, all_equal(undone, expected), set(rotated), new_warnings, handed_back
+    )
 
 
 @pytest.fixture(scope="module")
@@ -114,28 +116,28 @@ def _groups_end(ranks: Ranks) -> Iterator[None]:
 def test_every_class_that_can_be_split_is_here() -> None:
     import diffusers
 
-    found: set[str] = set()
+    names: set[str] = set()
     root = Path(diffusers.__file__).parent
     for path in (root / "models").rglob("*.py"):
         if re.search(r"^    _cp_plan\b.*= [{\w]", path.read_text(), flags=re.MULTILINE):
             module = ".".join(("diffusers", *path.relative_to(root).with_suffix("").parts))
             members = vars(importlib.import_module(module)).values()
-            found |= {cls.__name__ for cls in members if isinstance(cls, type) and getattr(cls, "_cp_plan", None)}
-    assert found == {named(name).model_class.__name__ for name in CASES}
-    assert found <= {adapter.model_class for adapter in ADAPTERS}
+            names |= {cls.__name__ for cls in members if isinstance(cls, type) and getattr(cls, "_cp_plan", None)}
+    assert names == {named(name).model_class.__name__ for name in CASES}
+    assert names <= {adapter.model_class for adapter in ADAPTERS}
 
 
 @pytest.mark.parametrize("first", ["patch", "split"])
 @pytest.mark.parametrize("degree", [2, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_split_model_stays_bitwise_equal(ranks: Ranks, name: str, degree: int, first: str) -> None:
-    for seen in ranks.run(patched_and_split, name, degree, first, True):
-        assert seen.equal
-        assert seen.undone_equal
-        assert seen.handed_back
-        assert seen.more_said == []
-        assert seen.turned
-        assert seen.fast_error <= 64 * torch.finfo(torch.float32).eps
+    for outcome in ranks.run(patched_and_split, name, degree, first, True):
+        assert outcome.equal
+        assert outcome.undone_equal
+        assert outcome.handed_back
+        assert outcome.new_warnings == []
+        assert outcome.rotated
+        assert outcome.fast_error <= 64 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("name", UNEVEN)
@@ -144,11 +146,11 @@ def test_unevenly_split_model_stays_bitwise_equal(ranks: Ranks, name: str) -> No
     degree = 4 if UNEVEN[name].config else 2
     lengths = set()
     for first in ("patch", "split"):
-        for seen in ranks.run(patched_and_split, name, degree, first, False):
-            assert seen.equal
-            assert seen.undone_equal
-            assert seen.fast_error <= 64 * torch.finfo(torch.float32).eps
-            lengths |= seen.turned
+        for outcome in ranks.run(patched_and_split, name, degree, first, False):
+            assert outcome.equal
+            assert outcome.undone_equal
+            assert outcome.fast_error <= 64 * torch.finfo(torch.float32).eps
+            lengths |= outcome.rotated
     assert len(lengths) > 1
 
 
@@ -156,15 +158,15 @@ def one_model_split_anew(name: str) -> list[bool]:
     """One patched model, its inputs the same tensors throughout, and its place among the ranks another each time."""
     example = example_of(name)
     dit_rope.cache_clear()
-    model, theirs = example.build(), example.build()
+    model, twin = example.build(), example.build()
     inputs = example.inputs(model, Noise(torch.float32))
     equal = []
     with dit_rope.patch(model):
         for groups in ([[0, 1], [2, 3]], [[0, 3], [1, 2]], [[0, 1, 2, 3]], None):
-            plans = [] if groups is None else [split_over_ranks(each, groups) for each in (model, theirs)]
-            equal += [same(run(example, model, inputs), run(example, theirs, inputs)) for _ in range(2)]
-            for each, plan in zip((model, theirs), plans, strict=False):
-                join(each, plan)
+            plans = [] if groups is None else [split_over_ranks(split_model, groups) for split_model in (model, twin)]
+            equal += [all_equal(run(example, model, inputs), run(example, twin, inputs)) for _ in range(2)]
+            for split_model, plan in zip((model, twin), plans, strict=False):
+                join(split_model, plan)
     return equal
 
 
@@ -190,7 +192,7 @@ def split_by_a_plan_that_forgets_a_table() -> list[str]:
 
 
 def test_sequence_split_without_its_table_is_an_error_as_in_the_unpatched_model(ranks: Ranks) -> None:
-    """VeOmni once turned every rank's tokens by the first rows of the whole table."""
+    """VeOmni once rotated every rank's tokens by the first rows of the whole table."""
     for unpatched, patched in ranks.run(split_by_a_plan_that_forgets_a_table):
         assert "size of tensor a (14) must match the size of tensor b (28)" in unpatched
         assert patched == unpatched
@@ -229,7 +231,7 @@ def parts_of_a_ring(name: str, ring: int) -> tuple[bool, bool]:
         outputs.append(run(example, model))
         if handle is not None:
             handle.undo()
-    return same(*outputs), not same(outputs[0], run(example, example.build()))
+    return all_equal(*outputs), not all_equal(outputs[0], run(example, example.build()))
 
 
 @pytest.mark.parametrize("ring", [WORLD, 2], ids=["ring", "unified"])

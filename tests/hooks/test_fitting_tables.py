@@ -17,6 +17,7 @@ from dit_rope.hooks.packed_tables import PackedTable, pack
 from dit_rope.models.qwen_image import NUCLEUS
 from dit_rope.models.stable_audio import STABLE_AUDIO_3
 from dit_rope.spec import Pairing
+from tolerance import all_equal
 from zoo import Noise, named, tensors
 
 CPU = torch.device("cpu")
@@ -50,12 +51,12 @@ class Attention:
             return f"{type(error).__name__}: {error}"
 
 
-def assert_same(ours: Any, theirs: Any, exact: bool) -> None:
-    if isinstance(theirs, str) or isinstance(ours, str):
-        assert ours == theirs
+def assert_same(actual: Any, expected: Any, exact: bool) -> None:
+    if isinstance(actual, str) or isinstance(expected, str):
+        assert actual == expected
         return
-    for actual, expected in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(actual, expected, **({"rtol": 0, "atol": 0} if exact else {}))
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, **({"rtol": 0, "atol": 0} if exact else {}))
 
 
 def tokens(dim: int) -> dict[str, Change]:
@@ -163,28 +164,28 @@ def test_table_that_learns_gets_its_gradient(exact: bool) -> None:
     def gradient() -> torch.Tensor:
         learned = cos.clone().requires_grad_()
         outs = attention.module(*attention.args, **{**attention.kwargs, "image_rotary_emb": (learned, sin)})
-        (found,) = torch.autograd.grad(sum(out.square().sum() for out in outs), learned)
-        return found
+        (grad,) = torch.autograd.grad(sum(out.square().sum() for out in outs), learned)
+        return grad
 
     expected = gradient()
     with dit_rope.patch(attention.model, exact=exact):
         assert torch.equal(gradient(), expected)
 
 
-@pytest.mark.parametrize("wanted", ["inputs", "parameters"])
+@pytest.mark.parametrize("differentiated", ["inputs", "parameters"])
 @pytest.mark.parametrize(
     ("name", "path"),
     [("flux", "transformer_blocks.0.attn"), ("sana-wm-refiner", "transformer_blocks.0.attn1")],
 )
 def test_exact_mode_leaves_passes_that_want_gradients_to_the_model(
-    name: str, path: str, wanted: str, rotations: list[str]
+    name: str, path: str, differentiated: str, rotations: list[str]
 ) -> None:
     """In norms and in functions; in fast mode they rotate here, with gradients of ours."""
     attention = Attention(name, path)
-    attention.model.requires_grad_(wanted == "parameters")
+    attention.model.requires_grad_(differentiated == "parameters")
 
     def requiring(value: Any) -> Any:
-        wants = isinstance(value, torch.Tensor) and value.ndim == 3 and wanted == "inputs"
+        wants = isinstance(value, torch.Tensor) and value.ndim == 3 and differentiated == "inputs"
         return value.detach().requires_grad_() if wants else value
 
     args = tuple(map(requiring, attention.args))
@@ -203,7 +204,7 @@ def test_exact_mode_leaves_passes_that_want_gradients_to_the_model(
 @pytest.mark.parametrize("name", ["flux", "sana-wm-refiner"])
 def test_dual_numbers_go_through_the_model_s_own_code(name: str, rotations: list[str]) -> None:
     """Kernels have no tangents."""
-    place = next(each for each in PLACES.values() if each[0] == name)
+    place = next(candidate for candidate in PLACES.values() if candidate[0] == name)
     attention = Attention(name, place[1])
     key = next(iter(attention.kwargs))
     args = attention.args or (attention.kwargs[key],)
@@ -218,15 +219,15 @@ def test_dual_numbers_go_through_the_model_s_own_code(name: str, rotations: list
 
     expected = tangent()
     with dit_rope.patch(attention.model, exact=False):
-        assert all(map(torch.equal, tangent(), expected))
+        assert all_equal(tangent(), expected)
     assert not rotations
 
 
 @pytest.mark.parametrize("rows", [0, 1, 6, 7, 8, 14])
 def test_only_a_row_for_each_token_fits(rows: int) -> None:
     arguments = {"hidden_states": torch.zeros(2, 4, 3), "encoder_hidden_states": torch.zeros(2, 3, 3), "none": None}
-    both, first = ("encoder_hidden_states", "hidden_states"), ("none", "hidden_states", "encoder_hidden_states")
-    assert Tokens(both).fit(arguments, 1, rows) == (rows == 7)
+    streams, first = ("encoder_hidden_states", "hidden_states"), ("none", "hidden_states", "encoder_hidden_states")
+    assert Tokens(streams).fit(arguments, 1, rows) == (rows == 7)
     assert Tokens(first, first_of=True).fit(arguments, 1, rows + 4) == (rows == 0)
     assert not Tokens(("none",)).fit(arguments, 1, rows)
     assert not Tokens().fit({"hidden_states": torch.zeros(2, 0, 3)}, 1, rows)

@@ -66,17 +66,17 @@ WATCHED: dict[str, Callable[..., None]] = {
 }
 
 
-@pytest.mark.parametrize("how", WATCHED)
+@pytest.mark.parametrize("observer", WATCHED)
 @pytest.mark.parametrize("norm", [rms_norm, diffusers_norm])
 @pytest.mark.parametrize("before", [True, False], ids=["asked before", "not asked"])
 def test_results_that_somebody_may_see_are_not_ours(
-    norm: Callable[[], torch.nn.Module], how: str, before: bool, monkeypatch: pytest.MonkeyPatch
+    norm: Callable[[], torch.nn.Module], observer: str, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused_norms, "_torch_functions", {})
     module = norm()
     if before:
         assert makes_fresh_results(module)
-    WATCHED[how](module, monkeypatch)
+    WATCHED[observer](module, monkeypatch)
     assert not makes_fresh_results(module)
     monkeypatch.undo()
     assert makes_fresh_results(module)
@@ -108,16 +108,16 @@ def test_norm_whose_weight_decides_the_dtype_is_not_fused() -> None:
 def test_hook_keeps_what_it_was_given(name: str, exact: bool) -> None:
     """Of a norm, and of a projection where there is none."""
     model = named(name).build()
-    seen: list[torch.Tensor] = []
-    attention = next(part for part in model.modules() if hasattr(part, "to_q"))
+    outputs: list[torch.Tensor] = []
+    attention = next(candidate for candidate in model.modules() if hasattr(candidate, "to_q"))
     module = attention.norm_q if getattr(attention, "norm_q", None) is not None else attention.to_q
-    module.register_forward_hook(lambda module, args, output: seen.append(output))
+    module.register_forward_hook(lambda module, args, output: outputs.append(output))
     expected = run(name, model)
     with dit_rope.patch(model, exact=exact):
         actual = run(name, model)
-    assert torch.equal(*seen)
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, **({"rtol": 0, "atol": 0} if exact else {}))
+    assert torch.equal(*outputs)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, **({"rtol": 0, "atol": 0} if exact else {}))
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
@@ -129,18 +129,18 @@ def test_projection_that_returns_its_argument_does_not_have_it_overwritten(exact
     expected = run(name, model)
     with dit_rope.patch(model, exact=exact):
         actual = run(name, model)
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, **({"rtol": 0, "atol": 0} if exact else {}))
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, **({"rtol": 0, "atol": 0} if exact else {}))
 
 
 def test_hook_inside_a_container_keeps_what_it_was_given() -> None:
     name = "hunyuan-video-no-norm"
     model = named(name).build()
     attention = model.single_transformer_blocks[0].attn
-    seen: list[torch.Tensor] = []
-    attention.to_q.register_forward_hook(lambda module, args, output: seen.append(output))
+    outputs: list[torch.Tensor] = []
+    attention.to_q.register_forward_hook(lambda module, args, output: outputs.append(output))
     attention.to_q = torch.nn.Sequential(attention.to_q)
     run(name, model)
     with dit_rope.patch(model, exact=True):
         run(name, model)
-    assert torch.equal(*seen)
+    assert torch.equal(*outputs)

@@ -10,6 +10,7 @@ import torch
 import dit_rope
 from dit_rope import Fusion, Scaling
 from dit_rope.hooks.class_override import Override
+from tolerance import all_equal
 from zoo import Noise, named, tensors, wan
 
 NAMES = ("hunyuan-video", "flux", "ltx-padded", "qwen-image", "kandinsky5")
@@ -33,10 +34,6 @@ def run(forward: Any) -> list[torch.Tensor]:
         return forward()
 
 
-def same(ours: list[torch.Tensor], own: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(ours, own, strict=True))
-
-
 @FUSIONS
 @BY_NAME
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -45,8 +42,8 @@ def test_exact_mode_gives_the_bits_of_the_model_whatever_is_fused(name: str, dty
     expected = run(forward)
     with dit_rope.patch(model, exact=True, fuse=fuse):
         for _ in range(2):
-            assert same(run(forward), expected)
-    assert same(run(forward), expected)
+            assert all_equal(run(forward), expected)
+    assert all_equal(run(forward), expected)
 
 
 @BY_NAME
@@ -55,16 +52,16 @@ def test_nothing_fused_builds_tables_once_and_leaves_attention_alone(name: str, 
     expected = run(forward)
     with dit_rope.patch(model, exact=False, fuse=Fusion.NOTHING) as handle:
         rotations.clear()
-        assert same(run(forward), expected)
+        assert all_equal(run(forward), expected)
         first = dit_rope.cache_info()
-        assert same(run(forward), expected)
+        assert all_equal(run(forward), expected)
         second = dit_rope.cache_info()
         assert not rotations
         assert second.tables.misses == first.tables.misses
         assert second.models.misses == first.models.misses
         assert second.tables.hits + second.models.hits > first.tables.hits + first.models.hits
         seams = {path for path, module in model.named_modules() if isinstance(module, Override)}
-        assert seams == {found.tables.path for plan in handle._plans for found in plan.tables}
+        assert seams == {target.tables.path for plan in handle._plans for target in plan.tables}
         assert not any(len(module._forward_pre_hooks) for path, module in model.named_modules() if path)
         assert "not patched: norm and rotation of queries and keys, because fuse is Fusion.NOTHING" in handle.report()
         assert "norm and rotate" not in handle.report()
@@ -85,7 +82,7 @@ def test_rotation_leaves_the_norm_to_the_model(name: str, rotations: list[str]) 
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({}, "norm and rotation in fast mode, rotation in exact mode"),
         ({"exact": False}, "norm and rotation"),
@@ -93,9 +90,9 @@ def test_rotation_leaves_the_norm_to_the_model(name: str, rotations: list[str]) 
         ({"fuse": Fusion.ROTATION}, "rotation, because fuse is Fusion.ROTATION; norms are the model's own"),
     ],
 )
-def test_report_says_what_is_fused(options: dict[str, Any], said: str) -> None:
+def test_report_says_what_is_fused(options: dict[str, Any], message: str) -> None:
     with dit_rope.patch(wan.build("wan"), **options) as handle:
-        assert f"  fused: {said}\n" in handle.report()
+        assert f"  fused: {message}\n" in handle.report()
 
 
 def test_report_says_where_there_is_no_norm_to_fuse() -> None:
@@ -109,10 +106,10 @@ def test_nothing_fused_scales_dense_tables() -> None:
     scaling = Scaling.of("linear", factor=2.0)
     with dit_rope.patch(model, scaling=scaling):
         expected = run(lambda: [wan.forward(model)])
-    assert not same(run(lambda: [wan.forward(model)]), expected)
-    for given in (scaling, lambda: scaling):
-        with dit_rope.patch(model, scaling=given, fuse=Fusion.NOTHING):
-            assert same(run(lambda: [wan.forward(model)]), expected)
+    assert not all_equal(run(lambda: [wan.forward(model)]), expected)
+    for option in (scaling, lambda: scaling):
+        with dit_rope.patch(model, scaling=option, fuse=Fusion.NOTHING):
+            assert all_equal(run(lambda: [wan.forward(model)]), expected)
 
 
 def test_nothing_fused_compiles_with_scaled_tables() -> None:
@@ -120,7 +117,7 @@ def test_nothing_fused_compiles_with_scaled_tables() -> None:
     with dit_rope.patch(model, scaling=Scaling.of("linear", factor=2.0), fuse=Fusion.NOTHING):
         expected = run(lambda: [wan.forward(model)])
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        assert same(run(lambda: [wan.forward(compiled)]), expected)
+        assert all_equal(run(lambda: [wan.forward(compiled)]), expected)
     torch._dynamo.reset()
 
 

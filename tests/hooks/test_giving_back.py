@@ -50,7 +50,7 @@ def test_object_of_two_models_is_patched_until_both_are_undone(first: int) -> No
     assert torch.equal(forward(models[0]), expected)
     shared = models[0].rope, models[0].blocks[0].attn1.processor
     handles[first].undo()
-    assert all(isinstance(each, Override) for each in shared)
+    assert all(isinstance(target, Override) for target in shared)
     assert "undone" not in handles[1 - first].report()
     assert "where the model rotates" not in handles[1 - first].report()
     hits = dit_rope.cache_info().models.hits
@@ -58,5 +58,5 @@ def test_object_of_two_models_is_patched_until_both_are_undone(first: int) -> No
     assert torch.equal(forward(models[1 - first]), expected)
     assert dit_rope.cache_info().models.hits > hits
     handles[1 - first].undo()
-    assert not any(isinstance(each, Override) for each in shared)
+    assert not any(isinstance(target, Override) for target in shared)
     assert [state_of(model) for model in models] == before

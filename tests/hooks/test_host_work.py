@@ -101,6 +101,6 @@ def test_tables_made_on_the_host_are_kept_where_the_model_computes(
     model = BY_NAME[name].build()
     with dit_rope.patch(model) as handle, torch.no_grad():
         BY_NAME[name].forward(model)
-        tables = [found.tables for plan in handle._plans for found in plan.tables]
+        tables = [target.tables for plan in handle._plans for target in plan.tables]
     assert moved
     assert all(table.to_device for table in tables)  # type: ignore[union-attr]

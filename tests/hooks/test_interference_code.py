@@ -14,6 +14,7 @@ import torch
 
 import dit_rope
 from dit_rope.hooks.class_override import unpatched_class
+from tolerance import all_equal
 from twins import BEFORE_AND_AFTER, Act, Outcome, assert_like, attentions, check, run
 from zoo import Noise, named
 
@@ -32,7 +33,7 @@ def _quiet(one_thread: None) -> Iterator[None]:
 
 def norms_of(attention: Any) -> list[tuple[str, Any]]:
     """Norms of queries and keys, or projections where there are none."""
-    names = [name for name, part in attention.named_children() if "norm" in name and part is not None]
+    names = [name for name, module in attention.named_children() if "norm" in name and module is not None]
     names = [name for name in names if any(letter in name.split("_") for letter in "qk")]
     return [(name, getattr(attention, name)) for name in names or ["to_q", "to_k"]]
 
@@ -72,16 +73,16 @@ def other_forwards(model: Any) -> None:
     """As Liger-Kernel replaces those of instances."""
     for attention in attentions(model):
         for _, norm in norms_of(attention):
-            own = norm.forward
-            norm.forward = types.MethodType(lambda self, x, own=own: own(x) * 1.25, norm)
+            original = norm.forward
+            norm.forward = types.MethodType(lambda self, x, original=original: original(x) * 1.25, norm)
 
 
 def blurred(model: Any) -> None:
     """Smoothed energy guidance wraps the projection of queries: diffusers#11311."""
     for attention in attentions(model):
         projection = getattr(attention, "to_q", None) or getattr(attention, "to_query", None)
-        own = projection.forward
-        projection.forward = lambda x, own=own: (own(x) + own(x).roll(1, dims=1)) / 2
+        original = projection.forward
+        projection.forward = lambda x, original=original: (original(x) + original(x).roll(1, dims=1)) / 2
 
 
 def hooked(model: Any) -> None:
@@ -181,15 +182,15 @@ def test_hooks_on_attention_change_what_its_processor_is_given(
 def test_hook_on_attention_that_reads_sees_the_tables() -> None:
     example = named("wan")
     model = example.build()
-    seen: list[Any] = []
+    tables: list[Any] = []
     for attention in attentions(model):
-        attention.register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[3]), with_kwargs=True)
+        attention.register_forward_pre_hook(lambda module, args, kwargs: tables.append(args[3]), with_kwargs=True)
     run(example, model)
     with dit_rope.patch(model):
         run(example, model)
-    half = len(seen) // 2
-    for own, patched in zip(seen[:half], seen[half:], strict=True):
-        assert all(map(torch.equal, own, patched))
+    half = len(tables) // 2
+    for unpatched, patched in zip(tables[:half], tables[half:], strict=True):
+        assert all_equal(unpatched, patched)
 
 
 def processors(change: str) -> Act:
@@ -227,13 +228,13 @@ def test_processors_of_the_same_name_are_what_runs(name: str, change: str, exact
 
 
 @contextmanager
-def replaced(owner: Any, name: str, other: Callable[[Any], Any]) -> Iterator[None]:
-    own = getattr(owner, name)
-    setattr(owner, name, other(own))
+def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, make(original))
     try:
         yield
     finally:
-        setattr(owner, name, own)
+        setattr(owner, name, original)
 
 
 _TRANSFORMERS = "diffusers.models.transformers."
@@ -257,18 +258,18 @@ def test_replaced_functions_are_what_rotates(name: str, order: str, exact: bool)
     example = named(name)
     model, twin = example.build(), example.build()
 
-    def other(own: Any) -> Any:
-        return lambda *args, **kwargs: torch.utils._pytree.tree_map(lambda x: 1.5 * x, own(*args, **kwargs))
+    def scaled(original: Any) -> Any:
+        return lambda *args, **kwargs: torch.utils._pytree.tree_map(lambda x: 1.5 * x, original(*args, **kwargs))
 
     plain = run(example, twin)
-    with replaced(importlib.import_module(module), function, other):
+    with replaced(importlib.import_module(module), function, scaled):
         expected = run(example, twin)
-    assert not all(map(torch.equal, plain, expected))
+    assert not all_equal(plain, expected)
     if order == "again":
         with dit_rope.patch(model, exact=exact):
             run(example, model)
     handle = dit_rope.patch(model, exact=exact) if order == "after" else None
-    with replaced(importlib.import_module(module), function, other):
+    with replaced(importlib.import_module(module), function, scaled):
         if handle is None:
             handle = dit_rope.patch(model, exact=exact)
         else:
@@ -290,28 +291,28 @@ def test_replaced_methods_of_classes_are_what_runs(order: str, exact: bool) -> N
         ("flux", torch.nn.RMSNorm, "forward", _louder),
         ("flux", torch.nn.functional, "rms_norm", _louder),
     ]
-    for name, owner, method, other in cases:
+    for name, owner, method, make in cases:
         example = named(name)
         model, twin = example.build(), example.build()
         plain = run(example, twin)
-        with replaced(owner, method, other):
+        with replaced(owner, method, make):
             expected = run(example, twin)
-        assert not all(map(torch.equal, plain, expected)), method
+        assert not all_equal(plain, expected), method
         handle = None
         if order == "after":
             handle = dit_rope.patch(model, exact=exact)
             run(example, model)
-        with replaced(owner, method, other):
+        with replaced(owner, method, make):
             handle = handle or dit_rope.patch(model, exact=exact)
             assert_like(Outcome(run(example, model), None), Outcome(expected, None), exact)
         assert_like(Outcome(run(example, model), None), Outcome(plain, None), exact)
         handle.undo()
 
 
-def _louder(own: Any) -> Any:
-    @functools.wraps(own)
+def _louder(original: Any) -> Any:
+    @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: 1.125 * x, own(*args, **kwargs))
+        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: 1.125 * x, original(*args, **kwargs))
 
     return call
 
@@ -328,7 +329,7 @@ def test_traced_models_rotate(name: str, exact: bool) -> None:
 
     def traced(module: Any) -> list[torch.Tensor]:
         tensor_names = [key for key, value in inputs.items() if isinstance(value, torch.Tensor)]
-        rest = {key: value for key, value in inputs.items() if key not in tensor_names}
+        others = {key: value for key, value in inputs.items() if key not in tensor_names}
 
         class Wrapped(torch.nn.Module):
             def __init__(self) -> None:
@@ -336,11 +337,11 @@ def test_traced_models_rotate(name: str, exact: bool) -> None:
                 self.module = module
 
             def forward(self, *args: torch.Tensor) -> Any:
-                return self.module(**dict(zip(tensor_names, args, strict=True)), **rest)[0]
+                return self.module(**dict(zip(tensor_names, args, strict=True)), **others)[0]
 
-        given = tuple(inputs[key] for key in tensor_names)
+        traced_inputs = tuple(inputs[key] for key in tensor_names)
         with torch.no_grad():
-            return [torch.jit.trace(Wrapped(), given, check_trace=False)(*given)]
+            return [torch.jit.trace(Wrapped(), traced_inputs, check_trace=False)(*traced_inputs)]
 
     expected = Outcome.of(lambda: traced(model))
     with dit_rope.patch(model, exact=exact):
@@ -354,10 +355,10 @@ def test_attention_that_is_called_piece_by_piece(exact: bool) -> None:
 
     def by_sample(model: Any) -> None:
         for attention in attentions(model):
-            own = attention.forward
+            original = attention.forward
 
-            def call(hidden: torch.Tensor, *args: Any, own: Any = own, **kwargs: Any) -> Any:
-                parts = [own(hidden[i : i + 1], *args, **kwargs) for i in range(hidden.shape[0])]
+            def call(hidden: torch.Tensor, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+                parts = [original(hidden[i : i + 1], *args, **kwargs) for i in range(hidden.shape[0])]
                 return torch.cat(parts)
 
             attention.forward = call

@@ -43,11 +43,11 @@ def test_models_in_other_dtypes(name: str, dtype: torch.dtype, when: str) -> Non
         model.to(dtype)
     with dit_rope.patch(model, exact=True), torch.no_grad():
         model.to(dtype)
-        theirs = Outcome.of(lambda: tensors(example.forward(twin, dtype)))
-        ours = Outcome.of(lambda: tensors(example.forward(model, dtype)))
-    assert type(ours.error) is type(theirs.error)
-    for one, other in zip(ours.outputs, theirs.outputs, strict=True):
-        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+        expected = Outcome.of(lambda: tensors(example.forward(twin, dtype)))
+        actual = Outcome.of(lambda: tensors(example.forward(model, dtype)))
+    assert type(actual.error) is type(expected.error)
+    for x, y in zip(actual.outputs, expected.outputs, strict=True):
+        assert torch.equal(x.nan_to_num(), y.nan_to_num())
 
 
 @MODE
@@ -64,8 +64,8 @@ def test_norms_in_another_dtype_than_the_model(name: str, exact: bool) -> None:
     expected = Outcome.of(lambda: run(example, twin))
     act(model)
     with dit_rope.patch(model, exact=exact):
-        ours = Outcome.of(lambda: run(example, model))
-    assert type(ours.error) is type(expected.error)
-    for one, other in zip(ours.outputs, expected.outputs, strict=True):
-        bound = 0.0 if exact else 64 * torch.finfo(torch.bfloat16).eps * float(other.abs().max())
-        assert float((one - other).abs().max()) <= bound
+        actual = Outcome.of(lambda: run(example, model))
+    assert type(actual.error) is type(expected.error)
+    for x, y in zip(actual.outputs, expected.outputs, strict=True):
+        bound = 0.0 if exact else 64 * torch.finfo(torch.bfloat16).eps * float(y.abs().max())
+        assert float((x - y).abs().max()) <= bound

@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import dit_rope
+from tolerance import all_equal
 from twins import BEFORE_AND_AFTER, Act, Outcome, assert_like, attentions, run
 from zoo import Noise, named, tensors, wan
 
@@ -182,8 +183,8 @@ def by_pre_hook(model: Any) -> None:
 
 
 def by_wrapper(model: Any) -> None:
-    own = model.forward
-    model.forward = lambda **kwargs: own(**{**kwargs, "img_ids": moved(kwargs["img_ids"])})
+    original = model.forward
+    model.forward = lambda **kwargs: original(**{**kwargs, "img_ids": moved(kwargs["img_ids"])})
 
 
 def by_hook_of_diffusers(model: Any) -> None:
@@ -198,9 +199,9 @@ def by_hook_of_diffusers(model: Any) -> None:
 
 def by_subclass(model: Any) -> None:
     """A rope module of the same name that follows the timestep: DyPE."""
-    own = getattr(type(model.pos_embed), "unpatched", type(model.pos_embed))
+    original = getattr(type(model.pos_embed), "unpatched", type(model.pos_embed))
 
-    class FluxPosEmbed(own):  # type: ignore[misc, valid-type]
+    class FluxPosEmbed(original):  # type: ignore[misc, valid-type]
         def forward(self, ids: torch.Tensor) -> Any:
             return super().forward(moved(ids))
 
@@ -208,8 +209,8 @@ def by_subclass(model: Any) -> None:
 
 
 def by_instance(model: Any) -> None:
-    own = model.pos_embed.forward
-    model.pos_embed.forward = lambda ids: own(moved(ids))
+    original = model.pos_embed.forward
+    model.pos_embed.forward = lambda ids: original(moved(ids))
 
 
 def by_attribute(model: Any) -> None:
@@ -242,8 +243,8 @@ def test_ids_that_change_inside_the_call(name: str, act: Act, exact: bool, when:
             run(example, model, inputs)
             act(model)
         for Step.number in range(3):
-            ours = Outcome(run(example, model, inputs), None)
-            assert_like(ours, Outcome(expected[Step.number], None), exact)
+            actual = Outcome(run(example, model, inputs), None)
+            assert_like(actual, Outcome(expected[Step.number], None), exact)
     Step.number = 0
 
 
@@ -257,8 +258,10 @@ def test_new_ids_over_memory_that_is_rewritten(exact: bool) -> None:
     with dit_rope.patch(model, exact=exact):
         for step in range(3):
             buffer[...] = base * (step + 1)
-            given = {**inputs, "img_ids": torch.from_numpy(buffer)}
-            assert_like(Outcome(run(example, model, given), None), Outcome(run(example, twin, given), None), exact)
+            arguments = {**inputs, "img_ids": torch.from_numpy(buffer)}
+            assert_like(
+                Outcome(run(example, model, arguments), None), Outcome(run(example, twin, arguments), None), exact
+            )
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -269,8 +272,8 @@ def test_tables_of_a_parameter_that_is_trained(fused: bool) -> None:
     handle = dit_rope.patch(models[0], exact=True)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused) for model in models]
     for _ in range(3):
-        ours, theirs = (run(example, model) for model in models)
-        assert all(map(torch.equal, ours, theirs))
+        actual, expected = (run(example, model) for model in models)
+        assert all_equal(actual, expected)
         for model, optimizer in zip(models, optimizers, strict=True):
             optimizer.zero_grad()
             sum(x.square().sum() for x in tensors(example.forward(model))).backward()
@@ -310,8 +313,8 @@ def test_what_the_tables_are_made_of_changes(name: str, act: Act, exact: bool, w
         if when == "after":
             run(example, model)
             act(model)
-        for theirs in expected:
-            assert_like(Outcome(run(example, model), None), Outcome(theirs, None), exact)
+        for output in expected:
+            assert_like(Outcome(run(example, model), None), Outcome(output, None), exact)
 
 
 @MODE
@@ -372,7 +375,7 @@ def test_tables_kept_from_inference_mode() -> None:
         expected = tensors(example.forward(model))
     with dit_rope.patch(model):
         for _ in range(2):
-            assert all(map(torch.equal, run(example, model), expected))
+            assert all_equal(run(example, model), expected)
 
 
 @MODE

@@ -17,6 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import dit_rope
 from dit_rope.hooks.class_override import INSTALLED, Override
+from tolerance import all_equal
 from twins import BEFORE_AND_AFTER, Outcome, assert_like, attentions, check, run
 from zoo import Noise, named, tensors
 
@@ -106,18 +107,18 @@ def test_attention_modules_that_are_compiled_or_of_a_derived_class(name: str, wh
 def test_blocks_exchanged_for_exported_programs(name: str, when: str) -> None:
     """Blocks compiled ahead of time read what the rope module returns as the tables that it returns unpatched."""
     example = named(name)
-    seen: list[Any] = []
+    outputs: list[Any] = []
     twin = example.build()
     block = blocks_of(twin)[0]
-    block.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    block.register_forward_pre_hook(lambda module, args, kwargs: outputs.append((args, kwargs)), with_kwargs=True)
     run(example, twin)
-    args, kwargs = seen[0]
+    args, kwargs = outputs[0]
     block._forward_pre_hooks.clear()
 
     def exchanged(model: Any) -> None:
-        part = blocks_of(model)[0]
-        program = torch.export.export(part, args, kwargs).module()
-        part.forward = types.MethodType(lambda self, *a, **k: program(*a, **k), part)
+        block = blocks_of(model)[0]
+        program = torch.export.export(block, args, kwargs).module()
+        block.forward = types.MethodType(lambda self, *a, **k: program(*a, **k), block)
 
     check(name, exchanged, when, exact=True, changes=False)
 
@@ -128,22 +129,22 @@ def test_parts_taken_out_while_patched_and_put_back_after_undo(name: str) -> Non
     model = example.build()
     expected = run(example, model)
     handle = dit_rope.patch(model, exact=False)
-    kept = [(module, key, value) for module in model.modules() for key, value in module._modules.items()]
+    modules = [(module, key, value) for module in model.modules() for key, value in module._modules.items()]
     processors = [(module, module.processor) for module in model.modules() if hasattr(module, "processor")]
-    for module, key, value in kept:
+    for module, key, value in modules:
         if key in ("rope", "pos_embed") or "norm" in key:
             module._modules[key] = copy.deepcopy(value)
     for module, processor in processors:
         module.processor = copy.copy(processor)
     handle.undo()
-    for module, key, value in kept:
+    for module, key, value in modules:
         module._modules[key] = value
     for module, processor in processors:
         module.processor = processor
     assert not changed(model)
-    assert all(map(torch.equal, run(example, model), expected))
+    assert all_equal(run(example, model), expected)
     with dit_rope.patch(model, exact=True):
-        assert all(map(torch.equal, run(example, model), expected))
+        assert all_equal(run(example, model), expected)
     assert not changed(model)
 
 
@@ -159,29 +160,29 @@ def test_handles_in_any_order(name: str) -> None:
     first.undo()
     assert second.active
     assert changed(model)
-    assert all(map(torch.equal, run(example, model), expected))
+    assert all_equal(run(example, model), expected)
     twin = pickle.loads(pickle.dumps(model))
     second.undo()
     second.undo()
     assert not changed(model)
-    assert all(map(torch.equal, run(example, twin), expected))
+    assert all_equal(run(example, twin), expected)
     dit_rope.unpatch(twin)
     assert not changed(twin)
 
 
 def test_attention_shared_by_two_patched_models() -> None:
     example = named("flux")
-    one, other = example.build(), example.build()
-    expected = run(example, one)
-    other.transformer_blocks = one.transformer_blocks
-    first, second = dit_rope.patch(one, exact=True), dit_rope.patch(other, exact=True)
+    model_a, model_b = example.build(), example.build()
+    expected = run(example, model_a)
+    model_b.transformer_blocks = model_a.transformer_blocks
+    first, second = dit_rope.patch(model_a, exact=True), dit_rope.patch(model_b, exact=True)
     first.undo()
-    assert changed(other.transformer_blocks[0])
-    for model in (one, other):
-        assert all(map(torch.equal, run(example, model), expected))
+    assert changed(model_b.transformer_blocks[0])
+    for model in (model_a, model_b):
+        assert all_equal(run(example, model), expected)
     second.undo()
-    assert not changed(one)
-    assert not changed(other)
+    assert not changed(model_a)
+    assert not changed(model_b)
 
 
 def test_processor_shared_by_all_attention_modules() -> None:
@@ -218,19 +219,19 @@ def test_interrupts_keep_nothing_alive_and_the_next_call_is_right() -> None:
         raise KeyboardInterrupt
 
     alive = []
-    for where in (attentions(model)[1].norm_k, model.transformer_blocks[0], model.proj_out):
+    for module in (attentions(model)[1].norm_k, model.transformer_blocks[0], model.proj_out):
         for _ in range(3):
-            hook = where.register_forward_pre_hook(interrupt)
-            given = {**inputs, "hidden_states": inputs["hidden_states"].clone()}
-            alive.append(weakref.ref(given["hidden_states"]))
+            hook = module.register_forward_pre_hook(interrupt)
+            arguments = {**inputs, "hidden_states": inputs["hidden_states"].clone()}
+            alive.append(weakref.ref(arguments["hidden_states"]))
             with pytest.raises(KeyboardInterrupt):
-                run(example, model, given)
+                run(example, model, arguments)
             hook.remove()
-            del given
+            del arguments
     gc.collect()
     assert all(ref() is None for ref in alive)
     with torch.no_grad():
-        assert all(map(torch.equal, tensors(model.forward(**inputs)), expected))
+        assert all_equal(tensors(model.forward(**inputs)), expected)
     handle.undo()
 
 
@@ -268,18 +269,18 @@ def test_patch_under_modes_of_torch_and_with_random_parts(name: str) -> None:
     for mode in (torch.device("meta"), torch.inference_mode(), torch.autocast("cpu")):
         with mode:
             handle = dit_rope.patch(model)
-        assert all(map(torch.equal, run(example, model), expected))
+        assert all_equal(run(example, model), expected)
         handle.undo()
         assert not changed(model)
     for attention in attentions(model):
-        for part in attention.modules():
-            if isinstance(part, torch.nn.Linear):
-                part.register_forward_hook(lambda module, args, out: torch.nn.functional.dropout(out, 0.5))
+        for submodule in attention.modules():
+            if isinstance(submodule, torch.nn.Linear):
+                submodule.register_forward_hook(lambda module, args, out: torch.nn.functional.dropout(out, 0.5))
     torch.manual_seed(3)
     dropped = run(example, model)
     with dit_rope.patch(model):
         torch.manual_seed(3)
-        assert all(map(torch.equal, run(example, model), dropped))
+        assert all_equal(run(example, model), dropped)
 
 
 @MODE
@@ -311,7 +312,7 @@ def test_class_that_cannot_be_derived_from_for_an_object_is_left_alone() -> None
     attention.processor = Slotted()
     with dit_rope.patch(model, exact=True) as handle:
         assert type(attention.processor) is Slotted or isinstance(attention.processor, Slotted)
-        assert all(map(torch.equal, run(example, model), expected))
+        assert all_equal(run(example, model), expected)
         assert "norm and rotate" in handle.report()
     assert type(attention.processor) is Slotted
     assert not changed(model)
@@ -331,9 +332,9 @@ def test_classes_that_were_derived_from_a_patched_one_call_what_they_were_derive
                 module.__class__ = type(base.__name__, (base,), {"forward": forward})
     expected = run(named(name), twin)
     for _ in range(3):
-        assert all(map(torch.equal, run(named(name), patched), expected))
+        assert all_equal(run(named(name), patched), expected)
         handle.undo()
         assert changed(patched) == []
-        assert all(map(torch.equal, run(named(name), patched), expected))
+        assert all_equal(run(named(name), patched), expected)
         handle = dit_rope.patch(patched, exact=True)
     handle.undo()

@@ -17,6 +17,7 @@ from dit_rope.hooks.rope_modules import why_not_memoized
 from dit_rope.models import flux
 from dit_rope.models.wan import WAN
 from known_classes import known, memoize
+from tolerance import all_equal
 from zoo import Noise, named, tensors, wan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,10 +26,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def run(name: str, model: torch.nn.Module) -> list[torch.Tensor]:
     with torch.no_grad():
         return tensors(named(name).run(model, named(name).inputs(model, Noise(torch.float32))))
-
-
-def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
-    return len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
 
 
 def forward(model: torch.nn.Module) -> torch.Tensor:
@@ -88,21 +85,21 @@ def test_code_that_somebody_replaces_is_what_runs(
     with monkeypatch.context() as changed:
         replace(changed)
         expected = run(name, model)
-    assert not same(plain, expected)
+    assert not all_equal(plain, expected)
     with monkeypatch.context() as changed:
         if not patched:
             replace(changed)
         with dit_rope.patch(model, exact=True) as handle:
             if patched:
-                assert same(run(name, model), plain)
+                assert all_equal(run(name, model), plain)
                 assert "where the model rotates" not in handle.report()
                 replace(changed)
             rotations.clear()
-            assert same(run(name, model), expected)
+            assert all_equal(run(name, model), expected)
             assert not rotations
             assert "where the model rotates" in handle.report()
             changed.undo()
-            assert same(run(name, model), plain)
+            assert all_equal(run(name, model), plain)
             assert rotations
             assert "where the model rotates" not in handle.report()
 
@@ -177,16 +174,16 @@ def test_function_that_wraps_a_known_one_is_not_known(monkeypatch: pytest.Monkey
 
     from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-    own = WanAttnProcessor.__call__
+    original = WanAttnProcessor.__call__
     assert Guard(WanAttnProcessor, "__call__").unknown is None
 
-    @functools.wraps(own)
+    @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return own(*args, **kwargs)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(WanAttnProcessor, "__call__", wrapper)
     assert Guard(WanAttnProcessor, "__call__").unknown is not None
-    monkeypatch.setattr(WanAttnProcessor, "__call__", torch.no_grad()(own))  # which is in front of many of them
+    monkeypatch.setattr(WanAttnProcessor, "__call__", torch.no_grad()(original))  # which is in front of many of them
     assert Guard(WanAttnProcessor, "__call__").unknown is None
 
 
@@ -205,8 +202,8 @@ def attend(self: Any, attn: Any, query: Any, key: Any, hidden_states: Any) -> An
     """Plain attention."""
     value = attn.to_v(hidden_states)
     query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
-    found = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    return attn.to_out[0](found.transpose(1, 2).flatten(2))
+    attended = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    return attn.to_out[0](attended.transpose(1, 2).flatten(2))
 
 
 def _rotates(x: torch.Tensor, heads: int, rotary: Any) -> torch.Tensor:
@@ -214,7 +211,7 @@ def _rotates(x: torch.Tensor, heads: int, rotary: Any) -> torch.Tensor:
         return x
     from diffusers.models.embeddings import apply_rotary_emb
 
-    cos, sin = (part[0, :, 0] for part in rotary)
+    cos, sin = (table[0, :, 0] for table in rotary)
     return apply_rotary_emb(x.unflatten(2, (heads, -1)), (cos, sin), sequence_dim=1).flatten(2)
 
 
@@ -265,17 +262,17 @@ def test_method_that_a_processor_holds_itself_is_what_runs(rotations: list[str])
         assert len(rotations) == 4
         processor.project = lambda attn, x: (attn.to_q(x), attn.to_k(x))
         rotations.clear()
-        ours = forward(model)
+        actual = forward(model)
         assert len(rotations) == 2
         assert "its project was replaced on the instance" in handle.report()
-    assert torch.equal(forward(model), ours)
+    assert torch.equal(forward(model), actual)
 
 
 def test_stand_in_is_gone_after_the_call(rotations: list[str]) -> None:
     """During it, it is of the module's class, has its attributes, and leaves the module as it is."""
     model = wan.build("wan")
     attention = model.blocks[0].attn1
-    before, seen = dict(vars(attention)), []
+    before, calls = dict(vars(attention)), []
 
     class WanAttnProcessor(type(_processor(2))):  # type: ignore[misc]
         def __call__(
@@ -286,7 +283,7 @@ def test_stand_in_is_gone_after_the_call(rotations: list[str]) -> None:
             attention_mask: Any = None,
             rotary_emb: Any = None,
         ) -> Any:
-            seen.append((attn, type(attn), dict(vars(attention))))
+            calls.append((attn, type(attn), dict(vars(attention))))
             query, key = self.project(attn, hidden_states)
             query, key = _rotates(query, attn.heads, rotary_emb), _rotates(key, attn.heads, rotary_emb)
             return attend(self, attn, query, key, hidden_states)
@@ -296,9 +293,9 @@ def test_stand_in_is_gone_after_the_call(rotations: list[str]) -> None:
     before = dict(vars(attention))
     expected = forward(model)
     with dit_rope.patch(model, exact=True):
-        seen.clear()
+        calls.clear()
         assert torch.equal(forward(model), expected)
-    ((stand_in, cls, during),) = seen
+    ((stand_in, cls, during),) = calls
     assert stand_in is not attention
     assert cls is type(attention)
     assert during.keys() - before.keys() == {"_dit_rope"}
@@ -309,9 +306,9 @@ def test_stand_in_is_gone_after_the_call(rotations: list[str]) -> None:
 def test_report_follows_processors_that_come_and_go(rotations: list[str]) -> None:
     model = wan.build("wan")
     attention = model.blocks[1].attn1
-    own = type(attention.processor)
+    original = type(attention.processor)
 
-    class Mine(own):
+    class Derived(original):
         pass
 
     with dit_rope.patch(model) as handle:
@@ -319,8 +316,8 @@ def test_report_follows_processors_that_come_and_go(rotations: list[str]) -> Non
         rotations.clear()
         first = handle.report()
         assert "not patched: blocks" not in first
-        kept = attention.processor
-        attention.processor = Mine()
+        processor = attention.processor
+        attention.processor = Derived()
         assert "blocks.*.attn1 (1 module), where the model rotates: its processor was replaced" in handle.report()
         attention.processor = _processor(2)
         assert "blocks.*.attn1 (1 module), where the model rotates: its processor was replaced" in handle.report()
@@ -329,18 +326,18 @@ def test_report_follows_processors_that_come_and_go(rotations: list[str]) -> Non
         assert len(rotations) == 4
         attention.processor = object()
         assert "where the model rotates: builtins.object.__call__" in handle.report()
-        attention.processor = kept
+        attention.processor = processor
         assert handle.report() == first
 
 
 def test_report_follows_modules_that_come_and_go() -> None:
-    model, other = wan.build("wan"), wan.build("wan")
+    model, twin = wan.build("wan"), wan.build("wan")
     with dit_rope.patch(model) as handle:
         first = handle.report()
         rope, attention = model.rope, model.blocks[1].attn1
-        model.rope = other.rope
+        model.rope = twin.rope
         assert "not patched, builds its tables in every forward pass: rope was replaced after" in handle.report()
-        model.rope, model.blocks[1].attn1 = rope, other.blocks[1].attn1
+        model.rope, model.blocks[1].attn1 = rope, twin.blocks[1].attn1
         assert "blocks.*.attn1 (1 module), where the model rotates: it was replaced after the patch" in handle.report()
         model.blocks[1].attn1 = attention
         assert handle.report() == first
@@ -350,10 +347,10 @@ def test_same_source_among_other_names_is_not_known(monkeypatch: pytest.MonkeyPa
     """It calls other functions."""
     from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-    own: Any = FluxAttnProcessor.__call__
-    others = {**own.__globals__, "apply_rotary_emb": backwards}
-    for scope, known_there in ((own.__globals__, True), (others, False), (dict(own.__globals__), False)):
-        monkeypatch.setattr(FluxAttnProcessor, "__call__", copy_of(own, scope))
+    original: Any = FluxAttnProcessor.__call__
+    names = {**original.__globals__, "apply_rotary_emb": backwards}
+    for scope, known_there in ((original.__globals__, True), (names, False), (dict(original.__globals__), False)):
+        monkeypatch.setattr(FluxAttnProcessor, "__call__", copy_of(original, scope))
         assert (Guard(FluxAttnProcessor, "__call__").unknown is None) == known_there
 
 

@@ -10,6 +10,7 @@ import torch
 import dit_rope
 from dit_rope.adapters import adapter_of
 from dit_rope.hooks.plan import make_plan
+from tolerance import all_equal
 from zoo import Noise, named, tensors
 
 MISSING = [
@@ -29,13 +30,13 @@ def run(name: str, model: Any) -> list[torch.Tensor]:
 
 def without(model: Any, names: tuple[str, ...]) -> int:
     """Takes these norms from every attention module that rotates; how many there were."""
-    taken = 0
+    removed = 0
     for plan in make_plan("model", model, adapter_of(model)).rotations:
         for name in names:
             if getattr(plan.attention, name, None) is not None:
                 setattr(plan.attention, name, None)
-                taken += 1
-    return taken
+                removed += 1
+    return removed
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -50,13 +51,13 @@ def test_model_whose_norms_were_taken_away_computes_what_the_unpatched_one_does(
     handles = [dit_rope.patch(model, exact=exact) for model in (before, after)]
     run(name, after)
     for attention in attentions:
-        for each in names:
-            setattr(attention, each, None)
+        for attribute in names:
+            setattr(attention, attribute, None)
     bound = 0.0 if exact else 64 * torch.finfo(torch.float32).eps
     expected = run(name, twin)
     for model, handle in zip((before, after), handles, strict=True):
-        for ours, theirs in zip(run(name, model), expected, strict=True):
-            assert (ours - theirs).abs().max() <= bound * theirs.abs().max()
+        for actual, twin_output in zip(run(name, model), expected, strict=True):
+            assert (actual - twin_output).abs().max() <= bound * twin_output.abs().max()
         assert f"it has no {names[0]}" in str(handle.report())
         handle.undo()
-        assert all(map(torch.equal, run(name, model), expected))
+        assert all_equal(run(name, model), expected)

@@ -143,8 +143,8 @@ def test_arguments_of_other_values_types_and_shapes_are_told_apart() -> None:
     rope, ids = memoized(), torch.arange(6)
     for count in (6, 4, None, 5):
         assert_fresh(rope, ids, count)
-    for other in (ids.view(2, 3).t().reshape(-1), ids.double(), ids.flip(0), ids[::2], ids.int()):
-        assert_fresh(rope, other)
+    for changed in (ids.view(2, 3).t().reshape(-1), ids.double(), ids.flip(0), ids[::2], ids.int()):
+        assert_fresh(rope, changed)
 
 
 def test_equal_numbers_of_two_types_are_told_apart() -> None:
@@ -155,7 +155,7 @@ def test_equal_numbers_of_two_types_are_told_apart() -> None:
     rope = known(Full)()
     memoize(rope, ModelTables("rope", "Full"), ("ids", "count"))
     ids = torch.arange(3)
-    assert [rope(ids, one)["angles"].dtype for one in (1, 1.0, True)] == [torch.int64, torch.float32, torch.bool]
+    assert [rope(ids, number)["angles"].dtype for number in (1, 1.0, True)] == [torch.int64, torch.float32, torch.bool]
 
 
 def test_state_of_the_module_is_part_of_the_key() -> None:
@@ -215,23 +215,23 @@ def test_tables_that_a_module_kept_from_inference_mode_are_copied() -> None:
 
     class Keeps(Rope):
         def forward(self, ids: torch.Tensor, count: int | None = None) -> dict[str, torch.Tensor]:
-            return {"angles": kept}
+            return {"angles": cached}
 
     known(Keeps)
     with torch.inference_mode():
-        kept = torch.ones(3, 2)
+        cached = torch.ones(3, 2)
     rope = Keeps()
     memoize(rope, ModelTables("rope", "Keeps"), ("ids", "count"))
     for _ in range(2):
-        assert torch.equal(rope(torch.arange(3))["angles"], kept)
+        assert torch.equal(rope(torch.arange(3))["angles"], cached)
 
 
 def test_tensor_without_versions_of_a_subclass_is_no_key() -> None:
-    class Mine(torch.Tensor):
+    class Subclass(torch.Tensor):
         pass
 
     rope = memoized()
-    ids = torch.arange(5).as_subclass(Mine)
+    ids = torch.arange(5).as_subclass(Subclass)
     rope(ids)
     rope(ids)
     assert rope.built == 2
@@ -319,7 +319,7 @@ def test_model_follows_ids_that_are_written_to_or_replaced_between_steps() -> No
     expected = [run(model, **step) for step in steps]
     with dit_rope.patch(model, exact=True):
         for _ in range(2):
-            assert all(torch.equal(run(model, **step), theirs) for step, theirs in zip(steps, expected, strict=True))
+            assert all(torch.equal(run(model, **step), output) for step, output in zip(steps, expected, strict=True))
         for _ in range(3):
             image.add_(2)
             actual = run(model, img_ids=image, txt_ids=text)

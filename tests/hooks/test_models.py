@@ -16,6 +16,7 @@ from dit_rope.hooks.packed_tables import UnfitTable
 from dit_rope.models import ADAPTERS
 from dit_rope.rotation import ops
 from model_state import state_of
+from tolerance import all_equal
 from zoo import EXAMPLES, Example, Noise, tensors
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -31,12 +32,6 @@ def forward(example: Example, model: torch.nn.Module, dtype: torch.dtype) -> lis
         return tensors(example.forward(model, dtype))
 
 
-def assert_equal(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    assert len(actual) == len(expected) > 0
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert torch.equal(ours, theirs)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @BY_NAME
 def test_patched_equals_unpatched_bitwise_and_undo_leaves_nothing(example: Example, dtype: torch.dtype) -> None:
@@ -49,14 +44,14 @@ def test_patched_equals_unpatched_bitwise_and_undo_leaves_nothing(example: Examp
     handle = dit_rope.patch(model, exact=True)
     assert list(model.state_dict()) == keys
     for _ in range(2):
-        assert_equal(forward(example, model, dtype), expected)
+        assert all_equal(forward(example, model, dtype), expected)
     handle.undo()
     after = state_of(model)
     for name in assigned:  # by the model's own forward
         for _, attributes, *_ in (*before.values(), *after.values()):
             attributes.pop(name, None)
     assert after == before
-    assert_equal(forward(example, model, dtype), expected)
+    assert all_equal(forward(example, model, dtype), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
@@ -66,7 +61,9 @@ def test_patched_gradients_equal_unpatched_bitwise(example: Example, dtype: torc
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
-        sum(part.square().sum() for part in tensors(example.forward(model, dtype)) if part.requires_grad).backward()
+        sum(
+            output.square().sum() for output in tensors(example.forward(model, dtype)) if output.requires_grad
+        ).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     expected = gradients()
@@ -89,9 +86,9 @@ def test_fast_mode_errs_as_unpatched_does(example: Example, dtype: torch.dtype) 
     # Unpatched, this class rounds rotated queries and keys to bfloat16, whatever its dtype.
     rounded = torch.bfloat16 if example.model_class.__name__ == "Kandinsky5Transformer3DModel" else dtype
     bound = 64 * torch.finfo(rounded).eps
-    for ours, theirs in zip(actual, expected, strict=True):
-        scale = theirs.float().abs().max()
-        assert (ours.float() - theirs.float()).abs().max() <= bound * scale
+    for x, y in zip(actual, expected, strict=True):
+        scale = y.float().abs().max()
+        assert (x.float() - y.float()).abs().max() <= bound * scale
 
 
 @BY_NAME
@@ -114,7 +111,7 @@ def test_every_norm_rotates(example: Example, monkeypatch: pytest.MonkeyPatch) -
     calls: list[int] = []
     real = ops.rotate
     monkeypatch.setattr(ops, "rotate", lambda *a, **k: calls.append(1) or real(*a, **k))
-    left: list[torch.nn.Module] = []
+    not_rotating: list[torch.nn.Module] = []
     ended: list[tuple[torch.nn.Module, rotating_norms.RotatedCall]] = []
     check, rotate = rotating_norms.RotatedCall.check, attention._with_rotating_norms
 
@@ -128,14 +125,14 @@ def test_every_norm_rotates(example: Example, monkeypatch: pytest.MonkeyPatch) -
             return rotate(processor, attn, guard, settings, args, kwargs)
         except UnfitTable:
             if names.get(settings.rotation.rotary[0]) is not None:
-                left.append(attn)
+                not_rotating.append(attn)
             raise
 
     monkeypatch.setattr(rotating_norms.RotatedCall, "check", checked)
     monkeypatch.setattr(attention, "_with_rotating_norms", rotated)
     with dit_rope.patch(model, exact=False):
         forward(example, model, torch.float32)
-    assert not left
+    assert not not_rotating
     complete = [(module, call) for module, call in ended if not call.pending]
     # Some modules pass by their norms in some of their calls, in none of the examples in all of them.
     assert {type(module) for module, _ in complete} == {type(module) for module, _ in ended}

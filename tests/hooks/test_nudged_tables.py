@@ -16,6 +16,7 @@ from dit_rope.hooks.formats import AXES
 from dit_rope.hooks.packed_tables import Align, PackedTable, axis_rows, axis_tables_of, pack
 from dit_rope.rotation import ops
 from dit_rope.spec import Pairing
+from tolerance import all_equal
 from twins import BEFORE_AND_AFTER, attentions, check, run
 from zoo import named, wan
 
@@ -73,7 +74,7 @@ def nudged(name: str, change: Change, when: str, frames: int) -> tuple[torch.Ten
             nudge(model.rope, change)
         cos, sin = model.rope(latent)
         assert handle.report().splitlines()[1].endswith("kernels read a small array per axis")
-    assert all(map(torch.equal, (cos, sin), model.rope(latent)))
+    assert all_equal((cos, sin), model.rope(latent))
     return cos, sin
 
 
@@ -88,7 +89,7 @@ def test_axis_tables_are_of_the_models_own_values(name: str, frames: int, change
     table = axis_tables_of(pair)
     assert table is not None
     assert table.rows.shape[1] == frames + 4 + 6
-    (by_token,) = AXES.tables(tuple(each.clone() for each in pair), CPU)
+    (by_token,) = AXES.tables(tuple(x.clone() for x in pair), CPU)
     for exact in (True, False):
         assert torch.equal(rotated(table, exact), rotated(by_token, exact))
 
@@ -148,10 +149,10 @@ def test_rows_of_axes_expand_to_the_table_they_were_taken_from(dtype: torch.dtyp
 
 @pytest.mark.parametrize("token", [0, 1, 4, 12, 23])
 @pytest.mark.parametrize("pair", range(7))
-@pytest.mark.parametrize("which", [0, 1], ids=["cos", "sin"])
-def test_tables_of_which_one_token_differs_by_an_ulp_are_not_of_axes(token: int, pair: int, which: int) -> None:
+@pytest.mark.parametrize("index", [0, 1], ids=["cos", "sin"])
+def test_tables_of_which_one_token_differs_by_an_ulp_are_not_of_axes(token: int, pair: int, index: int) -> None:
     values = [of_grid(), of_grid()]
-    values[which][0, token, 0, pair] = one_ulp_up(values[which][0, token, 0, pair])
+    values[index][0, token, 0, pair] = one_ulp_up(values[index][0, token, 0, pair])
     assert axis_rows(values, GRID, PAIRS) is None
 
 

@@ -14,6 +14,7 @@ import torch
 import dit_rope
 from dit_rope.hooks.class_override import Override
 from dit_rope.hooks.rope_modules import MemoizedMethod
+from tolerance import all_equal
 from zoo import Noise, named, tensors
 
 # Axis tables; memo and norms; projections; rebound; a method of the model; complex; processor of ours; own seam.
@@ -42,17 +43,13 @@ def run(name: str, model: torch.nn.Module, dtype: torch.dtype = torch.float32) -
         return tensors(example.run(model, example.inputs(model, Noise(dtype))))
 
 
-def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
-    return len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
-
-
 def patched_parts(model: torch.nn.Module) -> list[object]:
     """What a patch has put in."""
     return [
-        part
+        target
         for module in model.modules()
-        for part in (module, *vars(module).values())
-        if isinstance(part, (Override, MemoizedMethod))
+        for target in (module, *vars(module).values())
+        if isinstance(target, (Override, MemoizedMethod))
     ]
 
 
@@ -90,21 +87,21 @@ OFFLOADS: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("how", OFFLOADS)
+@pytest.mark.parametrize("method", OFFLOADS)
 @BY_KIND
-def test_offloading_enabled_after_the_patch_stays_bitwise_equal(name: str, how: str) -> None:
+def test_offloading_enabled_after_the_patch_stays_bitwise_equal(name: str, method: str) -> None:
     model, plain = named(name).build(), named(name).build()
     try:
-        OFFLOADS[how](plain)
+        OFFLOADS[method](plain)
         expected = run(name, plain)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         pytest.skip(f"the unpatched model cannot do it: {error!s:.60}")
     handle = dit_rope.patch(model, exact=True)
-    OFFLOADS[how](model)
+    OFFLOADS[method](model)
     for _ in range(2):
-        assert same(run(name, model), expected)
+        assert all_equal(run(name, model), expected)
     handle.undo()
-    assert same(run(name, model), expected)
+    assert all_equal(run(name, model), expected)
     assert patched_parts(model) == []
 
 
@@ -117,13 +114,13 @@ def refusal(model: torch.nn.Module) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("how", OFFLOADS)
+@pytest.mark.parametrize("method", OFFLOADS)
 @BY_KIND
-def test_patch_after_offloading_is_right_or_refused_whole(name: str, how: str) -> None:
+def test_patch_after_offloading_is_right_or_refused_whole(name: str, method: str) -> None:
     """Libraries that put a forward of their own into a module would run it in place of ours."""
     model = named(name).build()
     try:
-        OFFLOADS[how](model)
+        OFFLOADS[method](model)
         expected = run(name, model)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         pytest.skip(f"the unpatched model cannot do it: {error!s:.60}")
@@ -131,11 +128,11 @@ def test_patch_after_offloading_is_right_or_refused_whole(name: str, how: str) -
     assert patched_parts(model) == []
     if refused is None:
         with dit_rope.patch(model, exact=True):
-            assert same(run(name, model), expected)
+            assert all_equal(run(name, model), expected)
     else:
         assert "patch first, then enable offloading or parallelism" in refused
     assert patched_parts(model) == []
-    assert same(run(name, model), expected)
+    assert all_equal(run(name, model), expected)
 
 
 @BY_KIND
@@ -148,9 +145,9 @@ def test_casts_after_the_patch_stay_bitwise_equal(name: str) -> None:
     handle = dit_rope.patch(model, exact=True)
     for dtype in (torch.float32, torch.bfloat16, *(() if name == "wan" else (torch.float32,))):
         expected = run(name, plain.to(dtype), dtype)
-        assert same(run(name, model.to(dtype), dtype), expected), dtype
+        assert all_equal(run(name, model.to(dtype), dtype), expected), dtype
     handle.undo()
-    assert same(run(name, model, dtype), expected)
+    assert all_equal(run(name, model, dtype), expected)
 
 
 @BY_KIND
@@ -168,9 +165,9 @@ def test_model_without_weights_gives_shapes_and_keeps_nothing(name: str) -> None
         except (NotImplementedError, RuntimeError) as error:
             pytest.skip(f"the unpatched model cannot do it: {error!s:.60}")
         with dit_rope.patch(model, exact=True):
-            ours = tensors(named(name).run(model, inputs))
-    assert [x.shape for x in ours] == [x.shape for x in plain] == [x.shape for x in expected]
-    assert all(x.is_meta for x in ours)
+            actual = tensors(named(name).run(model, inputs))
+    assert [x.shape for x in actual] == [x.shape for x in plain] == [x.shape for x in expected]
+    assert all(x.is_meta for x in actual)
     info = dit_rope.cache_info()
     assert (info.tables.entries, info.models.entries) == (0, 0)
 
@@ -189,23 +186,23 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("method", COPIES)
 @BY_KIND
-def test_copies_of_a_patched_model_are_patched_models_of_their_own(name: str, how: str) -> None:
+def test_copies_of_a_patched_model_are_patched_models_of_their_own(name: str, method: str) -> None:
     model = named(name).build()
     expected = run(name, model)
     with dit_rope.patch(model, exact=True):
         run(name, model)
-        twin = COPIES[how](model)
+        twin = COPIES[method](model)
         count = len(patched_parts(model))
     assert len(patched_parts(twin)) == count > 0
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert same(run(name, twin), expected)
+    assert all_equal(run(name, twin), expected)
     dit_rope.unpatch(twin)
     assert patched_parts(twin) == []
-    assert same(run(name, twin), expected)
+    assert all_equal(run(name, twin), expected)
 
 
 @BY_KIND
@@ -216,7 +213,7 @@ def test_saved_folder_of_a_patched_model_loads_as_one_without_a_patch(name: str,
         model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert patched_parts(loaded) == []
-    assert same(run(name, loaded.eval()), expected)
+    assert all_equal(run(name, loaded.eval()), expected)
 
 
 @BY_KIND
@@ -228,13 +225,13 @@ def test_inference_mode_stays_bitwise_equal_and_poisons_nothing(name: str) -> No
     with dit_rope.patch(model, exact=True):
         with torch.inference_mode():
             inside = tensors(example.run(model, example.inputs(model, Noise(torch.float32))))
-        assert same([x.clone() for x in inside], expected)
-        assert same(run(name, model), expected)
+        assert all_equal([x.clone() for x in inside], expected)
+        assert all_equal(run(name, model), expected)
         outs = tensors(example.run(model, example.inputs(model, Noise(torch.float32))))
         sum(out.square().sum() for out in outs if out.requires_grad).backward()
         with torch.inference_mode():
-            again = tensors(example.run(model, example.inputs(model, Noise(torch.float32))))
-        assert same([x.clone() for x in again], expected)
+            repeated = tensors(example.run(model, example.inputs(model, Noise(torch.float32))))
+        assert all_equal([x.clone() for x in repeated], expected)
 
 
 @BY_KIND
@@ -245,22 +242,22 @@ def test_autocast_on_and_off_stays_bitwise_equal(name: str) -> None:
         for enabled in (False, True, False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 expected = run(name, plain)
-                assert same(run(name, model), expected), enabled
+                assert all_equal(run(name, model), expected), enabled
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
 def test_user_s_hook_on_a_norm_sees_what_it_sees_unpatched_and_is_reported(exact: bool) -> None:
     """Normed queries, before they are rotated; and what the hook was given stays as it is."""
     model = named("wan").build()
-    seen: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
     norm = model.blocks[0].attn1.norm_q
-    hook = norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    hook = norm.register_forward_hook(lambda module, args, output: outputs.append(output))
     run("wan", model)
     with dit_rope.patch(model, exact=exact) as handle:
         run("wan", model)
         assert "1 hooked or unknown norm" in handle.report()
     run("wan", model)
-    plain, patched, after = seen
+    plain, patched, after = outputs
     assert torch.equal(plain, patched)
     assert torch.equal(plain, after)
     hook.remove()

@@ -48,49 +48,49 @@ def rotated(table: PackedTable, seed: int = 3) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "frames"), [("wan", 3), ("wan-uneven-axes", 3), ("chronoedit", 2), ("skyreels-v2", 2)]
 )
-@pytest.mark.parametrize("part", [slice(None), slice(0, 7), slice(5, 20), slice(40, None)])
-def test_axis_form_of_a_table_and_of_its_parts_rotates_as_they_do(name: str, frames: int, part: slice) -> None:
+@pytest.mark.parametrize("tokens", [slice(None), slice(0, 7), slice(5, 20), slice(40, None)])
+def test_axis_form_of_a_table_and_of_its_parts_rotates_as_they_do(name: str, frames: int, tokens: slice) -> None:
     pair = dense(name, frames)
-    assert all(type(each) is torch.Tensor for each in pair)
-    views = (pair[0][:, part], pair[1][:, part])
+    assert all(type(x) is torch.Tensor for x in pair)
+    views = (pair[0][:, tokens], pair[1][:, tokens])
     table = axis_tables_of(views)
     assert table is not None
-    (by_token,) = AXES.tables(tuple(each.clone() for each in views), CPU)
+    (by_token,) = AXES.tables(tuple(x.clone() for x in views), CPU)
     assert torch.equal(rotated(table), rotated(by_token))
     assert AXES.pack(views, CPU)[0].rows.data_ptr() == table.rows.data_ptr()
 
 
 OTHERS: dict[str, Callable[[Pair, Pair], tuple[Any, ...]]] = {
-    "every other token": lambda pair, _: tuple(each[:, ::2] for each in pair),
-    "a token for all": lambda pair, _: tuple(each[:, :1].expand(-1, 8, -1, -1) for each in pair),
-    "tokens back to front": lambda pair, _: tuple(each.flip(1) for each in pair),
-    "negated": lambda pair, _: tuple(torch._neg_view(each) for each in pair),
+    "every other token": lambda pair, _: tuple(table[:, ::2] for table in pair),
+    "a token for all": lambda pair, _: tuple(table[:, :1].expand(-1, 8, -1, -1) for table in pair),
+    "tokens back to front": lambda pair, _: tuple(table.flip(1) for table in pair),
+    "negated": lambda pair, _: tuple(torch._neg_view(table) for table in pair),
     "negated sines": lambda pair, _: (pair[0], torch._neg_view(pair[1])),
     "sines of another table": lambda pair, other: (pair[0], other[1]),
     "sines of other tokens": lambda pair, _: (pair[0][:, :8], pair[1][:, 8:16]),
     "cosines alone": lambda pair, _: (pair[0], pair[0]),
-    "bits as integers": lambda pair, _: tuple(each.view(torch.int32) for each in pair),
-    "copies": lambda pair, _: tuple(each.clone() for each in pair),
-    "some channels": lambda pair, _: tuple(each[..., :8] for each in pair),
-    "other channels": lambda pair, _: tuple(each.flatten()[1:-23].view(1, -1, 1, 24) for each in pair),
-    "three dims": lambda pair, _: tuple(each[:, :, 0] for each in pair),
-    "no token": lambda pair, _: tuple(each[:, :0] for each in pair),
+    "bits as integers": lambda pair, _: tuple(table.view(torch.int32) for table in pair),
+    "copies": lambda pair, _: tuple(table.clone() for table in pair),
+    "some channels": lambda pair, _: tuple(table[..., :8] for table in pair),
+    "other channels": lambda pair, _: tuple(table.flatten()[1:-23].view(1, -1, 1, 24) for table in pair),
+    "three dims": lambda pair, _: tuple(table[:, :, 0] for table in pair),
+    "no token": lambda pair, _: tuple(table[:, :0] for table in pair),
 }
 
 
-@pytest.mark.parametrize("other", OTHERS)
-def test_what_is_no_range_of_its_tokens_is_not_taken_for_one(other: str) -> None:
-    pair, another = dense(), dense("wan-uneven-axes" if other == "negated" else "wan", 4)
-    assert axis_tables_of(OTHERS[other](pair, another)) is None
+@pytest.mark.parametrize("change", OTHERS)
+def test_what_is_no_range_of_its_tokens_is_not_taken_for_one(change: str) -> None:
+    pair, another = dense(), dense("wan-uneven-axes" if change == "negated" else "wan", 4)
+    assert axis_tables_of(OTHERS[change](pair, another)) is None
     assert axis_tables_of(pair) is not None
 
 
 @pytest.mark.parametrize("through", [lambda x: x, lambda x: x[:, 3:5], lambda x: x.detach()])
-@pytest.mark.parametrize("which", [0, 1], ids=["cos", "sin"])
-def test_table_that_was_written_to_is_what_its_rows_say(which: int, through: Callable[..., torch.Tensor]) -> None:
+@pytest.mark.parametrize("index", [0, 1], ids=["cos", "sin"])
+def test_table_that_was_written_to_is_what_its_rows_say(index: int, through: Callable[..., torch.Tensor]) -> None:
     pair = dense()
     assert is_known(pair)
-    through(pair[which]).mul_(0.5)
+    through(pair[index]).mul_(0.5)
     assert axis_tables_of(pair) is None
     assert not is_known(pair)
     (by_token,) = AXES.tables(pair, CPU)
@@ -130,8 +130,8 @@ def test_table_is_packed_once_in_a_pass_unless_it_is_written_to() -> None:
     def run() -> None:
         first = packed(pair)
         assert packed(pair) is first
-        for part in pair:
-            part.mul_(0.5)
+        for table in pair:
+            table.mul_(0.5)
             assert torch.equal(packed(pair).rows, rows(pair))
             assert packed(pair) is packed(pair)
 
@@ -155,26 +155,26 @@ def test_tables_that_share_a_tensor_are_packed_once_each() -> None:
 def test_tensor_that_comes_where_another_was_is_not_taken_for_it() -> None:
     """Their ids and versions are the same."""
     cos, ids = form()[0], set[int]()
-    again = []
+    repeated = []
 
     def run() -> None:
         for number in range(2000):
             sin = torch.full_like(cos, number / 2000)
-            again.append(id(sin) in ids)
+            repeated.append(id(sin) in ids)
             ids.add(id(sin))
             assert torch.equal(packed((cos, sin)).rows, rows((cos, sin)))
             del sin
-            if sum(again) > 5:
+            if sum(repeated) > 5:
                 break
 
     Model()(run)
-    assert any(again)
+    assert any(repeated)
 
 
 @pytest.mark.usefixtures("with_grad")
 def test_writes_that_no_version_counts_are_seen_by_the_next_pass() -> None:
     """Collectives, fused optimizers and other processes write so."""
-    arrays = [np.ascontiguousarray(part.numpy()) for part in form()]
+    arrays = [np.ascontiguousarray(table.numpy()) for table in form()]
     pair = (torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1]))
     model = Model()
     first = model(lambda: packed(pair))
@@ -243,9 +243,9 @@ def test_table_that_holds_one_pair_s_values_in_two_ways_is_none_of_ours(of: form
         for place in (0, -1):
             changed = tensor.flatten()
             assert changed.data_ptr() == tensor.data_ptr()
-            kept = changed[place].clone()
+            value = changed[place].clone()
             changed[place] = 9.0
             with pytest.raises(UnfitTable):
                 of.pack(rotary, CPU)
-            changed[place] = kept
+            changed[place] = value
     assert len(of.pack(rotary, CPU)) == 1

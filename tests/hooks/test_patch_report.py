@@ -15,6 +15,7 @@ import torch
 
 import dit_rope
 from dit_rope.hooks.class_override import unpatched_class
+from tolerance import all_equal
 from twins import attentions, check, run
 from zoo import named
 
@@ -33,15 +34,15 @@ def test_report_says_where_the_model_rotates_by_itself(rotations: list[str]) -> 
         assert rotated() == 4
         assert "blocks.*.attn1 (2 modules): norm_q, norm_k norm and rotate" in handle.report()
 
-        class Mine(unpatched_class(model.blocks[0].attn1.processor)):  # type: ignore[misc]
+        class Derived(unpatched_class(model.blocks[0].attn1.processor)):  # type: ignore[misc]
             def __call__(self, *args: Any, **kwargs: Any) -> Any:
                 return super().__call__(*args, **kwargs)
 
-        model.blocks[0].attn1.processor = Mine()
+        model.blocks[0].attn1.processor = Derived()
         assert rotated() == 2
         assert "blocks.*.attn1 (1 module): norm_q, norm_k norm and rotate" in handle.report()
         assert "not patched: blocks.*.attn1 (1 module), where the model rotates: " in handle.report()
-        assert "Mine.__call__ is " in handle.report()
+        assert "Derived.__call__ is " in handle.report()
 
         model.blocks[1].attn1 = copy.deepcopy(model.blocks[0].attn1)
         assert rotated() == 0
@@ -57,8 +58,8 @@ def test_report_says_that_a_part_was_replaced_after_the_patch(name: str) -> None
     path = "rope" if name == "wan" else "pos_embed"
     with dit_rope.patch(model) as handle:
         assert f"{path} was replaced" not in handle.report()
-        own = unpatched_class(getattr(model, path))
-        fresh = own(*_arguments(getattr(model, path), own))
+        original = unpatched_class(getattr(model, path))
+        fresh = original(*_arguments(getattr(model, path), original))
         setattr(model, path, fresh)
         assert f"{path} was replaced after the patch; undo it and patch again" in handle.report()
 
@@ -107,13 +108,13 @@ def test_source_of_known_code_in_another_module_is_not_known(monkeypatch: pytest
         monkeypatch.setattr(transformer_flux.FluxAttnProcessor, "__call__", copied)
         expected = run(example, twin)
         assert not torch.equal(plain[0], expected[0])
-        assert all(map(torch.equal, run(example, model), expected))
+        assert all_equal(run(example, model), expected)
         assert "where the model rotates" in handle.report()
         scope = {**vars(transformer_flux), "apply_rotary_emb": module.apply_rotary_emb}
-        other = types.FunctionType(copied.__code__, scope, "__call__", copied.__defaults__)
-        other.__module__ = transformer_flux.__name__
-        monkeypatch.setattr(transformer_flux.FluxAttnProcessor, "__call__", other)
-        assert all(map(torch.equal, run(example, model), run(example, twin)))
+        moved = types.FunctionType(copied.__code__, scope, "__call__", copied.__defaults__)
+        moved.__module__ = transformer_flux.__name__
+        monkeypatch.setattr(transformer_flux.FluxAttnProcessor, "__call__", moved)
+        assert all_equal(run(example, model), run(example, twin))
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import dit_rope
-from split_models import counted_turns, example_of, run, same, wrapped
+from split_models import counted_rotations, example_of, run, wrapped
+from tolerance import all_equal
 
 
 def offloaded_by_accelerate(model: Any) -> None:
@@ -34,19 +35,19 @@ def cast_by_layer(model: Any) -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_patched_after_a_library_has_wrapped_its_modules(name: str, change: Callable[[Any], None]) -> None:
     example = example_of(name)
-    model, theirs = example.build(), example.build()
-    for each in (model, theirs):
-        change(each)
-    expected = run(example, theirs)
+    model, twin = example.build(), example.build()
+    for target in (model, twin):
+        change(target)
+    expected = run(example, twin)
     before = wrapped(model)
-    with dit_rope.patch(model), counted_turns() as turned:
-        assert same(run(example, model), expected)
+    with dit_rope.patch(model), counted_rotations() as rotated:
+        assert all_equal(run(example, model), expected)
         hits = dit_rope.cache_info().models.hits
-        assert same(run(example, model), expected)
+        assert all_equal(run(example, model), expected)
         assert dit_rope.cache_info().models.hits > hits  # its rope module builds through us, innermost
-    assert turned or name == "qwen-image"  # which multiplies complex numbers, and keeps its own rotation on CPU
+    assert rotated or name == "qwen-image"  # which multiplies complex numbers, and keeps its own rotation on CPU
     assert wrapped(model) == before
-    assert same(run(example, model), expected)
+    assert all_equal(run(example, model), expected)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -55,18 +56,18 @@ def test_patch_outlives_the_hooks_that_it_came_after() -> None:
     from accelerate.hooks import remove_hook_from_module
 
     example = example_of("wan")
-    model, theirs = example.build(), example.build()
-    expected = run(example, theirs)
+    model, twin = example.build(), example.build()
+    expected = run(example, twin)
     offloaded_by_accelerate(model)
     handle = dit_rope.patch(model)
     remove_hook_from_module(model, recurse=True)
-    with counted_turns() as turned:
-        assert same(run(example, model), expected)
-    assert len(turned) == 4
+    with counted_rotations() as rotated:
+        assert all_equal(run(example, model), expected)
+    assert len(rotated) == 4
     handle.undo()
-    with counted_turns() as turned:
-        assert same(run(example, model), expected)
-    assert not turned
-    with dit_rope.patch(model), counted_turns() as turned:
-        assert same(run(example, model), expected)
-    assert len(turned) == 4
+    with counted_rotations() as rotated:
+        assert all_equal(run(example, model), expected)
+    assert not rotated
+    with dit_rope.patch(model), counted_rotations() as rotated:
+        assert all_equal(run(example, model), expected)
+    assert len(rotated) == 4

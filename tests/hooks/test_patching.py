@@ -18,6 +18,7 @@ from dit_rope.hooks.class_override import Override
 from dit_rope.models import ADAPTERS
 from dit_rope.rotation import ops
 from model_state import state_of
+from tolerance import all_equal
 from zoo import wan
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -72,21 +73,21 @@ def test_patch_changes_no_state_dict_key_and_undo_restores_every_object() -> Non
 
 def test_undo_keeps_hooks_of_others() -> None:
     model = wan.build("wan")
-    seen = []
+    calls = []
     with dit_rope.patch(model):
-        model.blocks[0].attn1.register_forward_hook(lambda *_: seen.append(1))
+        model.blocks[0].attn1.register_forward_hook(lambda *_: calls.append(1))
     forward(model)
-    assert seen == [1]
+    assert calls == [1]
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_patched_model_copies_into_one_that_uses_its_own_weights(how: str) -> None:
+@pytest.mark.parametrize("method", ["deepcopy", "pickle", "torch.save"])
+def test_patched_model_copies_into_one_that_uses_its_own_weights(method: str) -> None:
     model = wan.build("wan")
     expected = forward(model)
     with dit_rope.patch(model):
-        if how == "deepcopy":
+        if method == "deepcopy":
             twin = copy.deepcopy(model)
-        elif how == "pickle":
+        elif method == "pickle":
             twin = pickle.loads(pickle.dumps(model))
         else:
             torch.save(model, buffer := io.BytesIO())
@@ -174,26 +175,26 @@ def skips_a_norm(name: str, processor: Any) -> Any:
     """A processor whose class is called ``name`` and does not norm keys."""
 
     def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
-        kept, attn.norm_k = attn.norm_k, torch.nn.Identity()
+        norm, attn.norm_k = attn.norm_k, torch.nn.Identity()
         try:
             return type(processor).__call__(processor, attn, *args, **kwargs)
         finally:
-            attn.norm_k = kept
+            attn.norm_k = norm
 
     return type(name, (type(processor),), {"__call__": call})()
 
 
-@pytest.mark.parametrize("name", ["Mine", "WanAttnProcessor"])
+@pytest.mark.parametrize("name", ["MyProcessor", "WanAttnProcessor"])
 def test_unknown_processor_is_left_to_rotate_by_itself(name: str) -> None:
     """A name is no proof: the code is looked at."""
     model = wan.build("wan")
     attention = model.blocks[1].attn1
-    own = attention.processor
-    attention.set_processor(skips_a_norm(name, own))
+    original = attention.processor
+    attention.set_processor(skips_a_norm(name, original))
     expected = forward(model)
-    attention.set_processor(own)
+    attention.set_processor(original)
     with dit_rope.patch(model) as handle:
-        attention.set_processor(skips_a_norm(name, own))
+        attention.set_processor(skips_a_norm(name, original))
         assert torch.equal(forward(model), expected)
         assert "not patched: blocks.*.attn1 (1 module), where the model rotates: " in handle.report()
 
@@ -201,12 +202,12 @@ def test_unknown_processor_is_left_to_rotate_by_itself(name: str) -> None:
 def test_replaced_norm_is_left_to_the_model() -> None:
     """Others put modules of their own in place of ours; the whole attention module is theirs then."""
     model = wan.build("wan")
-    mine = torch.nn.RMSNorm(48, eps=0.5)
-    model.blocks[0].attn1.norm_q, kept = mine, model.blocks[0].attn1.norm_q
+    replacement = torch.nn.RMSNorm(48, eps=0.5)
+    model.blocks[0].attn1.norm_q, original = replacement, model.blocks[0].attn1.norm_q
     expected = forward(model)
-    model.blocks[0].attn1.norm_q = kept
+    model.blocks[0].attn1.norm_q = original
     with dit_rope.patch(model):
-        model.blocks[0].attn1.norm_q = mine
+        model.blocks[0].attn1.norm_q = replacement
         assert torch.equal(forward(model), expected)
 
 
@@ -228,7 +229,7 @@ def test_skipped_attention_is_no_error() -> None:
     model.enable_cache(config)
     with dit_rope.patch(model), model.cache_context("cond"):
         actual = [forward(model) for _ in range(3)]
-    assert all(map(torch.equal, actual, expected))
+    assert all_equal(actual, expected)
 
 
 def test_patch_refuses_a_patched_model_and_leaves_it_patched() -> None:
@@ -249,11 +250,11 @@ def test_tables_that_were_changed_are_the_models_own(patched: bool) -> None:
     model.rope.freqs_sin[2, 3] += 0.5
     if not patched:
         dit_rope.patch(model)
-    ours = forward(model)
+    fused = forward(model)
     dit_rope.unpatch(model)
-    assert torch.equal(ours, forward(model))
+    assert torch.equal(fused, forward(model))
     model.rope.freqs_sin[2, 3] -= 0.5
-    assert not torch.equal(ours, forward(model))
+    assert not torch.equal(fused, forward(model))
 
 
 def test_patch_leaves_no_entry_in_the_table_cache() -> None:
@@ -263,8 +264,8 @@ def test_patch_leaves_no_entry_in_the_table_cache() -> None:
 
 def test_rope_module_whose_forward_was_replaced_is_left_to_it() -> None:
     model = wan.build("wan")
-    own = model.rope.forward
-    model.rope.forward = lambda latent: tuple(2 * part for part in own(latent))
+    original = model.rope.forward
+    model.rope.forward = lambda latent: tuple(2 * table for table in original(latent))
     expected = forward(model)
     with dit_rope.patch(model) as handle:
         assert torch.equal(forward(model), expected)
@@ -310,9 +311,9 @@ def test_class_of_another_library_that_has_a_supported_name_is_named_whole() -> 
     model = type("WanTransformer3DModel", (torch.nn.Module,), body)()
     with pytest.raises(dit_rope.UnsupportedModelError) as refused:
         dit_rope.patch(model)
-    said = str(refused.value).partition("; supported models")[0]
-    assert "got model: theirs.models.WanTransformer3DModel, another class than that of diffusers" in said
-    assert "did you mean WanTransformer3DModel?" not in said
+    message = str(refused.value).partition("; supported models")[0]
+    assert "got model: theirs.models.WanTransformer3DModel, another class than that of diffusers" in message
+    assert "did you mean WanTransformer3DModel?" not in message
 
 
 def test_subclass_is_patched() -> None:
@@ -322,7 +323,7 @@ def test_subclass_is_patched() -> None:
         def count(self) -> int:
             return 1
 
-    class Other(diffusers.WanTransformer3DModel):
+    class Derived(diffusers.WanTransformer3DModel):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return super().forward(*args, **kwargs)
 
@@ -332,7 +333,7 @@ def test_subclass_is_patched() -> None:
     with dit_rope.patch(model) as handle:
         assert torch.equal(forward(model), expected)
         assert "model: Tuned" in handle.report()
-    model.__class__ = Other
+    model.__class__ = Derived
     with dit_rope.patch(model):
         assert torch.equal(forward(model), expected)
 

@@ -44,7 +44,7 @@ def with_angles(
     by_axis = [angles(axis, positions) for axis in range(3)]
     for name, function in (("freqs_cos", torch.cos), ("freqs_sin", torch.sin)):
         parts = [function(angle) * magnitude for angle, magnitude in zip(by_axis, magnitudes, strict=True)]
-        buffer = torch.cat([part.repeat_interleave(2, dim=1).float() for part in parts], dim=1)
+        buffer = torch.cat([axis_angles.repeat_interleave(2, dim=1).float() for axis_angles in parts], dim=1)
         twin.rope.register_buffer(name, buffer, persistent=False)
     return twin
 
@@ -53,9 +53,9 @@ def with_scaling(model: Any, scaling: Any) -> Any:
     """:func:`with_angles` of the numbers that a scaling resolves to."""
     side = 2 * (model.config.attention_head_dim // 6)
     spec = RopeSpec((model.config.attention_head_dim - 2 * side, side, side), scaling=scaling)
-    found = [axis_frequencies(spec, axis) for axis in range(3)]
-    magnitudes = tuple(one.magnitude for one in found)
-    return with_angles(model, lambda axis, positions: found[axis].angles(positions.float()), magnitudes)
+    scaled = [axis_frequencies(spec, axis) for axis in range(3)]
+    magnitudes = tuple(axis_scaled.magnitude for axis_scaled in scaled)
+    return with_angles(model, lambda axis, positions: scaled[axis].angles(positions.float()), magnitudes)
 
 
 def riflex_angles(axis: int, positions: torch.Tensor) -> torch.Tensor:

@@ -213,10 +213,10 @@ def test_rotation_of_a_split_rope_output_is_the_part_of_the_whole(world: int, sp
         parts = list(zip(*(split(table, world, dim=1) for table in whole), strict=True))
         x = torch.randn(1, whole[0].shape[1], 2, model.rope.attention_head_dim)
 
-        def rotated(part: torch.Tensor, rotary: Any) -> torch.Tensor:
-            (table,) = AXES.pack(rotary, part.device)
+        def rotated(x: torch.Tensor, rotary: Any) -> torch.Tensor:
+            (table,) = AXES.pack(rotary, x.device)
             assert len(table.sizes) == 3  # the axis form was recognised
-            return ops.rotate([part], table.args(part.shape[1], Align.START, exact=True))[0]
+            return ops.rotate([x], table.args(x.shape[1], Align.START, exact=True))[0]
 
-        pieces = [rotated(part, rotary) for part, rotary in zip(split(x, world, dim=1), parts, strict=True)]
+        pieces = [rotated(piece, rotary) for piece, rotary in zip(split(x, world, dim=1), parts, strict=True)]
         assert torch.equal(torch.cat(pieces, dim=1), rotated(x, whole))

@@ -42,15 +42,15 @@ def sample(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """An entry for every rotation by dit_rope."""
-    made: list[None] = []
+    rotations: list[None] = []
     real = ops.rotate
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        made.append(None)
+        rotations.append(None)
         return real(*args, **kwargs)
 
     monkeypatch.setattr(ops, "rotate", counted)
-    return made
+    return rotations
 
 
 def test_sample_prints_a_report_and_equal_bits(sample: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,9 +166,9 @@ def test_wrong_adapters_are_refused_by_name_and_change_nothing(
 def test_what_is_no_adapter_or_not_registered_is_refused(sample: ModuleType) -> None:
     with pytest.raises(TypeError, match="adapter must be a ModelAdapter, got 'Wan'"):
         dit_rope.register_adapter("Wan")  # type: ignore[arg-type]
-    for other in (WAN, sample.ADAPTER, "Wan"):
+    for adapter in (WAN, sample.ADAPTER, "Wan"):
         with pytest.raises(ValueError, match="adapter must be one that register_adapter was given, got"):
-            dit_rope.unregister_adapter(other)
+            dit_rope.unregister_adapter(adapter)
     dit_rope.register_adapter(sample.ADAPTER)
     with pytest.raises(ValueError, match="adapter must be of a class that has no adapter"):
         dit_rope.register_adapter(sample.ADAPTER)

@@ -17,6 +17,7 @@ import torch
 import dit_rope
 from compiled_graphs import inputs_of
 from dit_rope.hooks.class_override import Override
+from tolerance import all_equal
 from zoo import named, tensors
 
 # Memo of a module, of the model's own arguments, of a method; rebound; complex; axis tables.
@@ -30,10 +31,6 @@ def run(name: str, model: torch.nn.Module, times: int = 1) -> list[torch.Tensor]
     """One forward pass without gradients, of an image or video ``times`` as wide as the example's."""
     with torch.no_grad():
         return tensors(named(name).run(model, inputs_of(named(name), model, times)))
-
-
-def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
-    return len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
@@ -52,8 +49,8 @@ def test_threads_with_videos_of_two_sizes_do_not_meet(name: str, exact: bool) ->
             try:
                 start.wait(timeout=30)
                 for step in range(6):
-                    which = (index + step) % 2
-                    if not same(run(name, model, 1 + which), expected[which]):
+                    size = (index + step) % 2
+                    if not all_equal(run(name, model, 1 + size), expected[size]):
                         wrong.append((index, step))
             except Exception as error:
                 wrong.append(error)
@@ -74,11 +71,11 @@ def test_threads_that_build_tables_at_once_do_not_take_each_other_s_arguments() 
     first = inputs_of(example, model)
     inputs = [first, {**first, "img_ids": first["img_ids"] * 3}]
     with torch.no_grad():
-        expected = [tensors(example.run(model, each)) for each in inputs]
-    assert not same(*expected)
+        expected = [tensors(example.run(model, arguments)) for arguments in inputs]
+    assert not all_equal(*expected)
     arrived: list[int] = []
     both_inside, first_done = threading.Event(), threading.Event()
-    found: dict[int, list[torch.Tensor]] = {}
+    outputs: dict[int, list[torch.Tensor]] = {}
 
     def wait(*_: object) -> None:
         arrived.append(threading.get_ident())
@@ -90,7 +87,7 @@ def test_threads_that_build_tables_at_once_do_not_take_each_other_s_arguments() 
 
     def work(index: int) -> None:
         with torch.no_grad():
-            found[index] = tensors(example.run(model, inputs[index]))
+            outputs[index] = tensors(example.run(model, inputs[index]))
         first_done.set()
 
     with dit_rope.patch(model, exact=True):
@@ -102,11 +99,11 @@ def test_threads_that_build_tables_at_once_do_not_take_each_other_s_arguments() 
             thread.join(timeout=120)
         hook.remove()
         with torch.no_grad():  # and no table was kept under the other's name
-            later = [tensors(example.run(model, each)) for each in inputs]
-    assert same(later[0], expected[0])
-    assert same(later[1], expected[1])
-    assert same(found[0], expected[0])
-    assert same(found[1], expected[1])
+            later = [tensors(example.run(model, arguments)) for arguments in inputs]
+    assert all_equal(later[0], expected[0])
+    assert all_equal(later[1], expected[1])
+    assert all_equal(outputs[0], expected[0])
+    assert all_equal(outputs[1], expected[1])
 
 
 def test_cache_cleared_and_shrunk_by_another_thread_changes_nothing() -> None:
@@ -120,15 +117,15 @@ def test_cache_cleared_and_shrunk_by_another_thread_changes_nothing() -> None:
             dit_rope.cache_configure(max_model_entries=1)
             dit_rope.cache_configure(max_model_entries=64)
 
-    other = threading.Thread(target=disturb)
-    other.start()
+    thread = threading.Thread(target=disturb)
+    thread.start()
     try:
         with dit_rope.patch(model, exact=True):
             for step in range(12):
-                assert same(run("hunyuan-video", model, 1 + step % 2), expected[step % 2])
+                assert all_equal(run("hunyuan-video", model, 1 + step % 2), expected[step % 2])
     finally:
         done.set()
-        other.join(timeout=30)
+        thread.join(timeout=30)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -138,15 +135,15 @@ def test_forked_worker_generates_with_the_patched_model(name: str) -> None:
     model = named(name).build()
     expected = [run(name, model, times) for times in (1, 2)]
     with dit_rope.patch(model, exact=True):
-        assert same(run(name, model), expected[0])
+        assert all_equal(run(name, model), expected[0])
         child = os.fork()
         if child == 0:
             signal.alarm(60)
-            right = all(same(run(name, model, times), expected[times - 1]) for times in (1, 2, 1))
+            right = all(all_equal(run(name, model, times), expected[times - 1]) for times in (1, 2, 1))
             dit_rope.unpatch(model)
-            os._exit(0 if right and same(run(name, model), expected[0]) else 1)
+            os._exit(0 if right and all_equal(run(name, model), expected[0]) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert same(run(name, model, 2), expected[1])
+        assert all_equal(run(name, model, 2), expected[1])
 
 
 def _spawned(folder: str, pickled: bytes, answers: Any) -> None:
@@ -155,9 +152,9 @@ def _spawned(folder: str, pickled: bytes, answers: Any) -> None:
     torch.set_num_threads(1)
     for name, model in pickle.loads(pickled).items():
         patched = sum(isinstance(value, Override) for module in model.modules() for value in vars(module).values())
-        ours = run(name, model)
+        actual = run(name, model)
         dit_rope.unpatch(model)
-        answers.put((name, patched, same(ours, run(name, model)), [out.numpy() for out in ours]))
+        answers.put((name, patched, all_equal(actual, run(name, model)), [out.numpy() for out in actual]))
 
 
 def test_spawned_worker_generates_with_the_patched_models_it_is_sent() -> None:
@@ -176,7 +173,7 @@ def test_spawned_worker_generates_with_the_patched_models_it_is_sent() -> None:
     for name, patched, equal, outs in received:
         assert patched > 1, name
         assert equal, name
-        assert same([torch.from_numpy(out) for out in outs], expected[name]), name
+        assert all_equal([torch.from_numpy(out) for out in outs], expected[name]), name
 
 
 def wan_pipeline(transformer: torch.nn.Module) -> Any:
@@ -193,14 +190,14 @@ def test_pipelines_that_share_a_transformer_share_its_patch() -> None:
     assert isinstance(second.transformer.rope, Override)
     with pytest.raises(ValueError, match="transformer must not be patched already"):
         dit_rope.patch(second)
-    assert same(run("wan", second.transformer), expected)
+    assert all_equal(run("wan", second.transformer), expected)
     handle.undo()
     assert not isinstance(second.transformer.rope, Override)
     with dit_rope.patch(second):
-        assert same(run("wan", first.transformer), expected)
+        assert all_equal(run("wan", first.transformer), expected)
         handle.undo()  # of a patch that has been undone: not of the other's
         assert isinstance(first.transformer.rope, Override)
-    assert same(run("wan", model), expected)
+    assert all_equal(run("wan", model), expected)
 
 
 def test_pipeline_made_of_the_parts_of_a_patched_one_is_patched() -> None:
@@ -218,16 +215,16 @@ def test_two_models_patched_at_once_keep_their_tables_apart() -> None:
     from dataclasses import replace
 
     example = named("hunyuan-video")
-    other = replace(example, config={**example.config, "rope_theta": 64.0})
-    models = [example.build(), other.build()]
-    expected = [tensors(each.forward(model)) for each, model in zip((example, other), models, strict=True)]
-    assert not same(*expected)
+    changed = replace(example, config={**example.config, "rope_theta": 64.0})
+    models = [example.build(), changed.build()]
+    expected = [tensors(variant.forward(model)) for variant, model in zip((example, changed), models, strict=True)]
+    assert not all_equal(*expected)
     handles = [dit_rope.patch(model, exact=True) for model in models]
     for _ in range(2):
-        for model, wanted in zip(models, expected, strict=True):
+        for model, output in zip(models, expected, strict=True):
             with torch.no_grad():
-                assert same(tensors(example.forward(model)), wanted)
+                assert all_equal(tensors(example.forward(model)), output)
     handles[0].undo()
     with torch.no_grad():
-        assert same(tensors(example.forward(models[1])), expected[1])
-        assert same(tensors(example.forward(models[0])), expected[0])
+        assert all_equal(tensors(example.forward(models[1])), expected[1])
+        assert all_equal(tensors(example.forward(models[0])), expected[0])

@@ -13,6 +13,7 @@ from dit_rope.hooks.adapter import ModelTables
 from dit_rope.hooks.class_override import Installed, PatchState
 from dit_rope.hooks.rope_modules import MemoizedMethod, TableSettings
 from known_classes import known, memoize
+from tolerance import all_equal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -155,7 +156,7 @@ def test_what_the_method_sets_is_set_by_a_hit_too_and_read_by_the_next_call() ->
     plain, rope = known(Lazy)(), known(Lazy)()
     memoize(rope, ModelTables("rope", "Lazy", sets=("kept",)), ("ids",))
     for _ in range(2):
-        assert all(map(torch.equal, steps(rope), steps(plain)))
+        assert all_equal(steps(rope), steps(plain))
     rope.theta, rope.kept = 2.0, None
     misses = dit_rope.cache_info().models.misses
     for _ in range(3):
@@ -165,13 +166,13 @@ def test_what_the_method_sets_is_set_by_a_hit_too_and_read_by_the_next_call() ->
 
 def test_buffer_on_a_device_is_known_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """By its memory and the writes to it, without a look at what it holds; the entry keeps it."""
-    buffer, other = torch.arange(6.0), torch.arange(6.0)
+    buffer, copy = torch.arange(6.0), torch.arange(6.0)
     monkeypatch.setattr(torch.Tensor, "device", property(lambda self: torch.device("cuda", 0)), raising=False)
     held: list[torch.Tensor] = []
     key = table_keys._by_value_or_as_held(held, buffer)
     assert table_keys._by_value_or_as_held(held, buffer) == key
-    assert table_keys._by_value_or_as_held(held, other) != key
-    assert [each.data_ptr() for each in held] == [each.data_ptr() for each in (buffer, buffer, other)]
+    assert table_keys._by_value_or_as_held(held, copy) != key
+    assert [tensor.data_ptr() for tensor in held] == [tensor.data_ptr() for tensor in (buffer, buffer, copy)]
     buffer.mul_(2)
     written = table_keys._by_value_or_as_held(held, buffer)
     assert written != key

@@ -14,7 +14,8 @@ import torch
 
 import dit_rope
 from ranks import Ranks
-from split_models import counted_turns, error, groups_of, run, same, wrapped
+from split_models import counted_rotations, error, groups_of, run, wrapped
+from tolerance import all_equal
 from zoo import Example, named
 
 WORLD = 4
@@ -47,23 +48,23 @@ def patched_and_shared(name: str, degree: int, first: str) -> dict[str, Any]:
     model = example.build()
     single = run(example, model)
     share_heads(model, degree)
-    theirs = run(example, model)
+    expected = run(example, model)
     model = example.build()
     handle = dit_rope.patch(model) if first == "patch" else None
     share_heads(model, degree)
     before = wrapped(model)
     handle = handle or dit_rope.patch(model)
-    ours = [run(example, model) for _ in range(2)]
+    actual = [run(example, model) for _ in range(2)]
     handle.undo()
     undone = run(example, model)
-    with dit_rope.patch(model, exact=False), counted_turns() as turned:
+    with dit_rope.patch(model, exact=False), counted_rotations() as rotated:
         fast = run(example, model)
     return {
-        "unpatched": error(theirs, single),
-        "equal": all(same(each, theirs) for each in ours) and same(undone, theirs),
+        "unpatched": error(expected, single),
+        "equal": all(all_equal(outputs, expected) for outputs in actual) and all_equal(undone, expected),
         "handed_back": wrapped(model) == before,
-        "fast": error(fast, theirs),
-        "turned": len(turned),
+        "fast": error(fast, expected),
+        "rotated": len(rotated),
     }
 
 
@@ -76,25 +77,25 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 def test_every_class_that_can_share_heads_is_here() -> None:
     import diffusers
 
-    found: set[str] = set()
+    names: set[str] = set()
     root = Path(diffusers.__file__).parent
     for path in (root / "models").rglob("*.py"):
         if re.search(r"^    _tp_plan\b.*= [{\w]", path.read_text(), flags=re.MULTILINE):
             module = ".".join(("diffusers", *path.relative_to(root).with_suffix("").parts))
             members = vars(importlib.import_module(module)).values()
-            found |= {cls.__name__ for cls in members if isinstance(cls, type) and getattr(cls, "_tp_plan", None)}
-    assert found == {named(name).model_class.__name__ for name in CASES}
+            names |= {cls.__name__ for cls in members if isinstance(cls, type) and getattr(cls, "_tp_plan", None)}
+    assert names == {named(name).model_class.__name__ for name in CASES}
 
 
 @pytest.mark.parametrize("first", ["patch", "share"])
 @pytest.mark.parametrize("degree", [2, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_model_that_shares_heads_stays_bitwise_equal(ranks: Ranks, name: str, degree: int, first: str) -> None:
-    for seen in ranks.run(patched_and_shared, name, degree, first):
-        assert seen["equal"], seen
-        assert seen["handed_back"]
-        assert seen["turned"]
-        assert seen["fast"] <= 64 * torch.finfo(torch.float32).eps
+    for outcome in ranks.run(patched_and_shared, name, degree, first):
+        assert outcome["equal"], outcome
+        assert outcome["handed_back"]
+        assert outcome["rotated"]
+        assert outcome["fast"] <= 64 * torch.finfo(torch.float32).eps
 
 
 def projections_that_share_heads(first: str) -> tuple[bool, float, int]:
@@ -108,32 +109,32 @@ def projections_that_share_heads(first: str) -> tuple[bool, float, int]:
 
     def share(model: Any) -> None:
         for block in model.transformer_blocks:
-            styles = {f"to_{part}": ColwiseParallel() for part in "qkv"}
-            styles |= {f"add_{part}_proj": ColwiseParallel() for part in "qkv"}
+            styles = {f"to_{letter}": ColwiseParallel() for letter in "qkv"}
+            styles |= {f"add_{letter}_proj": ColwiseParallel() for letter in "qkv"}
             parallelize_module(
                 block.attn, mesh, {**styles, "to_out.0": RowwiseParallel(), "to_add_out": RowwiseParallel()}
             )
             block.attn.heads //= WORLD
 
-    model, theirs = example.build(), example.build()
-    share(theirs)
-    expected = run(example, theirs)
+    model, twin = example.build(), example.build()
+    share(twin)
+    expected = run(example, twin)
     if first == "share":
         share(model)
     with dit_rope.patch(model):
         if first == "patch":
             share(model)
-        with counted_turns() as turned:
-            equal = same(run(example, model), expected)
+        with counted_rotations() as rotated:
+            equal = all_equal(run(example, model), expected)
     with dit_rope.patch(model, exact=False):
-        return equal, error(run(example, model), expected), len(turned)
+        return equal, error(run(example, model), expected), len(rotated)
 
 
 @pytest.mark.parametrize("first", ["patch", "share"])
 def test_projections_that_share_heads_stay_bitwise_equal(ranks: Ranks, first: str) -> None:
-    for equal, fast_error, turned in ranks.run(projections_that_share_heads, first):
+    for equal, fast_error, rotated in ranks.run(projections_that_share_heads, first):
         assert equal
-        assert turned
+        assert rotated
         assert fast_error <= 64 * torch.finfo(torch.float32).eps
 
 
@@ -144,12 +145,12 @@ def keep_heads(model: Any, rank: int, world: int) -> None:
             continue
         module.heads //= world
         for name in ("to_q", "to_k", "to_v", "norm_q", "norm_k"):
-            part: Any = getattr(module, name, None)
-            for parameter in part.parameters() if part is not None else ():
+            layer: Any = getattr(module, name, None)
+            for parameter in layer.parameters() if layer is not None else ():
                 if name.startswith("to") or parameter.shape[0] == module.to_out[0].in_features:
                     parameter.data = parameter.data.chunk(world)[rank].contiguous()
-                    if hasattr(part, "normalized_shape"):
-                        part.normalized_shape = tuple(parameter.shape)
+                    if hasattr(layer, "normalized_shape"):
+                        layer.normalized_shape = tuple(parameter.shape)
         module.to_out[0].weight.data = module.to_out[0].weight.data.chunk(world, dim=1)[rank].contiguous()
 
 
@@ -161,7 +162,7 @@ def test_model_with_some_of_the_heads_stays_bitwise_equal(name: str, rank: int) 
     model, whole = example.build(), run(example, example.build())
     keep_heads(model, rank, 2)
     expected = run(example, model)
-    assert not same(expected, whole)
-    with dit_rope.patch(model), counted_turns() as turned:
-        assert same(run(example, model), expected)
-    assert turned
+    assert not all_equal(expected, whole)
+    with dit_rope.patch(model), counted_rotations() as rotated:
+        assert all_equal(run(example, model), expected)
+    assert rotated

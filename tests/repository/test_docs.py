@@ -49,8 +49,8 @@ def blocks(page: Path, language: str) -> list[str]:
 def anchors(page: Path) -> set[str]:
     """Those that GitHub and MyST give the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", CODE.sub("", page.read_text()), flags=re.MULTILINE)
-    kept = [re.sub(r"[^\w\- ]", "", unicodedata.normalize("NFC", heading).lower()) for heading in headings]
-    return {heading.strip().replace(" ", "-") for heading in kept}
+    names = [re.sub(r"[^\w\- ]", "", unicodedata.normalize("NFC", heading).lower()) for heading in headings]
+    return {heading.strip().replace(" ", "-") for heading in names}
 
 
 @pytest.mark.parametrize("page", [page for page in DOCS + SAMPLES if blocks(page, "python")], ids=name_of)
@@ -136,8 +136,8 @@ def test_api_page_has_every_public_name() -> None:
 
 
 def test_tables_of_models_are_those_of_the_adapters() -> None:
-    again = write_model_table.with_section(MODELS, write_model_table.compatibility(), "compatibility")
-    assert write_model_table.with_section(again, write_model_table.not_patched()) == MODELS
+    written = write_model_table.with_section(MODELS, write_model_table.compatibility(), "compatibility")
+    assert write_model_table.with_section(written, write_model_table.not_patched()) == MODELS
     assert write_model_table.with_section(README, write_model_table.rows()) == README
     assert all(f"| `{adapter.model_class}` |" in README for adapter in ADAPTERS)
 
@@ -145,7 +145,7 @@ def test_tables_of_models_are_those_of_the_adapters() -> None:
 def test_no_page_counts_the_classes() -> None:
     """A number would be wrong after the next model."""
     pages = {page.name: re.findall(r"\d+ (?:transformer |supported )?classes\b", page.read_text()) for page in PAGES}
-    assert {name: found for name, found in pages.items() if found} == {}
+    assert {name: counts for name, counts in pages.items() if counts} == {}
 
 
 @pytest.mark.parametrize("page", write_measured_tables.PAGES, ids=lambda page: page.name)
@@ -181,9 +181,11 @@ def test_functions_of_the_compat_page_exist() -> None:
     for name, functions in rows:
         names = re.findall(r"`(\w+)`", functions)
         module = importlib.import_module(f"dit_rope.compat.{name}")
-        both = "`_inplace`" in functions
+        has_inplace = "`_inplace`" in functions
         rotations = [name for name in names if name.startswith("apply_rope") or name.startswith("apply_llama")]
-        names = [name for name in names if name != "_inplace"] + [f"{name}_inplace" for name in rotations if both]
+        names = [name for name in names if name != "_inplace"] + [
+            f"{name}_inplace" for name in rotations if has_inplace
+        ]
         assert names
         assert [name for name in names if not callable(getattr(module, name, None))] == []
 

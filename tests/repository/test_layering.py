@@ -120,8 +120,8 @@ def imports(name: str, source: str, is_package: bool) -> Iterator[Import]:
                 full = ".".join([*base, alias.name])
                 yield Import(full if full in MODULES else ".".join(base), eager)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            given = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
-            yield from (Import(importlib.util.resolve_name(module, ".".join(package)), eager) for module in given)
+            constants = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+            yield from (Import(importlib.util.resolve_name(module, ".".join(package)), eager) for module in constants)
         type_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or type_only
         for child in ast.iter_child_nodes(node):
@@ -144,22 +144,22 @@ def layer(module: str) -> int:
 
 def offences(name: str, source: str, is_package: bool = False) -> list[str]:
     """What is wrong with the imports of one module."""
-    found = []
+    problems = []
     for module, eager in imports(name, source, is_package):
         top = module.split(".")[0]
         if top == "dit_rope":
             together = any(within(name, (unit,)) and within(module, (unit,)) for unit in SAME_UNIT)
             if not (together or (name, module) in BESIDE or layer(module) < layer(name)):
-                found.append(f"{name} imports {module}, which is not below it")
+                problems.append(f"{name} imports {module}, which is not below it")
             if within(name, ("dit_rope.models",)) and not within(module, DECLARES):
-                found.append(f"{name} imports {module}, in which no declaration is written")
+                problems.append(f"{name} imports {module}, in which no declaration is written")
         elif not within(name, HOME.get(top, (name,))):
-            found.append(f"{name} imports {top}, which belongs in {HOME[top]}")
+            problems.append(f"{name} imports {top}, which belongs in {HOME[top]}")
         elif top in LAZY and eager:
-            found.append(f"{name} imports {top} when it is imported itself")
+            problems.append(f"{name} imports {top} when it is imported itself")
         elif top == "einops" and within(name, NO_EINOPS):
-            found.append(f"{name} imports einops on the kernel path")
-    return found
+            problems.append(f"{name} imports einops on the kernel path")
+    return problems
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -218,7 +218,7 @@ def test_picture_of_the_layers_shows_every_module_above_all_that_it_imports() ->
 
 def test_no_two_modules_beside_one_another_import_each_other() -> None:
     """However long the way round: what may be imported of a unit's own modules has an order."""
-    below = {above: [module for other, module in BESIDE if other == above] for above, _ in BESIDE}
+    below = {above: [module for upper, module in BESIDE if upper == above] for above, _ in BESIDE}
     graphlib.TopologicalSorter(below).prepare()  # raises CycleError
 
 

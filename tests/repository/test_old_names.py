@@ -11,6 +11,7 @@ import torch
 
 import dit_rope
 from dit_rope import deprecated
+from tolerance import all_equal
 
 PUBLIC = {
     "eviction": "EvictionPlan",
@@ -49,17 +50,17 @@ def test_pickle_of_a_table_from_before_the_move_is_read() -> None:
     """It names ``dit_rope.tables`` and ``dit_rope.spec`` alone."""
     table = dit_rope.rope_table(dit_rope.RopeSpec((8, 4, 4)), dit_rope.Grid(2, 3, 4))
     before = pickle.dumps(table, protocol=0).replace(b"dit_rope.tables.table\n", b"dit_rope.tables\n")
-    again = pickle.loads(before)
-    assert type(again) is dit_rope.RopeTable
-    assert all(map(torch.equal, again.cos_sin(), table.cos_sin()))
+    loaded = pickle.loads(before)
+    assert type(loaded) is dit_rope.RopeTable
+    assert all_equal(loaded.cos_sin(), table.cos_sin())
 
 
 def test_pickle_of_a_shift_table_from_before_the_move_is_read() -> None:
     table = dit_rope.ShiftTable(dit_rope.RopeSpec((8, 4, 4)), step=2)
     before = pickle.dumps(table, protocol=0).replace(b"dit_rope.streaming.shift\n", b"dit_rope.shifting\n")
     with pytest.warns(DeprecationWarning, match=r"dit_rope\.shifting\.ShiftTable is"):
-        again = pickle.loads(before)
-    assert torch.equal(again.rows, table.rows)
+        loaded = pickle.loads(before)
+    assert torch.equal(loaded.rows, table.rows)
 
 
 @pytest.mark.filterwarnings("ignore:rotary_dim goes in 0.3:DeprecationWarning")

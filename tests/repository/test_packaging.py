@@ -32,7 +32,7 @@ SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "dit_rope").rglob("*.
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -57,7 +57,7 @@ def distributions(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     return wheel, sdist
 
 
-def install(what: list[str | Path], folder: Path) -> Path:
+def install(requirements: list[str | Path], folder: Path) -> Path:
     """Installs into a new environment that sees this one's packages, but not this one's dit_rope. Returns its Python.
 
     A ``.pth`` line adds this environment's packages to the path without running their own ``.pth`` files, and an
@@ -68,7 +68,7 @@ def install(what: list[str | Path], folder: Path) -> Path:
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "packages_of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
     options = ("--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed", "--quiet")
-    run(sys.executable, "-m", "pip", "--python", python, "install", *options, *what, cwd=folder)
+    run(sys.executable, "-m", "pip", "--python", python, "install", *options, *requirements, cwd=folder)
     return python
 
 
@@ -86,8 +86,8 @@ print([] if spec is None else list(spec.submodule_search_locations or [spec.orig
 
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_installation_carries_kernels_and_exposes_no_kernels_module(kind, checkout, distributions, tmp_path) -> None:
-    what = [distributions[0]] if kind == "wheel" else ["--editable", checkout]
-    python = install(what, tmp_path / "environment")
+    requirements = [distributions[0]] if kind == "wheel" else ["--editable", checkout]
+    python = install(requirements, tmp_path / "environment")
     location, versions, kernels, exposed = run(python, "-c", PROBE, cwd=tmp_path).splitlines()
     home = tmp_path / "environment" if kind == "wheel" else checkout
     assert Path(location).is_relative_to(home)
@@ -138,8 +138,10 @@ def test_kernels_compile_without_a_warning(norm, pairing, tmp_path) -> None:
 
 def test_package_list_names_every_folder() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    found = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in (ROOT / "dit_rope").rglob("__init__.py")}
-    assert set(project["tool"]["setuptools"]["packages"]) == found | {"dit_rope._kernels"}
+    folders = {
+        str(path.parent.relative_to(ROOT)).replace("/", ".") for path in (ROOT / "dit_rope").rglob("__init__.py")
+    }
+    assert set(project["tool"]["setuptools"]["packages"]) == folders | {"dit_rope._kernels"}
 
 
 def test_changelog_starts_with_this_version() -> None:
@@ -150,10 +152,10 @@ def test_changelog_starts_with_this_version() -> None:
 
 def test_constraints_pin_every_direct_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [
+    requirements = [
         *project["dependencies"],
         *(line for extra in project["optional-dependencies"].values() for line in extra),
     ]
-    names = {re.match(r"[\w.-]+", line).group().lower().replace("_", "-") for line in wanted} - {"dit-rope"}
+    names = {re.match(r"[\w.-]+", line).group().lower().replace("_", "-") for line in requirements} - {"dit-rope"}
     pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
     assert names <= {pin.lower().replace("_", "-") for pin in pins}

@@ -20,14 +20,16 @@ BENCH = ROOT / "scripts" / "results" / "bench-cpu"
 CODE = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
-def measured(file: str, column: str, variants: tuple[str, str], **where: str) -> tuple[float, float]:
+def measured(file: str, column: str, variants: tuple[str, str], **filters: str) -> tuple[float, float]:
     """Figures of upstream and of dit_rope in one committed CSV file; "default" is the default of ``patch``."""
-    rows = [row for row in read_csv(BENCH / f"{file}.csv") if all(row[name] == value for name, value in where.items())]
+    rows = [
+        row for row in read_csv(BENCH / f"{file}.csv") if all(row[name] == value for name, value in filters.items())
+    ]
     upstream, patched = (
         [row for row in rows if (row["default"] == "True" if name == "default" else row["variant"] == name)]
         for name in variants
     )
-    assert (len(upstream), len(patched)) == (1, 1), where
+    assert (len(upstream), len(patched)) == (1, 1), filters
     return float(upstream[0][column]), float(patched[0][column])
 
 
@@ -50,7 +52,7 @@ NORM = "norm across heads, rotate"
 
 
 @pytest.mark.parametrize(
-    ("subject", "text", "file", "column", "variants", "where"),
+    ("subject", "text", "file", "column", "variants", "filters"),
     [
         ("build the 720p", time_text, "tables", "median", GRID, COLD),
         ("bytes held", size_text, "tables", "median", GRID, {"case": "720p", "quantity": "bytes"}),
@@ -69,10 +71,10 @@ def test_first_table_holds_the_committed_figures(
     file: str,
     column: str,
     variants: tuple[str, str],
-    where: dict[str, str],
+    filters: dict[str, str],
 ) -> None:
     line = next(line for line in README.splitlines() if line.startswith(f"| {subject}"))
-    upstream, patched = measured(file, column, variants, **where)
+    upstream, patched = measured(file, column, variants, **filters)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1:] == [text(upstream), text(patched), ratio_text(upstream / patched), f"`{file}.csv`"]
 

@@ -56,13 +56,13 @@ def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
 
 def keyword(call: ast.Call, name: str) -> object:
     """The constant given for a keyword; None where there is none."""
-    found = [each.value for each in call.keywords if each.arg == name]
-    return found[0].value if found and isinstance(found[0], ast.Constant) else None
+    values = [argument.value for argument in call.keywords if argument.arg == name]
+    return values[0].value if values and isinstance(values[0], ast.Constant) else None
 
 
 def unsafe(path: Path) -> list[str]:
     """What a file does that none of ours may do."""
-    found = []
+    problems = []
     for name, call in calls(path):
         last = name.rpartition(".")[2]
         bad = (
@@ -79,8 +79,8 @@ def unsafe(path: Path) -> list[str]:
             or (last == "from_pretrained" and keyword(call, "use_safetensors") is not True)
         )
         if bad:
-            found.append(f"{path.name}:{call.lineno} {name}")
-    return found
+            problems.append(f"{path.name}:{call.lineno} {name}")
+    return problems
 
 
 def test_no_source_evaluates_unpickles_uses_a_shell_or_loads_other_than_safetensors() -> None:
@@ -163,12 +163,12 @@ def result(prompt: str) -> comparison.Comparison:
     frames = np.zeros((2, 16, 16, 3), dtype=np.float32)
     fields = comparison.Comparison.__dataclass_fields__
     request = comparison.Request(prompt, prompt, 2, 2, 16, 16, 0, 1.0)
-    made = object.__new__(comparison.Comparison)
+    comparison_of_frames = object.__new__(comparison.Comparison)
     for name in fields:
-        object.__setattr__(made, name, None)
+        object.__setattr__(comparison_of_frames, name, None)
     for name, value in (("request", request), ("unpatched", frames), ("patched", frames)):
-        object.__setattr__(made, name, value)
-    return made
+        object.__setattr__(comparison_of_frames, name, value)
+    return comparison_of_frames
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
@@ -196,7 +196,9 @@ def test_no_file_name_is_made_from_a_prompt() -> None:
                 assert "prompt" not in ast.unparse(node.right), f"{path.name}:{node.lineno}"
         for name, call in calls(path):
             if name in ("Path", "open", "os.path.join") or name.endswith(("with_name", "with_stem", "joinpath")):
-                assert not any("prompt" in ast.unparse(given) for given in call.args), f"{path.name}:{call.lineno}"
+                assert not any("prompt" in ast.unparse(argument) for argument in call.args), (
+                    f"{path.name}:{call.lineno}"
+                )
 
 
 def test_cuda_sources_are_those_of_the_package_and_compiling_leaves_nothing_on_disk(tmp_path: Path) -> None:
@@ -254,9 +256,9 @@ def test_cache_of_triton_of_another_user_or_group_is_refused(
     kernel_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel_cache.mkdir(mode=0o700)
-    mine = kernel_cache.stat()
-    monkeypatch.setattr(os, "geteuid", lambda: mine.st_uid + 1)
-    if mine.st_uid:  # root may own it
+    status = kernel_cache.stat()
+    monkeypatch.setattr(os, "geteuid", lambda: status.st_uid + 1)
+    if status.st_uid:  # root may own it
         assert "must belong to this user" in str(triton_kernels.cache_problem())
     triton_kernels.cache_problem.cache_clear()
     monkeypatch.undo()
@@ -264,10 +266,12 @@ def test_cache_of_triton_of_another_user_or_group_is_refused(
     kernel_cache.chmod(0o770)
     assert triton_kernels.cache_problem() is None
     triton_kernels.cache_problem.cache_clear()
-    monkeypatch.setattr(os, "getegid", lambda: mine.st_gid + 1)
+    monkeypatch.setattr(os, "getegid", lambda: status.st_gid + 1)
     assert "others must not write" in str(triton_kernels.cache_problem())
 
 
 def test_triton_declines_gpu_calls_with_a_foreign_cache_and_serves_others() -> None:
-    constraint = next(each for each in triton_kernels.CONSTRAINTS if "cache_problem" in each.holds.__code__.co_names)
+    constraint = next(
+        candidate for candidate in triton_kernels.CONSTRAINTS if "cache_problem" in candidate.holds.__code__.co_names
+    )
     assert triton_kernels.CONSTRAINTS.index(constraint) == 2

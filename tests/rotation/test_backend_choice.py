@@ -60,12 +60,12 @@ def test_backends_are_asked_from_the_fastest_on(table: RopeTable, monkeypatch: p
     assert BACKENDS == ("cuda", "triton", "eager")
     xs = [x.to("meta") for x in queries_and_keys()]
     gpu = [torch.empty_like(x) for x in xs]
-    asked: list[str] = []
+    names: list[str] = []
     for name in ("cuda", "triton"):
-        monkeypatch.setattr(MODULES[name], "declined", lambda xs, args, norm=None, name=name: asked.append(name))
+        monkeypatch.setattr(MODULES[name], "declined", lambda xs, args, norm=None, name=name: names.append(name))
 
     assert choose_backend([OnGpu()], table.args()) == "cuda"  # type: ignore[list-item]
-    assert asked == ["cuda"]
+    assert names == ["cuda"]
     assert choose_backend(gpu, table.args()) == "eager"
 
 
@@ -155,11 +155,11 @@ def test_gradients_on_cuda_equal_those_of_eager(cuda_on_cpu: object, table: Rope
         (q * torch.linspace(-1, 1, q.numel()).view_as(q)).sum().backward(retain_graph=True)
         k.square().sum().backward()
         results[backend] = [leaf.grad for leaf in (*leaves, *weights)]
-    for ours, theirs in zip(results["cuda"], results["eager"], strict=True):
-        assert ours is not None
-        assert theirs is not None
+    for actual, expected in zip(results["cuda"], results["eager"], strict=True):
+        assert actual is not None
+        assert expected is not None
         # Two float32 computations of the same gradient, a dozen roundings each.
-        assert (ours - theirs).abs().max() <= 16 * torch.finfo(torch.float32).eps * theirs.abs().max()
+        assert (actual - expected).abs().max() <= 16 * torch.finfo(torch.float32).eps * expected.abs().max()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -181,31 +181,31 @@ def test_a_backend_named_while_tracing_is_still_refused_when_it_runs(table: Rope
 
 def test_calls_that_nobody_watches_skip_the_dispatcher(table: RopeTable, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient, a mode or a subclass needs the operator; anything else goes to the backend at once."""
-    seen = []
+    operators = []
     real = torch.ops.dit_rope.rotate
 
     def watched(*args: Any) -> Any:
-        seen.append(1)
+        operators.append(1)
         return real(*args)
 
     watched.default = real.default  # a mode looks the overload up here, by name
     monkeypatch.setattr(torch.ops.dit_rope, "rotate", watched)
     (q, k), args = queries_and_keys(), table.args()
     ops.rotate([q, k], args, backend="eager")
-    assert seen == []
+    assert operators == []
     ops.rotate([q.requires_grad_(), k], args, backend="eager")
-    assert len(seen) == 1
+    assert len(operators) == 1
     with torch.no_grad():
         ops.rotate([q, k], args, backend="eager")
-    assert len(seen) == 1
+    assert len(operators) == 1
     with Watching():
         ops.rotate([q.detach(), k], args, backend="eager")
-    assert len(seen) == 2
+    assert len(operators) == 2
     torch.func.vmap(lambda x: ops.rotate([x], args, backend="eager")[0])(q.detach()[None])
-    assert len(seen) == 3
+    assert len(operators) == 3
     with torch.autograd.forward_ad.dual_level():
         ops.rotate([q.detach(), k], args, backend="eager")
-    assert len(seen) == 4
+    assert len(operators) == 4
 
 
 @pytest.mark.parametrize("backend", ["cuda", "eager"])
@@ -364,9 +364,9 @@ def test_hooks_remember_where_results_are_written(launches: Launches, table: Rop
 def test_another_table_is_no_remembered_call(launches: Launches, table: RopeTable, backend: str) -> None:
     x = torch.randn(1, 24, 4, 16)
     rotate(x, table, backend=backend)
-    other = rope_table(RopeSpec((8, 4, 4)), Grid(2, 3, 4, start_frame=7))
-    assert torch.equal(rotate(x, other, backend=backend), rotate(x, other, backend=backend))
-    torch.testing.assert_close(rotate(x, other, backend=backend), rotate(x, other, exact=True, backend="eager"))
+    shifted = rope_table(RopeSpec((8, 4, 4)), Grid(2, 3, 4, start_frame=7))
+    assert torch.equal(rotate(x, shifted, backend=backend), rotate(x, shifted, backend=backend))
+    torch.testing.assert_close(rotate(x, shifted, backend=backend), rotate(x, shifted, exact=True, backend="eager"))
 
 
 def test_remembered_calls_of_hooks_are_few(

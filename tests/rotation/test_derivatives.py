@@ -50,8 +50,8 @@ def tokens(*shape: int, dtype: torch.dtype = F64) -> torch.Tensor:
 def rotation_of(exact: bool, positions: bool = False, **further: Any) -> Call:
     """Of ``[B, 6, H, 7]``: a token before the grid's and one after, a channel past those that rotate."""
     table = table_of(**further)
-    where = {"positions": positions_of(table)} if positions else {}
-    return lambda x: rotate(x, table, prefix=1, suffix=1, exact=exact, **where)
+    options = {"positions": positions_of(table)} if positions else {}
+    return lambda x: rotate(x, table, prefix=1, suffix=1, exact=exact, **options)
 
 
 def norm_of(norm: NormKind, exact: bool) -> tuple[Call, tuple[torch.Tensor, ...]]:
@@ -101,13 +101,13 @@ def test_table_that_requires_grad_gets_it(exact: bool) -> None:
     args, rows = table_of().args(prefix=1, exact=exact), table_of().rows
 
     def call(rows: torch.Tensor, x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
-        given = x * 1 if inplace else x
-        return ops.rotate([given], RotationArgs(**{**vars(args), "rows": rows}), inplace=inplace)[0]
+        target = x * 1 if inplace else x
+        return ops.rotate([target], RotationArgs(**{**vars(args), "rows": rows}), inplace=inplace)[0]
 
     check_all_derivatives(call, (rows, tokens(1, 6, 1, 7)))
     x, leaf, grad = tokens(1, 6, 1, 7), rows.clone().requires_grad_(), tokens(1, 6, 1, 7)
-    wanted = torch.autograd.grad(call(leaf, x), leaf, grad)
-    assert torch.equal(torch.autograd.grad(call(leaf, x, inplace=True), leaf, grad)[0], wanted[0])
+    expected = torch.autograd.grad(call(leaf, x), leaf, grad)
+    assert torch.equal(torch.autograd.grad(call(leaf, x, inplace=True), leaf, grad)[0], expected[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -177,13 +177,13 @@ def test_every_way_of_asking_gives_one_derivative(kind: NormKind | None, exact: 
     else:
         normed, (_, *parameters) = norm_of(kind, exact)
         call = lambda x: normed(x, *parameters)  # noqa: E731
-    found = transforms(call, tokens(), tokens())
-    for _, same in itertools.groupby(found.items(), key=lambda item: item[0].split()[0]):
-        (_, first), *others = same
+    results = transforms(call, tokens(), tokens())
+    for _, group in itertools.groupby(results.items(), key=lambda item: item[0].split()[0]):
+        (_, first), *remaining = group
         assert first.abs().max() > 0.1
-        for name, other in others:
+        for name, derivative in remaining:
             # Float64 computations of one number in another order, a hundred roundings of numbers no larger.
-            assert (other - first).abs().max() <= 100 * torch.finfo(F64).eps * first.abs().max(), name
+            assert (derivative - first).abs().max() <= 100 * torch.finfo(F64).eps * first.abs().max(), name
 
 
 @MODES
@@ -206,16 +206,18 @@ def test_batches_of_positions_tables_and_weights(exact: bool) -> None:
     positions = torch.stack(
         (table.positions(), table.positions().flip(1), torch.full((1, 4, 2), -1, dtype=torch.int32))
     )
-    expected = torch.stack([rotate(x, table, positions=where, exact=exact) for where in positions])
+    expected = torch.stack([rotate(x, table, positions=rows, exact=exact) for rows in positions])
     by_positions = torch.func.vmap(lambda where: rotate(x, table, positions=where, exact=exact))(positions)
     assert (by_positions - expected).abs().max() <= 4 * torch.finfo(F64).eps * expected.abs().max()
     assert torch.equal(by_positions[2], x)
-    both = torch.func.vmap(lambda x, where: rotate(x, table, positions=where, exact=exact))(x[:, None], positions[:2])
-    assert torch.equal(both, torch.stack((by_positions[0][:1], by_positions[1][1:])))
+    by_both = torch.func.vmap(lambda x, where: rotate(x, table, positions=where, exact=exact))(
+        x[:, None], positions[:2]
+    )
+    assert torch.equal(by_both, torch.stack((by_positions[0][:1], by_positions[1][1:])))
     weights = torch.randn(3, 7, dtype=F64)
     normed = torch.func.vmap(lambda weight: norm_rotate(x, table, weight, exact=exact))(weights)
-    one = norm_rotate(x, table, weights[2], exact=exact)
-    assert (normed[2] - one).abs().max() <= 16 * torch.finfo(F64).eps * one.abs().max()
+    single = norm_rotate(x, table, weights[2], exact=exact)
+    assert (normed[2] - single).abs().max() <= 16 * torch.finfo(F64).eps * single.abs().max()
 
 
 @pytest.mark.parametrize("norm", [None, NormKind.PER_HEAD, NormKind.LAYER_ACROSS_HEADS])
@@ -227,14 +229,14 @@ def test_in_place_calls_carry_tangents_and_batches(norm: NormKind | None, exact:
         """Of views of one tensor, as packed projections are."""
         packed = qkv.clone()
         q, k, _ = packed.unbind(2)
-        how = {} if norm is None else {"norm": norm}
-        outs = (rotate_qk if norm is None else norm_rotate_qk)(q, k, table, inplace=inplace, exact=exact, **how)
+        options = {} if norm is None else {"norm": norm}
+        outs = (rotate_qk if norm is None else norm_rotate_qk)(q, k, table, inplace=inplace, exact=exact, **options)
         return torch.stack((*outs, packed[:, :, 2]), dim=2) if not inplace else packed
 
     qkv, v = tokens(2, 4, 3, 2, 7), tokens(2, 4, 3, 2, 7)
     expected = torch.func.jvp(lambda qkv: in_place(qkv, inplace=False), (qkv,), (v,))
-    for actual, wanted in zip(torch.func.jvp(in_place, (qkv,), (v,)), expected, strict=True):
-        assert torch.equal(actual, wanted)
+    for actual, desired in zip(torch.func.jvp(in_place, (qkv,), (v,)), expected, strict=True):
+        assert torch.equal(actual, desired)
     with forward_ad.dual_level():
         dual = forward_ad.unpack_dual(in_place(forward_ad.make_dual(qkv, v)))
         assert torch.equal(dual.tangent, expected[1])
@@ -289,11 +291,11 @@ def test_transforms_inside_inference_mode_and_without_gradients(exact: bool) -> 
     expected = torch.func.jvp(call, (x,), (v,))[1]
     for mode in (torch.inference_mode(), torch.no_grad()):
         with mode:
-            made, other = x.clone(), v.clone()
-            of_torch = torch.func.jvp(torch.square, (made,), (other,))[1]
+            x_copy, v_copy = x.clone(), v.clone()
+            of_torch = torch.func.jvp(torch.square, (x_copy,), (v_copy,))[1]
             if of_torch.any():  # torch up to 2.11 has no tangents in inference mode
-                assert torch.equal(torch.func.jvp(call, (made,), (other,))[1], expected)
-            assert torch.equal(torch.func.vmap(call)(torch.stack((made, other)))[1], expected)
+                assert torch.equal(torch.func.jvp(call, (x_copy,), (v_copy,))[1], expected)
+            assert torch.equal(torch.func.vmap(call)(torch.stack((x_copy, v_copy)))[1], expected)
 
 
 @MODES
@@ -301,11 +303,11 @@ def test_graph_made_outside_of_dual_numbers_carries_their_gradients(exact: bool)
     call, (x, grad, v) = rotation_of(exact), (tokens(), tokens(), tokens())
     leaf = x.requires_grad_()
     out = call(leaf)
-    expected = [torch.autograd.grad(out, leaf, part, retain_graph=True)[0] for part in (grad, v)]
+    expected = [torch.autograd.grad(out, leaf, cotangent, retain_graph=True)[0] for cotangent in (grad, v)]
     with forward_ad.dual_level():
         (back,) = torch.autograd.grad(out, leaf, forward_ad.make_dual(grad, v))
-        for actual, wanted in zip(forward_ad.unpack_dual(back), expected, strict=True):
-            assert (actual - wanted).abs().max() <= 4 * torch.finfo(F64).eps * wanted.abs().max()
+        for actual, desired in zip(forward_ad.unpack_dual(back), expected, strict=True):
+            assert (actual - desired).abs().max() <= 4 * torch.finfo(F64).eps * desired.abs().max()
 
 
 def test_layout_is_that_of_the_operator_under_a_transform() -> None:
@@ -321,9 +323,9 @@ def test_compiled_transforms_are_those_of_the_function(exact: bool) -> None:
     torch._dynamo.reset()
     call, x, v = rotation_of(exact), tokens(), tokens()
     gradient = torch.func.grad(lambda x: (call(x) ** 3).sum())
-    for transformed, given in ((torch.func.vmap(call), torch.stack((x, v))), (gradient, x)):
+    for transformed, argument in ((torch.func.vmap(call), torch.stack((x, v))), (gradient, x)):
         compiled = torch.compile(transformed, backend="aot_eager", fullgraph=True)
-        assert torch.equal(compiled(given), transformed(given))
+        assert torch.equal(compiled(argument), transformed(argument))
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
     compiled(x)  # a graph made without dual numbers
     with forward_ad.dual_level():

@@ -116,8 +116,8 @@ def test_captured_bytes_leave_the_caps_to_others(cache: FifoCache[str, torch.Ten
             cache.get(f"captured {number}", GPU, forbidden)
         capture.under_way = False
     assert cache.info().captured_bytes == 5 * KIB
-    kept = [cache.get(key, GPU, of_bytes(KIB)) for key in "ab"]
-    assert [cache.get(key, GPU, forbidden) for key in "ab"] == kept
+    entries = [cache.get(key, GPU, of_bytes(KIB)) for key in "ab"]
+    assert [cache.get(key, GPU, forbidden) for key in "ab"] == entries
 
 
 def test_entries_on_the_host_are_not_held(cache: FifoCache[str, torch.Tensor], capture: Capture) -> None:
@@ -141,12 +141,12 @@ def test_capture_that_waits_for_a_build_holds_its_entry(cache: FifoCache[str, to
         assert release.wait(timeout=20)
         return torch.ones(KIB, dtype=torch.uint8)
 
-    other = threading.Thread(target=cache.get, args=("a", GPU, build))
-    other.start()
+    thread = threading.Thread(target=cache.get, args=("a", GPU, build))
+    thread.start()
     assert started.wait(timeout=20)
     threading.Timer(0.1, release.set).start()
     value = cache.get("a", GPU, forbidden)
-    other.join()
+    thread.join()
     assert cache.info().captured_bytes == value.nbytes
 
 
@@ -271,7 +271,7 @@ def test_graph_of_a_patched_model_follows_its_inputs_and_survives_eviction() -> 
     model = wan.build("wan").cuda()
     latents, text = torch.randn(1, 4, 3, 8, 12, device="cuda"), torch.randn(1, 12, 16, device="cuda")
     step = torch.tensor([500], device="cuda")
-    other = torch.randn_like(latents)
+    latents_2 = torch.randn_like(latents)
 
     def call() -> torch.Tensor:
         with torch.no_grad():
@@ -281,7 +281,7 @@ def test_graph_of_a_patched_model_follows_its_inputs_and_survives_eviction() -> 
     dit_rope.cache_clear()
     with dit_rope.patch(model):
         replay, out = replayed(call)
-        latents.copy_(other)
+        latents.copy_(latents_2)
         expected = call()
         dit_rope.cache_configure(max_entries=1)
         rope_table(RopeSpec((4,)), Grid(3), device="cuda")

@@ -52,7 +52,7 @@ def test_the_dense_forms_of_a_billion_tokens_are_refused(form: str) -> None:
 
 def test_the_limit_of_dense_forms_is_where_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, grid = RopeSpec((4,)), Grid(50)
-    size = sum(part.nbytes for part in rope_table(spec, grid).cos_sin())
+    size = sum(table.nbytes for table in rope_table(spec, grid).cos_sin())
     dit_rope.cache_clear()
     monkeypatch.setattr("dit_rope.tables.dense_memory.MAX_DENSE_BYTES", size)
     rope_table(spec, grid).cos_sin()
@@ -90,14 +90,14 @@ def test_a_shard_along_an_axis_that_is_not_there_is_refused_in_a_world_of_one_to
 def test_nothing_at_all_is_rotated_to_nothing(shape: tuple[int, ...], norm: NormKind | None, exact: bool) -> None:
     x, table = normal(*shape), rope_table(SPEC, GRID)
     positions = torch.full((1, shape[1], 3), -1, dtype=torch.int32)
-    how: dict[str, Any] = {"positions": positions, "exact": exact}
+    options: dict[str, Any] = {"positions": positions, "exact": exact}
     if norm is None:
-        q, k = dit_rope.rotate_qk(x, x, table, **how)
-        one = dit_rope.rotate(x, table, inplace=True, **how)
+        q, k = dit_rope.rotate_qk(x, x, table, **options)
+        single = dit_rope.rotate(x, table, inplace=True, **options)
     else:
-        q, k = dit_rope.norm_rotate_qk(x, x, table, norm=norm, **how)
-        one = dit_rope.norm_rotate(x, table, norm=norm, inplace=True, **how)
-    assert one is x
+        q, k = dit_rope.norm_rotate_qk(x, x, table, norm=norm, **options)
+        single = dit_rope.norm_rotate(x, table, norm=norm, inplace=True, **options)
+    assert single is x
     assert q.shape == k.shape == x.shape
 
 
@@ -176,8 +176,8 @@ def test_positions_past_256_keep_their_angles_in_bfloat16() -> None:
     table = rope_table(RopeSpec((8,)), Grid(64, start_frame=4000), dtype=torch.bfloat16)
     cos, sin = table.cos_sin(repeat=False)
     angle = torch.arange(4000.0, 4064.0, dtype=torch.float64)
-    for found, exact in ((cos[:, 0], angle.cos()), (sin[:, 0], angle.sin())):
-        assert (found.double() - exact).abs().max() <= 2.0**-9 * (1 + 2.0**-8)
+    for actual, exact in ((cos[:, 0], angle.cos()), (sin[:, 0], angle.sin())):
+        assert (actual.double() - exact).abs().max() <= 2.0**-9 * (1 + 2.0**-8)
     x = normal(1, 64, 1, 8, dtype=torch.bfloat16)
     rows = (torch.arange(64, dtype=torch.int32) + table.first_rows[0])[None, :, None]
     assert torch.equal(dit_rope.rotate(x, table), dit_rope.rotate(x, table, positions=rows))
@@ -207,8 +207,8 @@ def test_what_is_not_finite_stays_in_its_pair(bad: float, pairing: Pairing, exac
     x[1, 17, 2, 3] = bad
     x[0, 1, 0, 9] = bad  # a channel past those that rotate
     table = rope_table(spec, GRID)
-    how: dict[str, Any] = {"prefix": 2, "suffix": 4, "exact": exact}
-    expected, out = dit_rope.rotate(clean, table, **how), dit_rope.rotate(x, table, **how)
+    options: dict[str, Any] = {"prefix": 2, "suffix": 4, "exact": exact}
+    expected, out = dit_rope.rotate(clean, table, **options), dit_rope.rotate(x, table, **options)
     touched = torch.zeros(x.shape, dtype=torch.bool)
     touched[1, 17, 2, [2, 3] if pairing is Pairing.INTERLEAVED else [3, 7]] = True
     touched[0, 1, 0, 9] = True
@@ -223,7 +223,7 @@ def test_nan_stays_in_what_one_norm_averages(norm: NormKind, exact: bool) -> Non
     clean = x.clone()
     x[1, 5, 2, 3] = math.nan
     table = rope_table(SPEC, GRID)
-    expected, out = (dit_rope.norm_rotate(each, table, norm=norm, exact=exact) for each in (clean, x))
+    expected, out = (dit_rope.norm_rotate(tensor, table, norm=norm, exact=exact) for tensor in (clean, x))
     touched = torch.zeros(x.shape, dtype=torch.bool)
     touched[(1, 5) if norm.across_heads else (1, 5, 2)] = True
     assert torch.equal(out[~touched], expected[~touched])
@@ -256,14 +256,14 @@ def views() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("exact", [False, True])
 def test_views_that_overlap_are_rotated_and_not_written_to(name: str, exact: bool) -> None:
     x, table = views()[name], rope_table(SPEC, GRID)
-    kept = x.clone()
+    before = x.clone()
     for call in (dit_rope.rotate, dit_rope.norm_rotate):
-        out, expected = call(x, table, exact=exact), call(kept, table, exact=exact)
+        out, expected = call(x, table, exact=exact), call(before, table, exact=exact)
         # Whether a compiler fuses a multiply and an add depends on the strides: two roundings, of numbers up to 4.
         assert (out - expected).abs().max() <= (0 if exact else 2 * 4 * 2.0**-23)
         with pytest.raises(ValueError, match="x must not share memory between its own elements when inplace=True"):
             call(x, table, exact=exact, inplace=True)
-        assert torch.equal(x, kept)
+        assert torch.equal(x, before)
 
 
 def test_a_weight_inside_what_is_overwritten_is_refused() -> None:
@@ -279,10 +279,10 @@ def test_a_weight_inside_what_is_overwritten_is_refused() -> None:
 def test_tensors_that_require_grad_are_not_overwritten(call: Callable[..., torch.Tensor], leaf: bool) -> None:
     x, table = normal(1, 24, 2, 8).requires_grad_(), rope_table(SPEC, GRID)
     x = x if leaf else x * 2
-    kept = x.detach().clone()
+    before = x.detach().clone()
     with pytest.raises(ValueError, match="inplace must be False when x or a weight requires grad"):
         call(x, table, inplace=True)
-    assert torch.equal(x, kept)
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -346,9 +346,9 @@ def test_every_public_name_is_called_with_wrong_arguments() -> None:
 
 
 def test_calls_of_the_table_are_accepted() -> None:
-    for name, (function, given) in calls().items():
-        function(**given)
-        assert set(given) <= set(inspect.signature(function).parameters), name
+    for name, (function, arguments) in calls().items():
+        function(**arguments)
+        assert set(arguments) <= set(inspect.signature(function).parameters), name
 
 
 def test_unregister_adapter_refuses_none() -> None:

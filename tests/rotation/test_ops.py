@@ -89,8 +89,8 @@ def test_norm_rotate_passes_gradcheck(norm: NormKind, exact: bool) -> None:
 
     def rotated(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q, k, q_weight, k_weight, *biases = tensors
-        how = dict(zip(("q_bias", "k_bias"), biases, strict=False))
-        return norm_rotate_qk(q, k, table, q_weight, k_weight, norm=norm, prefix=1, suffix=1, exact=exact, **how)
+        options = dict(zip(("q_bias", "k_bias"), biases, strict=False))
+        return norm_rotate_qk(q, k, table, q_weight, k_weight, norm=norm, prefix=1, suffix=1, exact=exact, **options)
 
     assert torch.autograd.gradcheck(rotated, (q, k, *parameters))
     assert torch.autograd.gradcheck(lambda x: norm_rotate(x, table, norm=norm, prefix=1, suffix=1), (q,))
@@ -188,9 +188,9 @@ def test_compiled_rotation_in_place_equals_eager(table: RopeTable) -> None:
         return rotate_qk(q, k, table, inplace=True)
 
     actual = torch.compile(rotated, backend="inductor", fullgraph=True)(q, k)
-    for got, kept, wanted in zip(actual, (q, k), expected, strict=True):
-        assert torch.equal(got, wanted)
-        assert torch.equal(kept, wanted)
+    for got, written, exact in zip(actual, (q, k), expected, strict=True):
+        assert torch.equal(got, exact)
+        assert torch.equal(written, exact)
 
 
 def test_compile_traces_as_the_first_call_of_a_process() -> None:

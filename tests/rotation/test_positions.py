@@ -20,8 +20,8 @@ SPECS = {
 
 
 def coordinates(sizes: tuple[int, ...], start: int = 0) -> list[torch.Tensor]:
-    first, *rest = grid_coordinates(sizes, 0, int(np.prod(sizes)), torch.device("cpu"))
-    return [first + start, *rest]
+    first, *others = grid_coordinates(sizes, 0, int(np.prod(sizes)), torch.device("cpu"))
+    return [first + start, *others]
 
 
 @pytest.mark.parametrize("start", [0, 31, 32, 50])

@@ -100,9 +100,9 @@ def test_exact_layer_norm_is_torchs_own_norm(table: RopeTable, across_heads: boo
     flat = x.flatten(2) if across_heads else x
     normed = torch.nn.functional.layer_norm(flat, (size,), weight, bias, 1e-5).view(x.shape)
     expected = rotate(normed, table, exact=True)
-    how = {"bias": bias, "norm": norm, "eps": 1e-5, "exact": True}
-    assert torch.equal(norm_rotate(x, table, weight, **how), expected)
-    assert norm_rotate(x, table, weight, inplace=True, **how) is x
+    options = {"bias": bias, "norm": norm, "eps": 1e-5, "exact": True}
+    assert torch.equal(norm_rotate(x, table, weight, **options), expected)
+    assert norm_rotate(x, table, weight, inplace=True, **options) is x
     assert torch.equal(x, expected)
 
 
@@ -116,7 +116,7 @@ def test_inplace_takes_packed_qkv_views(table: RopeTable, packing: str) -> None:
         q, k, v = packed.unbind(3)
     else:
         packed = torch.randn(2, 3, H, 12, D)
-        q, k, v = (part.transpose(1, 2) for part in packed.unbind(1))
+        q, k, v = (x.transpose(1, 2) for x in packed.unbind(1))
     expected = rotate_qk(q.clone(), k.clone(), table, exact=True)
     values = v.clone()
     rotate_qk(q, k, table, inplace=True, exact=True)

@@ -53,12 +53,12 @@ def test_writes_before_a_backward_pass_are_noticed(table: RopeTable, written: st
         out.sum().backward()
 
 
-@pytest.mark.parametrize("what", ["x", "weight"])
-def test_writes_to_what_a_norm_needs_are_noticed(table: RopeTable, what: str) -> None:
+@pytest.mark.parametrize("written", ["x", "weight"])
+def test_writes_to_what_a_norm_needs_are_noticed(table: RopeTable, written: str) -> None:
     x, weight = tokens(), torch.ones(8, requires_grad=True)
     out = norm_rotate(x, table, weight)
     with torch.no_grad():
-        (x if what == "x" else weight).mul_(2)
+        (x if written == "x" else weight).mul_(2)
     with pytest.raises(RuntimeError, match=MODIFIED):
         out.sum().backward()
 
@@ -97,9 +97,9 @@ def test_saved_tensors_go_through_hooks(table: RopeTable, exact: bool) -> None:
         assert any(saved.data_ptr() == needed.data_ptr() for saved in packed)
     with torch.autograd.graph.save_on_cpu():
         offloaded = call()
-    for given in (out, offloaded):
-        for actual, wanted in zip(torch.autograd.grad(given, (x, weight), grad), expected, strict=True):
-            assert torch.equal(actual, wanted)
+    for output in (out, offloaded):
+        for actual, desired in zip(torch.autograd.grad(output, (x, weight), grad), expected, strict=True):
+            assert torch.equal(actual, desired)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -133,9 +133,9 @@ def test_tables_and_positions_of_inference_mode_train(exact: bool) -> None:
 @MODES
 def test_only_what_depends_on_a_leaf_requires_grad(table: RopeTable, exact: bool) -> None:
     q, k, weight = tokens(requires_grad=True), tokens(), torch.ones(8, requires_grad=True)
-    for given, wanted in (((q, k), (True, False)), ((k, q), (False, True)), ((q, q * 2), (True, True))):
-        assert tuple(out.requires_grad for out in rotate_qk(*given, table, exact=exact)) == wanted
-        assert tuple(out.requires_grad for out in norm_rotate_qk(*given, table, exact=exact)) == wanted
+    for tensors, required in (((q, k), (True, False)), ((k, q), (False, True)), ((q, q * 2), (True, True))):
+        assert tuple(out.requires_grad for out in rotate_qk(*tensors, table, exact=exact)) == required
+        assert tuple(out.requires_grad for out in norm_rotate_qk(*tensors, table, exact=exact)) == required
     outs = norm_rotate_qk(k, k.clone(), table, None, weight, exact=exact)
     assert [out.requires_grad for out in outs] == [False, True]
     sum(out.sum() for out in rotate_qk(q, k, table, exact=exact)).backward()
@@ -185,15 +185,15 @@ def test_every_backend_is_torchs_operations_under_a_transform(cuda_on_cpu: objec
         outs = rotate_qk(q, k, table, backend=backend)
         many = torch.autograd.grad(outs, (q, k), (torch.stack((x, v)),) * 2, is_grads_batched=True)
         results.append([*torch.func.jvp(call, (x,), (v,)), torch.func.vmap(call)(torch.stack((x, v))), *many])
-    for ours, theirs in zip(*results, strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
 
 
 def calls_of_others() -> dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]]:
     """A function of one tensor, in the signature of another library, and what to call it with."""
     angles = torch.randn(1, 6, 4)
-    cos, sin = (torch.cat((part, part), dim=-1) for part in (angles.cos(), angles.sin()))
-    pairs = tuple(part[0, :, :4].repeat_interleave(2, dim=-1) for part in (cos, sin))
+    cos, sin = (torch.cat((table, table), dim=-1) for table in (angles.cos(), angles.sin()))
+    pairs = tuple(table[0, :, :4].repeat_interleave(2, dim=-1) for table in (cos, sin))
     cache, positions = torch.randn(16, 8), torch.randint(0, 16, (6,))
 
     def in_place(function: Callable[..., Any], *arguments: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -240,11 +240,11 @@ def test_functions_of_other_libraries_have_second_derivatives(name: str) -> None
     def power(x: torch.Tensor) -> torch.Tensor:
         return (call(x) ** 4).sum()
 
-    ours = torch.autograd.functional.hvp(power, x, v)[1]
-    theirs = torch.func.jvp(torch.func.grad(power), (x,), (v,))[1]
-    assert theirs.abs().max() > 1
+    actual = torch.autograd.functional.hvp(power, x, v)[1]
+    expected = torch.func.jvp(torch.func.grad(power), (x,), (v,))[1]
+    assert expected.abs().max() > 1
     # Two float32 computations of the same numbers, a hundred roundings each.
-    assert (ours - theirs).abs().max() <= 100 * torch.finfo(torch.float32).eps * theirs.abs().max()
+    assert (actual - expected).abs().max() <= 100 * torch.finfo(torch.float32).eps * expected.abs().max()
 
 
 def test_positions_over_memory_that_was_rewritten_are_read_anew() -> None:
@@ -253,12 +253,12 @@ def test_positions_over_memory_that_was_rewritten_are_read_anew() -> None:
     dit_rope.cache_clear()
     table, x = rope_table(RopeSpec((4, 2, 2)), Grid(2, 3, 2)), tokens()
     buffer = table.positions().numpy().copy()
-    kept = torch.from_numpy(buffer)
+    positions = torch.from_numpy(buffer)
     for order in (np.arange(12), np.arange(12)[::-1], np.roll(np.arange(12), 5)):
         buffer[:] = table.positions().numpy()[:, order]
         expected = rotate(x, table, positions=torch.tensor(buffer))
         assert torch.equal(rotate(x, table, positions=torch.from_numpy(buffer)), expected)
-        assert torch.equal(rotate(x, table, positions=kept), expected)
+        assert torch.equal(rotate(x, table, positions=positions), expected)
 
 
 def test_rows_over_memory_that_was_rewritten_are_read_anew() -> None:
@@ -286,9 +286,9 @@ def test_tokens_of_negative_rows_keep_infinities_and_zeros(pairing: Pairing, dty
 
     def check(out: torch.Tensor) -> None:
         as_bits = torch.int16 if dtype == torch.bfloat16 else torch.int32
-        for where in ((0, 1), (1, 4), (1, 2, slice(None), second)):
-            kept = out[where].view(as_bits) == x[where].view(as_bits)
-            assert (kept | (out[where].isnan() & x[where].isnan())).all()  # one NaN is like another
+        for index in ((0, 1), (1, 4), (1, 2, slice(None), second)):
+            unchanged = out[index].view(as_bits) == x[index].view(as_bits)
+            assert (unchanged | (out[index].isnan() & x[index].isnan())).all()  # one NaN is like another
         assert out[0, 2:].isfinite().all()
 
     check(rotate(x, table, positions=positions, exact=exact))
@@ -302,9 +302,9 @@ def test_tokens_of_negative_rows_keep_infinities_and_zeros(pairing: Pairing, dty
 def test_padding_of_a_shard_keeps_infinities(exact: bool) -> None:
     x = tokens(1, 4, 1, 4)
     x[0, 2:] = torch.tensor([torch.inf, -0.0, 1.0, -torch.inf])
-    where = ((2,), (2,), (0,), 0, 0, 4, Pairing.INTERLEAVED, False, exact)
+    index = ((2,), (2,), (0,), 0, 0, 4, Pairing.INTERLEAVED, False, exact)
     angles = torch.randn(2, 2)
-    args = RotationArgs(torch.stack((angles.cos(), angles.sin())), None, *where)
+    args = RotationArgs(torch.stack((angles.cos(), angles.sin())), None, *index)
     (out,) = ops.rotate([x], args)
     assert torch.equal(out[0, 2:].view(torch.int32), x[0, 2:].view(torch.int32))
     assert not torch.equal(out[0, :2], x[0, :2])

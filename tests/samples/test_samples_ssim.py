@@ -112,14 +112,14 @@ def with_axis_frozen(axis: int):
 
 def rotating(monkeypatch, change):
     """Passes the arguments of every rotation through ``change``; returns the list of those it saw."""
-    real, seen = dit_rope.rotation.ops.rotate, []
+    real, recorded = dit_rope.rotation.ops.rotate, []
 
     def rotate(xs, args, *norm, **options):
-        seen.append(args)
+        recorded.append(args)
         return real(xs, change(args), *norm, **options)
 
     monkeypatch.setattr(dit_rope.rotation.ops, "rotate", rotate)
-    return seen
+    return recorded
 
 
 @pytest.mark.parametrize(
@@ -136,12 +136,12 @@ def rotating(monkeypatch, change):
     ],
 )
 def test_wrong_rotation_stays_under_the_bar(pipe, request_of_reference, reference, monkeypatch, change) -> None:
-    seen = rotating(monkeypatch, change)
+    recorded = rotating(monkeypatch, change)
     with dit_rope.patch(pipe, exact=True):
         wrong = generate(pipe, request_of_reference).frames
     blocks = len(pipe.transformer.blocks)
     # Queries and keys of every block, with and without the prompt, in every step.
-    assert len(seen) == 2 * blocks * 2 * request_of_reference.steps
+    assert len(recorded) == 2 * blocks * 2 * request_of_reference.steps
     assert not clears_the_bar(wrong, reference), frame_ssim(wrong, reference)
 
 

@@ -68,9 +68,9 @@ def test_chunks_see_what_was_before_them(program: Any, random_wan: Any) -> None:
                 stream.commit()
         return out
 
-    other = torch.randn(1, 4, 1, 4, 6)
-    assert not torch.allclose(last_frame(frames[:, :, :1], 4), last_frame(other, 4), atol=1e-6)
-    assert torch.equal(last_frame(frames[:, :, :1], 1), last_frame(other, 1))
+    noise = torch.randn(1, 4, 1, 4, 6)
+    assert not torch.allclose(last_frame(frames[:, :, :1], 4), last_frame(noise, 4), atol=1e-6)
+    assert torch.equal(last_frame(frames[:, :, :1], 1), last_frame(noise, 1))
 
 
 def test_processors_come_back_after_an_error(program: Any, random_wan: Any) -> None:
@@ -96,7 +96,7 @@ def test_frames_decoded_one_by_one_are_those_decoded_together(program: Any, rand
     latents = torch.randn(1, vae.config.z_dim, 4, 4, 6)
     random_wan.vae = vae
     decode = program.StreamingDecoder(vae)
-    actual = np.concatenate([decode(part) for part in latents.split([2, 1, 1], dim=2)])
+    actual = np.concatenate([decode(chunk) for chunk in latents.split([2, 1, 1], dim=2)])
     together = vae.decode(latents * decode.std + decode.mean).sample
     expected = random_wan.video_processor.postprocess_video(together, output_type="np")[0]
     assert actual.shape == expected.shape == (13, *expected.shape[1:])

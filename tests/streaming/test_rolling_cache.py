@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dit_rope import PositionPolicy, RollingCache, RopeSpec, RopeStream, cache_clear, shift_keys
 from dit_rope.streaming.rolling_cache import Window
 from stream_by_definition import StreamByDefinition
-from tolerance import assert_within, bound
+from tolerance import all_equal, assert_within, bound
 
 DIMS, SIZE, TOKENS = (8, 6, 6), (2, 3), 6
 SPEC, WAN = RopeSpec(DIMS), RopeSpec((44, 42, 42))
@@ -65,12 +65,12 @@ class Layer:
         held = window.values[0, ::TOKENS, 0, 0].int().tolist()  # the frame in each slot, which its values name
         assert sorted(held) == self.exact.kept()
         assert list(window.positions) == [self.exact.position(frame) for frame in held]
-        turned = {}
+        rotated_keys = {}
         for definition in (self.exact, self.naive):
             keys = definition.keys()
             in_order = torch.cat([keys[frame] for frame in held], dim=1)
-            turned[definition.dtype] = definition.rotate_queries(queries, frames), in_order
-        (exact_q, exact_k), (naive_q, naive_k) = turned[torch.float64], turned[F32]
+            rotated_keys[definition.dtype] = definition.rotate_queries(queries, frames), in_order
+        (exact_q, exact_k), (naive_q, naive_k) = rotated_keys[torch.float64], rotated_keys[F32]
         assert_within(rotated, exact_q, naive_q)
         assert_within(window.keys, exact_k, naive_k)
         off_q, off_k = bound(exact_q, naive_q, self.dtype), bound(exact_k, naive_k, self.dtype)
@@ -224,10 +224,10 @@ def test_forwards_never_wait_for_the_device(policy: PositionPolicy, monkeypatch:
 def live_bytes() -> int:
     """Memory of all tensors that Python can reach, those of the package's caches included."""
     storages = {}
-    for found in gc.get_objects():
-        if type(found) is torch.Tensor and found.layout is torch.strided:
+    for candidate in gc.get_objects():
+        if type(candidate) is torch.Tensor and candidate.layout is torch.strided:
             with contextlib.suppress(NotImplementedError):  # torch 2.9 keeps tensors that are undefined
-                storage = found.untyped_storage()
+                storage = candidate.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
@@ -288,8 +288,8 @@ def test_a_thousand_sink_moves_in_bfloat16_do_not_drift() -> None:
     expected = exact.rotate(raw, 0)
 
     def error(keys: torch.Tensor) -> float:
-        turning = slice(0, WAN.dims[0])
-        return float((keys.double() - expected)[..., turning].norm() / expected[..., turning].norm())
+        channels = slice(0, WAN.dims[0])
+        return float((keys.double() - expected)[..., channels].norm() / expected[..., channels].norm())
 
     assert error(window.keys[:, :TOKENS]) <= 2e-3
     assert error(moved_in_place) > 0.2
@@ -303,31 +303,31 @@ def test_cache_follows_a_reset(chunks: int) -> None:
     for _ in range(2):
         for chunk in data:
             stream.begin_chunk(3)
-            runs.append([part.clone() for part in cache.append(*chunk)[:2]])
+            runs.append([tensor.clone() for tensor in cache.append(*chunk)[:2]])
             stream.commit()
         stream.begin_chunk(3)  # left unfinished
         stream.reset()
     for before, after in zip(runs[:chunks], runs[chunks:], strict=True):
-        assert all(map(torch.equal, before, after))
+        assert all_equal(before, after)
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["at once", "after a reset"])
 def test_cache_that_missed_a_chunk_is_refused(reset: bool) -> None:
     stream = stream_of(PositionPolicy.ABSOLUTE)
-    seen, missed = cache_of(stream), cache_of(stream)
+    complete, missed = cache_of(stream), cache_of(stream)
     chunk = torch.randn(2, 1, 3 * TOKENS, 2, 20)
     if reset:
         for _ in range(2):
             stream.begin_chunk(3)
-            seen.append(*chunk)
+            complete.append(*chunk)
             missed.append(*chunk)
             stream.commit()
         stream.reset()
     stream.begin_chunk(3)
-    seen.append(*chunk)
+    complete.append(*chunk)
     stream.commit()
     stream.begin_chunk(3)
-    seen.append(*chunk)
+    complete.append(*chunk)
     with pytest.raises(RuntimeError, match="must be given every chunk, got frame 3 after 0 frames; append in every"):
         missed.append(*chunk)
 

@@ -103,17 +103,17 @@ def test_child_forked_while_a_table_grows_can_grow_it(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("delta", [-200_000, 200_000, 3 * 10**9, -(2**40)])
 def test_one_large_shift_makes_one_row(table: RopeSpec | None, delta: int) -> None:
     cache_clear()
-    own = ShiftTable(TEXT, dtype=F64) if table is None else None
+    fresh = ShiftTable(TEXT, dtype=F64) if table is None else None
     keys = pool(2, dtype=F64)
-    out = shift_keys(keys, own or TEXT, delta_frames=delta)
+    out = shift_keys(keys, fresh or TEXT, delta_frames=delta)
     assert (out - rotated(keys, TEXT, torch.full((2, BLOCK), delta))).abs().max() <= (
         1e-9 if abs(delta) < 2**30 else 1e-3
     )
     assert cache_info().shifts.entries == 1
     assert cache_info().shifts.bytes <= 256
-    assert own is None or own.rows.shape[1] == 64
+    assert fresh is None or fresh.rows.shape[1] == 64
     hits = cache_info().shifts.hits
-    assert torch.equal(shift_keys(keys, own or TEXT, delta_frames=delta), out)
+    assert torch.equal(shift_keys(keys, fresh or TEXT, delta_frames=delta), out)
     assert cache_info().shifts.hits == hits + 1
     cache_clear()
     assert (cache_info().shifts.entries, cache_info().shifts.bytes) == (0, 0)
@@ -140,15 +140,15 @@ def test_deltas_of_a_spec_have_a_row_each_however_long(spec: RopeSpec, width: in
     assert cache_info().shifts.entries == 0
 
 
-@pytest.mark.parametrize("which", ["deltas", "delta_frames"])
-def test_shift_by_a_spec_is_that_by_a_table(which: str) -> None:
+@pytest.mark.parametrize("argument", ["deltas", "delta_frames"])
+def test_shift_by_a_spec_is_that_by_a_table(argument: str) -> None:
     keys, table = torch.randn(2, BLOCK, 2, 20), ShiftTable(VIDEO)
     for delta in (1, 9, 63, 64, 200):
-        how: dict[str, Any] = {which: delta if which == "delta_frames" else int32([delta], [delta])}
-        ours = shift_keys(keys, VIDEO, **how)
-        theirs = shift_keys(keys, table, **how)
-        moved = torch.full((2, BLOCK), delta if which == "delta_frames" else -delta)
-        for out in (ours, theirs):
+        options: dict[str, Any] = {argument: delta if argument == "delta_frames" else int32([delta], [delta])}
+        actual = shift_keys(keys, VIDEO, **options)
+        expected = shift_keys(keys, table, **options)
+        moved = torch.full((2, BLOCK), delta if argument == "delta_frames" else -delta)
+        for out in (actual, expected):
             assert_within(out, rotated(keys, VIDEO, moved), naively_rotated(keys, VIDEO, moved))
 
 

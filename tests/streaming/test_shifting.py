@@ -250,8 +250,8 @@ def test_shift_of_a_video_turns_one_axis_alone(axis: int, backend: str) -> None:
     moved = torch.full((2, 12), -9)
     assert_within(out, rotated(keys, VIDEO, moved, axis), naively_rotated(keys, VIDEO, moved, axis))
     first = sum(VIDEO.dims[:axis])
-    others = [channel for channel in range(24) if not first <= channel < first + VIDEO.dims[axis]]
-    assert torch.equal(out[..., others], keys[..., others])
+    unrotated = [channel for channel in range(24) if not first <= channel < first + VIDEO.dims[axis]]
+    assert torch.equal(out[..., unrotated], keys[..., unrotated])
 
 
 def test_shift_of_a_video_gives_keys_of_other_frames() -> None:
@@ -307,12 +307,12 @@ def test_lossy_keys_are_refused_unless_asked_for(dtype: torch.dtype, backend: st
 def test_rows_that_are_new_are_finished_before_another_stream_can_see_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams wait for nobody; a second thread that does not grow the table takes no lock."""
     table = ShiftTable(TEXT, step=BLOCK)
-    seen: list[torch.Tensor] = []
-    monkeypatch.setattr(shifting, "finish", lambda device: seen.append(table.rows))
+    rows: list[torch.Tensor] = []
+    monkeypatch.setattr(shifting, "finish", lambda device: rows.append(table.rows))
     before = table.rows
     grown = table.reserve(before.shape[1])
     assert grown is not before
-    assert len(seen) == 1
-    assert seen[0] is before
+    assert len(rows) == 1
+    assert rows[0] is before
     assert table.reserve(before.shape[1]) is grown
-    assert len(seen) == 1
+    assert len(rows) == 1

@@ -85,19 +85,19 @@ def test_eviction_leaves_the_logits_of_a_cache_without_the_evicted(pairing: Pair
     table = ShiftTable(spec, step=BLOCK, dtype=dtype)
     shift_keys(cache, table, deltas=steps, blocks=int32(*plan.blocks), inplace=True)
 
-    kept = raw[list(plan.kept)]
+    remaining = raw[list(plan.kept)]
     fresh_positions = torch.arange(plan.next_position).view(-1, BLOCK)
-    fresh = rotated(kept, spec, fresh_positions)
-    now = rotated(query, spec, torch.tensor([[plan.next_position]]))
+    fresh = rotated(remaining, spec, fresh_positions)
+    query_rotated = rotated(query, spec, torch.tensor([[plan.next_position]]))
 
     def logits(rotated: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bshd,nthd->hnt", now, rotated.double())
+        return torch.einsum("bshd,nthd->hnt", query_rotated, rotated.double())
 
     if dtype == F64:
         assert (logits(cache) - logits(fresh)).abs().max() <= 1e-12
         return
     old_positions = fresh_positions.clone()
     old_positions[list(plan.blocks)] += steps * BLOCK
-    naive = naively_rotated(naively_rotated(kept, spec, old_positions), spec, fresh_positions - old_positions)
+    naive = naively_rotated(naively_rotated(remaining, spec, old_positions), spec, fresh_positions - old_positions)
     assert_within(cache, fresh, naive)
     assert_within(logits(cache).float(), logits(fresh), logits(naive))

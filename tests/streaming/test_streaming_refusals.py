@@ -51,17 +51,17 @@ def test_queries_that_rotate_refuses_are_refused_by_a_stream(make: Any, error: t
 
 
 @pytest.mark.parametrize("policy", PositionPolicy)
-@pytest.mark.parametrize("which", ["keys", "values"])
-def test_sparse_and_negated_keys_and_values_are_refused(which: str, policy: PositionPolicy) -> None:
+@pytest.mark.parametrize("argument", ["keys", "values"])
+def test_sparse_and_negated_keys_and_values_are_refused(argument: str, policy: PositionPolicy) -> None:
     _, cache = begun(policy)
-    given = {"keys": torch.randn(OF_TWO), "values": torch.randn(OF_TWO)}
+    arguments = {"keys": torch.randn(OF_TWO), "values": torch.randn(OF_TWO)}
     for make, error, remedy in (
         (torch._neg_view, ValueError, "resolve_neg"),
         (torch.Tensor.to_sparse, TypeError, "to_dense"),
     ):
-        with pytest.raises(error, match=f"{which} must .* call {which}.{remedy}"):
-            cache.append(**given | {which: make(given[which])})
-    assert cache.append(**given).keys.shape == OF_TWO
+        with pytest.raises(error, match=f"{argument} must .* call {argument}.{remedy}"):
+            cache.append(**arguments | {argument: make(arguments[argument])})
+    assert cache.append(**arguments).keys.shape == OF_TWO
 
 
 @pytest.mark.parametrize("policy", PositionPolicy)
@@ -70,10 +70,10 @@ def test_chunk_whose_tables_could_not_be_built_can_be_begun_again(
     policy: PositionPolicy, before: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream, twin = stream_of(policy), stream_of(policy)
-    for each in (stream, twin):
+    for target in (stream, twin):
         for _ in range(before):
-            each.begin_chunk(2)
-            each.commit()
+            target.begin_chunk(2)
+            target.commit()
     with monkeypatch.context() as patch:
         patch.setattr(RopeStream, "_table_of", lambda *_: (_ for _ in ()).throw(MemoryError("no memory")))
         for _ in range(2):
@@ -130,13 +130,13 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 @pytest.mark.parametrize("policy", PositionPolicy)
 def test_keys_and_queries_of_any_strides_are_taken(policy: PositionPolicy) -> None:
-    (stream, cache), (twin, other) = begun(policy), begun(policy)
+    (stream, cache), (twin, twin_cache) = begun(policy), begun(policy)
     for _ in range(5):
         x = torch.randn(1, 12, 20, 2).transpose(2, 3)  # channels are not neighbours in memory
         assert torch.equal(stream.rotate(x), twin.rotate(x.contiguous()))
-        ours, theirs = cache.append(x, -x), other.append(x.contiguous(), -x.contiguous())
-        assert torch.equal(ours.keys, theirs.keys)
-        assert torch.equal(ours.values, theirs.values)
-        for each in (stream, twin):
-            each.commit()
-            each.begin_chunk(2)
+        actual, expected = cache.append(x, -x), twin_cache.append(x.contiguous(), -x.contiguous())
+        assert torch.equal(actual.keys, expected.keys)
+        assert torch.equal(actual.values, expected.values)
+        for target in (stream, twin):
+            target.commit()
+            target.begin_chunk(2)

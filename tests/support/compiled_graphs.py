@@ -11,6 +11,7 @@ import torch._dynamo.testing
 from torch._dynamo.utils import counters
 
 import dit_rope
+from tolerance import all_equal
 from zoo import Example, Noise, tensors
 
 
@@ -40,7 +41,7 @@ def inputs_of(example: Example, model: torch.nn.Module, times: int = 1) -> dict[
     if times == 1:
         return inputs
     if isinstance(hidden, list):
-        return {**inputs, "hidden_states": [torch.cat([one] * times, dim=-1) for one in hidden]}
+        return {**inputs, "hidden_states": [torch.cat([hidden_state] * times, dim=-1) for hidden_state in hidden]}
     if not isinstance(hidden, torch.Tensor):
         raise ValueError(f"{example.name} must take hidden_states that are tensors")
     if "img_shapes" in inputs or "img_ids" in inputs:
@@ -88,14 +89,12 @@ def compiled(
         run = torch.compile(model, backend=counter, **options)
     graphs, outputs = [], []
     with torch.no_grad():
-        for each in times:
-            outputs.append(tensors(example.run(run, inputs_of(example, model, each))))
+        for size in times:
+            outputs.append(tensors(example.run(run, inputs_of(example, model, size))))
             graphs.append(counter.frame_count)
     return Compiled(tuple(graphs), frozenset(counters["graph_break"]), outputs)
 
 
-def equal(ours: Compiled, theirs: Compiled) -> bool:
-    """Whether all outputs have the same bits."""
-    return all(
-        len(a) == len(b) and all(map(torch.equal, a, b)) for a, b in zip(ours.outputs, theirs.outputs, strict=True)
-    )
+def equal(actual: Compiled, expected: Compiled) -> bool:
+    """Whether all outputs are equal."""
+    return len(actual.outputs) == len(expected.outputs) and all(map(all_equal, actual.outputs, expected.outputs))

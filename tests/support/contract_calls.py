@@ -246,7 +246,7 @@ class Dense:
 
     def of(self, x: torch.Tensor) -> Dense:
         """Those of the heads that ``x`` has."""
-        return Dense(*(part[:, :, : x.shape[2]] for part in (self.cos, self.sin, self.rotates)))
+        return Dense(*(table[:, :, : x.shape[2]] for table in (self.cos, self.sin, self.rotates)))
 
 
 def dense(args: RotationArgs, batch: int, tokens: int, heads: int = 1) -> Dense:
@@ -284,12 +284,12 @@ def _rows_of(args: RotationArgs, b: int, j: int) -> list[int]:
 def formula(x: torch.Tensor, angles: Dense, pairing: Pairing, dtype: torch.dtype) -> torch.Tensor:
     """The rotation as eager model code writes it, in ``dtype``; not rounded to the dtype of x."""
     out = x.to(dtype)
-    x1, x2 = (out[..., part] for part in _channels(angles, pairing))
+    x1, x2 = (out[..., channels] for channels in _channels(angles, pairing))
     cos, sin = angles.cos.to(dtype), angles.sin.to(dtype)
     rotated = (x1 * cos - x2 * sin, x1 * sin + x2 * cos)
     out = out.clone()
-    for part, values in zip(_channels(angles, pairing), rotated, strict=True):
-        out[..., part] = values
+    for channels, values in zip(_channels(angles, pairing), rotated, strict=True):
+        out[..., channels] = values
     return out
 
 
@@ -302,8 +302,8 @@ def _channels(angles: Dense, pairing: Pairing) -> tuple[slice, slice]:
 def unrotated_channels(x: torch.Tensor, angles: Dense, pairing: Pairing) -> torch.Tensor:
     """Which elements of ``x`` no rotation changes."""
     unrotated = torch.ones(x.shape, dtype=torch.bool)
-    for part in _channels(angles, pairing):
-        unrotated[..., part] = ~angles.rotates
+    for channels in _channels(angles, pairing):
+        unrotated[..., channels] = ~angles.rotates
     return unrotated
 
 
@@ -373,13 +373,15 @@ def check_norm_rotation(
     for i, (x, out) in enumerate(zip(inputs, outs, strict=True)):
         if x.numel() == 0:
             continue
-        weight, bias = (None if not given or given[i] is None else given[i].cpu() for given in (weights, biases))
+        weight, bias = (
+            None if not parameters or parameters[i] is None else parameters[i].cpu() for parameters in (weights, biases)
+        )
         normed = norm_oracle(x, weight, bias, eps, across_heads=kind.across_heads, centred=kind.centred)
-        own = angles.of(x)
-        exact = rotate_oracle(normed, own.cos, own.sin, interleaved=args.pairing is INTERLEAVED)
+        of_x = angles.of(x)
+        exact = rotate_oracle(normed, of_x.cos, of_x.sin, interleaved=args.pairing is INTERLEAVED)
         # Of the orders in which one may sum, that which happens to be worst: any backend's order may be as bad.
         naive = max(
-            (formula(_naive_norm(x, weight, bias, eps, kind, order), own, args.pairing, F32) for order in range(4)),
+            (formula(_naive_norm(x, weight, bias, eps, kind, order), of_x, args.pairing, F32) for order in range(4)),
             key=lambda naive, exact=exact: float((naive.double() - exact).abs().max()),
         )
         assert_within(out.cpu(), exact, naive, f"in tensor {i}")

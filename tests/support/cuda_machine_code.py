@@ -49,7 +49,7 @@ class Instruction:
     def bytes(self) -> int:
         """Bytes that a thread moves by it, of a load or store."""
         widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-        return next((widths[part] for part in self.name.split(".") if part in widths), 4)
+        return next((widths[word] for word in self.name.split(".") if word in widths), 4)
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ def is_local(instruction: Instruction) -> bool:
 def resources(cubin: bytes) -> dict[str, Resources]:
     """The resources of every kernel of a cubin, by name."""
     text = _run([triton.knobs.nvidia.cuobjdump.path, "-res-usage"], cubin)
-    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    matches = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     return {
         name: Resources(int(registers), int(stack), int(local), int(shared))
-        for name, registers, stack, shared, local in found
+        for name, registers, stack, shared, local in matches
     }
 
 

@@ -129,7 +129,7 @@ def uncovered_pairs(rows: Sequence[Row]) -> list[tuple[tuple[str, Any], tuple[st
     """The possible pairs of values that no row has, in the order of the options."""
     covered = set().union(*(pairs_of(row) for row in rows))
     values = [[(name, value) for value in OPTIONS[name]] for name in OPTIONS]
-    every = itertools.chain.from_iterable(itertools.product(*two) for two in itertools.combinations(values, 2))
+    every = itertools.chain.from_iterable(itertools.product(*columns) for columns in itertools.combinations(values, 2))
     return [pair for pair in every if pair not in covered and is_possible(dict(pair))]
 
 
@@ -139,17 +139,17 @@ def pairwise_rows(rows: Sequence[Row]) -> list[Row]:
     A new row takes the first pair that is left, and for each other option the value that covers most of those left.
     """
     rows = list(rows)
-    left = dict.fromkeys(uncovered_pairs(rows))
-    while left:
-        row: Row = dict(next(iter(left)))
+    uncovered = dict.fromkeys(uncovered_pairs(rows))
+    while uncovered:
+        row: Row = dict(next(iter(uncovered)))
         for name in OPTIONS:
             if name in row:
                 continue
             candidates = [{**row, name: value} for value in OPTIONS[name]]
             candidates = [candidate for candidate in candidates if is_possible(candidate)]
-            row = max(candidates, key=lambda candidate: len(pairs_of(candidate) & left.keys()))
+            row = max(candidates, key=lambda candidate: len(pairs_of(candidate) & uncovered.keys()))
         for pair in pairs_of(row):
-            left.pop(pair, None)
+            uncovered.pop(pair, None)
         rows.append(row)
     return rows
 
@@ -184,10 +184,10 @@ def aligned_zeros(shape: tuple[int, ...], dtype: torch.dtype, alignment: int) ->
 def rotation_args(row: Row) -> RotationArgs:
     """The arguments of a call with these options."""
     heads = HEADS[row["heads"]]
-    shift, own = row["operation"] == "shift", row["angles"] == "own"
+    shift, by_head = row["operation"] == "shift", row["angles"] == "own"
     table = row["data"] if row["table"] == "data" else FLOAT32
     return RotationArgs(
-        rows=aligned_zeros((2, 12, max(heads.pairs)), table, row["alignment"] if own else 16),
+        rows=aligned_zeros((2, 12, max(heads.pairs)), table, row["alignment"] if by_head else 16),
         positions=torch.zeros(1, TOKENS, len(heads.pairs), dtype=torch.int32) if shift else None,
         pairs=heads.pairs,
         sizes=(TOKENS,) * len(heads.pairs),
@@ -199,7 +199,7 @@ def rotation_args(row: Row) -> RotationArgs:
         inverse=False,
         exact=row["operation"] == "exact",
         entries=torch.zeros(1, dtype=torch.int32) if shift else None,
-        head_rows=TOKENS if own else 0,
+        head_rows=TOKENS if by_head else 0,
     )
 
 

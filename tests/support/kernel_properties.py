@@ -119,21 +119,21 @@ def _angles(args: RotationArgs, heads: int, batch: int, tokens: int) -> tuple[to
     for number, b in enumerate(listed):
         for j in range(args.count):
             if args.positions is not None:
-                given = args.positions.cpu()
-                place[b, args.prefix + j] = given[min(number, len(given) - 1), min(j, given.shape[1] - 1)]
+                positions = args.positions.cpu()
+                place[b, args.prefix + j] = positions[min(number, len(positions) - 1), min(j, positions.shape[1] - 1)]
                 continue
-            flat, rest = args.token_offset + j, []
+            flat, coordinates = args.token_offset + j, []
             for size in reversed(args.sizes):
                 flat, coordinate = divmod(flat, size)
-                rest.append(coordinate)
+                coordinates.append(coordinate)
             if flat == 0:  # else past the grid
-                place[b, args.prefix + j] = torch.tensor(rest[::-1]) + torch.tensor(args.first_rows)
+                place[b, args.prefix + j] = torch.tensor(coordinates[::-1]) + torch.tensor(args.first_rows)
     parts = []
     for axis, pairs in enumerate(args.pairs):
-        where = place[:, :, None, axis].expand(-1, -1, heads)
-        by_head = (where + torch.arange(heads) * args.head_rows).clamp(min=0)
+        index = place[:, :, None, axis].expand(-1, -1, heads)
+        by_head = (index + torch.arange(heads) * args.head_rows).clamp(min=0)
         identity = torch.tensor([1.0, 0.0], dtype=F64).view(2, 1, 1, 1, 1)
-        parts.append(torch.where((where < 0)[..., None], identity, rows[:, by_head, :pairs]))
+        parts.append(torch.where((index < 0)[..., None], identity, rows[:, by_head, :pairs]))
     cos, sin = torch.cat(parts, dim=-1)
     return cos, sin
 
@@ -163,12 +163,12 @@ def check_kernel(draw: KernelDraw) -> str:
 
 def _affine(draw: KernelDraw, dim: int) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
     generator = torch.Generator().manual_seed(draw.seed)
-    found = []
+    factors = []
     for heads in draw.heads:
         size = heads * dim if draw.norm is not None and draw.norm.across_heads else dim
         weight, bias = (torch.rand(size, generator=generator).to(DEVICE) + 0.5 for _ in range(2))
-        found.append((weight if draw.weights else None, bias if draw.biases else None))
-    return found
+        factors.append((weight if draw.weights else None, bias if draw.biases else None))
+    return factors
 
 
 def _compare(
@@ -195,8 +195,8 @@ def _compare(
     reach = properties._pair_sums(normed.abs(), ones, interleaved)
     slack = 3 * torch.finfo(F32).eps / 2 * reach + properties._pair_sums(error, ones, interleaved)
     if args.entries is not None:
-        others = [b for b in range(draw.batch) if b not in args.entries.tolist()]
-        assert torch.equal(out[others], x[others]), "changed an entry that is not listed"
+        untouched = [b for b in range(draw.batch) if b not in args.entries.tolist()]
+        assert torch.equal(out[untouched], x[untouched]), "changed an entry that is not listed"
         listed = args.entries.long().cpu()
         out, exact, slack = out[listed], exact[listed], slack[listed]
     properties._close(out, exact, slack)

@@ -72,7 +72,7 @@ def check(folder: Path) -> None:
 
 
 def _quick_check(name: str) -> Check:
-    return Check(name, (sys.executable, "-S", "-c", CODE), 60, reports={each: f"{name}-{each}" for each in "abc"})
+    return Check(name, (sys.executable, "-S", "-c", CODE), 60, reports={report: f"{name}-{report}" for report in "abc"})
 
 
 def _note(folder: Path, text: object) -> None:

@@ -18,5 +18,5 @@ def wan(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
 def rotate_half(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Pairs a half apart, from ``[..., D]`` tables (diffusers 0.42.1, embeddings.py, use_real_unbind_dim=-2)."""
     first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+    rotated = torch.cat((-second, first), dim=-1)
+    return (x.float() * cos + rotated.float() * sin).to(x.dtype)

@@ -94,8 +94,8 @@ def full_grid_table(
         base = theta if stretch == 1.0 else theta * stretch ** (dim / (dim - 2))
         frequency = 1.0 / base ** (torch.arange(0, dim, 2)[: dim // 2].to(dtype) / dim)
         angle = torch.outer(position.flatten() * factor, frequency)
-        for parts, part in ((cosines, angle.cos()), (sines, angle.sin())):
-            parts.append(part.repeat_interleave(2, dim=-1) if repeat else part)
+        for parts, table in ((cosines, angle.cos()), (sines, angle.sin())):
+            parts.append(table.repeat_interleave(2, dim=-1) if repeat else table)
     return torch.cat(cosines, dim=1), torch.cat(sines, dim=1)
 
 

@@ -163,9 +163,9 @@ def token_coordinates(draw: TableDraw) -> list[tuple[int, ...] | None]:
     every = [(place[0] + draw.grid.start_frame, *place[1:]) for place in itertools.product(*map(range, sizes))]
     if shard.axis is not None:
         first = draw.grid.start_frame if shard.axis == 0 else 0
-        part = sizes[shard.axis] // shard.world
-        low = first + shard.rank * part
-        return [place for place in every if low <= place[shard.axis] < low + part]
+        length = sizes[shard.axis] // shard.world
+        low = first + shard.rank * length
+        return [place for place in every if low <= place[shard.axis] < low + length]
     count = -(-len(every) // shard.world)
     start, stop = shard.tokens or (shard.rank * count, shard.rank * count + count)
     return [every[i] if i < len(every) else None for i in range(start, stop)]
@@ -200,10 +200,10 @@ def cos_sin_oracle(
     table_u = torch.finfo(dtype).eps / 2 + (torch.finfo(F32).eps / 2 if dtype.itemsize == 2 else 0)
     column = 0
     for axis, pairs in enumerate(spec.pairs):
-        still = torch.tensor([place is None or place[axis] < 0 for place in places], dtype=torch.bool)
-        where = torch.tensor([0 if place is None else max(place[axis], 0) for place in places], dtype=F64)
-        radians = angles(spec, axis, where, F64).masked_fill(still[:, None], 0.0)
-        rounded = (where < ROUNDED_POSITIONS) | (spec.frequency_dtype != F64)
+        unrotated = torch.tensor([place is None or place[axis] < 0 for place in places], dtype=torch.bool)
+        coordinates = torch.tensor([0 if place is None else max(place[axis], 0) for place in places], dtype=F64)
+        radians = angles(spec, axis, coordinates, F64).masked_fill(unrotated[:, None], 0.0)
+        rounded = (coordinates < ROUNDED_POSITIONS) | (spec.frequency_dtype != F64)
         scaling = spec.axis_scaling(axis)
         scaled = scaling is not None and dict(scaling.parameters).get("interpolation", 1.0) != 1.0
         of_position = (rounded & scaled) * 2 * torch.finfo(F32).eps / 2
@@ -228,13 +228,13 @@ def check_table(draw: TableDraw) -> str:
     cos, sin, error = cos_sin_oracle(draw.spec, places, draw.dtype)
     assert table.count == len(places)
     dense = table.cos_sin(repeat=False)
-    for found, exact in zip(dense, (cos, sin), strict=True):
-        assert found.shape == exact.shape
-        assert found.dtype == draw.dtype
-        _close(found, exact, error)
-    for found, flat in zip(table.cos_sin(), dense, strict=True):
+    for actual, exact in zip(dense, (cos, sin), strict=True):
+        assert actual.shape == exact.shape
+        assert actual.dtype == draw.dtype
+        _close(actual, exact, error)
+    for actual, flat in zip(table.cos_sin(), dense, strict=True):
         halves = draw.spec.pairing is Pairing.HALF
-        assert torch.equal(found, torch.cat((flat, flat), -1) if halves else flat.repeat_interleave(2, dim=-1))
+        assert torch.equal(actual, torch.cat((flat, flat), -1) if halves else flat.repeat_interleave(2, dim=-1))
     wide = torch.promote_types(draw.dtype, F32)
     assert torch.equal(torch.view_as_real(table.complex()), torch.stack(dense, -1).to(wide))
     rows = table.positions()[0].long()
@@ -374,27 +374,27 @@ def _call(
     draw: RotationDraw, xs: list[torch.Tensor], table: RopeTable, positions: torch.Tensor | None
 ) -> tuple[Callable[[], object], list[_Affine]]:
     """The call, which gives a list, and the weight and bias of each tensor."""
-    how = {
+    options = {
         "prefix": draw.prefix, "suffix": draw.suffix, "positions": positions, "inverse": draw.inverse,
         "inplace": draw.inplace, "exact": draw.exact,
     }  # fmt: skip
     generator = torch.Generator().manual_seed(draw.seed)
     affine: list[_Affine] = []
-    for x, given in zip(xs, draw.parameters, strict=True):
+    for x, has_parameter in zip(xs, draw.parameters, strict=True):
         across = draw.norm is not None and draw.norm.across_heads
         size = x.shape[2] * x.shape[3] if across else x.shape[3]
-        made = [(torch.rand(size, generator=generator) + 0.5).to(draw.parameter_dtype) for _ in given]
-        affine.append((made[0] if given[0] else None, made[1] if given[1] else None))
+        weights = [(torch.rand(size, generator=generator) + 0.5).to(draw.parameter_dtype) for _ in has_parameter]
+        affine.append((weights[0] if has_parameter[0] else None, weights[1] if has_parameter[1] else None))
     if draw.norm is None:
         if len(xs) == 1:
-            return lambda: [dit_rope.rotate(xs[0], table, **how)], affine
-        return lambda: list(dit_rope.rotate_qk(*xs, table, **how)), affine
-    how |= {"norm": draw.norm, "eps": draw.eps}
+            return lambda: [dit_rope.rotate(xs[0], table, **options)], affine
+        return lambda: list(dit_rope.rotate_qk(*xs, table, **options)), affine
+    options |= {"norm": draw.norm, "eps": draw.eps}
     if len(xs) == 1:
-        return lambda: [dit_rope.norm_rotate(xs[0], table, affine[0][0], bias=affine[0][1], **how)], affine
+        return lambda: [dit_rope.norm_rotate(xs[0], table, affine[0][0], bias=affine[0][1], **options)], affine
     (q_weight, q_bias), (k_weight, k_bias) = affine
-    how |= {"q_bias": q_bias, "k_bias": k_bias}
-    return lambda: list(dit_rope.norm_rotate_qk(*xs, table, q_weight, k_weight, **how)), affine
+    options |= {"q_bias": q_bias, "k_bias": k_bias}
+    return lambda: list(dit_rope.norm_rotate_qk(*xs, table, q_weight, k_weight, **options)), affine
 
 
 def _compare(
@@ -424,25 +424,25 @@ def _compare(
     slack[..., 2 * cos.shape[-1] :] = error[..., 2 * cos.shape[-1] :]
     _close(out, exact, slack)
     if draw.norm is None:
-        turned = [[[p is None or p[a] < 0 for a in range(len(spec.dims))] for p in row] for row in places]
-        by_pair = torch.tensor(turned).repeat_interleave(torch.tensor(spec.pairs), dim=-1)
-        still = _each_channel(by_pair, x.shape[-1], interleaved).expand(x.shape)
-        assert torch.equal(out[still], x[still]), "changed what does not turn"
+        unrotated_pairs = [[[p is None or p[a] < 0 for a in range(len(spec.dims))] for p in row] for row in places]
+        by_pair = torch.tensor(unrotated_pairs).repeat_interleave(torch.tensor(spec.pairs), dim=-1)
+        unrotated = _each_channel(by_pair, x.shape[-1], interleaved).expand(x.shape)
+        assert torch.equal(out[unrotated], x[unrotated]), "changed what does not turn"
 
 
 def _each_channel(by_pair: torch.Tensor, dim: int, interleaved: bool) -> torch.Tensor:
     """``[B, S, pairs]`` as ``[B, S, 1, D]``: a pair's value at both its channels, True or 0 past them."""
     twice = by_pair.repeat_interleave(2, dim=-1) if interleaved else torch.cat((by_pair, by_pair), -1)
-    rest = torch.full((*by_pair.shape[:2], dim - twice.shape[-1]), by_pair.dtype == torch.bool, dtype=by_pair.dtype)
-    return torch.cat((twice, rest), -1).unsqueeze(2)
+    padding = torch.full((*by_pair.shape[:2], dim - twice.shape[-1]), by_pair.dtype == torch.bool, dtype=by_pair.dtype)
+    return torch.cat((twice, padding), -1).unsqueeze(2)
 
 
 def _pair_sums(x: torch.Tensor, ones: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """At each channel of a pair, the sum of both."""
     width = 2 * ones.shape[-1]
-    part = x[..., :width]
-    partner = part.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else part.roll(width // 2, -1)
-    return torch.cat((part + partner, x[..., width:]), -1)
+    channels = x[..., :width]
+    partner = channels.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else channels.roll(width // 2, -1)
+    return torch.cat((channels + partner, x[..., width:]), -1)
 
 
 def norm_oracle(
@@ -473,16 +473,16 @@ def norm_oracle(
     return normed, error
 
 
-def _close(found: torch.Tensor, exact: torch.Tensor, slack: torch.Tensor) -> None:
-    """Fails where ``found`` is off ``exact`` by more than ``slack`` and one rounding, or is NaN."""
-    info = torch.finfo(found.dtype)
+def _close(actual: torch.Tensor, exact: torch.Tensor, slack: torch.Tensor) -> None:
+    """Fails where ``actual`` is off ``exact`` by more than ``slack`` and one rounding, or is NaN."""
+    info = torch.finfo(actual.dtype)
     allowed = slack + (exact.abs() + slack) * (info.eps / 2) + info.tiny * info.eps
-    error = (found.double() - exact).abs()
+    error = (actual.double() - exact).abs()
     wrong = ~(error <= allowed)
     if wrong.any():
         worst = (error / allowed).nan_to_num(torch.inf).argmax()
         raise AssertionError(
-            f"{int(wrong.sum())} of {wrong.numel()} are off; worst is {found.flatten()[worst].item()}, exact "
+            f"{int(wrong.sum())} of {wrong.numel()} are off; worst is {actual.flatten()[worst].item()}, exact "
             f"{exact.flatten()[worst].item()}, allowed {allowed.expand_as(error).flatten()[worst].item():.3g}"
         )
 
@@ -540,15 +540,15 @@ def check_shift(draw: ShiftDraw) -> str:
     keys = strided(draw.layout, shape, draw.dtype, draw.seed)
     before = keys.clone(memory_format=torch.contiguous_format)
     keys.requires_grad_(draw.requires_grad)
-    how: dict[str, object] = {"delta_frames": draw.delta}
+    options: dict[str, object] = {"delta_frames": draw.delta}
     steps = torch.full((1, 1), float(draw.delta), dtype=F64)
     may = draw.requires_grad or (keys.stride(-1) != 1 and keys.shape[-1] > 1)
     may |= draw.inplace and overlaps(keys)
     if draw.deltas is not None:
         deltas = torch.tensor(draw.deltas, dtype=torch.int32).view(draw.blocks, -1)
-        how, steps = {"deltas": deltas}, -deltas.double()
+        options, steps = {"deltas": deltas}, -deltas.double()
         may |= min(draw.deltas) < 0
-    out = refusable(lambda: dit_rope.shift_keys(keys, spec, inplace=draw.inplace, **how), may)  # type: ignore[arg-type]
+    out = refusable(lambda: dit_rope.shift_keys(keys, spec, inplace=draw.inplace, **options), may)  # type: ignore[arg-type]
     if out is None:
         assert torch.equal(keys, before), "changed what it refused"
         return REFUSED

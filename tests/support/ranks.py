@@ -52,14 +52,14 @@ class Ranks:
             multiprocessing.forkserver.ensure_running()
         store = folder / f"store-{time.monotonic_ns()}"
         pipes = [context.Pipe() for _ in range(world)]
-        self.pipes = [ours for ours, _ in pipes]
+        self.pipes = [parent_end for parent_end, _ in pipes]
         self.processes = [
-            context.Process(target=_serve, args=(rank, world, store, theirs, seconds), daemon=True)
-            for rank, (_, theirs) in enumerate(pipes)
+            context.Process(target=_serve, args=(rank, world, store, child_end, seconds), daemon=True)
+            for rank, (_, child_end) in enumerate(pipes)
         ]
-        for process, (_, theirs) in zip(self.processes, pipes, strict=True):
+        for process, (_, child_end) in zip(self.processes, pipes, strict=True):
             process.start()
-            theirs.close()
+            child_end.close()
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What ``function(*args)``, found by its name in every process, returns on each rank.
@@ -120,14 +120,14 @@ def _on_python_path(folder: Path) -> Iterator[None]:
             os.environ["PYTHONPATH"] = before
 
 
-def _all_gather(gather: Callable[..., Any], parts: list[torch.Tensor], mine: torch.Tensor, group: Any = None) -> Any:
+def _all_gather(gather: Callable[..., Any], parts: list[torch.Tensor], local: torch.Tensor, group: Any = None) -> Any:
     """The function of this name also where parts differ in size, which gloo refuses and NCCL does not."""
-    if len({part.shape for part in parts}) == 1:
-        return gather(parts, mine, group=group)
-    for rank, part in zip(torch.distributed.get_process_group_ranks(group), parts, strict=True):
+    if len({tensor.shape for tensor in parts}) == 1:
+        return gather(parts, local, group=group)
+    for rank, tensor in zip(torch.distributed.get_process_group_ranks(group), parts, strict=True):
         if rank == torch.distributed.get_rank():
-            part.copy_(mine)
-        torch.distributed.broadcast(part, rank, group=group)
+            tensor.copy_(local)
+        torch.distributed.broadcast(tensor, rank, group=group)
 
 
 def _serve(rank: int, world: int, store: Path, pipe: Connection, seconds: float) -> None:

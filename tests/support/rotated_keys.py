@@ -20,9 +20,9 @@ def angles(spec: RopeSpec, positions: torch.Tensor, axis: int = 0) -> tuple[torc
     """Cos and sin ``[..., pairs]`` in float64 of positions on one axis; the pairs of the others do not turn."""
     dim = spec.dims[axis]
     frequencies = spec.theta ** (-torch.arange(0, dim, 2, dtype=F64) / dim)
-    turning = positions.double()[..., None] * frequencies
-    still = [torch.zeros(*positions.shape, pairs, dtype=F64) for pairs in spec.pairs]
-    angle = torch.cat([turning if number == axis else zero for number, zero in enumerate(still)], dim=-1)
+    rotated = positions.double()[..., None] * frequencies
+    unrotated = [torch.zeros(*positions.shape, pairs, dtype=F64) for pairs in spec.pairs]
+    angle = torch.cat([rotated if number == axis else zero for number, zero in enumerate(unrotated)], dim=-1)
     return angle.cos(), angle.sin()
 
 
@@ -33,7 +33,7 @@ def rotated(keys: torch.Tensor, spec: RopeSpec, positions: torch.Tensor, axis: i
 
 def naively_rotated(keys: torch.Tensor, spec: RopeSpec, positions: torch.Tensor, axis: int = 0) -> torch.Tensor:
     """The same with float32 angles, products and sums."""
-    cos, sin = (part.float()[:, :, None] for part in angles(spec, positions, axis))
+    cos, sin = (table.float()[:, :, None] for table in angles(spec, positions, axis))
     return reference.rotated(keys.float(), cos, sin, spec.pairing)
 
 

@@ -47,7 +47,7 @@ def naive(
 ) -> torch.Tensor:
     """The rotation of ``x`` ``[B, S, H, D]`` in float32, each product and each sum rounded; float32."""
     out, pairs = x.float().clone(), cos.shape[-1]
-    cos, sin = (part.float().unsqueeze(-2) for part in (cos, -sin if inverse else sin))
+    cos, sin = (table.float().unsqueeze(-2) for table in (cos, -sin if inverse else sin))
     first, second = slice(0, pairs), slice(pairs, 2 * pairs)
     if interleaved:
         first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)

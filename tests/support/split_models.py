@@ -85,11 +85,11 @@ def example_of(name: str, even: bool = True) -> Example:
     example, case = named(name), (CASES if even else UNEVEN)[name]
 
     def inputs(model: Any, noise: Noise) -> dict[str, Any]:
-        given = {**example.inputs(model, noise), **case.inputs}
+        arguments = {**example.inputs(model, noise), **case.inputs}
         for key, cuts in case.shapes.items():
-            for dim, size in cuts if key in given else ():
-                given[key] = given[key].narrow(dim, 0, size).contiguous()
-        return given
+            for dim, size in cuts if key in arguments else ():
+                arguments[key] = arguments[key].narrow(dim, 0, size).contiguous()
+        return arguments
 
     return replace(example, config={**example.config, **case.config}, inputs=inputs)
 
@@ -111,7 +111,7 @@ def ulysses(groups: list[list[int]], uneven: bool = False) -> Any:
 
 def plan_of(model: Any) -> dict[str, Any]:
     """The model's plan, without the blocks that a small model lacks, and whole."""
-    plan = {path: part for path, part in model._cp_plan.items() if not re.search(r"\.([2-9]|\d\d)\b", path)}
+    plan = {path: layer for path, layer in model._cp_plan.items() if not re.search(r"\.([2-9]|\d\d)\b", path)}
     if hasattr(model, "cross_attn_rope"):
         # That of LTX-2 forgets the tables with which video attends to sound.
         plan["cross_attn_rope"] = plan["rope"]
@@ -142,18 +142,14 @@ def run(example: Example, model: Any, inputs: Mapping[str, Any] | None = None) -
     return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
-def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
-    return len(ours) == len(theirs) > 0 and all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
-
-
-def error(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+def error(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     """The largest difference, in units of the largest value."""
-    pairs = zip(ours, theirs, strict=True)
-    return max(float((mine - other).abs().max() / other.abs().max()) for mine, other in pairs)
+    pairs = zip(actual, expected, strict=True)
+    return max(float((x - y).abs().max() / y.abs().max()) for x, y in pairs)
 
 
 @contextmanager
-def counted_turns() -> Iterator[list[int]]:
+def counted_rotations() -> Iterator[list[int]]:
     """Tokens of what the norms rotate."""
     counts: list[int] = []
     real = rotating_norms._RotatingModule.__call__

@@ -48,16 +48,16 @@ class StreamByDefinition:
     def kept(self) -> list[int]:
         """Frames in the window, oldest first."""
         sinks = list(range(min(self.sinks, len(self.raw))))
-        others = list(range(len(sinks), len(self.raw)))
-        return sinks + others[max(0, len(others) - (self.window - self.sinks)) :]
+        indices = list(range(len(sinks), len(self.raw)))
+        return sinks + indices[max(0, len(indices) - (self.window - self.sinks)) :]
 
     def position(self, frame: int) -> int:
         """Where a frame of the window stands now."""
-        kept = self.kept()
+        rows = self.kept()
         if self.policy == "window_relative":
-            return kept.index(frame)
-        if self.policy == "sink_follow" and frame < self.sinks < len(kept):
-            return kept[self.sinks] - self.sinks + frame
+            return rows.index(frame)
+        if self.policy == "sink_follow" and frame < self.sinks < len(rows):
+            return rows[self.sinks] - self.sinks + frame
         return self.born[frame]
 
     def keys(self) -> dict[int, torch.Tensor]:
@@ -78,7 +78,7 @@ class StreamByDefinition:
         """Queries ``[B, frames * tokens, H, D]`` of the newest frames."""
         parts = queries.chunk(frames, dim=1)
         first = len(self.raw) - frames
-        return torch.cat([self.rotate(part, first + number) for number, part in enumerate(parts)], dim=1)
+        return torch.cat([self.rotate(q, first + number) for number, q in enumerate(parts)], dim=1)
 
 
 def rounded_rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -86,5 +86,5 @@ def rounded_rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     width = 2 * cos.shape[-1]
     x1, x2 = x[..., :width].to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
-    turned = torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).flatten(-2)
-    return torch.cat((turned, x[..., width:].to(cos.dtype)), dim=-1).to(x.dtype)
+    rotated = torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).flatten(-2)
+    return torch.cat((rotated, x[..., width:].to(cos.dtype)), dim=-1).to(x.dtype)

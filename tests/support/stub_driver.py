@@ -67,9 +67,9 @@ def build(folder: Path) -> Path:
     """
     text = SOURCE.read_text()
     written = set(re.findall(r"^CUresult (cu\w+)\(", text, re.M))
-    others = "".join(f"CUresult {name}() {{ ENTER; return SUCCESS; }}\n" for name in declared() if name not in written)
+    stubs = "".join(f"CUresult {name}() {{ ENTER; return SUCCESS; }}\n" for name in declared() if name not in written)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "libcuda.c").write_text(text + others + _error_names())
+    (folder / "libcuda.c").write_text(text + stubs + _error_names())
     options = ["-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so.1"]
     done = subprocess.run(
         [str(COMPILER), "libcuda.c", *options, "-lpthread", "-ldl"], cwd=folder, capture_output=True, text=True
@@ -141,12 +141,12 @@ class Driver:
 
     def launches(self, since: int = 0) -> list[Launch]:
         """The launches after the first ``since``; the last 64 are kept."""
-        found = []
+        records = []
         for number in range(since, self.launched):
             launch = Launch()
             self._library.stub_launch(number, ctypes.byref(launch))
-            found.append(launch)
-        return found
+            records.append(launch)
+        return records
 
     def arguments(self, launch: Launch) -> bytes:
         """The struct that a kernel was launched with."""

@@ -1,8 +1,15 @@
-"""The error a result may have, derived from its computation instead of chosen."""
+"""Comparisons of tensors: equal, or within an error that is derived from the computation instead of chosen."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+
+def all_equal(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
+    """Whether both hold the same number of tensors, at least one, and each equals its counterpart."""
+    return len(actual) == len(expected) > 0 and all(map(torch.equal, actual, expected))
 
 
 def bound(exact: torch.Tensor, naive: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

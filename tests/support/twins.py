@@ -11,6 +11,7 @@ import torch
 
 import dit_rope
 from dit_rope.adapters import adapter_of
+from tolerance import all_equal
 from zoo import Example, Noise, named, tensors
 
 Act = Callable[[Any], Any]
@@ -20,15 +21,15 @@ BEFORE_AND_AFTER = ("before", "after")
 def run(example: Example, model: Any, inputs: Mapping[str, Any] | None = None) -> list[torch.Tensor]:
     """One forward pass without gradients."""
     with torch.no_grad():
-        given = example.inputs(model, Noise(torch.float32)) if inputs is None else inputs
-        return tensors(example.run(model, dict(given)))
+        arguments = example.inputs(model, Noise(torch.float32)) if inputs is None else inputs
+        return tensors(example.run(model, dict(arguments)))
 
 
 def attentions(model: Any) -> list[Any]:
     """The attention modules that a declaration says rotate, in order."""
     adapter = adapter_of(model)
     assert adapter is not None
-    patterns = [(each.attention, each.when) for each in adapter.rotations]
+    patterns = [(rotation.attention, rotation.when) for rotation in adapter.rotations]
     return [
         module
         for path, module in model.named_modules()
@@ -56,12 +57,12 @@ def assert_like(patched: Outcome, twin: Outcome, exact: bool) -> None:
     """The same bits in exact mode, the same but for roundings in fast mode, or the same type of exception."""
     assert type(patched.error) is type(twin.error), (patched.error, twin.error)
     assert len(patched.outputs) == len(twin.outputs)
-    for ours, theirs in zip(patched.outputs, twin.outputs, strict=True):
+    for actual, expected in zip(patched.outputs, twin.outputs, strict=True):
         if exact:
-            assert torch.equal(ours, theirs), (ours - theirs).abs().max()
+            assert torch.equal(actual, expected), (actual - expected).abs().max()
         else:
-            scale = float(theirs.abs().max())
-            assert float((ours - theirs).abs().max()) <= 64 * torch.finfo(torch.float32).eps * max(1.0, scale)
+            scale = float(expected.abs().max())
+            assert float((actual - expected).abs().max()) <= 64 * torch.finfo(torch.float32).eps * max(1.0, scale)
 
 
 def check(name: str, act: Act, when: str, exact: bool, changes: bool = True, calls: int = 1) -> None:
@@ -75,7 +76,7 @@ def check(name: str, act: Act, when: str, exact: bool, changes: bool = True, cal
     act(twin)
     expected = Outcome.of(lambda: [x for _ in range(calls) for x in run(example, twin)])
     if changes and expected.error is None:
-        assert not all(map(torch.equal, plain, expected.outputs))
+        assert not all_equal(plain, expected.outputs)
     run(example, model)
     if when == "before":
         act(model)

@@ -41,7 +41,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     by_id = {"q": ragged["q"], "k": ragged["k"], "pos_ids": tokens}
     cached = {"positions": tokens, "query": normal(5, 16), "key": normal(5, 16), "head_size": 8, "cos_sin_cache": cache}
     cached |= {"is_neox": True, "backend": "auto"}
-    found: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    by_name: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         "RopeSpec": (
             RopeSpec,
             {
@@ -129,16 +129,16 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "ragged_positions": (flashinfer.ragged_positions, {"indptr": [0, 5], "offsets": [3], "nnz": 5}),
     }  # fmt: skip
     for name in ("apply_rope_with_cos_sin_cache", "apply_rope_with_cos_sin_cache_inplace"):
-        found[f"flashinfer.{name}"] = (getattr(flashinfer, name), cached)
+        by_name[f"flashinfer.{name}"] = (getattr(flashinfer, name), cached)
     for suffix in ("", "_inplace"):
-        found[f"flashinfer.apply_rope{suffix}"] = (getattr(flashinfer, f"apply_rope{suffix}"), {**ragged, **rope})
+        by_name[f"flashinfer.apply_rope{suffix}"] = (getattr(flashinfer, f"apply_rope{suffix}"), {**ragged, **rope})
         for kind, more in (("rope", {}), ("llama31_rope", llama)):
             function = getattr(flashinfer, f"apply_{kind}_pos_ids{suffix}")
-            found[f"flashinfer.apply_{kind}_pos_ids{suffix}"] = (function, {**by_id, **rope, **more})
-        found[f"flashinfer.apply_llama31_rope{suffix}"] = (
+            by_name[f"flashinfer.apply_{kind}_pos_ids{suffix}"] = (function, {**by_id, **rope, **more})
+        by_name[f"flashinfer.apply_llama31_rope{suffix}"] = (
             getattr(flashinfer, f"apply_llama31_rope{suffix}"), {**ragged, **rope, **llama},
         )  # fmt: skip
-    return found
+    return by_name
 
 
 WRONG: dict[str, Any] = {
@@ -156,13 +156,13 @@ def wrong_argument_outcome(name: str, argument: str, kind: str) -> str:
     Raises:
         AssertionError: another exception, or a message that does not say what is wrong.
     """
-    function, given = calls()[name]
+    function, arguments = calls()[name]
     try:
-        function(**(given | {argument: WRONG[kind]}))
+        function(**(arguments | {argument: WRONG[kind]}))
     except (TypeError, ValueError, NotImplementedError) as error:
-        said = str(error)
-        if " must " in said and any(
-            re.search(rf"\b{named}\b", said) for named in (*given, _ALSO.get(argument, argument))
+        message = str(error)
+        if " must " in message and any(
+            re.search(rf"\b{named}\b", message) for named in (*arguments, _ALSO.get(argument, argument))
         ):
             return "refused"
         raise AssertionError(f"{name} names no argument, {argument} being {kind}: {error!r}") from error
@@ -184,7 +184,7 @@ _ALSO = {
 @functools.cache
 def every_argument() -> tuple[tuple[str, str], ...]:
     """Functions and their arguments."""
-    return tuple((name, argument) for name, (_, given) in calls().items() for argument in given)
+    return tuple((name, argument) for name, (_, arguments) in calls().items() for argument in arguments)
 
 
 STRATEGY = (

@@ -116,7 +116,7 @@ def test_scalings_of_other_names_with_equal_numbers_share_an_axis() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [
         (None, Scaling.of("linear", factor=2.0)),
         (None, Scaling.of("kandinsky5", scale=2.0)),
@@ -126,11 +126,11 @@ def test_scalings_of_other_names_with_equal_numbers_share_an_axis() -> None:
     ],
     ids=str,
 )
-def test_every_number_of_a_scaling_is_keyed(one, other) -> None:
-    rope_table(RopeSpec((16,), scaling=one), GRID_1D)
-    after = rope_table(RopeSpec((16,), scaling=other), GRID_1D).rows
+def test_every_number_of_a_scaling_is_keyed(first, second) -> None:
+    rope_table(RopeSpec((16,), scaling=first), GRID_1D)
+    after = rope_table(RopeSpec((16,), scaling=second), GRID_1D).rows
     cache_clear()
-    assert torch.equal(after, rope_table(RopeSpec((16,), scaling=other), GRID_1D).rows)
+    assert torch.equal(after, rope_table(RopeSpec((16,), scaling=second), GRID_1D).rows)
 
 
 def test_axes_of_one_spec_are_scaled_apart() -> None:
@@ -138,8 +138,8 @@ def test_axes_of_one_spec_are_scaled_apart() -> None:
     table = rope_table(spec, Grid(5, 5, 5))
     for axis in range(3):
         alone = rope_table(RopeSpec((16,), scaling=spec.axis_scaling(axis)), Grid(5))
-        for ours, single in zip(table.axis(axis), alone.axis(0), strict=True):
-            assert torch.equal(ours, single)
+        for actual, single in zip(table.axis(axis), alone.axis(0), strict=True):
+            assert torch.equal(actual, single)
     assert cache_info().axes.misses == 3
 
 
@@ -174,10 +174,10 @@ def test_eight_threads_on_two_devices_build_once_for_each() -> None:
         device = devices[number % 2]
         return [cache.get("key", device, lambda: built.append(device) or [device]) for _ in range(100)][-1]
 
-    found = in_threads(8, ask)
+    tables = in_threads(8, ask)
     assert sorted(built, key=str) == devices
-    assert found == [[device] for device in devices] * 4
-    assert len({id(value) for value in found}) == 2
+    assert tables == [[device] for device in devices] * 4
+    assert len({id(value) for value in tables}) == 2
 
 
 @pytest.mark.parametrize("entries", [2, 16])

@@ -106,11 +106,11 @@ def test_bytes_count_whole_storages_once() -> None:
 
 
 def test_devices_have_entries_of_their_own(cache) -> None:
-    here = cache.get("a", CPU, ones())
-    there = cache.get("a", torch.device("xla:0"), ones())
-    assert there is not here
-    assert cache.get("a", torch.device("xla:1"), ones()) is not there
-    assert cache.get("a", torch.device("xla:0"), forbidden) is there
+    on_cpu = cache.get("a", CPU, ones())
+    on_xla = cache.get("a", torch.device("xla:0"), ones())
+    assert on_xla is not on_cpu
+    assert cache.get("a", torch.device("xla:1"), ones()) is not on_xla
+    assert cache.get("a", torch.device("xla:0"), forbidden) is on_xla
 
 
 def test_threads_that_ask_for_one_missing_key_build_it_once(cache) -> None:
@@ -263,10 +263,10 @@ def test_entry_written_to_is_noticed_and_rebuilt_with_a_warning(cache, change) -
     value = cache.get("a", CPU, ones())
     change(value)
     with pytest.warns(RuntimeWarning, match="test cache was written to in place"):
-        again = cache.get("a", CPU, ones())
-    assert again is not value
-    assert torch.equal(again, torch.ones(KIB))
-    assert cache.get("a", CPU, forbidden) is again
+        repeated = cache.get("a", CPU, ones())
+    assert repeated is not value
+    assert torch.equal(repeated, torch.ones(KIB))
+    assert cache.get("a", CPU, forbidden) is repeated
     info = cache.info()
     assert (info.rebuilds, info.entries, info.bytes, info.evictions) == (1, 1, 1024, 0)
 
@@ -317,10 +317,10 @@ def test_configure_refuses_caps_that_are_not_positive(cache, caps) -> None:
 
 
 def test_build_may_ask_another_cache_and_other_keys(cache) -> None:
-    other = FifoCache("other", 3, 1024, lambda tensor: (tensor,))
+    second = FifoCache("other", 3, 1024, lambda tensor: (tensor,))
 
     def build() -> torch.Tensor:
-        return cache.get("b", CPU, lambda: torch.ones(1)) + other.get("a", CPU, lambda: torch.ones(1))
+        return cache.get("b", CPU, lambda: torch.ones(1)) + second.get("a", CPU, lambda: torch.ones(1))
 
     assert in_threads(1, lambda _: cache.get("a", CPU, build).item()) == [2]
 
@@ -349,7 +349,7 @@ def test_build_during_cuda_graph_capture_is_refused_but_a_hit_is_not(cache, monk
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_child_waits_for_no_thread_of_its_parent(cache) -> None:
-    kept = cache.get("kept", CPU, ones())
+    entry = cache.get("kept", CPU, ones())
     building, release = threading.Event(), threading.Event()
 
     def build() -> torch.Tensor:
@@ -363,8 +363,8 @@ def test_forked_child_waits_for_no_thread_of_its_parent(cache) -> None:
     child = os.fork()
     if child == 0:
         signal.alarm(5)
-        fresh = cache.get("a", CPU, lambda: kept)
-        os._exit(0 if fresh is kept and cache.get("kept", CPU, forbidden) is kept else 1)
+        fresh = cache.get("a", CPU, lambda: entry)
+        os._exit(0 if fresh is entry and cache.get("kept", CPU, forbidden) is entry else 1)
     release.set()
     thread.join(timeout=10)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -34,6 +34,7 @@ from dit_rope.rotation.backends import eager
 from dit_rope.rotation_args import RotationArgs
 from dit_rope.tables.caches import MODEL_TABLES
 from known_classes import known, memoize
+from tolerance import all_equal
 
 THREADS = 64
 LOOKUPS = int(os.environ.get("DIT_ROPE_ATTACK", "300"))
@@ -135,9 +136,9 @@ def in_many_threads(call: Callable[[int], Any], count: int = THREADS) -> list[An
 
 def test_threads_get_the_right_tables_and_forms_while_others_clear_and_configure() -> None:
     grids = [Grid(2 + n % 5, 3, 2 + n % 3, start_frame=n) for n in range(24)]
-    wanted = [dit_rope.rope_table(SPEC, grid) for grid in grids]
+    tables = [dit_rope.rope_table(SPEC, grid) for grid in grids]
     forms = [
-        [table.rows, *table.cos_sin(), *table.cos_sin(False), table.complex(), table.positions()] for table in wanted
+        [table.rows, *table.cos_sin(), *table.cos_sin(False), table.complex(), table.positions()] for table in tables
     ]
     start = threading.Barrier(16)
 
@@ -152,14 +153,14 @@ def test_threads_get_the_right_tables_and_forms_while_others_clear_and_configure
                 dit_rope.cache_configure(max_entries=draw.randint(1, 32), max_bytes=draw.randint(1_000, 200_000))
             table = dit_rope.rope_table(SPEC, grids[number])
             got = [table.rows, *table.cos_sin(), *table.cos_sin(False), table.complex(), table.positions()]
-            if not all(map(torch.equal, got, forms[number])):
+            if not all_equal(got, forms[number]):
                 wrong.append(f"{grids[number]}")
         return wrong
 
     assert in_many_threads(attack, 16) == [[]] * 16
-    for found in (dit_rope.cache_info().tables, dit_rope.cache_info().axes):
-        assert found.bytes <= found.max_bytes
-        assert found.entries <= found.max_entries
+    for info in (dit_rope.cache_info().tables, dit_rope.cache_info().axes):
+        assert info.bytes <= info.max_bytes
+        assert info.entries <= info.max_entries
 
 
 class _Rope(torch.nn.Module):
@@ -184,7 +185,7 @@ class _Model(torch.nn.Module):
 def test_memoized_model_tables_are_right_under_threads_and_writes() -> None:
     known(_Rope)
     known(_Model, "tables")
-    ropes, own = [_Rope(10.0 + n) for n in range(3)], [_Rope(10.0 + n) for n in range(3)]
+    ropes, twins = [_Rope(10.0 + n) for n in range(3)], [_Rope(10.0 + n) for n in range(3)]
     for rope in ropes:
         memoize(rope, ModelTables("rope", "_Rope", keyed_by_shape=EVERY), ("hidden",))
     model = _Model()
@@ -199,7 +200,7 @@ def test_memoized_model_tables_are_right_under_threads_and_writes() -> None:
         for _ in range(max(30, LOOKUPS // 5)):
             number, length = draw.randrange(3), draw.randint(1, 30)
             hidden = torch.empty(1, length, 0)
-            if not all(map(torch.equal, ropes[number](hidden), own[number](hidden))):
+            if not all_equal(ropes[number](hidden), twins[number](hidden)):
                 wrong.append(f"rope {number}, {length} tokens")
             if draw.random() < 0.1:
                 ids.add_(1.0)  # counted by its version, and nobody else's
@@ -224,22 +225,22 @@ def form(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_packed_tables_are_right_under_threads_that_share_them_and_write_to_them() -> None:
     shared = [form(3 + n, n) for n in range(6)]
-    wanted = [formats.INTERLEAVED.tables(pair, CPU)[0].rows for pair in shared]
+    expected = [formats.INTERLEAVED.tables(pair, CPU)[0].rows for pair in shared]
     start = threading.Barrier(16)
 
     def attack(seed: int) -> list[str]:
         draw, wrong = random.Random(seed), []
-        mine = form(5, 100 + seed)
+        private = form(5, 100 + seed)
         start.wait(timeout=60)
         for _ in range(max(30, LOOKUPS // 5)):
             number = draw.randrange(len(shared))
             (table,) = formats.INTERLEAVED.pack(shared[number], CPU)
-            if not torch.equal(table.rows, wanted[number]):
+            if not torch.equal(table.rows, expected[number]):
                 wrong.append(f"shared {number}")
             if draw.random() < 0.2:
-                mine[draw.randrange(2)].mul_(0.5)
+                private[draw.randrange(2)].mul_(0.5)
             if not torch.equal(
-                formats.INTERLEAVED.pack(mine, CPU)[0].rows, formats.INTERLEAVED.tables(mine, CPU)[0].rows
+                formats.INTERLEAVED.pack(private, CPU)[0].rows, formats.INTERLEAVED.tables(private, CPU)[0].rows
             ):
                 wrong.append("written")
             passing = form(4, draw.randrange(1000))  # dies at once: its id may be the next one's
@@ -307,8 +308,8 @@ def test_value_of_just_the_byte_cap_is_kept_and_one_byte_more_is_not(watched: Wa
     assert list(watched._entries) == [(1, CPU)]
 
 
-def turned(args: RotationArgs) -> torch.Tensor:
-    """Eight tokens turned by the eager backend."""
+def rotated(args: RotationArgs) -> torch.Tensor:
+    """Eight tokens rotated by the eager backend."""
     x = torch.ones(1, 8, 1, 16)
     out = torch.empty_like(x)
     eager.rotate([x], args, [out])
@@ -318,10 +319,10 @@ def turned(args: RotationArgs) -> torch.Tensor:
 def test_angles_of_other_offsets_in_one_table_are_told_apart() -> None:
     whole = dit_rope.rope_table(SPEC, Grid(2, 3, 4)).args()
     parts = [replace(whole, token_offset=offset, count=8) for offset in (0, 8, 16)]
-    together = [turned(part) for part in parts]
-    for part, found in zip(parts, together, strict=True):
+    together = [rotated(args) for args in parts]
+    for args, actual in zip(parts, together, strict=True):
         dit_rope.cache_clear()
-        assert torch.equal(found, turned(part))
+        assert torch.equal(actual, rotated(args))
     assert not torch.equal(together[0], together[1])
 
 
@@ -330,10 +331,10 @@ def test_angles_of_two_views_of_one_memory_are_told_apart() -> None:
     views = memory[:, :12], memory.flatten()[:96].view(2, 12, 4)
     whole = dit_rope.rope_table(SPEC, Grid(2, 2, 2)).args()
     calls = [replace(whole, rows=view, first_rows=(0, 2, 4)) for view in views]
-    together = [turned(call) for call in calls]
-    for call, found in zip(calls, together, strict=True):
+    together = [rotated(call) for call in calls]
+    for call, actual in zip(calls, together, strict=True):
         dit_rope.cache_clear()
-        assert torch.equal(found, turned(call))
+        assert torch.equal(actual, rotated(call))
     assert not torch.equal(*together)
 
 

@@ -21,9 +21,9 @@ def test_table_with_other_rows_and_the_cached_one_rotate_by_their_own(derived_fi
     table, x = rope_table(SPEC, Grid(3, 4, 5)), torch.randn(1, 60, 2, 16)
     fresh = rotate(x, copy.deepcopy(table))
     derived = replace(table, rows=2 * table.rows)
-    for one, factor in sorted([(table, 1), (derived, 2)], key=lambda pair: pair[1] == 1 + derived_first):
+    for variant, factor in sorted([(table, 1), (derived, 2)], key=lambda pair: pair[1] == 1 + derived_first):
         for _ in range(2):
-            torch.testing.assert_close(rotate(x, one, backend=backend), factor * fresh)
+            torch.testing.assert_close(rotate(x, variant, backend=backend), factor * fresh)
     assert torch.equal(rotate(x, rope_table(SPEC, Grid(3, 4, 5))), fresh)
 
 
@@ -35,11 +35,11 @@ def test_dense_forms_of_other_rows_are_of_those_rows(shard, pairing) -> None:
     inside = (table.positions()[0, :, 0] >= 0)[:, None]
     derived = replace(table, rows=2 * table.rows)
     for repeat in (True, False):
-        for ours, plain in zip(derived.cos_sin(repeat), table.cos_sin(repeat), strict=True):
-            assert torch.equal(ours, torch.where(inside, 2 * plain, plain))
+        for actual, plain in zip(derived.cos_sin(repeat), table.cos_sin(repeat), strict=True):
+            assert torch.equal(actual, torch.where(inside, 2 * plain, plain))
     assert torch.equal(derived.complex(), torch.where(inside, 2 * table.complex(), table.complex()))
-    same = replace(table)
-    assert torch.equal(same.cos_sin()[1], table.cos_sin()[1])
+    copied = replace(table)
+    assert torch.equal(copied.cos_sin()[1], table.cos_sin()[1])
 
 
 @pytest.mark.parametrize(
@@ -63,9 +63,9 @@ def test_what_does_not_go_together_is_refused(change) -> None:
 
 def test_copies_and_pickles_have_the_forms_of_their_table() -> None:
     table = rope_table(SPEC, Grid(3, 4, 5))
-    for other in (copy.copy(table), copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
-        assert torch.equal(other.cos_sin()[0], table.cos_sin()[0])
-        assert other.blocks == table.blocks == ((0, 32), (32, 64), (64, 96))
+    for copied in (copy.copy(table), copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
+        assert torch.equal(copied.cos_sin()[0], table.cos_sin()[0])
+        assert copied.blocks == table.blocks == ((0, 32), (32, 64), (64, 96))
 
 
 @pytest.mark.parametrize("shard", [None, Shard(1, 4)], ids=str)
@@ -91,7 +91,7 @@ def test_copies_and_pickles_of_a_used_table_do_not_carry_what_a_process_found_ou
     x = torch.randn(1, table.count, 2, SPEC.rotary_dim)
     expected = rotate(x, table)
     assert table.validated
-    for other in (copy.copy(table), copy.deepcopy(table), pickle.loads(pickle.dumps(table, protocol))):
-        assert other.validated == {}
-        assert torch.equal(rotate(x, other), expected)
+    for copied in (copy.copy(table), copy.deepcopy(table), pickle.loads(pickle.dumps(table, protocol))):
+        assert copied.validated == {}
+        assert torch.equal(rotate(x, copied), expected)
     assert table.validated

@@ -36,8 +36,8 @@ def test_far_positions_that_are_scaled_are_as_exact_as_others(spec, scale, start
 def test_shifted_keys_and_the_table_agree_far_out(pairing) -> None:
     spec = RopeSpec((16,), pairing=pairing, scaling=Scaling.of("fastvideo", interpolation=0.7))
     x, near, far = torch.randn(1, 32, 2, 16, dtype=F64), Grid(32, start_frame=5000), Grid(32, start_frame=100_000)
-    here, there = (rotate(x, rope_table(spec, grid, dtype=F64)) for grid in (near, far))
-    assert (shift_keys(here, spec, delta_frames=95_000) - there).abs().max() <= 1e-9
+    x_near, x_far = (rotate(x, rope_table(spec, grid, dtype=F64)) for grid in (near, far))
+    assert (shift_keys(x_near, spec, delta_frames=95_000) - x_far).abs().max() <= 1e-9
 
 
 @pytest.mark.parametrize(("spec", "scale"), SPECS.values(), ids=SPECS)
@@ -60,10 +60,10 @@ def test_rows_do_not_depend_on_the_table_that_they_are_in(interpolation) -> None
     )
     whole = rope_table(spec, Grid(80, 2, 2, start_frame=first)).cos_sin()[0].view(80, 4, 16)
     for start in (first, ROUNDED_POSITIONS - 1, ROUNDED_POSITIONS, ROUNDED_POSITIONS + 1):
-        one = rope_table(spec, Grid(1, 2, 2, start_frame=start)).cos_sin()[0]
-        assert torch.equal(one, whole[start - first])
-    part = rope_table(spec, Grid(80, 2, 2, start_frame=first), shard=Shard(1, 2, axis=0)).cos_sin()[0]
-    assert torch.equal(part.view(40, 4, 16), whole[40:])
+        alone = rope_table(spec, Grid(1, 2, 2, start_frame=start)).cos_sin()[0]
+        assert torch.equal(alone, whole[start - first])
+    sliced = rope_table(spec, Grid(80, 2, 2, start_frame=first), shard=Shard(1, 2, axis=0)).cos_sin()[0]
+    assert torch.equal(sliced.view(40, 4, 16), whole[40:])
 
 
 def test_float32_frequencies_keep_float32_angles() -> None:

@@ -111,10 +111,10 @@ PARAMETERS = {
 @pytest.mark.parametrize(("scaling", "frequencies", "magnitude"), GOLDEN.values(), ids=GOLDEN.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_scaling_gives_stored_frequencies_of_transformers(scaling, frequencies, magnitude, dtype) -> None:
-    ours = scaled_frequencies(scaling, 16, 10_000.0, dtype)
-    assert ours.inverse.dtype == dtype
-    torch.testing.assert_close(ours.inverse.double(), torch.tensor(frequencies).double(), rtol=1e-6, atol=0)
-    assert math.isclose(ours.magnitude, magnitude, rel_tol=1e-12)
+    actual = scaled_frequencies(scaling, 16, 10_000.0, dtype)
+    assert actual.inverse.dtype == dtype
+    torch.testing.assert_close(actual.inverse.double(), torch.tensor(frequencies).double(), rtol=1e-6, atol=0)
+    assert math.isclose(actual.magnitude, magnitude, rel_tol=1e-12)
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
@@ -124,20 +124,20 @@ def test_scaling_from_a_model_configuration_is_transformers_own(parameters, seq_
         hidden_size=256, num_attention_heads=4, max_position_embeddings=8192,
         rope_parameters={**parameters, "rope_theta": theta},
     )  # fmt: skip
-    theirs, magnitude = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"), seq_len=seq_len)
-    ours = scaled_frequencies(scaling_from_config(config, seq_len=seq_len), 64, theta, torch.float32)
+    expected, magnitude = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"), seq_len=seq_len)
+    actual = scaled_frequencies(scaling_from_config(config, seq_len=seq_len), 64, theta, torch.float32)
     # Roundings of float32 in another order: a power and three more operations on each side.
-    torch.testing.assert_close(ours.inverse, theirs, rtol=8 * 2**-24, atol=0)
-    assert math.isclose(ours.magnitude, magnitude, rel_tol=1e-12)
+    torch.testing.assert_close(actual.inverse, expected, rtol=8 * 2**-24, atol=0)
+    assert math.isclose(actual.magnitude, magnitude, rel_tol=1e-12)
 
 
 def test_llama3_gives_the_frequencies_of_transformers_at_both_thresholds() -> None:
-    ours = scaled_frequencies(Scaling.of("llama3", **LLAMA3), 128, 500_000.0, torch.float64)
+    actual = scaled_frequencies(Scaling.of("llama3", **LLAMA3), 128, 500_000.0, torch.float64)
     expected = torch.tensor(LLAMA3_28_TO_34, dtype=torch.float64)
-    torch.testing.assert_close(ours.inverse[28:35], expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(ours.inverse[:28], base_frequencies(128, 500_000.0, torch.float64)[:28])
-    assert math.isclose(ours.inverse[63].item(), 3.06892588e-07, rel_tol=1e-6)
-    assert ours.magnitude == 1.0
+    torch.testing.assert_close(actual.inverse[28:35], expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual.inverse[:28], base_frequencies(128, 500_000.0, torch.float64)[:28])
+    assert math.isclose(actual.inverse[63].item(), 3.06892588e-07, rel_tol=1e-6)
+    assert actual.magnitude == 1.0
 
 
 def test_yarn_takes_an_attention_factor_of_its_own() -> None:
@@ -146,10 +146,10 @@ def test_yarn_takes_an_attention_factor_of_its_own() -> None:
 
 @pytest.mark.parametrize("scaling", [None, Scaling.of("default"), Scaling.of("none")], ids=str)
 def test_no_scaling_is_the_plain_formula(scaling) -> None:
-    ours = scaled_frequencies(scaling, 16, 10_000.0, torch.float64)
+    actual = scaled_frequencies(scaling, 16, 10_000.0, torch.float64)
     expected = torch.tensor([10_000.0 ** (-2 * j / 16) for j in range(8)], dtype=torch.float64)
-    torch.testing.assert_close(ours.inverse, expected, rtol=1e-15, atol=0)
-    assert ours.numbers[2:] == (1.0, 1.0, 1.0, 1.0)
+    torch.testing.assert_close(actual.inverse, expected, rtol=1e-15, atol=0)
+    assert actual.numbers[2:] == (1.0, 1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(("linear_factor", "ntk_factor"), [(2.0, 1.0), (1.0, 2.0), (1.0, 1.7)])
@@ -167,21 +167,21 @@ def test_linear_and_ntk_with_exponent_one_are_luminas_bitwise(linear_factor, ntk
 
 def test_ntk_is_hunyuans_theta_rescale() -> None:
     assert math.isclose(256.0 * 2.0 ** (16 / 14), 565.2938310, rel_tol=1e-9)
-    ours = scaled_frequencies(Scaling.of("ntk", factor=2.0), 16, 256.0, torch.float32)
-    assert torch.equal(ours.inverse, base_frequencies(16, 256.0 * 2.0 ** (16 / 14), torch.float32))
+    actual = scaled_frequencies(Scaling.of("ntk", factor=2.0), 16, 256.0, torch.float32)
+    assert torch.equal(actual.inverse, base_frequencies(16, 256.0 * 2.0 ** (16 / 14), torch.float32))
 
 
 @pytest.mark.parametrize(("scale", "fps"), [((2.0, 1.0, 1.0), 30), ((1.0, 3.0, 3.0), 16), ((20 / 24, 2.0, 2.0), None)])
 def test_fps_and_ntk_are_cosmos_bitwise(scale, fps) -> None:
-    theirs = CosmosRotaryPosEmbed(128, (60, 60, 60), (1, 1, 1), base_fps=24, rope_scale=scale)
-    expected = theirs(torch.empty(1, 0, 50, 4, 6), fps=fps)
+    upstream = CosmosRotaryPosEmbed(128, (60, 60, 60), (1, 1, 1), base_fps=24, rope_scale=scale)
+    expected = upstream(torch.empty(1, 0, 50, 4, 6), fps=fps)
     first = Scaling.of("fps", fps=fps, factor=scale[0]) if fps else Scaling.of("ntk", factor=scale[0])
     spec = RopeSpec(
         (44, 42, 42), pairing=Pairing.HALF, frequency_dtype=torch.float32,
         scaling=(first, *(Scaling.of("ntk", factor=factor) for factor in scale[1:])),
     )  # fmt: skip
-    for ours, their in zip(rope_table(spec, Grid(50, 4, 6)).cos_sin(), expected, strict=True):
-        assert torch.equal(ours, their)
+    for actual, exact in zip(rope_table(spec, Grid(50, 4, 6)).cos_sin(), expected, strict=True):
+        assert torch.equal(actual, exact)
 
 
 def test_fps_and_ntk_give_stored_numbers_of_cosmos() -> None:
@@ -196,12 +196,12 @@ def test_fps_and_ntk_give_stored_numbers_of_cosmos() -> None:
 @pytest.mark.parametrize("scale", [(1.0, 2.0, 2.0), (1.0, 3.16, 3.16)])
 def test_kandinsky5_is_its_models_bitwise(scale) -> None:
     positions = [torch.arange(size) for size in (5, 4, 6)]
-    theirs = Kandinsky5RoPE3D((16, 24, 24))((1, 5, 4, 6), positions, scale).squeeze(4).reshape(120, 32, 2, 2)
+    expected = Kandinsky5RoPE3D((16, 24, 24))((1, 5, 4, 6), positions, scale).squeeze(4).reshape(120, 32, 2, 2)
     scaling = tuple(Scaling.of("kandinsky5", scale=factor) for factor in scale)
     table = rope_table(RopeSpec((16, 24, 24), scaling=scaling, frequency_dtype=torch.float32), Grid(5, 4, 6))
     cos, sin = table.cos_sin(repeat=False)
-    assert torch.equal(cos, theirs[..., 0, 0])
-    assert torch.equal(sin, theirs[..., 1, 0])
+    assert torch.equal(cos, expected[..., 0, 0])
+    assert torch.equal(sin, expected[..., 1, 0])
 
 
 def test_riflex_finds_the_intrinsic_pair_of_upstreams_example() -> None:
@@ -211,38 +211,38 @@ def test_riflex_finds_the_intrinsic_pair_of_upstreams_example() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("which", [{"k": 4}, {"repetition": 48}], ids=str)
+@pytest.mark.parametrize("options", [{"k": 4}, {"repetition": 48}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_riflex_slows_that_pair_alone_to_less_than_one_turn(which, dtype) -> None:
-    ours = scaled_frequencies(Scaling.of("riflex", frames=66, **which), 16, 256.0, dtype).inverse
+def test_riflex_slows_that_pair_alone_to_less_than_one_turn(options, dtype) -> None:
+    actual = scaled_frequencies(Scaling.of("riflex", frames=66, **options), 16, 256.0, dtype).inverse
     trained = base_frequencies(16, 256.0, dtype)
-    assert ours[3] == torch.tensor(0.9 * 2 * math.pi / 66, dtype=dtype)
-    assert ours[3].item() == pytest.approx(0.0856797996, rel=1e-7)
-    assert torch.equal(torch.cat((ours[:3], ours[4:])), torch.cat((trained[:3], trained[4:])))
+    assert actual[3] == torch.tensor(0.9 * 2 * math.pi / 66, dtype=dtype)
+    assert actual[3].item() == pytest.approx(0.0856797996, rel=1e-7)
+    assert torch.equal(torch.cat((actual[:3], actual[4:])), torch.cat((trained[:3], trained[4:])))
 
 
 def test_riflex_leaves_a_video_that_fits_its_period_as_trained() -> None:
-    ours = scaled_frequencies(Scaling.of("riflex", frames=33, k=4), 16, 256.0, torch.float32).inverse
-    assert torch.equal(ours, base_frequencies(16, 256.0, torch.float32))
+    actual = scaled_frequencies(Scaling.of("riflex", frames=33, k=4), 16, 256.0, torch.float32).inverse
+    assert torch.equal(actual, base_frequencies(16, 256.0, torch.float32))
 
 
-@pytest.mark.parametrize("which", [{"k": 4}, {"k": 4.0}, {"repetition": 50}], ids=str)
+@pytest.mark.parametrize("options", [{"k": 4}, {"k": 4.0}, {"repetition": 50}], ids=str)
 @pytest.mark.parametrize("frames", [1, 45, 46, 48, 50, 51, 66])
-def test_riflex_slows_only_videos_longer_than_the_pair_s_period(frames, which) -> None:
+def test_riflex_slows_only_videos_longer_than_the_pair_s_period(frames, options) -> None:
     """HunyuanVideo's pair 4 comes round in 50 frames; upstream asks ``L_test > N_k``."""
     cache_clear()  # 4.0 is equal to 4
-    ours = scaled_frequencies(Scaling.of("riflex", frames=frames, **which), 16, 256.0, torch.float64).inverse
+    actual = scaled_frequencies(Scaling.of("riflex", frames=frames, **options), 16, 256.0, torch.float64).inverse
     trained = scaled_frequencies(None, 16, 256.0, torch.float64).inverse
     expected = trained.clone()
     if frames > 50:
         expected[3] = 0.9 * 2 * math.pi / frames
-    assert torch.equal(ours, expected)
+    assert torch.equal(actual, expected)
 
 
 def test_numbers_of_numpy_are_options_like_others() -> None:
-    ours = Scaling.of("longrope", factor=np.float32(2), seq_len=np.int64(9), short_factor=[np.float64(1)])
-    assert ours == Scaling.of("longrope", factor=2.0, seq_len=9, short_factor=[1.0])
-    assert {type(value) for name, value in ours.parameters if name != "short_factor"} == {float, int}
+    actual = Scaling.of("longrope", factor=np.float32(2), seq_len=np.int64(9), short_factor=[np.float64(1)])
+    assert actual == Scaling.of("longrope", factor=2.0, seq_len=9, short_factor=[1.0])
+    assert {type(value) for name, value in actual.parameters if name != "short_factor"} == {float, int}
 
 
 @pytest.mark.parametrize("kind", ["riflex", "fps"])

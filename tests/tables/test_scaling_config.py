@@ -117,8 +117,8 @@ def test_context_fills_in_what_the_type_takes_and_the_configuration_lacks() -> N
     assert scaling_from_config(DYNAMIC, max_position_embeddings=4096, seq_len=9000) == expected
     assert scaling_from_config(_ModelConfig(), seq_len=9000, original_max_position_embeddings=None) == expected
     assert scaling_from_config({"type": "linear", "factor": 4.0}, seq_len=9000) == LINEAR
-    own = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
-    assert dict(scaling_from_config(own, original_max_position_embeddings=32).parameters) == {
+    parameters = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    assert dict(scaling_from_config(parameters, original_max_position_embeddings=32).parameters) == {
         "factor": 2.0, "original_max_position_embeddings": 64,
     }  # fmt: skip
     longrope = scaling_from_config({"rope_type": "longrope", **LONG}, seq_len=65, max_position_embeddings=128)
@@ -132,8 +132,8 @@ def test_length_is_never_assumed(config) -> None:
 
 
 def test_share_of_channels_is_an_option_of_proportional_alone() -> None:
-    given = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}
-    assert scaling_from_config(given) == Scaling.of("proportional", partial_rotary_factor=0.25)
+    parameters = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}
+    assert scaling_from_config(parameters) == Scaling.of("proportional", partial_rotary_factor=0.25)
 
 
 def test_layer_types_have_scalings_of_their_own() -> None:

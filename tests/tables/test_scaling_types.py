@@ -24,11 +24,11 @@ def by_definition(spec: RopeSpec, grid: Grid) -> tuple[torch.Tensor, torch.Tenso
     lines = [torch.arange(start, start + size) for start, size in zip(starts, grid.sizes, strict=True)]
     cosines, sines = [], []
     for axis, coordinate in enumerate(torch.meshgrid(*lines, indexing="ij")):
-        found = axis_frequencies(spec, axis)
-        position = coordinate.reshape(-1, 1).double() / found.position_divisor * found.position_scale
-        angle = position * found.inverse.double() / found.angle_divisor
-        cosines.append(angle.cos() * found.magnitude)
-        sines.append(angle.sin() * found.magnitude)
+        scaled = axis_frequencies(spec, axis)
+        position = coordinate.reshape(-1, 1).double() / scaled.position_divisor * scaled.position_scale
+        angle = position * scaled.inverse.double() / scaled.angle_divisor
+        cosines.append(angle.cos() * scaled.magnitude)
+        sines.append(angle.sin() * scaled.magnitude)
     return torch.cat(cosines, dim=1), torch.cat(sines, dim=1)
 
 
@@ -44,8 +44,8 @@ def test_table_holds_the_scaled_angles(name) -> None:
     cos, sin = rope_table(spec, GRID, dtype=torch.float64).cos_sin(repeat=False)
     # Positions are formed in float32: a frame number over its rate has an error of 2**-24 of itself, up to 9 here.
     atol = 8 * 2**-24 * 9 if name == "fps" else 1e-14
-    for ours, expected in zip((cos, sin), by_definition(spec, GRID), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=atol)
+    for actual, expected in zip((cos, sin), by_definition(spec, GRID), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
     plain = rope_table(spec.with_scaling(None), GRID, dtype=torch.float64).cos_sin(repeat=False)
     assert not torch.equal(cos, plain[0])
 
@@ -57,11 +57,11 @@ def test_rotation_turns_by_the_scaled_angles(name, pairing, exact, device) -> No
     spec = spec_with(name, pairing)
     q, k = torch.randn(2, 2, GRID.tokens, 3, 32, dtype=torch.float64, device=device)
     table = rope_table(spec, GRID, device=device, dtype=torch.float64)
-    cos, sin = (part.to(device) for part in by_definition(spec, GRID))
+    cos, sin = (rows.to(device) for rows in by_definition(spec, GRID))
     atol = 1e-4 if name == "fps" else 1e-13
-    for ours, x in zip(rotate_qk(q, k, table, exact=exact), (q, k), strict=True):
+    for actual, x in zip(rotate_qk(q, k, table, exact=exact), (q, k), strict=True):
         expected = oracle.rotate(x, cos, sin, interleaved=pairing is Pairing.INTERLEAVED)
-        torch.testing.assert_close(ours, expected, rtol=0, atol=atol)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -71,13 +71,13 @@ def test_stream_rotates_far_frames_by_the_scaled_angles(name) -> None:
     for start in range(0, 600, 3):
         stream.begin_chunk(3)
         if start == 597:
-            turned = stream.rotate(queries)
+            rotated = stream.rotate(queries)
         stream.commit()
     cos, sin = by_definition(spec, Grid(3, 3, 4, start_frame=597))
     expected = oracle.rotate(queries, cos, sin, interleaved=True)
     # float32 cos, sin and products; Cosmos' frames besides have an error of two roundings of positions up to 900.
     atol = 900 * 2**-23 * 4 if name == "fps" else 4e-6
-    torch.testing.assert_close(turned.double(), expected, rtol=0, atol=atol)
+    torch.testing.assert_close(rotated.double(), expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -96,10 +96,10 @@ def test_table_is_traced_without_a_graph_break_and_again_for_other_numbers(name)
     torch._dynamo.reset()
 
     @torch.compile(backend="eager", fullgraph=True)
-    def turn(x: torch.Tensor, spec: RopeSpec) -> torch.Tensor:
+    def rotated(x: torch.Tensor, spec: RopeSpec) -> torch.Tensor:
         return x * rope_table(spec, GRID, dtype=torch.float64).cos_sin()[0]
 
     for scalings in (SCALINGS, every_scaling(pairs=4, longer=1.25)):
         spec = RopeSpec((8, 8, 8), scaling=scalings[name])
         expected = rope_table(spec, GRID, dtype=torch.float64).cos_sin()[0]
-        torch.testing.assert_close(turn(torch.ones_like(expected), spec), expected, rtol=0, atol=1e-14)
+        torch.testing.assert_close(rotated(torch.ones_like(expected), spec), expected, rtol=0, atol=1e-14)

@@ -17,6 +17,7 @@ import dit_rope
 import oracle
 from dit_rope import Grid, RopeSpec, Shard, rope_table, rotate
 from ranks import Died, Ranks
+from tolerance import all_equal
 
 WORLD = 4
 SPEC = RopeSpec((8, 6, 6))
@@ -28,10 +29,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
         yield started
 
 
-def gathered(part: torch.Tensor) -> list[torch.Tensor]:
+def gathered(local: torch.Tensor) -> list[torch.Tensor]:
     """The parts of all ranks, which are of one size."""
-    parts = [torch.empty_like(part) for _ in range(WORLD)]
-    torch.distributed.all_gather(parts, part.contiguous())
+    parts = [torch.empty_like(local) for _ in range(WORLD)]
+    torch.distributed.all_gather(parts, local.contiguous())
     return parts
 
 
@@ -41,15 +42,15 @@ def tables_of_all_ranks(sizes: tuple[int, ...], start: int, axis: int | None) ->
     table = rope_table(SPEC, grid, shard=Shard(rank, WORLD, axis=axis), dtype=torch.float64)
     whole = oracle.full_grid_table(sizes, SPEC.dims, 10_000.0, dtype=torch.float64, start_frame=start, repeat=False)
     joined, equal = [], []
-    for mine, theirs in zip(table.cos_sin(repeat=False), whole, strict=True):
+    for local_table, full in zip(table.cos_sin(repeat=False), whole, strict=True):
         if axis is None:
-            joined.append(torch.cat(gathered(mine)))
+            joined.append(torch.cat(gathered(local_table)))
             identity = torch.full_like(joined[-1][grid.tokens :], 1.0 if len(joined) == 1 else 0.0)
-            equal.append(torch.equal(joined[-1], torch.cat([theirs, identity])))
+            equal.append(torch.equal(joined[-1], torch.cat([full, identity])))
         else:
             local = [size // WORLD if at == axis else size for at, size in enumerate(sizes)]
-            parts = [part.view(*local, -1) for part in gathered(mine)]
-            equal.append(torch.equal(torch.cat(parts, dim=axis).flatten(0, -2), theirs))
+            parts = [shard.view(*local, -1) for shard in gathered(local_table)]
+            equal.append(torch.equal(torch.cat(parts, dim=axis).flatten(0, -2), full))
     return equal
 
 
@@ -70,16 +71,16 @@ def rotation_of_a_part(sizes: tuple[int, ...], start: int, ring: bool) -> tuple[
     cos, sin = oracle.full_grid_table(sizes, SPEC.dims, 10_000.0, dtype=torch.float64, start_frame=start, repeat=False)
     expected = x.clone()
     expected[:, : grid.tokens] = oracle.rotate(x[:, : grid.tokens], cos, sin, interleaved=True)
-    part = x[:, rank * length : (rank + 1) * length].contiguous()
+    local = x[:, rank * length : (rank + 1) * length].contiguous()
     if ring:
-        part = rotate(part, rope_table(SPEC, grid, shard=Shard(rank, WORLD), dtype=torch.float64), exact=True)
-        turned = torch.cat(gathered(part), dim=1)
+        local = rotate(local, rope_table(SPEC, grid, shard=Shard(rank, WORLD), dtype=torch.float64), exact=True)
+        rotated = torch.cat(gathered(local), dim=1)
     else:
-        heads = torch.cat(gathered(part), dim=1)[:, :, rank : rank + 1].contiguous()
+        heads = torch.cat(gathered(local), dim=1)[:, :, rank : rank + 1].contiguous()
         table = rope_table(SPEC, grid, dtype=torch.float64)
-        turned = rotate(heads, table, suffix=heads.shape[1] - grid.tokens, exact=True)
-        turned = torch.cat(gathered(turned), dim=2)
-    return torch.equal(turned, expected), torch.equal(turned[:, grid.tokens :], x[:, grid.tokens :])
+        rotated = rotate(heads, table, suffix=heads.shape[1] - grid.tokens, exact=True)
+        rotated = torch.cat(gathered(rotated), dim=2)
+    return torch.equal(rotated, expected), torch.equal(rotated[:, grid.tokens :], x[:, grid.tokens :])
 
 
 @pytest.mark.parametrize("ring", [True, False], ids=["ring", "ulysses"])
@@ -98,8 +99,8 @@ def chunk_of_a_stream(frames: int) -> tuple[int, bool]:
     grid = Grid(frames, 2, 3, start_frame=5)
     shards = [rope_table(SPEC, grid, shard=Shard(rank, WORLD)).count for rank in range(WORLD)]
     x = torch.ones(1, grid.tokens, 1, 20)
-    turned = rotate(x, rope_table(SPEC, grid))
-    return sum(shards), all(torch.equal(turned, other) for other in gathered(turned))
+    rotated = rotate(x, rope_table(SPEC, grid))
+    return sum(shards), all(torch.equal(rotated, received) for received in gathered(rotated))
 
 
 def test_tables_count_the_tokens_of_the_grid_once(ranks: Ranks) -> None:
@@ -115,10 +116,10 @@ def test_condition_tokens_are_cut_apart_from_the_video() -> None:
     video = torch.randn(1, 16, 2, 20)
     whole = rotate(torch.cat([text, video], dim=1), rope_table(SPEC, grid), prefix=8)
     for rank in range(WORLD):
-        part = torch.cat([text.chunk(WORLD, dim=1)[rank], video.chunk(WORLD, dim=1)[rank]], dim=1)
-        turned = rotate(part, rope_table(SPEC, grid, shard=Shard(rank, WORLD)), prefix=2)
-        assert torch.equal(turned[:, :2], whole[:, 2 * rank : 2 * rank + 2])
-        assert torch.equal(turned[:, 2:], whole[:, 8 + 4 * rank : 12 + 4 * rank])
+        local = torch.cat([text.chunk(WORLD, dim=1)[rank], video.chunk(WORLD, dim=1)[rank]], dim=1)
+        rotated = rotate(local, rope_table(SPEC, grid, shard=Shard(rank, WORLD)), prefix=2)
+        assert torch.equal(rotated[:, :2], whole[:, 2 * rank : 2 * rank + 2])
+        assert torch.equal(rotated[:, 2:], whole[:, 8 + 4 * rank : 12 + 4 * rank])
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -132,9 +133,9 @@ def test_tables_that_are_split_like_the_models_own_rotate_like_them(world: int) 
     with torch.no_grad():
         expected = model.blocks[0].attn1(hidden, None, None, tuple(x.chunk(world, dim=1)[1] for x in whole))
         with dit_rope.patch(model):
-            ours = model.rope(torch.empty(1, 0, 3, 8, 12))
-            assert all(map(torch.equal, ours, whole))
-            parts = tuple(x.chunk(world, dim=1)[1] for x in ours)
+            actual = model.rope(torch.empty(1, 0, 3, 8, 12))
+            assert all_equal(actual, whole)
+            parts = tuple(x.chunk(world, dim=1)[1] for x in actual)
             for rotary in (parts, tuple(x.clone() for x in parts)):
                 assert torch.equal(model.blocks[0].attn1(hidden, None, None, rotary), expected)
 
@@ -144,12 +145,12 @@ def test_videos_packed_into_one_sequence_keep_positions_of_their_own() -> None:
     first, second = Grid(2, 2, 3), Grid(1, 3, 2)
     x = torch.randn(1, 18, 2, 20)
     parts = [rotate(x[:, :12], rope_table(SPEC, first)), rotate(x[:, 12:], rope_table(SPEC, second))]
-    ours = [
+    actual = [
         rotate(x[:, :9], rope_table(SPEC, first, shard=Shard.of_tokens(0, 9))),
         rotate(x[:, 9:12], rope_table(SPEC, first, shard=Shard.of_tokens(9, 12))),
         rotate(x[:, 12:], rope_table(SPEC, second, shard=Shard.of_tokens(0, 6))),
     ]
-    assert torch.equal(torch.cat(ours, dim=1), torch.cat(parts, dim=1))
+    assert torch.equal(torch.cat(actual, dim=1), torch.cat(parts, dim=1))
 
 
 def test_chronoedit_with_heads_of_64_channels_keeps_its_own_tables() -> None:
@@ -183,8 +184,8 @@ def test_axis_that_does_not_divide_is_an_error_on_every_rank(ranks: Ranks, axis:
         assert f"rank {rank} of {WORLD}" in error
 
 
-def dies(which: int) -> None:
-    if torch.distributed.get_rank() == which:
+def dies(failing_rank: int) -> None:
+    if torch.distributed.get_rank() == failing_rank:
         os._exit(3)
     table = rope_table(SPEC, Grid(4, 2, 2), shard=Shard(torch.distributed.get_rank(), WORLD))
     gathered(rotate(torch.ones(1, 4, 1, 20), table))

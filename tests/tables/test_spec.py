@@ -25,9 +25,9 @@ def test_spec_is_frozen_and_hashable() -> None:
 
 def test_spec_is_equal_however_it_is_spelled() -> None:
     spec = RopeSpec([44, 42, 42], theta=10_000, scaling=[Scaling.of("linear", factor=2)] * 3)
-    other = RopeSpec((44, 42, 42), 1e4, Pairing.INTERLEAVED, scaling=Scaling.of("linear", factor=2.0))
-    assert spec == other
-    assert hash(spec) == hash(other)
+    respelled = RopeSpec((44, 42, 42), 1e4, Pairing.INTERLEAVED, scaling=Scaling.of("linear", factor=2.0))
+    assert spec == respelled
+    assert hash(spec) == hash(respelled)
     assert (spec.rotary_dim, spec.pairs) == (128, (22, 21, 21))
 
 
@@ -44,14 +44,14 @@ def test_scaling_is_equal_in_any_order_of_its_parameters_and_takes_lists() -> No
 
 def test_spec_keeps_one_scaling_for_all_axes_or_one_per_axis() -> None:
     linear, ntk = Scaling.of("linear", factor=2.0), Scaling.of("ntk", factor=2.0)
-    same = RopeSpec((8, 6), scaling=[linear, Scaling.of("linear", factor=2)])
-    assert same == RopeSpec((8, 6), scaling=linear)
-    assert (same.axis_scaling(0), same.axis_scaling(1)) == (linear, linear)
-    other = RopeSpec((8, 6), scaling=[linear, None])
-    assert other == same.with_scaling((linear, None)) != same.with_scaling((linear, ntk))
-    assert (other.axis_scaling(0), other.axis_scaling(1)) == (linear, None)
-    assert hash(other) == hash(RopeSpec((8, 6), scaling=(linear, None)))
-    assert RopeSpec((8, 6), scaling=(None, None)) == RopeSpec((8, 6)) == other.with_scaling(None)
+    by_axis = RopeSpec((8, 6), scaling=[linear, Scaling.of("linear", factor=2)])
+    assert by_axis == RopeSpec((8, 6), scaling=linear)
+    assert (by_axis.axis_scaling(0), by_axis.axis_scaling(1)) == (linear, linear)
+    mixed = RopeSpec((8, 6), scaling=[linear, None])
+    assert mixed == by_axis.with_scaling((linear, None)) != by_axis.with_scaling((linear, ntk))
+    assert (mixed.axis_scaling(0), mixed.axis_scaling(1)) == (linear, None)
+    assert hash(mixed) == hash(RopeSpec((8, 6), scaling=(linear, None)))
+    assert RopeSpec((8, 6), scaling=(None, None)) == RopeSpec((8, 6)) == mixed.with_scaling(None)
 
 
 def test_scaling_shows_itself() -> None:

@@ -32,15 +32,15 @@ def use_everything() -> None:
 
 def caches() -> dict[str, FifoCache]:
     """Every cache that a module of the package has, by module and name."""
-    found = {}
+    counters = {}
     for path in SOURCES:
         if "FifoCache(" not in path.read_text() or path.name == "cache.py":
             continue
         name = ".".join(path.relative_to(Path(dit_rope.__file__).parent.parent).with_suffix("").parts)
         for attribute, value in vars(importlib.import_module(name)).items():
             if isinstance(value, FifoCache):
-                found[f"{name}.{attribute}"] = value
-    return found
+                counters[f"{name}.{attribute}"] = value
+    return counters
 
 
 def test_clear_leaves_no_entry_and_no_byte_in_any_cache() -> None:

@@ -24,10 +24,10 @@ def truth(spec: RopeSpec, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Cos and sin ``[tokens, pairs]`` in float64, each number by Python's own arithmetic on exact integers."""
     lines = []
     for token in range(grid.tokens):
-        line, rest = [], token
+        line, index = [], token
         coordinates = []
         for size in reversed(grid.sizes):
-            rest, coordinate = divmod(rest, size)
+            index, coordinate = divmod(index, size)
             coordinates.insert(0, coordinate)
         coordinates[0] += grid.start_frame
         for coordinate, dim in zip(coordinates, spec.dims, strict=True):
@@ -40,9 +40,9 @@ def truth(spec: RopeSpec, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("start", [0, 5_000, 100_000, 1_000_000])
 def test_dense_table_is_within_1e_6_of_float64_truth_at_start_frame(start) -> None:
     grid = Grid(3, 2, 2, start_frame=start)
-    for ours, exact in zip(rope_table(WAN, grid).cos_sin(repeat=False), truth(WAN, grid), strict=True):
-        assert ours.dtype == torch.float32
-        assert (ours.double() - exact).abs().max() < 1e-6
+    for actual, exact in zip(rope_table(WAN, grid).cos_sin(repeat=False), truth(WAN, grid), strict=True):
+        assert actual.dtype == torch.float32
+        assert (actual.double() - exact).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -50,16 +50,16 @@ def test_dense_table_is_within_1e_6_of_float64_truth_at_start_frame(start) -> No
 def test_dense_table_equals_full_grid_build_on_any_number_of_axes(dims, dtype) -> None:
     sizes = (3, 7, 33, 2)[: len(dims)]
     spec = RopeSpec(dims, theta=256.0, frequency_dtype=dtype)
-    ours = rope_table(spec, Grid(*sizes, start_frame=30), dtype=dtype).cos_sin()
-    for mine, theirs in zip(ours, full_grid_table(sizes, dims, 256.0, dtype=dtype, start_frame=30), strict=True):
-        assert mine.is_contiguous()
-        assert torch.equal(mine, theirs)
+    actual = rope_table(spec, Grid(*sizes, start_frame=30), dtype=dtype).cos_sin()
+    for x, y in zip(actual, full_grid_table(sizes, dims, 256.0, dtype=dtype, start_frame=30), strict=True):
+        assert x.is_contiguous()
+        assert torch.equal(x, y)
 
 
 def test_dense_table_of_720p_equals_full_grid_build() -> None:
-    ours = rope_table(WAN, Grid(21, 45, 80), dtype=torch.float64).cos_sin()
-    for mine, theirs in zip(ours, full_grid_table((21, 45, 80), WAN.dims, 1e4, dtype=torch.float64), strict=True):
-        assert torch.equal(mine, theirs)
+    actual = rope_table(WAN, Grid(21, 45, 80), dtype=torch.float64).cos_sin()
+    for x, y in zip(actual, full_grid_table((21, 45, 80), WAN.dims, 1e4, dtype=torch.float64), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_dense_table_of_half_pairing_repeats_the_whole_row() -> None:
@@ -79,12 +79,12 @@ def test_dense_table_broadcasts_the_same_memory() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sixteen_bit_table_is_rounded_from_the_float32_one(dtype) -> None:
-    for ours, wide in zip(
+    for actual, wide in zip(
         rope_table(WAN, Grid(21, 30, 52), dtype=dtype).cos_sin(),
         full_grid_table((21, 30, 52), WAN.dims, 1e4, dtype=torch.float64),
         strict=True,
     ):
-        assert torch.equal(ours, wide.float().to(dtype))
+        assert torch.equal(actual, wide.float().to(dtype))
 
 
 @pytest.mark.parametrize(
@@ -103,8 +103,8 @@ def test_complex_table_holds_cos_and_sin(dtype, expected) -> None:
 def test_start_frame_is_a_slice_of_a_longer_table() -> None:
     longer = rope_table(SMALL, Grid(40, 4, 5)).cos_sin()
     later = rope_table(SMALL, Grid(3, 4, 5, start_frame=31)).cos_sin()
-    for whole, part in zip(longer, later, strict=True):
-        assert torch.equal(whole[31 * 20 : 34 * 20], part)
+    for whole, table in zip(longer, later, strict=True):
+        assert torch.equal(whole[31 * 20 : 34 * 20], table)
 
 
 def test_values_do_not_depend_on_the_callers_modes() -> None:
@@ -130,10 +130,10 @@ def test_rows_hold_the_axes_one_after_another_with_unused_columns_zero() -> None
     assert not table.rows[:, 96:, 2:].any()
     for axis, (size, dim, start) in enumerate(((3, 8, 33), (40, 6, 0), (5, 4, 0))):
         exact = truth(RopeSpec((dim,)), Grid(size, start_frame=start))
-        for ours, wanted in zip(table.axis(axis), exact, strict=True):
-            assert ours.shape == (size, dim // 2)
-            assert ours.untyped_storage().data_ptr() == table.rows.untyped_storage().data_ptr()
-            torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-14)
+        for actual, expected in zip(table.axis(axis), exact, strict=True):
+            assert actual.shape == (size, dim // 2)
+            assert actual.untyped_storage().data_ptr() == table.rows.untyped_storage().data_ptr()
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-14)
 
 
 def test_args_carry_what_the_caller_asks_for() -> None:
@@ -143,9 +143,9 @@ def test_args_carry_what_the_caller_asks_for() -> None:
     assert args.positions is None
     assert (args.prefix, args.inverse, args.exact, args.pairing) == (5, True, True, Pairing.HALF)
     assert (args.token_offset, args.count, args.first_rows) == (9, 9, table.first_rows)
-    given = torch.zeros(2, 4, 3, dtype=torch.int32)
-    assert table.args(positions=given).positions is given
-    assert table.args(positions=given).count == 4
+    positions = torch.zeros(2, 4, 3, dtype=torch.int32)
+    assert table.args(positions=positions).positions is positions
+    assert table.args(positions=positions).count == 4
 
 
 @pytest.mark.parametrize("positions", [torch.zeros(1, 4, 3), torch.zeros(4, 3).int(), torch.zeros(1, 4, 2).int()])
@@ -161,9 +161,9 @@ def test_args_refuse_a_negative_prefix() -> None:
 
 def test_repeated_call_returns_the_same_object_however_it_is_spelled() -> None:
     table = rope_table(SMALL, GRID)
-    again = RopeSpec([8, 6, 4], theta=10_000, scaling=[None, None, None])
+    respelled = RopeSpec([8, 6, 4], theta=10_000, scaling=[None, None, None])
     for device in (None, "cpu", "cpu:0", torch.device("cpu")):
-        assert rope_table(again, Grid(3, 4, 5), device=device) is table
+        assert rope_table(respelled, Grid(3, 4, 5), device=device) is table
     for shard in (Shard(), Shard(0, 1, axis=2)):
         assert rope_table(SMALL, GRID, shard=shard) is table
     assert cache_info().tables.entries == cache_info().tables.misses == 1
@@ -223,8 +223,8 @@ def test_form_is_an_entry_of_its_own_that_hits_and_counts_its_bytes(form) -> Non
     tensors = first if isinstance(first, tuple) else (first,)
     assert after.entries == before.entries + 1
     assert after.bytes - before.bytes == sum(t.numel() * t.element_size() for t in tensors)
-    again = getattr(table, form)()
-    assert all(a is b for a, b in zip(tensors, again if isinstance(again, tuple) else (again,), strict=True))
+    repeated = getattr(table, form)()
+    assert all(a is b for a, b in zip(tensors, repeated if isinstance(repeated, tuple) else (repeated,), strict=True))
     assert cache_info().tables.hits == after.hits + 1
 
 
@@ -243,14 +243,14 @@ def test_rows_written_to_are_noticed_and_never_reach_a_dense_form() -> None:
     table = rope_table(SMALL, GRID)
     table.axis(1)[0].zero_()
     oracle = full_grid_table(GRID.sizes, SMALL.dims, 1e4, dtype=torch.float64)
-    for mine, theirs in zip(table.cos_sin(), oracle, strict=True):
-        assert torch.equal(mine, theirs.float())
+    for x, y in zip(table.cos_sin(), oracle, strict=True):
+        assert torch.equal(x, y.float())
     with pytest.warns(RuntimeWarning, match="table cache was written to"):
-        again = rope_table(SMALL, GRID)
-    assert torch.equal(again.rows, expected)
-    again.cos_sin(broadcast=True)[1].add_(1)
+        repeated = rope_table(SMALL, GRID)
+    assert torch.equal(repeated.rows, expected)
+    repeated.cos_sin(broadcast=True)[1].add_(1)
     with pytest.warns(RuntimeWarning, match="table cache was written to"):
-        assert not again.cos_sin()[1][0].any()
+        assert not repeated.cos_sin()[1][0].any()
     assert cache_info().tables.rebuilds == 2
 
 
@@ -268,8 +268,8 @@ def test_threads_agree_and_build_each_table_once() -> None:
 
     cache_configure(max_entries=24)
     with ThreadPoolExecutor(8) as pool:
-        results = [set(found) for found in pool.map(ask, range(8))]
-    assert all(found == results[0] for found in results)
+        results = [set(tables) for tables in pool.map(ask, range(8))]
+    assert all(tables == results[0] for tables in results)
     assert cache_info().tables.misses == 24
 
 
@@ -324,8 +324,8 @@ def test_compiled_function_builds_its_table_without_a_graph_break_or_an_entry() 
     for start in (0, 3, 40):
         traced = compiled(x, start)
         assert cache_info().tables.entries == cache_info().axes.entries == 0
-        for ours, eager in zip(traced, scale(x, start), strict=True):
-            assert torch.equal(ours, eager)
+        for actual, eager in zip(traced, scale(x, start), strict=True):
+            assert torch.equal(actual, eager)
         cache_clear()
 
 
@@ -345,12 +345,12 @@ assert torch.equal(y, rope_table(spec, grid).cos_sin()[0])
 
 @pytest.mark.gpu
 def test_table_on_a_gpu_has_the_bits_of_the_cpu_one_and_is_not_built_during_capture() -> None:
-    here, there = rope_table(SMALL, GRID), rope_table(SMALL, GRID, device="cuda")
-    assert rope_table(SMALL, GRID, device="cuda:0") is there
-    for ours, theirs in zip((here.rows, *here.cos_sin()), (there.rows, *there.cos_sin()), strict=True):
-        assert torch.equal(ours, theirs.cpu())
+    on_cpu, on_gpu = rope_table(SMALL, GRID), rope_table(SMALL, GRID, device="cuda")
+    assert rope_table(SMALL, GRID, device="cuda:0") is on_gpu
+    for x, y in zip((on_cpu.rows, *on_cpu.cos_sin()), (on_gpu.rows, *on_gpu.cos_sin()), strict=True):
+        assert torch.equal(x, y.cpu())
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        assert rope_table(SMALL, GRID, device="cuda") is there
+        assert rope_table(SMALL, GRID, device="cuda") is on_gpu
         with pytest.raises(RuntimeError, match="once before the capture"):
             rope_table(SMALL, Grid(5, 5, 5), device="cuda")
 

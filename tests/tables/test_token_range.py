@@ -45,9 +45,9 @@ def expected_dense(shard: Shard | None, start: int, repeat: bool) -> tuple[torch
 @pytest.mark.parametrize("shard", SHARDS.values(), ids=SHARDS.keys())
 def test_dense_table_of_a_shard_is_its_part_of_the_whole(shard, repeat) -> None:
     grid = Grid(*GRID.sizes, start_frame=31)
-    ours = rope_table(SMALL, grid, shard=shard, dtype=torch.float64).cos_sin(repeat=repeat)
-    for mine, theirs in zip(ours, expected_dense(shard, 31, repeat), strict=True):
-        assert torch.equal(mine, theirs)
+    actual = rope_table(SMALL, grid, shard=shard, dtype=torch.float64).cos_sin(repeat=repeat)
+    for x, y in zip(actual, expected_dense(shard, 31, repeat), strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("shard", SHARDS.values(), ids=SHARDS.keys())
@@ -59,10 +59,10 @@ def test_positions_and_args_lead_to_the_rows_of_the_dense_table(shard) -> None:
     assert positions.dtype == torch.int32
     assert (args.count, args.pairs, args.sizes) == (len(cos), (4, 3, 2), table.sizes)
     for token in range(table.count):
-        rest, row = args.token_offset + token, []
-        inside = rest < math.prod(args.sizes)
+        index, row = args.token_offset + token, []
+        inside = index < math.prod(args.sizes)
         for axis in reversed(range(3)):
-            rest, coordinate = divmod(rest, args.sizes[axis])
+            index, coordinate = divmod(index, args.sizes[axis])
             row.insert(0, args.first_rows[axis] + coordinate if inside else -1)
         assert positions[0, token].tolist() == row
         for dense, rows in ((cos, args.rows[0]), (sin, args.rows[1])):
@@ -79,6 +79,6 @@ def test_seven_tokens_over_four_ranks_turn_as_on_one() -> None:
     """The last rank's second token is padding, and comes back as it is."""
     grid, x = Grid(7, 1, 1), torch.randn(1, 8, 2, 20)
     whole = rotate(x, rope_table(SMALL, grid), suffix=1)
-    parts = [rotate(part, rope_table(SMALL, grid, shard=Shard(rank, 4))) for rank, part in enumerate(x.chunk(4, dim=1))]
+    parts = [rotate(y, rope_table(SMALL, grid, shard=Shard(rank, 4))) for rank, y in enumerate(x.chunk(4, dim=1))]
     assert torch.equal(torch.cat(parts, dim=1)[:, :7], whole[:, :7])
     assert torch.equal(parts[3][:, 1], x[:, 7])

@@ -166,10 +166,10 @@ def _helios_history_inputs(model: Any, noise: Noise) -> dict[str, Any]:
 
     One list of frames serves the batch, as in the pipelines.
     """
-    long, mid, short, here = torch.arange(12).unsqueeze(0).split([5, 3, 2, 2], dim=1)
+    long, mid, short, current = torch.arange(12).unsqueeze(0).split([5, 3, 2, 2], dim=1)
     return {
         **_helios_inputs(model, noise),
-        "indices_hidden_states": here,
+        "indices_hidden_states": current,
         "indices_latents_history_short": short,
         "indices_latents_history_mid": mid,
         "indices_latents_history_long": long,

@@ -106,11 +106,11 @@ def _qwen21_inputs(
     model: Any, noise: Noise, layout: tuple[int | tuple[int, int, int], ...] = _LAYOUT
 ) -> dict[str, Any]:
     """Each image of h by w tokens has h w / 4 slots in the text; those of the target image follow the text."""
-    grids = [part for part in layout if isinstance(part, tuple)]
+    grids = [size for size in layout if isinstance(size, tuple)]
     slots = [
         slot
-        for part in layout
-        for slot in ([False] * part if isinstance(part, int) else [True] * (_count([part]) // 4))
+        for size in layout
+        for slot in ([False] * size if isinstance(size, int) else [True] * (_count([size]) // 4))
     ]
     text = len(slots) - _count(grids[-1:]) // 4
     valid = torch.ones(_BATCH, text, dtype=torch.bool)

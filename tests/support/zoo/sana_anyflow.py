@@ -132,11 +132,11 @@ def _sana_wm_inputs(model: Any, noise: Noise) -> dict[str, Any]:
 
 def _sana_wm_camera_inputs(model: Any, noise: Noise) -> dict[str, Any]:
     """Rays of cameras that turn and move, computed before, because the model computes them in float32 at least."""
-    turn = noise(_BATCH, 30).float() / 4
+    rotation = noise(_BATCH, 30).float() / 4
     rays = torch.eye(4).repeat(_BATCH, 30, 1, 1)
-    rays[..., 0, 0] = rays[..., 2, 2] = turn.cos()
-    rays[..., 0, 2], rays[..., 2, 0] = turn.sin(), -turn.sin()
-    rays[..., 2, 3] = turn.abs()
+    rays[..., 0, 0] = rays[..., 2, 2] = rotation.cos()
+    rays[..., 0, 2], rays[..., 2, 0] = rotation.sin(), -rotation.sin()
+    rays[..., 2, 3] = rotation.abs()
     cameras = {
         "absmap": noise(_BATCH, 3, 2, 3, 5),
         "P": rays.to(noise.dtype),
