@@ -127,7 +127,8 @@ class MemoizedMethod:
     """A memoized method of a model: an attribute of the instance, which shadows the method of the class.
 
     The model keeps its class, because its configuration stores the name of the class. The reference to the model is
-    weak, so that there is no cycle. A copy or a pickle of the model gets another object.
+    weak, because the model refers to this object: a cycle would delay the release of the model. A copy or a pickle of
+    the model gets another object.
     """
 
     def __init__(self, model: torch.nn.Module, method: str, record: Installed) -> None:
