@@ -91,14 +91,14 @@ def check(
     device, folder = "cpu" if options.rehearse else "cuda", options.results.resolve()
     say("\n".join(f"  {name:18} {value}" for name, value in [*environment(device).items(), *backends(device)]))
     parts = plan.rehearsal(folder) if options.rehearse else plan.parts(folder, options.peer_path)
-    done = taken_over(options.after, folder) if options.after else []
-    parts = unfinished(chosen_parts(parts, options.only), {row["check"] for row in done})
+    earlier_rows = take_over(options.after, folder) if options.after else []
+    parts = unfinished(chosen_parts(parts, options.only), {row["check"] for row in earlier_rows})
     record = Record(folder / CSV, device)
-    record.add(done)
-    found: list[Result] = []
+    record.add(earlier_rows)
+    results: list[Result] = []
 
     def add(result: Result) -> None:
-        found.append(result)
+        results.append(result)
         record.add([{**asdict(result), "seconds": round(result.seconds, 1)}])
 
     say("\n".join(announced(parts, deadline.left())))
@@ -110,8 +110,8 @@ def check(
         if not options.rehearse:
             for verdict in judged(folder):
                 add(verdict)
-        say("\n".join(["", *summary(found), f"results: {folder}"]))
-    return verdict_of(found)
+        say("\n".join(["", *summary(results), f"results: {folder}"]))
+    return verdict_of(results)
 
 
 def cannot_run(findings: Sequence[Finding]) -> str | None:
@@ -140,7 +140,7 @@ def backends(device: str) -> list[tuple[str, str]]:
     from dit_rope.rotation.choice import explain_backends
 
     try:
-        return [(f"backend {name}", said) for name, said in explain_backends(device)]
+        return [(f"backend {name}", reason) for name, reason in explain_backends(device)]
     except Exception as error:  # whatever a driver raises: the checks say more
         return [("backends", f"{type(error).__name__}: {error}")]
 
@@ -155,7 +155,9 @@ def chosen_parts(parts: Sequence[Part], words: Sequence[str] | None) -> list[Par
 
     chosen = []
     for part in parts:
-        checks = part.checks if holds(part.name) else tuple(filter(None, (_only(each, holds) for each in part.checks)))
+        checks = (
+            part.checks if holds(part.name) else tuple(filter(None, (_only(check, holds) for check in part.checks)))
+        )
         if checks:
             chosen.append(replace(part, checks=checks))
     if not chosen:
@@ -164,25 +166,25 @@ def chosen_parts(parts: Sequence[Part], words: Sequence[str] | None) -> list[Par
     return chosen
 
 
-def unfinished(parts: Sequence[Part], done: Container[str]) -> list[Part]:
+def unfinished(parts: Sequence[Part], finished: Container[str]) -> list[Part]:
     """The parts without the checks that are done."""
-    left = []
+    remaining = []
     for part in parts:
-        checks = tuple(filter(None, (_only(check, lambda name: name not in done) for check in part.checks)))
+        checks = tuple(filter(None, (_only(check, lambda name: name not in finished) for check in part.checks)))
         if checks:
-            left.append(replace(part, checks=checks))
-    return left
+            remaining.append(replace(part, checks=checks))
+    return remaining
 
 
-def _only(check: Check, wanted: Callable[[str], bool]) -> Check | None:
+def _only(check: Check, selects: Callable[[str], bool]) -> Check | None:
     """The check with those of its results whose name is wanted, or None without any; its own name stands for all."""
     if not check.reports:
-        return check if wanted(check.name) else None
-    reports = {argument: name for argument, name in check.reports.items() if wanted(name)}
+        return check if selects(check.name) else None
+    reports = {argument: name for argument, name in check.reports.items() if selects(name)}
     return replace(check, reports=reports) if reports else None
 
 
-def taken_over(earlier: Path, folder: Path) -> list[Row]:
+def take_over(earlier: Path, folder: Path) -> list[Row]:
     """Copies the figures of an earlier run to ``folder``, and gives its rows of checks that passed."""
     from benchmarks.results import read_csv
 
@@ -218,10 +220,10 @@ def judged(folder: Path) -> list[Result]:
 
 def summary(results: Sequence[Result]) -> list[str]:
     """The results as a table, and how many there are of each kind."""
-    width = max((len(result.check) for result in results), default=0)
+    width = max((len(each.check) for each in results), default=0)
     lines = [f"{each.check:{width}}  {each.result:8}  {each.seconds:6.1f} s  {each.detail}" for each in results]
     words = (PASSED, FAILED, SKIPPED, LEFT_OUT)
-    return [*lines, ", ".join(f"{sum(each.result == word for each in results)} {word}" for word in words)]
+    return [*lines, ", ".join(f"{sum(result.result == word for result in results)} {word}" for word in words)]
 
 
 def verdict_of(results: Sequence[Result]) -> int:

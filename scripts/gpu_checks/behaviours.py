@@ -53,10 +53,10 @@ class Setting:
             torch.cuda.synchronize()
 
 
-def expect(holds: bool, expected: str, got: object) -> None:
+def expect(holds: bool, expected: str, actual: object) -> None:
     """Fails with what was expected and what came."""
     if not holds:
-        raise AssertionError(f"expected {expected}, got {got}")
+        raise AssertionError(f"expected {expected}, got {actual}")
 
 
 def small_shapes(setting: Setting) -> str:
@@ -73,8 +73,8 @@ def small_shapes(setting: Setting) -> str:
         expect(all(map(torch.equal, copies, rotated)), "in place the bits of out of place", "others")
         for norm in NormKind:
             weights = [setting.noise(x.shape[3] * (x.shape[2] if norm.across_heads else 1)) for x in (q, k)]
-            how = {"prefix": 3, "suffix": 2, "norm": norm, "backend": setting.backend}
-            normed = dit_rope.norm_rotate_qk(q, k, table, *weights, **how)
+            options = {"prefix": 3, "suffix": 2, "norm": norm, "backend": setting.backend}
+            normed = dit_rope.norm_rotate_qk(q, k, table, *weights, **options)
             for index, (out, x) in enumerate(zip(normed, (q, k), strict=True)):
                 Expectation(table, 3, norm, weights).assert_right(out, x, index, f"{pairing.value}, {norm.value}")
             calls += 1
@@ -151,12 +151,12 @@ def torch_compile(setting: Setting) -> str:
     weights = [setting.noise(sum(DIMS)) for _ in range(2)]
 
     def rotated(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        turned_q, turned_k = dit_rope.rotate_qk(q * 2, k, table, backend=setting.backend)
-        return turned_q + 1, turned_k
+        rotated_q, rotated_k = dit_rope.rotate_qk(q * 2, k, table, backend=setting.backend)
+        return rotated_q + 1, rotated_k
 
     def normed(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        turned_q, turned_k = dit_rope.norm_rotate_qk(q * 2, k, table, *weights, backend=setting.backend)
-        return turned_q + 1, turned_k
+        rotated_q, rotated_k = dit_rope.norm_rotate_qk(q * 2, k, table, *weights, backend=setting.backend)
+        return rotated_q + 1, rotated_k
 
     for call in (rotated, normed):
         compiled = torch.compile(call, fullgraph=True, backend="inductor" if setting.real else "aot_eager")
@@ -255,13 +255,13 @@ def wan_without_copies(setting: Setting) -> str:
     with torch.inference_mode():
         expected = step()
         with dit_rope.patch(model, backend=setting.backend, exact=True):
-            got = step()
-        others = int((got != expected).sum())
-        expect(torch.equal(got, expected), "the unpatched bits from exact mode", f"{others} other elements")
+            actual = step()
+        others = int((actual != expected).sum())
+        expect(torch.equal(actual, expected), "the unpatched bits from exact mode", f"{others} other elements")
         before = [name for name in device_work(step, setting.device) if "HtoD" in name]
         with dit_rope.patch(model, backend=setting.backend, exact=False):
-            got = step()
-            torch.testing.assert_close(got, expected, rtol=0.1, atol=0.1)
+            actual = step()
+            torch.testing.assert_close(actual, expected, rtol=0.1, atol=0.1)
             copies = [name for name in device_work(step, setting.device) if "HtoD" in name]
     expect(not copies, "no host-to-device copy in the second step", f"{len(copies)}, unpatched {len(before)}")
     return "second step, and exact bits"
@@ -284,7 +284,7 @@ def report(name: str, setting: Setting) -> bool:
     """Runs one check and prints its result; whether it passed."""
     torch.manual_seed(0)
     try:
-        said = CHECKS[name](setting)
+        detail = CHECKS[name](setting)
         setting.synchronize()
     except Exception as error:  # whatever a kernel, its compiler or the driver raises
         if not isinstance(error, AssertionError):
@@ -292,7 +292,7 @@ def report(name: str, setting: Setting) -> bool:
         kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
         print(f"failed {name}: {kind}{' '.join(str(error).split())}", flush=True)
         return False
-    print(f"passed {name}: {said}", flush=True)
+    print(f"passed {name}: {detail}", flush=True)
     return True
 
 

@@ -88,13 +88,13 @@ KNOBS: dict[str, Callable[[Tuning, Plan], Iterator[Tuning]]] = {
 """What to try, in order: first what decides the blocks, then what a compiler is told, then what the caches are told."""
 
 
-def neighbours(knob: str, tuning: Tuning, make_plan: MakePlan, tried: set[Plan]) -> list[Tuning]:
+def neighbours(knob: str, tuning: Tuning, make_plan: MakePlan, plans: set[Plan]) -> list[Tuning]:
     """The values of one knob beside ``tuning`` whose plans are new; adds them to ``tried``."""
     new = []
     for candidate in KNOBS[knob](tuning, make_plan(tuning)):
         plan = make_plan(candidate)
-        if plan not in tried and is_possible(plan, candidate):
-            tried.add(plan)
+        if plan not in plans and is_possible(plan, candidate):
+            plans.add(plan)
             new.append(candidate)
     return new
 
@@ -102,8 +102,8 @@ def neighbours(knob: str, tuning: Tuning, make_plan: MakePlan, tried: set[Plan])
 def first_steps(make_plan: MakePlan) -> dict[str, Tuning]:
     """The defaults, and every value of one knob beside them, by a name that says what differs; each plan once."""
     default = Tuning()
-    tried = {make_plan(default)}
-    steps = [default, *(one for knob in KNOBS for one in neighbours(knob, default, make_plan, tried))]
+    plans = {make_plan(default)}
+    steps = [default, *(candidate for knob in KNOBS for candidate in neighbours(knob, default, make_plan, plans))]
     return {name_of(tuning): tuning for tuning in steps}
 
 

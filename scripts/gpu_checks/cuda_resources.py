@@ -126,9 +126,9 @@ def committed() -> dict[Kernel, dict[str, str]]:
     return {(row["plan"], row["arch"]): row for row in read_csv(RESULTS / f"{NAME}.csv")}
 
 
-def show(results: Iterable[Result], total: int, what: str) -> Iterable[Result]:
+def show(results: Iterable[Result], total: int, description: str) -> Iterable[Result]:
     """The same results, under a progress bar on standard error that disappears in the end."""
-    return track(results, what, total=total, transient=True, console=Console(stderr=True))
+    return track(results, description, total=total, transient=True, console=Console(stderr=True))
 
 
 def write_candidates() -> None:

@@ -53,8 +53,8 @@ def contract_seconds(backend: str) -> float:
 
 def environment() -> dict[str, str]:
     """What every check runs with: nothing installed of the project, and no download."""
-    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return {"PYTHONPATH": os.pathsep.join([*PATHS, *given]), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return {"PYTHONPATH": os.pathsep.join([*PATHS, *paths]), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def parts(results: Path, peer_paths: Sequence[str] = ()) -> list[Part]:

@@ -18,8 +18,8 @@ def device_work(call: Callable[[], object], device: str) -> list[str]:
     with profile(activities=activities) as profiler:
         call()
         _synchronize(device)
-    found = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
-    return [event.name for event in sorted(found, key=lambda event: event.time_range.start)]
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    return [event.name for event in sorted(events, key=lambda event: event.time_range.start)]
 
 
 def _synchronize(device: str) -> None:

@@ -41,25 +41,27 @@ def requirements() -> list[Requirement]:
         Requirement("cuda-bindings", _imported("cuda.bindings.driver", "cuda-bindings"), "pip install cuda-bindings"),
         Requirement("nvrtc", _nvrtc, "pip install nvidia-cuda-nvrtc, of torch's CUDA version"),
         *(
-            Requirement(name, _found(name), f"pip install {name}")
+            Requirement(name, _version_of(name), f"pip install {name}")
             for name in ("triton", "numpy", "einops", "pytest", "hypothesis")
         ),
     ]
     peers = "pip install 'dit-rope[bench]', or name their folders with --peer-path"
     return [
         *packages,
-        *(Requirement(name, _found(name), f"pip install {name}", optional=True) for name in ("typer", "rich")),
-        Requirement("pytest-xdist", _found("xdist", "pytest-xdist"), "pip install pytest-xdist", optional=True),
-        Requirement("diffusers", _found("diffusers"), "unpack its wheel into a folder on PYTHONPATH", optional=True),
+        *(Requirement(name, _version_of(name), f"pip install {name}", optional=True) for name in ("typer", "rich")),
+        Requirement("pytest-xdist", _version_of("xdist", "pytest-xdist"), "pip install pytest-xdist", optional=True),
+        Requirement(
+            "diffusers", _version_of("diffusers"), "unpack its wheel into a folder on PYTHONPATH", optional=True
+        ),
         Requirement("compute-sanitizer", _sanitizer, "install the CUDA toolkit, or set CUDA_HOME", optional=True),
         Requirement("peers", _peers, peers, optional=True),
     ]
 
 
-def survey(wanted: list[Requirement]) -> list[Finding]:
+def survey(needed: list[Requirement]) -> list[Finding]:
     """Looks for each requirement on this machine."""
     findings = []
-    for requirement in wanted:
+    for requirement in needed:
         try:
             findings.append(Finding(requirement, version=requirement.version()))
         except Exception as error:  # whatever a broken package raises when it is imported
@@ -95,7 +97,7 @@ def _imported(module: str, distribution: str) -> Callable[[], str]:
     return version
 
 
-def _found(module: str, distribution: str | None = None) -> Callable[[], str]:
+def _version_of(module: str, distribution: str | None = None) -> Callable[[], str]:
     """Looks for a module without importing it, which takes seconds: a broken one fails the checks that need it."""
 
     def version() -> str:
@@ -113,10 +115,10 @@ def _peers() -> str:
     """Which peers are there, without importing them: some start compilers or contexts on import."""
     from benchmarks.peers import MODULES
 
-    found = [name for name, modules in MODULES.items() if any(map(_is_there, modules))]
-    if not found:
+    names = [name for name, modules in MODULES.items() if any(map(_is_there, modules))]
+    if not names:
         raise ModuleNotFoundError(f"none of {', '.join(MODULES)}")
-    return ", ".join(found)
+    return ", ".join(names)
 
 
 def _is_there(module: str) -> bool:
@@ -129,7 +131,7 @@ def _is_there(module: str) -> bool:
 def _torch() -> str:
     import torch
 
-    numbers = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    numbers = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
     if numbers < TORCH_MINIMUM:
         raise RuntimeError(f"version must be at least {'.'.join(map(str, TORCH_MINIMUM))}, got {torch.__version__}")
     if torch.version.cuda is None:

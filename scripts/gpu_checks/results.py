@@ -60,10 +60,10 @@ def driver_version() -> str:
     """The version of the NVIDIA driver, as nvidia-smi prints it."""
     call = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=20)
+        process = subprocess.run(call, capture_output=True, text=True, check=False, timeout=20)
     except OSError:
         return "unknown"
-    return (done.stdout.strip().splitlines() or ["unknown"])[0]
+    return (process.stdout.strip().splitlines() or ["unknown"])[0]
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:

@@ -142,17 +142,17 @@ class Runner:
     def run(self, parts: Sequence[Part]) -> None:
         """Runs each part that fits into the time left when it is its turn; the others are left out."""
         for part in parts:
-            left = self._deadline.left()
-            if left < part.seconds:
-                reason = f"needs about {part.seconds:.0f} s, {max(left, 0):.0f} s were left"
+            seconds_left = self._deadline.left()
+            if seconds_left < part.seconds:
+                reason = f"needs about {part.seconds:.0f} s, {max(seconds_left, 0):.0f} s were left"
                 for name in part.results:
                     self._tell(Result(name, LEFT_OUT, 0.0, reason))
                 continue
-            self._say(f"-- {part.name}: about {part.seconds:.0f} s of the {left:.0f} s left")
+            self._say(f"-- {part.name}: about {part.seconds:.0f} s of the {seconds_left:.0f} s left")
             with ThreadPoolExecutor(len(part.checks)) as pool:
                 try:
-                    for each in [pool.submit(self._check, check) for check in part.checks]:
-                        each.result()
+                    for future in [pool.submit(self._check, check) for check in part.checks]:
+                        future.result()
                 except BaseException:  # such as a signal: the pool waits for what runs
                     self.end()
                     raise
@@ -175,36 +175,36 @@ class Runner:
         for name in check.needs:
             if name in self._missing:
                 verdict = SKIPPED if self._missing[name].optional else FAILED
-                for each in check.results:
-                    self._tell(Result(each, verdict, 0.0, f"needs {name}: {self._missing[name].reason}"))
+                for name_of_report in check.results:
+                    self._tell(Result(name_of_report, verdict, 0.0, f"needs {name}: {self._missing[name].reason}"))
                 return
         if check.reports:
-            self._each_report(check)
+            self._run_reports(check)
         else:
             result = self._run(check, (), lambda line: False)
             self._tell(replace(result, check=check.name))
 
-    def _each_report(self, check: Check) -> None:
+    def _run_reports(self, check: Check) -> None:
         """Runs the command until each of its arguments has a result."""
-        left = dict(check.reports)
-        while left:
+        pending = dict(check.reports)
+        while pending:
             verdicts: list[str] = []
             begun = time.monotonic()
 
             def hear(line: str, verdicts: list[str] = verdicts) -> bool:
                 nonlocal begun
-                said = _REPORT.fullmatch(line)
-                if said is None or said[2] not in left:
+                match = _REPORT.fullmatch(line)
+                if match is None or match[2] not in pending:
                     return False
-                verdicts.append(said[1])
+                verdicts.append(match[1])
                 begun, before = time.monotonic(), begun
-                self._tell(Result(left.pop(said[2]), said[1], begun - before, said[3]))
+                self._tell(Result(pending.pop(match[2]), match[1], begun - before, match[3]))
                 return True
 
-            ended = self._run(check, tuple(left), hear)
+            ended = self._run(check, tuple(pending), hear)
             # A failure may end a process before the rest had its turn; otherwise what had its turn has ended it.
-            if left and verdicts[-1:] != [FAILED]:
-                name = left.pop(next(iter(left)))
+            if pending and verdicts[-1:] != [FAILED]:
+                name = pending.pop(next(iter(pending)))
                 if ended.result == PASSED:
                     ended = replace(ended, result=FAILED, detail=f"no result was printed; last: {ended.detail}")
                 self._tell(replace(ended, check=name))
@@ -268,8 +268,8 @@ class Runner:
             return True
 
         try:
-            while process.poll() is None and (left := self._left(until)) > 0:
-                take(min(left, POLL_SECONDS))
+            while process.poll() is None and (remaining := self._seconds_left(until)) > 0:
+                take(min(remaining, POLL_SECONDS))
             cut = process.poll() is None and time.monotonic() < until
         finally:
             status = self._finish(process)
@@ -278,7 +278,7 @@ class Runner:
             pass
         return status, lines, cut
 
-    def _left(self, until: float) -> float:
+    def _seconds_left(self, until: float) -> float:
         return min(until - time.monotonic(), self._deadline.left())
 
     def _begin(self, check: Check, arguments: tuple[str, ...]) -> subprocess.Popen[str]:

@@ -32,7 +32,7 @@ from .candidates import KNOBS, first_steps, name_of, neighbours
 from .results import Record, result_path, table
 
 OPERATIONS = (Operation.ACROSS_HEADS, Operation.ROTATE, Operation.PER_HEAD, Operation.IN_PLACE)
-STILL = "nothing rotates"
+UNROTATED = "nothing rotates"
 KEPT = "kept"
 # What timings of one call differ by from run to run.
 LEAST_GAIN = 0.005
@@ -93,15 +93,15 @@ class Sweep:
 
     def measure(self) -> list[Row]:
         """One row for the copy, one for each candidate and step, and one for what is kept."""
-        kept = Tuning()
-        tried = {self.make_plan(kept)}
+        best = Tuning()
+        plans = {self.make_plan(best)}
         self._compile(first_steps(self.make_plan).values())
         for knob in KNOBS:
-            candidates = neighbours(knob, kept, self.make_plan, tried)
+            candidates = neighbours(knob, best, self.make_plan, plans)
             if candidates:
                 self._compile(candidates)
-                kept = self._step(knob, kept, candidates)
-        return [*self.rows, self._row(KEPT, name_of(kept), kept)]
+                best = self._step(knob, best, candidates)
+        return [*self.rows, self._row(KEPT, name_of(best), best)]
 
     def make_plan(self, tuning: Tuning) -> Plan:
         """The plan of the problem's call with some choices."""
@@ -113,45 +113,45 @@ class Sweep:
         norm = None if kind is None else Norm(kind, EPS, problem.weights)
         return cuda_kernels.plan_of((q, k), args, outs, norm, tuning)
 
-    def _step(self, knob: str, kept: Tuning, candidates: Sequence[Tuning]) -> Tuning:
+    def _step(self, knob: str, best: Tuning, candidates: Sequence[Tuning]) -> Tuning:
         """Times candidates beside what was kept so far; the fastest."""
         moved, calls = self.problem.data_bytes(), {}
         inputs = self.problem.inputs(input_sets(moved // 2, self.problem.device))
         measurements = {}
         if not self.rows:
             measurements = {COPY: self._captured(copy_of(self.problem), inputs)}
-        for tuning in (kept, *candidates):
+        for tuning in (best, *candidates):
             name = name_of(tuning)
             try:
                 with cuda_kernels.tuned(tuning):
                     call = rotation_call(self.problem, self.backend)
                     check_call(self.problem, call)
                     new = {name: call}
-                    if tuning is kept:
-                        new[STILL] = unrotated_call(self.problem, self.backend)
+                    if tuning is best:
+                        new[UNROTATED] = unrotated_call(self.problem, self.backend)
                 # With its choices whenever it is called: a graph keeps them, a host clock calls it anew.
                 tuned = cuda_kernels.tuned(tuning)
-                measurements |= {each: self._captured(tuned(one), inputs) for each, one in new.items()}
+                measurements |= {name: self._captured(tuned(tuning), inputs) for name, tuning in new.items()}
             except Exception as error:  # a candidate that fails must not lose the others
                 self.rows.append(self._row(knob, name, tuning, note=one_line(error), failed=True))
                 continue
             calls[name] = tuning
         timings = take_turns(measurements, self.rounds)
-        fastest = min(calls, key=lambda name: timings[name].median, default=name_of(kept))
-        before = timings.get(name_of(kept))
+        fastest = min(calls, key=lambda name: timings[name].median, default=name_of(best))
+        before = timings.get(name_of(best))
         if before is not None and timings[fastest].median > before.median * (1 - LEAST_GAIN):
-            fastest = name_of(kept)
+            fastest = name_of(best)
         for name, timing in timings.items():
             self.rows.append(self._row(knob, name, calls.get(name), timing, kept=name == fastest))
-        return calls.get(fastest, kept)
+        return calls.get(fastest, best)
 
     def _captured(self, call: Call, inputs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Measurement:
         """How to time a call, on a GPU without the time that the host takes for it."""
         device = self.problem.device
-        found = measurement([functools.partial(call, q, k) for q, k in inputs], device, 0)
-        if device.startswith("cuda") and found.timed_by != "graph replay":
+        timed_round = measurement([functools.partial(call, q, k) for q, k in inputs], device, 0)
+        if device.startswith("cuda") and timed_round.timed_by != "graph replay":
             raise RuntimeError("a candidate must be captured as a CUDA graph")
-        return found
+        return timed_round
 
     def _compile(self, tunings: Iterable[Tuning]) -> None:
         if not self.rehearse:

@@ -97,9 +97,9 @@ def _without_figure(name: str, expected: str, row: Row) -> Verdict:
 
 def _find(rows: Sequence[Row], run: str, shape: str, operation: str) -> Row:
     """Our row of a run, of a run of everything where there is no such, or an empty one."""
-    for wanted in (run, ALL_RUN):
+    for name_of_run in (run, ALL_RUN):
         for row in rows:
-            if (row["run"], row["shape"], row["operation"], row["variant"]) == (wanted, shape, operation, BACKEND):
+            if (row["run"], row["shape"], row["operation"], row["variant"]) == (name_of_run, shape, operation, BACKEND):
                 return row
     return {}
 

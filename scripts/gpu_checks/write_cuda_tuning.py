@@ -42,19 +42,19 @@ def entries(rows: Sequence[Row]) -> list[dict[str, Any]]:
     Raises:
         ValueError: no row says what was kept.
     """
-    kept = [row for row in rows if row["knob"] == KEPT]
-    if not kept:
+    best = [row for row in rows if row["knob"] == KEPT]
+    if not best:
         raise ValueError(f"a sweep must have rows of the knob {KEPT!r}, got {len(rows)} rows without one")
-    found = []
-    for row in kept:
+    entries = []
+    for row in best:
         heads, itemsize = int(row["heads"]), getattr(torch, row["dtype"]).itemsize
         where = {"device": row["device"], "operation": OPERATIONS[row["operation"]]}
         shape = {"heads": [heads, heads], "head_dim": int(row["head_dim"]), "itemsize": itemsize}
         choices = {field.name: _VALUES[str(field.type)](row[field.name]) for field in fields(Tuning)}
         differing = {name: value for name, value in choices.items() if value != getattr(DEFAULT, name)}
         if differing:
-            found.append({**where, **shape, **differing})
-    return found
+            entries.append({**where, **shape, **differing})
+    return entries
 
 
 def merged(before: Sequence[dict[str, Any]], rows: Sequence[Row]) -> list[dict[str, Any]]:

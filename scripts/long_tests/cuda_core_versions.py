@@ -38,7 +38,7 @@ PAIRS = (
 BUILD = "import stub_driver, pathlib, sys; stub_driver.build(pathlib.Path(sys.argv[1]))"
 
 
-def tried(core: str, bindings: str) -> Row:
+def tested(core: str, bindings: str) -> Row:
     """One row: how many tests passed, failed and were skipped over these versions."""
     counts, note = dict.fromkeys(("passed", "failed", "skipped"), 0), ""
     with tempfile.TemporaryDirectory() as folder:
@@ -50,16 +50,16 @@ def tried(core: str, bindings: str) -> Row:
         environment = stub_driver.environment(stub) | paths
         subprocess.run([sys.executable, "-c", BUILD, str(stub)], env=environment, check=True)
         command = [sys.executable, "-m", "pytest", "-q", "-rs", "--color=no", "-p", "no:cacheprovider"]
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, "tests/backends/launch_over_stub.py"], cwd=ROOT, env=environment, capture_output=True, text=True
         )
-    for number, what in re.findall(r"(\d+) (passed|failed|skipped)", done.stdout.splitlines()[-1]):
-        counts[what] = int(number)
-    if counts["failed"] or done.returncode:
-        print(done.stdout[-8000:], done.stderr[-2000:], sep="\n")
-        note = f"pytest ended with {done.returncode}"
+    for number, outcome in re.findall(r"(\d+) (passed|failed|skipped)", process.stdout.splitlines()[-1]):
+        counts[outcome] = int(number)
+    if counts["failed"] or process.returncode:
+        print(process.stdout[-8000:], process.stderr[-2000:], sep="\n")
+        note = f"pytest ended with {process.returncode}"
     elif counts["skipped"]:
-        note = "declined: " + re.findall(r"launch_over_stub\.py:\d+: (.*)", done.stdout)[0]
+        note = "declined: " + re.findall(r"launch_over_stub\.py:\d+: (.*)", process.stdout)[0]
     print(core, bindings, counts, note, flush=True)
     return {"cuda_core": core, "cuda_bindings": bindings, **counts, "note": note}
 
@@ -74,7 +74,7 @@ def main() -> None:
     reason = stub_driver.why_not()
     if reason is not None:
         parser.exit(2, f"{reason}\n")
-    rows = [tried(*pair) for pair in arguments.pair or PAIRS]
+    rows = [tested(*pair) for pair in arguments.pair or PAIRS]
     if not arguments.pair:
         print(write_results("cuda-core-versions", rows))
     if any(row["failed"] or str(row["note"]).startswith("pytest") for row in rows):

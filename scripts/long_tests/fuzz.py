@@ -88,14 +88,14 @@ def worker(strategy: str, backend: str, first: int, draws: int) -> None:
 
     kernels = Path(os.environ.get("DIT_ROPE_EMULATION_CACHE", ROOT / ".fuzz-kernels"))
     with prepared(kernels):
-        done, number = 0, first
-        while done < draws:
-            started, size = time.monotonic(), min(BATCH, draws - done)
+        finished, number = 0, first
+        while finished < draws:
+            started, size = time.monotonic(), min(BATCH, draws - finished)
             counts = run_batch(strategy, number, size)
             line = {"batch": number, "counts": counts, "seconds": time.monotonic() - started}
             print(json.dumps(line), flush=True)
             # What hypothesis draws is what it makes of a seed, which may be fewer than asked for.
-            done, number = done + max(1, sum(counts.values())), number + 1
+            finished, number = finished + max(1, sum(counts.values())), number + 1
 
 
 def rows_of(entries: list[dict[str, Any]]) -> list[dict[str, object]]:
@@ -125,11 +125,11 @@ def run(draws: int, checkpoint: Path, only: list[str]) -> list[dict[str, Any]]:
     """Strategies on their backends, each up to its share of the draws; goes on from ``checkpoint`` and adds to it."""
     entries = [json.loads(line) for line in checkpoint.read_text().splitlines()] if checkpoint.exists() else []
     for (strategy, backend), share in SHARES.items():
-        mine = [e for e in entries if (e["strategy"], e["backend"]) == (strategy, backend)]
-        missing = round(draws * share) - sum(sum(e["counts"].values()) for e in mine)
+        batches = [e for e in entries if (e["strategy"], e["backend"]) == (strategy, backend)]
+        missing = round(draws * share) - sum(sum(e["counts"].values()) for e in batches)
         if missing <= 0 or (only and strategy not in only):
             continue
-        first = 1 + max((e["batch"] for e in mine), default=-1)
+        first = 1 + max((e["batch"] for e in batches), default=-1)
         environment = os.environ | {"DIT_ROPE_BACKEND": backend}
         if backend == "triton":
             environment["TRITON_INTERPRET"] = "1"
@@ -153,12 +153,12 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "fuzz-checkpoint.jsonl")
     parser.add_argument("--only", nargs="*", default=[], help="strategies to draw from; all unless given")
     parser.add_argument("--worker", nargs=4, metavar=("STRATEGY", "BACKEND", "FIRST", "DRAWS"), help=argparse.SUPPRESS)
-    given_arguments = parser.parse_args()
-    if given_arguments.worker:
-        strategy, backend, first, draws = given_arguments.worker
+    arguments = parser.parse_args()
+    if arguments.worker:
+        strategy, backend, first, draws = arguments.worker
         worker(strategy, backend, int(first), int(draws))
         return
-    rows = rows_of(run(given_arguments.draws, given_arguments.checkpoint, given_arguments.only))
+    rows = rows_of(run(arguments.draws, arguments.checkpoint, arguments.only))
     for row in rows:
         print(f"{row['strategy']:<9} {row['backend']:<7} {row['outcome']:<8} {row['draws']:>7,}")
     print(f"wrote {write_results('fuzz', rows)}")

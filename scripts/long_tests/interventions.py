@@ -56,10 +56,10 @@ def work_through(example: str, chosen: list[str], file: Path, seconds: float) ->
     interventions_preload.torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    wanted = [one for one in INTERVENTIONS if one.name in chosen and one.ranks == 1]
+    single = [intervention for intervention in INTERVENTIONS if intervention.name in chosen and intervention.ranks == 1]
     parts_of(named(example))  # once, and with it what is imported late
     with file.open("a", encoding="utf-8") as lines:
-        for name, rows in forked(named(example), wanted, seconds):
+        for name, rows in forked(named(example), single, seconds):
             lines.write(json.dumps({"intervention": name, "rows": [asdict(row) for row in rows]}) + "\n")
             lines.flush()
 
@@ -72,16 +72,16 @@ def on_ranks(chosen: list[tuple[str, str]], folder: Path) -> None:
     with tempfile.TemporaryDirectory() as store, Ranks(RANKS, Path(store), seconds=120) as ranks:
         for example, name in chosen:
             answers = ranks.answers(on_rank, example, name)
-            rows = [row for good, found in answers if good for row in found]
-            failed = [found for good, found in answers if not good]
+            rows = [row for good, answer in answers if good for row in answer]
+            failed = [answer for good, answer in answers if not good]
             if failed:
-                group = next(one.group for one in INTERVENTIONS if one.name == name)
+                group = next(intervention.group for intervention in INTERVENTIONS if intervention.name == name)
                 rows = [asdict(Row(example, group, name, "", "", judge.CRASHED, failed[0].strip().rpartition("\n")[2]))]
             with (folder / f"{example}.jsonl").open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"intervention": name, "rows": rows}) + "\n")
 
 
-def done(folder: Path, example: str) -> dict[str, list[Row]]:
+def finished(folder: Path, example: str) -> dict[str, list[Row]]:
     """The rows of an example that are in the work folder, by intervention."""
     file = folder / f"{example}.jsonl"
     if not file.exists():
@@ -92,9 +92,13 @@ def done(folder: Path, example: str) -> dict[str, list[Row]]:
 
 def write(folder: Path, chosen: list[Intervention], results: Path) -> list[Row]:
     """Writes the tables of all that is in the work folder so far, and returns its rows."""
-    wanted = {one.name for one in chosen}
+    selected = {intervention.name for intervention in chosen}
     rows = [
-        row for one in EXAMPLES for name, found in done(folder, one.name).items() if name in wanted for row in found
+        row
+        for example in EXAMPLES
+        for name, example_rows in finished(folder, example.name).items()
+        if name in selected
+        for row in example_rows
     ]
     if rows:
         write_csv(results / "interventions.csv", tables.counts(rows), "cpu")
@@ -107,9 +111,9 @@ def write(folder: Path, chosen: list[Intervention], results: Path) -> list[Row]:
 
 def share_of(example: str, chosen: list[Intervention], share: int) -> list[Intervention]:
     """Those of the interventions that an example meets where one pair in ``share`` is run."""
-    first = [one.name for one in EXAMPLES].index(example)
-    numbers = {one.name: number for number, one in enumerate(INTERVENTIONS, first)}
-    return [one for one in chosen if numbers[one.name] % share == 0]
+    first = [other.name for other in EXAMPLES].index(example)
+    numbers = {intervention.name: number for number, intervention in enumerate(INTERVENTIONS, first)}
+    return [intervention for intervention in chosen if numbers[intervention.name] % share == 0]
 
 
 def run(names: list[str], chosen: list[Intervention], folder: Path, options: argparse.Namespace) -> None:
@@ -119,9 +123,17 @@ def run(names: list[str], chosen: list[Intervention], folder: Path, options: arg
     context.set_forkserver_preload(["long_tests.interventions_preload"])
     missing = {}
     for name in names:
-        ended = done(folder, name)
-        missing[name] = [one.name for one in share_of(name, chosen, options.share) if one.name not in ended]
-    waiting = [name for name in names if any(one.ranks == 1 and one.name in missing[name] for one in chosen)]
+        ended = finished(folder, name)
+        missing[name] = [
+            intervention.name
+            for intervention in share_of(name, chosen, options.share)
+            if intervention.name not in ended
+        ]
+    waiting = [
+        name
+        for name in names
+        if any(intervention.ranks == 1 and intervention.name in missing[name] for intervention in chosen)
+    ]
     running: dict[Any, tuple[str, Any, float]] = {}
     while waiting or running:
         while waiting and len(running) < options.jobs:
@@ -138,7 +150,12 @@ def run(names: list[str], chosen: list[Intervention], folder: Path, options: arg
             took = time.monotonic() - started
             print(f"{name}: {took:.0f} s, {len(bad)} bad cases, ended with {process.exitcode}", flush=True)
             print(*(f"  {tables.line(row)}" for row in bad), sep="\n", flush=True)
-    pairs = [(name, one.name) for name in names for one in chosen if one.ranks > 1 and one.name in missing[name]]
+    pairs = [
+        (name, intervention.name)
+        for name in names
+        for intervention in chosen
+        if intervention.ranks > 1 and intervention.name in missing[name]
+    ]
     if pairs:
         on_ranks(pairs, folder)
 
@@ -155,9 +172,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "interventions", help="folder to go on from")
     parser.add_argument("--seconds", type=float, default=900, help="that one example may take under one intervention")
     options = parser.parse_args()
-    chosen = [one for one in INTERVENTIONS if any(only in one.name or only == one.group for only in options.only)]
-    chosen = [one for one in chosen if one.quick or not options.quick]
-    names = options.examples or (list(QUICK) if options.quick else [one.name for one in EXAMPLES])
+    chosen = [
+        intervention
+        for intervention in INTERVENTIONS
+        if any(only in intervention.name or only == intervention.group for only in options.only)
+    ]
+    chosen = [intervention for intervention in chosen if intervention.quick or not options.quick]
+    names = options.examples or (list(QUICK) if options.quick else [example.name for example in EXAMPLES])
     folder = options.work / str(environment("cpu")["commit"])
     folder.mkdir(parents=True, exist_ok=True)
     run(names, chosen, folder, options)

@@ -91,10 +91,10 @@ def check(
     """
     for mutation in mutations:
         mutation.applied((root / mutation.file).read_text())
-    kept = work / "outcomes.json"
-    known: dict[str, list[object]] = json.loads(kept.read_text()) if kept.exists() else {}
+    outcomes_file = work / "outcomes.json"
+    outcomes: dict[str, list[object]] = json.loads(outcomes_file.read_text()) if outcomes_file.exists() else {}
     keys = {mutation.name: _key(root, mutation) for mutation in mutations}
-    todo = [mutation for mutation in mutations if keys[mutation.name] not in known]
+    todo = [mutation for mutation in mutations if keys[mutation.name] not in outcomes]
     print(f"{len(mutations)} mutations, {len(mutations) - len(todo)} known from earlier runs", flush=True)
     broken: dict[tuple[tuple[str, ...], str], str] = {}
     # Right before the first fault that each guards, so that a run that is stopped has something to show.
@@ -123,15 +123,15 @@ def check(
             survived = "equivalent" if run.mutation.equivalent else "survived"
             outcome = Outcome(survived if code == _PASSED else "caught", by, seconds)
             print(f"{outcome.result:>10} {run.mutation.name} {seconds} s {by}", flush=True)
-            known[keys[run.mutation.name]] = [outcome.result, outcome.by, outcome.seconds]
-            kept.write_text(json.dumps(known, indent=1))
+            outcomes[keys[run.mutation.name]] = [outcome.result, outcome.by, outcome.seconds]
+            outcomes_file.write_text(json.dumps(outcomes, indent=1))
     for mutation in mutations:
         if mutation.command in broken:  # what was caught says nothing
-            known.pop(keys[mutation.name], None)
+            outcomes.pop(keys[mutation.name], None)
     if broken:
-        kept.write_text(json.dumps(known, indent=1))
+        outcomes_file.write_text(json.dumps(outcomes, indent=1))
         raise ValueError(f"tests must pass without a mutation, got {broken}")
-    return {m.name: Outcome(*known[keys[m.name]]) for m in mutations}  # type: ignore[arg-type]
+    return {m.name: Outcome(*outcomes[keys[m.name]]) for m in mutations}  # type: ignore[arg-type]
 
 
 def _run_all(
@@ -149,17 +149,17 @@ def _run_all(
                 running.append(_start(mutation, command, free.pop()))
             time.sleep(0.02)
             for run in list(running):
-                done, status = os.waitpid(run.process, os.WNOHANG)
+                ended, status = os.waitpid(run.process, os.WNOHANG)
                 late = time.monotonic() - run.begun > timeout
-                if not done and not late:
+                if not ended and not late:
                     continue
-                if not done:
+                if not ended:
                     _kill(run)
                 running.remove(run)
                 if run.mutation is not None:
                     shutil.copyfile(root / run.mutation.file, run.slot / run.mutation.file)
                 free.append(run.slot)
-                yield run, os.waitstatus_to_exitcode(status) if done else None
+                yield run, os.waitstatus_to_exitcode(status) if ended else None
     finally:
         for run in running:
             _kill(run)
@@ -231,8 +231,8 @@ def _first_failure(log: Path, code: int | None) -> str:
     if code in _STOPPED:
         return "timeout"
     text = log.read_text(errors="replace") if log.exists() else ""
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
-    return found.group(1) if found else "" if code == _PASSED else f"exit status {code}"
+    match = re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
+    return match.group(1) if match else "" if code == _PASSED else f"exit status {code}"
 
 
 def preload(names: Iterable[str] = PRELOADED) -> None:

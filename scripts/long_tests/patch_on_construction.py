@@ -58,11 +58,11 @@ class PatchOnConstruction:
     def remove(self) -> None:
         """Gives every class its own methods back, or its inherited ones; a second call does nothing."""
         while self._replaced:
-            cls, method, own = self._replaced.pop()
-            if own is None:
+            cls, method, original = self._replaced.pop()
+            if original is None:
                 delattr(cls, method)
             else:
-                setattr(cls, method, own)
+                setattr(cls, method, original)
 
     # Both wrappers keep the signature, from which diffusers reads the configuration, and act for the model's own class
     # only: a subclass that calls them through super() is another model, or is not done.

@@ -34,15 +34,14 @@ import dit_rope
 from dit_rope import Grid, Pairing, RopeSpec, Scaling, Shard
 from dit_rope.hooks import formats
 from dit_rope.hooks.adapter import EVERY, ModelTables
-from dit_rope.hooks.class_override import PatchState, override_method, release_all
-from dit_rope.hooks.rope_modules import RopeOverride, TableSettings, forget
+from dit_rope.hooks.class_override import release_all
 from dit_rope.tables import table as tables
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
 
 from benchmarks.results import write_results
-from known_classes import known
+from known_classes import known, memoize
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "soak.svg"
 SAMPLES = 100
@@ -89,7 +88,7 @@ class Requests:
         self.image = self._pair(64)
         self.kinds: tuple[Callable[[bool], None], ...] = (self.table, self.dense, self.model_table, self.packed)
 
-    def one(self, checked: bool) -> None:
+    def check_request(self, checked: bool) -> None:
         """One request; one in two thousand first clears, sets other caps, or writes into a table."""
         if self.draw.random() < 0.0005:
             self.disturb()
@@ -111,8 +110,8 @@ class Requests:
         spec, grid, shard, dtype = self._drawn()
         table = dit_rope.rope_table(spec, grid, shard=shard, dtype=dtype)
         if checked:
-            anew = tables.build_table(spec, grid, device=CPU, dtype=dtype)
-            assert torch.equal(table.rows, anew.rows)  # a shard shares the rows of the whole
+            rebuilt = tables.build_table(spec, grid, device=CPU, dtype=dtype)
+            assert torch.equal(table.rows, rebuilt.rows)  # a shard shares the rows of the whole
 
     def dense(self, checked: bool) -> None:
         """A table and one of its forms."""
@@ -137,14 +136,12 @@ class Requests:
         """What a patched rope module gives; one in fifty is undone, and another takes its place."""
         at = self.draw.randrange(len(self.ropes))
         if self.draw.random() < 0.02:
-            rope, settings = self.ropes[at]
-            forget(settings)
-            release_all(rope)
+            release_all(self.ropes[at])
             self.ropes[at] = self._rope()
-        (rope, _), hidden = self.ropes[at], torch.empty(1, self.draw.randint(1, 600), 0)
-        given = rope(hidden)
+        rope, hidden = self.ropes[at], torch.empty(1, self.draw.randint(1, 600), 0)
+        outputs = rope(hidden)
         if checked:
-            assert all(map(torch.equal, given, Rope.forward(rope, hidden)))
+            assert all(map(torch.equal, outputs, Rope.forward(rope, hidden)))
 
     def packed(self, checked: bool) -> None:
         """Packed tables of tensors that die, alone and beside one that stays."""
@@ -165,11 +162,10 @@ class Requests:
         else:
             dit_rope.rope_table(RopeSpec((8, 4, 4)), Grid(2, 2, 2)).rows.add_(1.0)
 
-    def _rope(self) -> tuple[Rope, TableSettings]:
+    def _rope(self) -> Rope:
         rope = Rope(self.draw.uniform(10.0, 10_000.0))
-        settings = TableSettings(ModelTables("rope", "Rope", keyed_by_shape=EVERY), ("hidden",))
-        override_method(rope, RopeOverride, settings, PatchState(), "forward")
-        return rope, settings
+        memoize(rope, ModelTables("rope", "Rope", keyed_by_shape=EVERY), ("hidden",))
+        return rope
 
     def _pair(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = (formats.repeat(torch.rand(tokens, 8), Pairing.INTERLEAVED) for _ in range(2))
@@ -187,14 +183,16 @@ def soak(count: int, seed: int) -> Iterator[Sample]:
     requests = Requests(seed)
     every = max(1, count // SAMPLES)
     for number in range(1, count + 1):
-        requests.one(number % CHECKED_EVERY == 0)
+        requests.check_request(number % CHECKED_EVERY == 0)
         if number % every == 0:
             gc.collect()
             infos = dit_rope.cache_info()
-            parts = (infos.tables, infos.axes, infos.angles, infos.models)
-            assert all(part.bytes <= part.max_bytes and part.entries <= part.max_entries for part in parts)
-            totals = [sum(getattr(part, name) for part in parts) for name in ("entries", "hits", "misses", "evictions")]
-            yield Sample(number, resident_mib(), sum(part.bytes for part in parts) / 2**20, *totals)
+            caches = (infos.tables, infos.axes, infos.expanded, infos.models)
+            assert all(info.bytes <= info.max_bytes and info.entries <= info.max_entries for info in caches)
+            totals = [
+                sum(getattr(info, name) for info in caches) for name in ("entries", "hits", "misses", "evictions")
+            ]
+            yield Sample(number, resident_mib(), sum(info.bytes for info in caches) / 2**20, *totals)
 
 
 def growth(samples: list[Sample]) -> float:

@@ -61,8 +61,8 @@ def constraints(pins: str, installed: Sequence[str]) -> list[str]:
     """
     names = {_name(line) for line in installed}
     others = [line for line in pins.splitlines() if "==" in line and not line.startswith("#")]
-    kept = [line for line in installed if _name(line) not in _OF_VENV]
-    return [*kept, *(line for line in others if _name(line) not in names)]
+    pinned = [line for line in installed if _name(line) not in _OF_VENV]
+    return [*pinned, *(line for line in others if _name(line) not in names)]
 
 
 _OF_VENV = ("pip", "setuptools")
@@ -91,9 +91,9 @@ def run_tests(python: Path, options: Sequence[str], report: Path) -> Row:
     started = time.monotonic()
     command = [str(python), "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider"]
     paths = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, f"--junit-xml={report}", *options, *chosen_tests()], cwd=ROOT, env=paths)
-    if done.returncode not in (0, 1):
-        raise SystemExit(f"pytest must run the tests, got exit code {done.returncode} under {python}")
+    process = subprocess.run([*command, f"--junit-xml={report}", *options, *chosen_tests()], cwd=ROOT, env=paths)
+    if process.returncode not in (0, 1):
+        raise SystemExit(f"pytest must run the tests, got exit code {process.returncode} under {python}")
     seconds = time.monotonic() - started
     return {**counts(report.read_text()), "seconds": round(seconds)}
 
@@ -113,8 +113,8 @@ def versions_of(python: Path) -> Row:
         "print(json.dumps({'triton': triton.__version__, 'cuda': torch.version.cuda or '', "
         "'torch': torch.__version__, 'python': platform.python_version()}))"
     )
-    found: Row = json.loads(subprocess.run([python, "-c", program], check=True, capture_output=True).stdout)
-    return found
+    versions: Row = json.loads(subprocess.run([python, "-c", program], check=True, capture_output=True).stdout)
+    return versions
 
 
 def main() -> None:
@@ -123,18 +123,18 @@ def main() -> None:
     parser.add_argument("--torch", action="append", help=f"a version; by default {', '.join(VERSIONS)}")
     parser.add_argument("--work-dir", type=Path, help="where environments are made and kept, and found again")
     parser.add_argument("options", nargs="*", help="options of pytest, after --")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     failed = []
     with tempfile.TemporaryDirectory() as temporary:
-        for torch in given.torch or VERSIONS:
-            folder = (given.work_dir or Path(temporary)) / f"torch-{torch}"
+        for torch in arguments.torch or VERSIONS:
+            folder = (arguments.work_dir or Path(temporary)) / f"torch-{torch}"
             python = folder / "bin" / "python"
             if not python.exists():
                 make_environment(torch, folder)
-            row = {**versions_of(python), **run_tests(python, given.options, folder / "report.xml")}
+            row = {**versions_of(python), **run_tests(python, arguments.options, folder / "report.xml")}
             write_row(RESULT, row)
             failed += [torch] if row["failed"] else []
-            if given.work_dir is None:
+            if arguments.work_dir is None:
                 shutil.rmtree(folder)
     print(f"wrote {RESULT.relative_to(ROOT)}; tests fail under: {', '.join(failed) or 'none'}")
     if failed:
@@ -145,8 +145,8 @@ def write_row(path: Path, row: Row) -> None:
     """Puts a row in the place of the one of its version of torch; rows of other versions stay."""
     measured = environment("cpu")
     machine = {name: measured[name] for name in ("device", "cuda", "torch", "python", "commit")}
-    kept = [each for each in (read_csv(path) if path.exists() else ()) if each["torch"] != row["torch"]]
-    rows = sorted([*kept, {**machine, **row}], key=lambda each: [int(n) for n in re.findall(r"\d+", each["torch"])])
+    earlier = [old for old in (read_csv(path) if path.exists() else ()) if old["torch"] != row["torch"]]
+    rows = sorted([*earlier, {**machine, **row}], key=lambda row: [int(n) for n in re.findall(r"\d+", row["torch"])])
     write_rows(path, rows, machine)
 
 

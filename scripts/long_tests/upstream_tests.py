@@ -106,7 +106,7 @@ def read_outcomes(results: Path) -> dict[str, Outcome]:
 
 def _outcome(test_class: str, cases: list[ElementTree.Element]) -> Outcome:
     parts = {part.tag: part for case in reversed(cases) for part in case}
-    noted = [(part.attrib["name"], part.attrib["value"]) for case in cases for part in case.iter("property")]
+    properties = [(part.attrib["name"], part.attrib["value"]) for case in cases for part in case.iter("property")]
     kind, why = "passed", ""
     if "failure" in parts or "error" in parts:
         message = parts.get("failure", parts.get("error")).attrib.get("message", "")
@@ -117,10 +117,10 @@ def _outcome(test_class: str, cases: list[ElementTree.Element]) -> Outcome:
     return Outcome(
         kind,
         why,
-        model_class=dict(noted).get("model_class", test_class),
-        patched=int(dict(noted).get("patched", 0)),
-        refused=tuple(value for name, value in noted if name == "refused"),
-        returned=dict(noted).get("returned", ""),
+        model_class=dict(properties).get("model_class", test_class),
+        patched=int(dict(properties).get("patched", 0)),
+        refused=tuple(value for name, value in properties if name == "refused"),
+        returned=dict(properties).get("returned", ""),
     )
 
 
@@ -148,7 +148,7 @@ def differences(plain: dict[str, Outcome], patched: dict[str, Outcome]) -> Itera
 def report(runs: Runs, results: str) -> int:
     """Writes the table of all results there are, prints what differs or was refused, and counts what differs."""
     rows: list[dict[str, object]] = []
-    found = 0
+    differing = 0
     for path in sorted((runs.work / "patched").rglob("*.xml")):
         file = str(path.relative_to(runs.work / "patched").with_suffix(""))
         if not runs.results("plain", file).exists():
@@ -156,13 +156,13 @@ def report(runs: Runs, results: str) -> int:
         plain, patched = (read_outcomes(runs.results(mode, file)) for mode in MODES)
         rows += [{**row, "diffusers": version("diffusers")} for row in count(file, plain, patched)]
         for line in differences(plain, patched):
-            found += 1
+            differing += 1
             print(f"{file}::{line}")
         for reason, times in Counter(why for outcome in patched.values() for why in outcome.refused).items():
             print(f"{file}: refused in {times} tests: {reason}")
     if rows:
         print(f"{len(rows)} rows in {write_results(results, rows)}")
-    return found
+    return differing
 
 
 def main(

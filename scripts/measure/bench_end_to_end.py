@@ -114,10 +114,10 @@ def main(
     console = console if console.is_terminal else Console(width=120)
     with Progress(*columns, console=console, transient=True) as bar:
         for target in targets or ARCHITECTURES:
-            for each in dtypes:
-                done = measure(target, each, options, bar)
-                rows += done
-                show(done, console)
+            for dtype in dtypes:
+                rows_of_target = measure(target, dtype, options, bar)
+                rows += rows_of_target
+                show(rows_of_target, console)
     console.print(str(write_results(f"end-to-end-{device.partition(':')[0]}", rows, device)), highlight=False)
 
 
@@ -167,7 +167,7 @@ def steps_of(
         for count, guided in SCENARIOS:
             passes, batch = architecture.guided(guided)
             scenarios.setdefault(batch, []).append(({"steps": count, "guided": guided}, count * passes))
-        for batch, those in scenarios.items():
+        for batch, scenarios_of_batch in scenarios.items():
             step = architecture_step(
                 architecture,
                 device=options.device,
@@ -178,7 +178,11 @@ def steps_of(
                 batch=batch,
             )
             layers = options.layers or "all"
-            yield {"model": target, "layers": layers, "grid": "x".join(map(str, grid)), "batch": batch}, step, those
+            yield (
+                {"model": target, "layers": layers, "grid": "x".join(map(str, grid)), "batch": batch},
+                step,
+                scenarios_of_batch,
+            )
 
 
 def recorded(target: str, dtype: DType, options: Options) -> Step:
@@ -228,8 +232,8 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         console.print(f"whole runs by default, times as fast: {'; '.join(whole)}", highlight=False)
         shares = {kind: first[0][f"share_{kind.replace(' ', '_')}"] for kind in KINDS}
         if None not in shares.values():
-            parts = ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in shares.items())
-            console.print(f"unpatched: {parts}", highlight=False)
+            words = ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in shares.items())
+            console.print(f"unpatched: {words}", highlight=False)
             rope = first[0]["share_rope"]
             console.print(f"rope: {100 * rope:.1f} %, so at most {_most(rope)} times as fast\n", highlight=False)
 

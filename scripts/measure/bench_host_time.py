@@ -53,7 +53,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROCESSES, TURNS = 15, 101
 ATTENTION = ("wan", "flux", "hunyuan-video", "qwen-image")
 BARE = "unpatched, without rotary tensors"
-OWN, BUILT, FOUND, PACKED = (
+UNPATCHED, BUILT, LATER_PASSES, PACKED = (
     "unpatched",
     "patched, built in every pass",
     "patched, found again",
@@ -78,36 +78,36 @@ def rope_cases(example: Example) -> dict[str, Callable[[], None]]:
 
     pack = Format._packed
     dit_rope.patch(model, exact=False)
-    for each in plan.tables:
-        target, method = each.target, each.tables.method
-        patched, own = getattr(target, method), unpatched_method(target, method)
+    for table in plan.tables:
+        target, method = table.target, table.tables.method
+        patched, unpatched = getattr(target, method), unpatched_method(target, method)
 
-        def watched(*args: Any, patched: Any = patched, own: Any = own, **kwargs: Any) -> Any:
-            calls.append((functools.partial(own, *args, **kwargs), functools.partial(patched, *args, **kwargs)))
+        def watched(*args: Any, patched: Any = patched, unpatched: Any = unpatched, **kwargs: Any) -> Any:
+            calls.append((functools.partial(unpatched, *args, **kwargs), functools.partial(patched, *args, **kwargs)))
             return patched(*args, **kwargs)
 
         vars(target)[method] = watched
     with mock.patch.object(table_keys, "_by_value", no_value), mock.patch.object(Format, "_packed", note):
         example.run(model, inputs)
-    for each in plan.tables:
-        del vars(each.target)[each.tables.method]
+    for table in plan.tables:
+        del vars(table.target)[table.tables.method]
 
-    own, patched = [call for call, _ in calls], [call for _, call in calls]
-    found = repeated(lambda: run_all(patched), PASSES)
+    unpatched, patched = [call for call, _ in calls], [call for _, call in calls]
+    call_patched = repeated(lambda: run_all(patched), PASSES)
 
     by_value = table_keys._by_value
 
     def built() -> None:
         table_keys._by_value = no_value  # mock.patch takes longer than the calls
         try:
-            found()
+            call_patched()
         finally:
             table_keys._by_value = by_value
 
     return {
-        OWN: repeated(lambda: run_all(own), PASSES),
+        UNPATCHED: repeated(lambda: run_all(unpatched), PASSES),
         BUILT: built,
-        FOUND: found,
+        LATER_PASSES: call_patched,
         PACKED: repeated(lambda: run_all(list(packed.values())), PASSES),
     }
 
@@ -121,23 +121,23 @@ def attention_cases(example: Example) -> dict[str, Callable[[], object]]:
     """Calls of the first attention module of a model, with what a forward pass of it gives that module."""
     model = example.build()
     patched = {exact: example.build() for exact in (True, False)}
-    handles = [dit_rope.patch(one, exact=exact) for exact, one in patched.items()]
+    handles = [dit_rope.patch(twin, exact=exact) for exact, twin in patched.items()]
     path = handles[0]._plans[0].rotations[0].path
-    seen: list[tuple[Any, Any]] = []
-    for one in (model, *patched.values()):
-        module = one.get_submodule(path)
-        hook = module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
-        example.forward(one)
+    calls: list[tuple[Any, Any]] = []
+    for twin in (model, *patched.values()):
+        module = twin.get_submodule(path)
+        hook = module.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+        example.forward(twin)
         hook.remove()
-    args, kwargs = seen[0]
+    args, kwargs = calls[0]
     bare = (
         tuple(None if isinstance(x, tuple) else x for x in args),
         {name: None if "rotary" in name else value for name, value in kwargs.items()},
     )
-    own = model.get_submodule(path)
-    cases: dict[str, Callable[[], object]] = {BARE: lambda: own(*bare[0], **bare[1])}
-    for (exact, one), (args, kwargs) in zip(patched.items(), seen[1:], strict=True):
-        module = one.get_submodule(path)
+    unpatched = model.get_submodule(path)
+    cases: dict[str, Callable[[], object]] = {BARE: lambda: unpatched(*bare[0], **bare[1])}
+    for (exact, twin), (args, kwargs) in zip(patched.items(), calls[1:], strict=True):
+        module = twin.get_submodule(path)
         name = "patched, exact mode" if exact else "patched, fast mode without the norms"
         cases[name] = functools.partial(in_a_pass, module, args, kwargs)
     return cases
@@ -153,7 +153,7 @@ def in_a_pass(module: torch.nn.Module, args: Any, kwargs: Any) -> object:
 def attention_modules(rounds: int) -> list[dict[str, object]]:
     """Rows for some models: of one call of an attention module."""
     rows: list[dict[str, object]] = []
-    for example in (one for one in EXAMPLES if one.name in ATTENTION):
+    for example in (candidate for candidate in EXAMPLES if candidate.name in ATTENTION):
         print(example.name)
         cases = attention_cases(example)
         with mock.patch.object(ops, "rotate", lambda xs, *_, **__: list(xs)):
@@ -173,10 +173,10 @@ def driver_calls(processes: int, beside: Path | None) -> list[dict[str, object]]
         for _ in range(processes):
             for root in filter(None, (beside, ROOT)):
                 command = [sys.executable, str(Path(__file__).with_name("driver_host_time.py")), str(TURNS)]
-                done = subprocess.run(
+                process = subprocess.run(
                     command, env=environment | {"PYTHONPATH": str(root)}, check=True, capture_output=True, text=True
                 )
-                for call, microseconds in json.loads(done.stdout).items():
+                for call, microseconds in json.loads(process.stdout).items():
                     times.setdefault((f"commit {commit_of(root)}", call), []).extend(us / 1e3 for us in microseconds)
     rows: list[dict[str, object]] = []
     for package, call in times:
@@ -219,7 +219,7 @@ def rope_modules(rounds: int) -> list[dict[str, object]]:
     """Rows for each model whose tables depend on values: of all its rope modules together, in one forward pass."""
     rows: list[dict[str, object]] = []
     for adapter in filter(reads_values, ADAPTERS):
-        example = next((one for one in EXAMPLES if one.model == adapter.model), None)
+        example = next((example for example in EXAMPLES if example.model == adapter.model), None)
         if example is None:
             continue
         print(adapter.model_class)

@@ -98,7 +98,7 @@ def run(shapes: list[Shape], options: argparse.Namespace, device: str, record: R
     chosen, end = RUNS[options.run], time.monotonic() + options.seconds
 
     def add(rows: list[Row]) -> None:
-        record.add([{"run": options.run, **each} for each in rows])
+        record.add([{"run": options.run, **row} for row in rows])
 
     if chosen.host:
         tiny = SHAPES["wan-1.3b-480p"].tiny()
@@ -133,7 +133,7 @@ def summary(rows: list[Row]) -> str:
     return f"{figures} figures, {failures} failed, {len(rows) - figures - failures} left out"
 
 
-def options_given() -> argparse.Namespace:
+def parse_options() -> argparse.Namespace:
     """The command line; a run's shapes and peers unless others are named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", choices=[*RUNS], default=ALL_RUN, help="what is measured; everything if left out")
@@ -155,7 +155,7 @@ def options_given() -> argparse.Namespace:
 
 def main() -> None:
     """Measures the chosen shapes and writes their rows."""
-    options = options_given()
+    options = parse_options()
     sys.path[:0] = options.peer_path
     shapes = [SHAPES[name] for name in options.shape]
     device = "cpu" if options.rehearse else "cuda"
@@ -169,7 +169,7 @@ def main() -> None:
             print(f"{len(rows)} rows, {sum(bool(line.get('failed')) for line in rows)} failed")
             sys.exit(any(line.get("failed") for line in rows))
         path = result_path("kernels", device, options.results) if options.results else None
-        record = Record(path, device, keep=lambda kept: kept.get("run") != options.run)
+        record = Record(path, device, keep=lambda earlier: earlier.get("run") != options.run)
         run(shapes, options, device, record)
     print("\n".join(["without figures:", *without_figures(record.rows)]))
     print("rehearsed" if path is None else f"written: {path}")

@@ -36,10 +36,10 @@ WIDTHS = (1, 2, 3)
 
 def chosen(names: list[str]) -> list[Example]:
     """The examples called ``names``, or the first of every class that a patch knows."""
-    supported = [one for one in EXAMPLES if any(adapter.model == one.model for adapter in ADAPTERS)]
+    supported = [example for example in EXAMPLES if any(adapter.model == example.model for adapter in ADAPTERS)]
     if names:
-        return [one for one in supported if one.name in names]
-    return list({one.model: one for one in reversed(supported)}.values())[::-1]
+        return [example for example in supported if example.name in names]
+    return list({example.model: example for example in reversed(supported)}.values())[::-1]
 
 
 def both(example: Example, blocks: bool) -> tuple[Compiled, Compiled]:
@@ -49,8 +49,10 @@ def both(example: Example, blocks: bool) -> tuple[Compiled, Compiled]:
             example, WIDTHS, patched=True, blocks=blocks
         )
     except Exception:  # of a width that this model cannot have; what is wrong at its own width is raised below
-        one = WIDTHS[:1]
-        return compiled(example, one, patched=False, blocks=blocks), compiled(example, one, patched=True, blocks=blocks)
+        widths = WIDTHS[:1]
+        return compiled(example, widths, patched=False, blocks=blocks), compiled(
+            example, widths, patched=True, blocks=blocks
+        )
 
 
 def compiles(example: Example, blocks: bool) -> bool:
@@ -76,13 +78,13 @@ def row(example: Example, blocks: bool) -> dict[str, object]:
     }
 
 
-def known() -> list[Row]:
+def recorded_rows() -> list[Row]:
     """The rows of a run that was stopped: those of this machine, these versions and this commit."""
     path, machine = RESULTS / f"{NAME}.csv", {name: str(value) for name, value in environment("cpu").items()}
     return [
-        {name: value for name, value in each.items() if name not in machine}
-        for each in (read_csv(path) if path.exists() else [])
-        if machine.items() <= each.items()
+        {name: value for name, value in row.items() if name not in machine}
+        for row in (read_csv(path) if path.exists() else [])
+        if machine.items() <= row.items()
     ]
 
 
@@ -91,17 +93,17 @@ def main(names: list[str] = typer.Argument(None)) -> None:  # noqa: B008
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    rows = [] if names else known()
+    rows = [] if names else recorded_rows()
     for example in chosen(names or []):
         for blocks in (False, True) if getattr(example.model_class, "_repeated_blocks", None) else (False,):
-            what = "repeated blocks" if blocks else "model"
-            if any((each["example"], each["compiled"]) == (example.name, what) for each in rows):
+            kind = "repeated blocks" if blocks else "model"
+            if any((row["example"], row["compiled"]) == (example.name, kind) for row in rows):
                 continue
             try:
                 rows.append(row(example, blocks))
             except Exception as error:
                 if not compiles(example, blocks):
-                    typer.echo(f"{example.name}, {what}, is not compiled without the patch either: {error!s:.80}")
+                    typer.echo(f"{example.name}, {kind}, is not compiled without the patch either: {error!s:.80}")
                     continue
                 raise
             typer.echo(", ".join(map(str, rows[-1].values())))

@@ -94,16 +94,16 @@ def chosen(names: list[str], every: bool) -> list[Example]:
         typer.BadParameter: there are none.
     """
     supported = [adapter.model for adapter in ADAPTERS]
-    found = [
+    examples = [
         example
         for example in EXAMPLES
         if example.model in supported
         and (not names or any(name.lower() in example.model.rpartition(".")[2].lower() for name in names))
     ]
-    if not found:
+    if not examples:
         raise typer.BadParameter(f"NAMES must be parts of supported classes' names, got {', '.join(names)}")
-    first = {example.model: example for example in reversed(found)}
-    return [example for example in found if every or first[example.model] is example]
+    first = {example.model: example for example in reversed(examples)}
+    return [example for example in examples if every or first[example.model] is example]
 
 
 def without_example() -> list[Row]:
@@ -153,7 +153,7 @@ def plot(rows: list[Row]) -> None:
     axes.set(xlabel="bytes moved in an attention module\nbesides projections and product, in units of one query")
     axes.set(xlim=(0, 1.2 * end), ylim=(-0.7, len(figures) - 0.3))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(*([parts[1], parts[2], parts[0]] for parts in axes.get_legend_handles_labels()), loc="lower right")
+    axes.legend(*([legend[1], legend[2], legend[0]] for legend in axes.get_legend_handles_labels()), loc="lower right")
     figure.savefig(PICTURE, metadata={"Date": None})
     pyplot.close(figure)
 

@@ -76,16 +76,16 @@ def as_before(fake: TorchOverStub) -> AbstractContextManager[object]:
 def main() -> None:
     """Turns of all cases, the first of which is not counted."""
     torch.set_num_threads(1)
-    turns = int(sys.argv[1])
+    rounds = int(sys.argv[1])
     with over_stub() as fake, as_before(fake):
         calls = cases()
         times: dict[str, list[float]] = {name: [] for name in calls}
-        for turn in range(turns + 1):
+        for number in range(rounds + 1):
             for name, call in calls.items():
                 start = time.perf_counter()
                 for _ in range(CALLS):
                     call()
-                if turn:
+                if number:
                     times[name].append(1e6 * (time.perf_counter() - start) / CALLS)
     print(json.dumps(times))
 

@@ -70,10 +70,10 @@ def plot(rows: list[dict[str, object]]) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
     for number, dtype in enumerate(DTYPES):
         name = str(dtype).removeprefix("torch.")
-        mine = [row for row in rows if row["dtype"] == name]
+        dtype_rows = [row for row in rows if row["dtype"] == name]
         for column, style in (("relative_error", "-o"), ("relative_error_from_raw", "--")):
             label = name if column == "relative_error" else f"{name}, rotated once"
-            axes.loglog(SHIFTS, [float(str(row[column])) for row in mine], style, color=f"C{number}", label=label)
+            axes.loglog(SHIFTS, [float(str(row[column])) for row in dtype_rows], style, color=f"C{number}", label=label)
     axes.set(xlabel="shifts of 3 frames", ylabel="relative error of the keys")
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(PICTURE, metadata={"Date": None})

@@ -78,7 +78,7 @@ def vectors(count: int) -> torch.Tensor:
 
 def errors(rotate: Rotation, positions: torch.Tensor) -> tuple[float, float]:
     """The largest error of cos and sin, and of the rotated vectors, both against float64."""
-    cos, sin = (part[:, None] for part in cache_at(positions, torch.float64).chunk(2, dim=-1))
+    cos, sin = (values[:, None] for values in cache_at(positions, torch.float64).chunk(2, dim=-1))
     ones = torch.zeros(len(positions), 1, HEAD_DIM)
     ones[..., : HEAD_DIM // 2] = 1.0  # rotated, each pair (1, 0) is (cos, sin)
     angle_error = (rotate(positions, ones).double() - torch.cat((cos, sin), dim=-1)).abs().max()

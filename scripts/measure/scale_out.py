@@ -108,7 +108,7 @@ def rotation_times(rounds: int = 7) -> dict[int, float]:
 
 def rows() -> list[dict[str, object]]:
     """One row per grid and number of ranks; exits where a formula is not what was measured."""
-    times, found = rotation_times(), []
+    times, results = rotation_times(), []
     per_token = times[max(times)] / max(times)
     for grid in GRIDS:
         for ranks in RANKS:
@@ -116,7 +116,7 @@ def rows() -> list[dict[str, object]]:
             if real is not None and real != formula:
                 sys.exit(f"{grid} on {ranks} ranks: {real} was measured, {formula} is the formula")
             time = times.get(formula.tokens)
-            found.append(
+            results.append(
                 {
                     "grid": "x".join(map(str, grid.sizes)),
                     "grid_tokens": grid.tokens,
@@ -127,20 +127,20 @@ def rows() -> list[dict[str, object]]:
                     "rotation_ms_measured": "" if time is None else round(time, 3),
                 }
             )
-    return found
+    return results
 
 
-def plot(found: list[dict[str, object]]) -> None:
+def plot(results: list[dict[str, object]]) -> None:
     """Bytes of tables over ranks for the smallest, a middle and the largest grid."""
     from matplotlib import pyplot
 
     pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "scale-out"})
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
     for number, grid in enumerate((GRIDS[0], GRIDS[2], GRIDS[-1])):
-        mine = [row for row in found if row["grid_tokens"] == grid.tokens]
+        grid_rows = [row for row in results if row["grid_tokens"] == grid.tokens]
         for column, style in (("dense_whole", ":"), ("dense_part", "-o"), ("axis", "--")):
             label = f"{grid.tokens:,} tokens, {column.replace('_', ' ')}"
-            axes.loglog(RANKS, [float(str(row[column])) for row in mine], style, color=f"C{number}", label=label)
+            axes.loglog(RANKS, [float(str(row[column])) for row in grid_rows], style, color=f"C{number}", label=label)
     axes.set(xlabel="ranks", ylabel="bytes of tables on a rank")
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(PICTURE, metadata={"Date": None})
@@ -149,11 +149,11 @@ def plot(found: list[dict[str, object]]) -> None:
 def main() -> None:
     """Measure, print, draw, write."""
     torch.set_num_threads(1)
-    found = rows()
-    for row in found:
+    results = rows()
+    for row in results:
         print(*(f"{value!s:>13}" for value in row.values()))
-    plot(found)
-    print(f"wrote {PICTURE} and {write_results('scale-out', found)}")
+    plot(results)
+    print(f"wrote {PICTURE} and {write_results('scale-out', results)}")
 
 
 if __name__ == "__main__":

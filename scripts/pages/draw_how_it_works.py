@@ -18,7 +18,7 @@ PICTURE = Path(__file__).resolve().parents[2] / "docs" / "how-it-works.svg"
 AXES = (("frame", 21, "#3b6fb6"), ("height", 45, "#c8702a"), ("width", 80, "#4a8f4e"))
 """The grid of a 720p Wan video of 81 frames, in tokens."""
 TOKEN = (13, 30, 52)
-INK, PALE, OURS = "#24292f", "#e7eaee", "#dbe7f7"
+INK, PALE, PACKAGE = "#24292f", "#e7eaee", "#dbe7f7"
 
 
 def box(axes: Axes, x: float, y: float, size: tuple[float, float], text: str, colour: str = PALE) -> None:
@@ -58,11 +58,11 @@ def draw_tables(axes: Axes) -> None:
     axes.text(86, -11, "75,600 rows", ha="center", color=INK, weight="bold")
 
 
-def draw_chain(axes: Axes, y: float, names: Sequence[str], ours: Sequence[int]) -> None:
+def draw_chain(axes: Axes, y: float, names: Sequence[str], replaced: Sequence[int]) -> None:
     """What queries go through, from left to right."""
     for number, name in enumerate(names):
         x = 12 + number * 25.0
-        box(axes, x, y, (20, 13), name, OURS if number in ours else PALE)
+        box(axes, x, y, (20, 13), name, PACKAGE if number in replaced else PALE)
         if number:
             arrow(axes, (x - 14.8, y), (x - 10.2, y))
 
@@ -77,7 +77,7 @@ def draw_attention(axes: Axes) -> None:
     axes.plot([0, 100], [48, 48], color=PALE)
     axes.text(2, 39, "patched", color=INK, weight="bold")
     draw_chain(axes, 3, ("to_q,\nto_k", "norm + rotate\none pass", "no table:\nskips", "attention"), (1,))
-    box(axes, 62, 27, (62, 9), "processor runs on a proxy, without a table", OURS)
+    box(axes, 62, 27, (62, 9), "processor runs on a proxy, without a table", PACKAGE)
     arrow(axes, (52, 22.3), (37, 10))
     axes.text(50, -11, "blue: dit_rope; all else is the model's own code", ha="center", color=INK)
 

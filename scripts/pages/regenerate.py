@@ -26,7 +26,7 @@ from pages import write_known_code, write_measured_tables, write_model_table
 def count_operators_of(model_class: str) -> None:
     """Replaces the rows of one class in the results, and draws their picture again."""
     model = adapter_named(model_class).model
-    examples = [each for each in count_operators.chosen([model_class], every=False) if each.model == model]
+    examples = [example for example in count_operators.chosen([model_class], every=False) if example.model == model]
     others = [row for row in read_csv(RESULTS / "operators.csv") if row["model"] != model_class]
     counted = [row for example in examples for row in count_operators.measure(example)]
     count_operators.plot(read_csv(write_results("operators", [*others, *counted])))

@@ -53,12 +53,12 @@ def collect() -> tuple[dict[str, str], list[str]]:
 
 def write(keep: bool) -> str:
     """Writes the file, with what it holds already if ``keep``; returns a line that says what it holds now."""
-    known: dict[str, list[str]] = json.loads(TARGET.read_text()) if keep and TARGET.exists() else {}
+    sources: dict[str, list[str]] = json.loads(TARGET.read_text()) if keep and TARGET.exists() else {}
     digests, missing = collect()
     for slot, digest in digests.items():
-        known[slot] = sorted({*known.get(slot, []), digest})
-    TARGET.write_text(json.dumps(dict(sorted(known.items())), indent=0) + "\n")
-    return f"{len(known)} functions, {sum(map(len, known.values()))} sources; without {len(missing)} models"
+        sources[slot] = sorted({*sources.get(slot, []), digest})
+    TARGET.write_text(json.dumps(dict(sorted(sources.items())), indent=0) + "\n")
+    return f"{len(sources)} functions, {sum(map(len, sources.values()))} sources; without {len(missing)} models"
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ class Measured:
         Raises:
             ValueError: when no row is left.
         """
-        rows = [row for row in read_csv(RESULTS / f"{self.results}.csv") if self._wanted(row)]
+        rows = [row for row in read_csv(RESULTS / f"{self.results}.csv") if self._selects(row)]
         if not rows:
             raise ValueError(f"where must leave rows of {self.results}.csv, got {dict(self.where)}")
         cells: dict[tuple[str, ...], dict[str, str]] = {}
@@ -65,7 +65,7 @@ class Measured:
         lines += [[*key, *(line.get(name, "") for name in headings[len(key) :])] for key, line in cells.items()]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines) + self._source(rows[0])
 
-    def _wanted(self, row: Row) -> bool:
+    def _selects(self, row: Row) -> bool:
         return all(row[name] in ((value,) if isinstance(value, str) else value) for name, value in self.where.items())
 
     def _source(self, row: Row) -> str:
@@ -73,8 +73,8 @@ class Measured:
             return f"\nPredictions, in `scripts/results/{self.results}.csv`.\n"
         threads = f"{row['threads']} thread{'' if row['threads'] == '1' else 's'}"
         machine = f"{row['device']}, {threads}, torch {row['torch']}, Python {row['python']}"
-        said = f"`{self.command}` wrote `scripts/results/{self.results}.csv`: {machine}."
-        return f"\n{textwrap.fill(said, 120)}\n"
+        source = f"`{self.command}` wrote `scripts/results/{self.results}.csv`: {machine}."
+        return f"\n{textwrap.fill(source, 120)}\n"
 
 
 def filled(form: str, row: Row) -> str:

@@ -70,7 +70,7 @@ def _rotates(adapter: ModelAdapter) -> str:
     return "; ".join(kind if exact else f"{kind}, fast mode only" for kind, exact in _kinds(adapter)) or "not patched"
 
 
-def _one_pass(adapter: ModelAdapter) -> str:
+def _single_pass(adapter: ModelAdapter) -> str:
     return "; ".join(dict.fromkeys(kind for kind, _ in _kinds(adapter))) or "nothing"
 
 
@@ -98,7 +98,7 @@ def rows() -> str:
 
 def compatibility() -> str:
     """The table of docs/models.md: one row per class."""
-    columns = (_tables, _one_pass, _exact, _context_parallel, _gradients)
+    columns = (_tables, _single_pass, _exact, _context_parallel, _gradients)
     lines = [(f"`{adapter.model_class}`", *(column(adapter) for column in columns)) for adapter in ADAPTERS]
     return "".join(f"| {' | '.join(line)} |\n" for line in (COLUMNS, ["---"] * len(COLUMNS), *lines))
 
@@ -119,7 +119,7 @@ def with_section(text: str, section: str, name: str = "models") -> str:
     marks = re.compile(rf"(<!-- {name}: written by [\w/.]+ -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
     if not marks.search(text):
         raise ValueError(f"text must have the marks of {name!r}, got none")
-    return marks.sub(lambda found: found[1] + section + found[2], text)
+    return marks.sub(lambda match: match[1] + section + match[2], text)
 
 
 def main() -> None:

@@ -181,11 +181,11 @@ def draw_windows(
 @torch.no_grad()
 def encode_clips(vae: AutoencoderKLWan, clips: Clips, frames: int, size: int) -> Tensor:
     """Return the autoencoder's mean latents of clips, (n, channels, latent frames, latent height, latent width)."""
-    parts = []
+    latents = []
     for at in tqdm(range(0, len(clips.radius), 8), desc="latents", mininterval=5):
-        part = Clips(*(getattr(clips, field.name)[at : at + 8] for field in fields(Clips)))
-        parts.append(vae.encode(draw(part, frames, size, size)).latent_dist.mode())
-    return torch.cat(parts)
+        clips_of_batch = Clips(*(getattr(clips, field.name)[at : at + 8] for field in fields(Clips)))
+        latents.append(vae.encode(draw(clips_of_batch, frames, size, size)).latent_dist.mode())
+    return torch.cat(latents)
 
 
 def describe(video: Tensor) -> str:
@@ -218,10 +218,10 @@ def describe(video: Tensor) -> str:
 
 def count_matches(prompts: list[str], videos: Tensor) -> dict[str, int]:
     """Count the videos in which ``describe`` reads what the prompt says, as a whole and part by part."""
-    asked = [prompt.split() for prompt in prompts]
+    words = [prompt.split() for prompt in prompts]
     read = [(describe(video) or "- - - - -").split() for video in videos]
-    pairs = list(zip(asked, read, strict=True))
-    counts = {part: sum(a[at] == r[at] for a, r in pairs) for part, at in (("colour", 1), ("shape", 2), ("motion", 4))}
+    pairs = list(zip(words, read, strict=True))
+    counts = {name: sum(a[at] == r[at] for a, r in pairs) for name, at in (("colour", 1), ("shape", 2), ("motion", 4))}
     return {"everything": sum(a == r for a, r in pairs)} | counts
 
 
@@ -233,15 +233,15 @@ def sample_prompts(
     pipeline.set_progress_bar_config(disable=True)
     videos = []
     for at in tqdm(range(0, len(prompts), 12), desc="samples"):
-        part = prompts[at : at + 12]
+        batch = prompts[at : at + 12]
         result = pipeline(
-            prompt=part,
+            prompt=batch,
             height=size,
             width=size,
             num_frames=frames,
             num_inference_steps=steps,
             guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(seed + at + number) for number in range(len(part))],
+            generator=[torch.Generator().manual_seed(seed + at + number) for number in range(len(batch))],
             output_type="pt",
         )
         videos.append(result.frames.transpose(1, 2).float() * 2 - 1)

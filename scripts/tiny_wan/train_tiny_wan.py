@@ -122,9 +122,9 @@ def encode_prompts(text: Text, prompts: list[str]) -> tuple[Tensor, Tensor]:
 
 def save_atomically(state: object, path: Path) -> None:
     """Save so that a kill at any moment leaves either the old file or the new one."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    partial = path.with_suffix(".part")
+    torch.save(state, partial)
+    os.replace(partial, path)
 
 
 def load_latents(vae: AutoencoderKLWan, clips: moving_shapes.Clips, path: Path) -> tuple[Tensor, float]:
@@ -163,8 +163,8 @@ def fit(
     tick = saved = time.monotonic()
     bar = tqdm(range(len(run.losses), steps), desc=name, initial=len(run.losses), total=steps, mininterval=5)
     for step in bar:
-        warm, done = min(1.0, (step + 1) / 100), step / steps
-        optimiser.param_groups[0]["lr"] = peak_rate * warm * 0.5 * (1 + math.cos(math.pi * done))
+        warm, progress = min(1.0, (step + 1) / 100), step / steps
+        optimiser.param_groups[0]["lr"] = peak_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
         loss = loss_of(step)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -319,9 +319,9 @@ the autoencoder. The models were trained on this frame size and length only.
 
 def write_card(out: Path, figures: dict[str, object]) -> None:
     """Write the model card of a pipeline folder from the figures of the run and of the folder's files."""
-    for part in ("text_encoder", "transformer", "vae"):
-        with safe_open(next((out / part).glob("*.safetensors")), "pt") as file:
-            figures[part] = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    for component in ("text_encoder", "transformer", "vae"):
+        with safe_open(next((out / component).glob("*.safetensors")), "pt") as file:
+            figures[component] = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     figures |= WanTransformer3DModel.load_config(out, subfolder="transformer")
     figures |= {"frames": FRAMES, "size": SIZE, "cores": torch.get_num_threads(), "dropout": PROMPT_DROPOUT}
     figures |= {"sampling_steps": SAMPLING_STEPS, "guidance": GUIDANCE, "shift": FLOW_SHIFT}
@@ -357,12 +357,12 @@ def train(options: argparse.Namespace) -> dict[str, object]:
     vae_run = fit("vae", vae, lambda step: vae_loss(vae, step, seed), options.vae_steps, 2e-3, work)
     clips = moving_shapes.random_clips(options.clips, FRAMES, SIZE, seeded(seed, 2))
     latents, latent_seconds = load_latents(vae, clips, work / f"latents-{options.vae_steps}-{options.clips}.pt")
-    known = [*moving_shapes.all_prompts(), ""]
+    texts = [*moving_shapes.all_prompts(), ""]
     attention = PaddedTextAttention()
     for block in transformer.blocks:
         block.attn2.set_processor(attention)
-    rows = torch.tensor([known.index(prompt) for prompt in clips.prompts()])
-    embeddings, biases = encode_prompts(text, known)
+    rows = torch.tensor([texts.index(prompt) for prompt in clips.prompts()])
+    embeddings, biases = encode_prompts(text, texts)
     loss = FlowLoss(transformer, attention, latents, rows, embeddings, biases, options.batch, seed)
     flow_run = fit("transformer", transformer, loss, options.steps, 1.5e-3, work)
     save_pipeline(options.out, text, vae, transformer)

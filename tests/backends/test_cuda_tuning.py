@@ -175,7 +175,7 @@ def test_sweep_checks_and_times_every_candidate(
     rows = sweep.run([SHAPES["wan-1.3b-480p"].tiny()], "cpu", 1, results=tmp_path)
     assert not any(row.get("failed") for row in rows), rows
     timed = {row["variant"] for row in rows if row.get("ms_median")}
-    assert {"copy", "default", sweep.STILL} <= timed
+    assert {"copy", "default", sweep.UNROTATED} <= timed
     assert any("stages=2" in name for name in timed)
     assert rows[-1]["knob"] == sweep.KEPT
     assert {plan.stages for plan in built} >= {0, 2}

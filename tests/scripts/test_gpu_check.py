@@ -234,7 +234,7 @@ def test_run_on_a_gpu_writes_checks_targets_and_a_log_and_ends_with_1_where_one_
 
 def test_second_run_wants_results_of_a_first(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--after must be a folder with the gpu-check.csv of an earlier run, got"):
-        gpu_check.taken_over(tmp_path, tmp_path / "second")
+        gpu_check.take_over(tmp_path, tmp_path / "second")
 
 
 def test_environment_names_driver_and_compilers() -> None:

@@ -19,9 +19,9 @@ from long_tests.intervention_cases.core import Subject
 from long_tests.intervention_cases.parts import (
     changed_arguments,
     named_arguments,
+    rotated_twice,
     scaled,
-    tables_turned_back,
-    turned_twice,
+    tables_rotated_back,
 )
 from zoo import named
 
@@ -209,10 +209,10 @@ def test_refusals_are_told_from_crashes_and_must_change_nothing() -> None:
 
 
 def test_errors_of_the_package_in_a_call_are_told_from_others() -> None:
-    own = runner.judge.step(lambda: dit_rope.patch(torch.nn.Linear(2, 2)), KeyboardInterrupt)
-    assert own.own
-    assert own.error == "UnsupportedModelError"
-    assert not runner.judge.step(lambda: torch.ones(2) @ torch.ones(3), KeyboardInterrupt).own
+    refusal = runner.judge.step(lambda: dit_rope.patch(torch.nn.Linear(2, 2)), KeyboardInterrupt)
+    assert refusal.refused
+    assert refusal.error == "UnsupportedModelError"
+    assert not runner.judge.step(lambda: torch.ones(2) @ torch.ones(3), KeyboardInterrupt).refused
 
 
 def test_twin_that_is_random_is_not_judged_and_one_that_fails_neither() -> None:
@@ -263,10 +263,10 @@ def test_helpers_change_what_they_say() -> None:
     assert torch.equal(scaled(x, 2.0, even=True), 2 * x)
     assert scaled(x, 1) is x
     assert not torch.equal(scaled(x) / x, torch.full_like(x, 1.5))
-    assert all(map(torch.equal, tables_turned_back((x, x)), (x, -x)))
-    assert torch.equal(tables_turned_back(torch.complex(x, x)), torch.complex(x, -x))
-    assert torch.equal(turned_twice(lambda y, n: y + n)(x, 2), x + 4)
-    assert torch.equal(turned_twice(lambda y, z, n: (y + n, z + n))(x, x, 2)[1], x + 4)
+    assert all(map(torch.equal, tables_rotated_back((x, x)), (x, -x)))
+    assert torch.equal(tables_rotated_back(torch.complex(x, x)), torch.complex(x, -x))
+    assert torch.equal(rotated_twice(lambda y, n: y + n)(x, 2), x + 4)
+    assert torch.equal(rotated_twice(lambda y, z, n: (y + n, z + n))(x, x, 2)[1], x + 4)
     attention = torch.nn.Identity()
     assert named_arguments(attention, (x,), {}) == {"input": x}
     assert changed_arguments(attention, (x,), {"a": 1}, lambda name, value: name) == (("input",), {"a": "a"})

@@ -9,8 +9,8 @@ from .core import INTERVENTIONS, Intervention, NotApplicable, Subject
 
 _NO_THEME = {"core", "judge", "parts", "runner", "forked", "tables"}
 
-for _found in pkgutil.iter_modules(__path__):
-    if _found.name not in _NO_THEME:
-        importlib.import_module(f"{__name__}.{_found.name}")
+for _module in pkgutil.iter_modules(__path__):
+    if _module.name not in _NO_THEME:
+        importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = ["INTERVENTIONS", "Intervention", "NotApplicable", "Subject"]

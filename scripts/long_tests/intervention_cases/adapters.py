@@ -15,11 +15,11 @@ lasting = functools.partial(intervention, reversible=False)
 
 
 def _targets(subject: Subject, kind: str = "projections") -> list[str]:
-    modules = zip(getattr(subject.parts, kind), subject.each(kind), strict=True)
-    found = [path for path, module in modules if kind == "norms" or isinstance(module, torch.nn.Linear)]
-    if not found:
+    modules = zip(getattr(subject.parts, kind), subject.modules(kind), strict=True)
+    paths = [path for path, module in modules if kind == "norms" or isinstance(module, torch.nn.Linear)]
+    if not paths:
         raise NotApplicable(f"no linear {kind}")
-    return found
+    return paths
 
 
 def _injected(config_of: Callable[[list[str]], Any], then: Any = None, kind: str = "projections") -> Any:
@@ -109,11 +109,11 @@ def _fused(subject: Subject) -> None:
 
 def _swapped(subject: Subject) -> None:
     """Other weights in place, as hotswapping writes them."""
-    found = [(p, p.detach().clone()) for n, p in subject.model.named_parameters() if "lora_B" in n]
+    copies = [(p, p.detach().clone()) for n, p in subject.model.named_parameters() if "lora_B" in n]
 
     def before_step(number: int) -> None:
         with torch.no_grad():
-            for parameter, first in found:
+            for parameter, first in copies:
                 parameter.copy_(first * (3 if number == 1 else 1))
 
     subject.before_step = before_step
@@ -149,8 +149,10 @@ def trained(subject: Subject) -> None:
     def run(inputs: Any) -> Any:
         subject.model.zero_grad()
         output = subject.example.run(subject.model, inputs)
-        found = [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.requires_grad]
-        sum(x.square().sum() for x in found).backward()
+        outputs = [
+            x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.requires_grad
+        ]
+        sum(x.square().sum() for x in outputs).backward()
         return output, [p.grad for p in subject.model.parameters() if p.grad is not None]
 
     subject.run = run
@@ -175,9 +177,9 @@ def _exchanged(make: Callable[[torch.nn.Linear], torch.nn.Module]) -> Any:
 
 
 def _rounded(linear: torch.nn.Linear) -> torch.nn.Module:
-    made = Rounded(linear.in_features, linear.out_features, linear.bias is not None)
-    made.weight, made.bias = linear.weight, linear.bias
-    return made
+    layer = Rounded(linear.in_features, linear.out_features, linear.bias is not None)
+    layer.weight, layer.bias = linear.weight, linear.bias
+    return layer
 
 
 def _class_of(linear: torch.nn.Linear) -> torch.nn.Module:
@@ -257,18 +259,18 @@ def gguf(subject: Subject) -> None:
             raise NotApplicable("widths that Q8_0 does not divide")
         kind = library.GGMLQuantizationType.Q8_0
         data = torch.from_numpy(library.quantize(linear.weight.detach().numpy(), kind))
-        made = utils.GGUFLinear(linear.in_features, linear.out_features, linear.bias is not None, torch.float32)
-        made.weight, made.bias = utils.GGUFParameter(data, quant_type=kind), linear.bias
+        layer = utils.GGUFLinear(linear.in_features, linear.out_features, linear.bias is not None, torch.float32)
+        layer.weight, layer.bias = utils.GGUFParameter(data, quant_type=kind), linear.bias
         parent, name = parent_of(subject.model, path)
-        setattr(parent, name, made)
+        setattr(parent, name, layer)
 
 
 def _bitsandbytes(linear: torch.nn.Linear) -> torch.nn.Module:
     library = _imported("bitsandbytes")
-    made = library.nn.Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None)
-    made.weight = library.nn.Params4bit(linear.weight.detach(), requires_grad=False)
-    made.bias = linear.bias
-    return made.to("cpu")
+    layer = library.nn.Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    layer.weight = library.nn.Params4bit(linear.weight.detach(), requires_grad=False)
+    layer.bias = linear.bias
+    return layer.to("cpu")
 
 
 lasting("bitsandbytes 4 bits", changes=True)(_exchanged(_bitsandbytes))

@@ -70,7 +70,7 @@ def repeated(subject: Subject) -> None:
 def one_block(subject: Subject) -> None:
     """The first block becomes an OptimizedModule."""
     _started(subject)
-    block = subject.each("blocks")[0]
+    block = subject.modules("blocks")[0]
     parent, name = parent_of(subject.model, subject.parts.blocks[0])
     subject.assign(parent, name, torch.compile(block, **_EAGER))
 
@@ -79,7 +79,7 @@ def one_block(subject: Subject) -> None:
 def all_blocks(subject: Subject) -> None:
     """As trainers do in a loop."""
     _started(subject)
-    for path, block in zip(subject.parts.blocks, subject.each("blocks"), strict=True):
+    for path, block in zip(subject.parts.blocks, subject.modules("blocks"), strict=True):
         parent, name = parent_of(subject.model, path)
         subject.assign(parent, name, torch.compile(block, **_EAGER))
 
@@ -87,7 +87,7 @@ def all_blocks(subject: Subject) -> None:
 def _forwards(kind: str, *, only: int | None = None, **options: Any) -> Any:
     def put(subject: Subject) -> None:
         _started(subject)
-        for module in subject.each(kind)[:only]:
+        for module in subject.modules(kind)[:only]:
             subject.assign(module, "forward", torch.compile(module.forward, **(options or _EAGER)))
 
     return put
@@ -96,23 +96,23 @@ def _forwards(kind: str, *, only: int | None = None, **options: Any) -> Any:
 def _methods(kind: str) -> Any:
     def put(subject: Subject) -> None:
         _started(subject)
-        for module in subject.each(kind):
+        for module in subject.modules(kind):
             subject.assign(module, "_compiled_call_impl", torch.compile(module._call_impl, **_EAGER))
 
     return put
 
 
-for _what in ("block", "attention", "norm", "projection", "rope"):
-    _kind = f"{_what}s"
-    slow(f"{_what}.forward compiled")(_forwards(_kind))
-    slow(f"{_what}.compile()")(_methods(_kind))
+for _name in ("block", "attention", "norm", "projection", "rope"):
+    _kind = f"{_name}s"
+    slow(f"{_name}.forward compiled")(_forwards(_kind))
+    slow(f"{_name}.compile()")(_methods(_kind))
 slow("attention.forward compiled, fullgraph")(_forwards("attentions", backend="eager", fullgraph=True))
 slow("attention.forward compiled by aot_eager")(_forwards("attentions", backend="aot_eager"))
 slow("one attention.forward compiled")(_forwards("attentions", only=1))
 slow("attention.forward not to be compiled")(
     lambda subject: [
         _started(subject),
-        [subject.assign(m, "forward", torch._dynamo.disable(m.forward)) for m in subject.each("attentions")],
+        [subject.assign(m, "forward", torch._dynamo.disable(m.forward)) for m in subject.modules("attentions")],
         setattr(subject, "callee", torch.compile(subject.model, **_EAGER)),
     ][0]
 )
@@ -143,13 +143,13 @@ def instance(subject: Subject) -> None:
 def exported(subject: Subject) -> None:
     """torch.export programs of each block in place of its forward, made of the unpatched model's."""
     other = subject.example.build(subject.dtype)
-    found: dict[str, tuple[Any, Any]] = {}
+    calls: dict[str, tuple[Any, Any]] = {}
     blocks = {path: other.get_submodule(path) for path in subject.parts.blocks}
     if not blocks:
         raise NotApplicable("no blocks")
     handles = [
         block.register_forward_pre_hook(
-            lambda m, a, k, path=path: found.setdefault(path, (a, k)) and None, with_kwargs=True
+            lambda m, a, k, path=path: calls.setdefault(path, (a, k)) and None, with_kwargs=True
         )
         for path, block in blocks.items()
     ]
@@ -157,9 +157,9 @@ def exported(subject: Subject) -> None:
         subject.example.run(other, subject.example.inputs(other, Noise(subject.dtype, 1)))
     for handle in handles:
         handle.remove()
-    for path in found:
+    for path in calls:
         with torch.no_grad():
-            program = torch.export.export(blocks[path], *found[path], strict=False)
+            program = torch.export.export(blocks[path], *calls[path], strict=False)
         subject.assign(subject.model.get_submodule(path), "forward", program.module())
 
 
@@ -167,8 +167,8 @@ def exported(subject: Subject) -> None:
 def whole(subject: Subject) -> None:
     """torch.export of the model, and calls of the program."""
 
-    def program(**given: Any) -> Any:
-        return torch.export.export(subject.model, (), given, strict=False).module()(**given)
+    def program(**inputs: Any) -> Any:
+        return torch.export.export(subject.model, (), inputs, strict=False).module()(**inputs)
 
     def run(inputs: Any) -> Any:
         with torch.no_grad():

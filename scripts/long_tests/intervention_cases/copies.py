@@ -59,7 +59,7 @@ def outlives(subject: Subject) -> None:
 @intervention("one block exchanged for a deep copy of it")
 def block_copy(subject: Subject) -> None:
     """Layers that are repeated."""
-    block = copy.deepcopy(subject.each("blocks")[-1])
+    block = copy.deepcopy(subject.modules("blocks")[-1])
     parent, name = parent_of(subject.model, subject.parts.blocks[-1])
     subject.assign(parent, name, block)
 
@@ -67,7 +67,7 @@ def block_copy(subject: Subject) -> None:
 @intervention("last block shared with the first", changes=True)
 def shared_blocks(subject: Subject) -> None:
     """One module at two paths."""
-    blocks = subject.each("blocks")
+    blocks = subject.modules("blocks")
     if len(blocks) < 2 or type(blocks[0]) is not type(blocks[-1]):
         raise NotApplicable("no two blocks of a class")
     parent, name = parent_of(subject.model, subject.parts.blocks[-1])
@@ -106,7 +106,7 @@ def functional(subject: Subject) -> None:
     def run(inputs: Any) -> Any:
         state = {n: p.detach() * 1.25 for n, p in subject.model.named_parameters()}
         with torch.no_grad():
-            return subject.example.run(lambda **given: functional_call(subject.model, state, (), given), inputs)
+            return subject.example.run(lambda **kwargs: functional_call(subject.model, state, (), kwargs), inputs)
 
     subject.run = run
 
@@ -118,9 +118,9 @@ class _Traced(torch.nn.Module):
         super().__init__()
         self.example, self.model, self.names, self.others = example, model, names, others
 
-    def forward(self, *given: torch.Tensor) -> Any:
+    def forward(self, *tensors: torch.Tensor) -> Any:
         """The tensors of the output."""
-        output = self.example.run(self.model, {**self.others, **dict(zip(self.names, given, strict=True))})
+        output = self.example.run(self.model, {**self.others, **dict(zip(self.names, tensors, strict=True))})
         return tuple(x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor))
 
 
@@ -138,8 +138,8 @@ def traced(subject: Subject) -> None:
                 check_trace=False,
                 strict=False,
             )
-            found = subject.made(8)
-            return trace(*(inputs[n] for n in names)), trace(*(found[n] for n in names))
+            new_inputs = subject.new_inputs(8)
+            return trace(*(inputs[n] for n in names)), trace(*(new_inputs[n] for n in names))
 
     subject.run = run
 
@@ -163,12 +163,12 @@ def replicas(subject: Subject) -> None:
     subject.run = run
 
 
-def _replica(module: Any, made: dict[int, Any]) -> Any:
-    if id(module) in made:
-        return made[id(module)]
-    replica = made[id(module)] = module._replicate_for_data_parallel()
+def _replica(module: Any, replicas: dict[int, Any]) -> Any:
+    if id(module) in replicas:
+        return replicas[id(module)]
+    replica = replicas[id(module)] = module._replicate_for_data_parallel()
     for name, child in module._modules.items():
-        replica._modules[name] = None if child is None else _replica(child, made)
+        replica._modules[name] = None if child is None else _replica(child, replicas)
     for name, parameter in module._parameters.items():
         if parameter is not None:
             setattr(replica, name, parameter.detach() * 1)

@@ -53,7 +53,7 @@ class Subject:
     callee: Any = field(init=False)
     patching: Callable[[], Any] = field(init=False)
     judged: list[Any] = field(default_factory=list)
-    _kept: dict[str, Any] | None = None
+    _repeated: dict[str, Any] | None = None
     _off: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __post_init__(self) -> None:
@@ -69,15 +69,15 @@ class Subject:
         with torch.no_grad():
             return self.example.run(self.callee, inputs)
 
-    def made(self, seed: int) -> dict[str, Any]:
+    def new_inputs(self, seed: int) -> dict[str, Any]:
         """New inputs."""
         return self.example.inputs(self.model, Noise(self.dtype, seed))
 
     def default_inputs(self, number: int) -> dict[str, Any]:
         """Steps 0 and 1 get the same objects, step 2 new ones with other noise."""
-        if number == 0 or self._kept is None:
-            self._kept = self.made(1)
-        return self._kept if number < 2 else self.made(3)
+        if number == 0 or self._repeated is None:
+            self._repeated = self.new_inputs(1)
+        return self._repeated if number < 2 else self.new_inputs(3)
 
     def off(self, undo: Callable[..., Any], *args: Any) -> None:
         """Says how to take off what was just put on; the last one goes first."""
@@ -89,8 +89,8 @@ class Subject:
 
     def assign(self, owner: Any, name: str, value: Any) -> None:
         """``owner.name = value``, and back to what it was: an attribute that the owner had itself, or none."""
-        own = vars(owner) if not isinstance(owner, torch.nn.Module) else {**vars(owner), **owner._modules}
-        before = own.get(name, _MISSING)
+        attributes = vars(owner) if not isinstance(owner, torch.nn.Module) else {**vars(owner), **owner._modules}
+        before = attributes.get(name, _MISSING)
         setattr(owner, name, value)
         self.off(_put_back, owner, name, before)
 
@@ -99,16 +99,16 @@ class Subject:
         self._off.close()
         self.plain()
 
-    def each(self, kind: str) -> list[torch.nn.Module]:
+    def modules(self, kind: str) -> list[torch.nn.Module]:
         """The attention modules, blocks, norms, projections or rope modules.
 
         Raises:
             NotApplicable: there are none.
         """
-        found = [self.model.get_submodule(path) for path in getattr(self.parts, kind)]
-        if not found:
+        modules = [self.model.get_submodule(path) for path in getattr(self.parts, kind)]
+        if not modules:
             raise NotApplicable(f"no {kind}")
-        return found
+        return modules
 
     def classes(self, kind: str) -> set[type]:
         """The unpatched classes of these modules.
@@ -116,7 +116,7 @@ class Subject:
         Raises:
             NotApplicable: there are none.
         """
-        self.each(kind)
+        self.modules(kind)
         return {self.parts.classes[path] for path in getattr(self.parts, kind)}
 
     def processed(self) -> list[torch.nn.Module]:
@@ -125,10 +125,10 @@ class Subject:
         Raises:
             NotApplicable: there are none.
         """
-        found = [module for module in self.each("attentions") if getattr(module, "processor", None) is not None]
-        if not found:
+        modules = [module for module in self.modules("attentions") if getattr(module, "processor", None) is not None]
+        if not modules:
             raise NotApplicable("attention modules without processors")
-        return found
+        return modules
 
 
 _MISSING: Any = object()
@@ -183,7 +183,7 @@ def intervention(name: str, **options: Any) -> Callable[[Callable[..., None]], C
     """Registers a function that puts an intervention onto a subject; its group is the module it is in."""
 
     def register(put: Callable[..., None]) -> Callable[..., None]:
-        if any(known.name == name for known in INTERVENTIONS):
+        if any(registered.name == name for registered in INTERVENTIONS):
             raise ValueError(f"name must be new, got {name}")
         home = getattr(put, "func", put).__module__  # of what a partial is of
         INTERVENTIONS.append(Intervention(name, home.rpartition(".")[2], put, **options))

@@ -122,7 +122,7 @@ def _on_parts(kind: str, factor: float) -> Any:
             def post_forward(self, module: Any, output: Any) -> Any:
                 return scaled(output, factor, kind == "ropes")
 
-        for module in subject.each(kind):
+        for module in subject.modules(kind):
             registry = HookRegistry.check_if_exists_or_initialize(module)
             registry.register_hook(Scale(), "scale")
             subject.off(registry.remove_hook, "scale")
@@ -140,7 +140,7 @@ def _skipping(**options: bool) -> Any:
         from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 
         _forget_signatures()
-        subject.each("blocks")
+        subject.modules("blocks")
         fqn = subject.parts.blocks[0].rpartition(".")[0]
         apply_layer_skip(subject.model, LayerSkipConfig(indices=[0], fqn=fqn, **options))
 
@@ -169,7 +169,7 @@ def blurred(subject: Subject) -> None:
         def post_forward(self, module: Any, output: Any) -> Any:
             return _blurred(output)
 
-    for module in subject.each("projections"):
+    for module in subject.modules("projections"):
         registry = HookRegistry.check_if_exists_or_initialize(module)
         registry.register_hook(Blur(), "blur")
         subject.off(registry.remove_hook, "blur")

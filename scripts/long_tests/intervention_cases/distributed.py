@@ -16,8 +16,8 @@ ranked = functools.partial(intervention, ranks=RANKS, reversible=False, orders=T
 def _backward(subject: Subject, inputs: Any) -> Any:
     subject.model.zero_grad()
     output = subject.example.run(subject.callee, inputs)
-    found = [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.requires_grad]
-    sum(x.square().sum() for x in found).backward()
+    outputs = [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.requires_grad]
+    sum(x.square().sum() for x in outputs).backward()
     return output, [p.grad for p in subject.model.parameters() if p.grad is not None]
 
 
@@ -29,7 +29,7 @@ def ddp(subject: Subject) -> None:
     parallel = torch.nn.parallel.DistributedDataParallel(subject.model, find_unused_parameters=True)
     subject.callee = parallel
     rank = torch.distributed.get_rank()
-    subject.inputs = lambda number: subject.made(1 + 10 * rank + number)
+    subject.inputs = lambda number: subject.new_inputs(1 + 10 * rank + number)
     subject.run = lambda inputs: _backward(subject, inputs)
 
 
@@ -41,7 +41,7 @@ def _sharded(*kinds: str, **policy: Any) -> Any:
         mesh = init_device_mesh("cpu", (RANKS,))
         options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(**policy)}
         for kind in kinds:
-            for module in subject.each(kind):
+            for module in subject.modules(kind):
                 if any(True for _ in module.parameters()):
                     fully_shard(module, **options)
         fully_shard(subject.model, **options)
@@ -63,5 +63,5 @@ def on_rank(example: str, name: str) -> list[dict[str, Any]]:
 
     from . import runner
 
-    found = next(one for one in INTERVENTIONS if one.name == name)
-    return [vars(row) for row in runner.rows_of(named(example), found)]
+    intervention = next(intervention for intervention in INTERVENTIONS if intervention.name == name)
+    return [vars(row) for row in runner.rows_of(named(example), intervention)]

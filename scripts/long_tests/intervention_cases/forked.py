@@ -62,5 +62,5 @@ def _received(pipe: int, seconds: float) -> bytes:
 
 
 def _ended(example: Example, intervention: Intervention, started: float, status: Any) -> Row:
-    what = f"its process ended with {os.waitstatus_to_exitcode(status)} after {time.monotonic() - started:.0f} s"
-    return Row(example.name, intervention.group, intervention.name, "", "", judge.CRASHED, what)
+    reason = f"its process ended with {os.waitstatus_to_exitcode(status)} after {time.monotonic() - started:.0f} s"
+    return Row(example.name, intervention.group, intervention.name, "", "", judge.CRASHED, reason)

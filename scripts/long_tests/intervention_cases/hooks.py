@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from .core import NotApplicable, Stopped, Subject, intervention
-from .parts import changed_arguments, scaled, tables_turned_back
+from .parts import changed_arguments, scaled, tables_rotated_back
 
 KINDS = ("blocks", "attentions", "norms", "projections", "ropes")
 
 
 def _reading(kind: str, when: str) -> Any:
     def put(subject: Subject) -> None:
-        modules = [subject.model] if kind == "model" else subject.each(kind)
+        modules = [subject.model] if kind == "model" else subject.modules(kind)
         for module in modules:
             calls: list[int] = []
             if when == "before":
@@ -43,7 +43,7 @@ for _kind in ("model", *KINDS):
 
 def _changing(kind: str) -> Any:
     def put(subject: Subject) -> None:
-        for module in [subject.model] if kind == "model" else subject.each(kind):
+        for module in [subject.model] if kind == "model" else subject.modules(kind):
             subject.off(module.register_forward_hook(lambda m, a, o: scaled(o, even=kind == "ropes")).remove)
 
     return put
@@ -57,7 +57,7 @@ def _input_changing(kind: str) -> Any:
             first = next(iter(kwargs), None)
             return (args, {**kwargs, first: scaled(kwargs[first])}) if first else None
 
-        for module in subject.each(kind):
+        for module in subject.modules(kind):
             subject.off(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     return put
@@ -77,24 +77,24 @@ def _rotary_hook(kind: str, change: Any, **options: Any) -> Any:
 
             return changed_arguments(module, args, kwargs, changed)
 
-        for module in subject.each(kind):
+        for module in subject.modules(kind):
             subject.off(module.register_forward_pre_hook(hook, with_kwargs=True, **options).remove)
 
     return put
 
 
-def _first_kept(value: Any) -> Any:
+def _first_output(value: Any) -> Any:
     return value
 
 
 for _kind in ("attentions", "blocks"):
-    intervention(f"pre-hook on {_kind} gives other tables", changes=True)(_rotary_hook(_kind, tables_turned_back))
+    intervention(f"pre-hook on {_kind} gives other tables", changes=True)(_rotary_hook(_kind, tables_rotated_back))
     intervention(f"pre-hook on {_kind} gives the same tables anew")(
         _rotary_hook(_kind, lambda value: torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, value))
     )
     intervention(f"pre-hook on {_kind} drops the tables", changes=True)(_rotary_hook(_kind, lambda value: None))
 intervention("first pre-hook on attentions gives other tables", changes=True)(
-    _rotary_hook("attentions", tables_turned_back, prepend=True)
+    _rotary_hook("attentions", tables_rotated_back, prepend=True)
 )
 
 
@@ -105,30 +105,30 @@ def read(subject: Subject) -> None:
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         subject.judged.append((args, dict(kwargs)))
 
-    for module in subject.each("attentions"):
+    for module in subject.modules("attentions"):
         subject.off(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
 
 @intervention("tables read by a hook on ropes")
 def read_ropes(subject: Subject) -> None:
     """The same of what a rope module returns."""
-    for module in subject.each("ropes"):
+    for module in subject.modules("ropes"):
         subject.off(module.register_forward_hook(lambda m, a, o: subject.judged.append(o)).remove)
 
 
 @intervention("hook on ropes gives other tables", changes=True)
 def other_tables(subject: Subject) -> None:
     """As position interpolation in a hook."""
-    for module in subject.each("ropes"):
-        subject.off(module.register_forward_hook(lambda m, a, o: tables_turned_back(o)).remove)
+    for module in subject.modules("ropes"):
+        subject.off(module.register_forward_hook(lambda m, a, o: tables_rotated_back(o)).remove)
 
 
 @intervention("hook on ropes gives other tables in step 1 alone", changes=True)
 def other_tables_once(subject: Subject) -> None:
     """The hook stays, and what it does changes."""
     told = {"step": 0}
-    for module in subject.each("ropes"):
-        hook = module.register_forward_hook(lambda m, a, o: tables_turned_back(o) if told["step"] == 1 else o)
+    for module in subject.modules("ropes"):
+        hook = module.register_forward_hook(lambda m, a, o: tables_rotated_back(o) if told["step"] == 1 else o)
         subject.off(hook.remove)
     subject.before_step = lambda number: told.update(step=number)
 
@@ -136,7 +136,7 @@ def other_tables_once(subject: Subject) -> None:
 @intervention("hook on every module of the process scales norms", changes=True)
 def everywhere(subject: Subject) -> None:
     """Torch's global hook."""
-    norms = {id(module) for module in subject.each("norms")}
+    norms = {id(module) for module in subject.modules("norms")}
     handle = torch.nn.modules.module.register_module_forward_hook(lambda m, a, o: scaled(o) if id(m) in norms else None)
     subject.off(handle.remove)
 
@@ -166,7 +166,7 @@ def _raising(kind: str, error: type[BaseException], inside: bool) -> Any:
             if told["step"] == 1:
                 raise error("from a hook")
 
-        module = subject.each(kind)[-1]
+        module = subject.modules(kind)[-1]
         if inside:
             subject.off(module.register_forward_hook(raise_in_step_1).remove)
         else:
@@ -197,11 +197,11 @@ def _calling_another(kind: str) -> Any:
                 busy["now"] = True
                 try:
                     with torch.no_grad():
-                        subject.example.run(other, subject.made(5))
+                        subject.example.run(other, subject.new_inputs(5))
                 finally:
                     busy["now"] = False
 
-        subject.off(subject.each(kind)[0].register_forward_pre_hook(hook).remove)
+        subject.off(subject.modules(kind)[0].register_forward_pre_hook(hook).remove)
 
     return put
 
@@ -216,14 +216,16 @@ def backward(subject: Subject) -> None:
     if not subject.example.trains:
         raise NotApplicable("does not train")
     for kind in ("attentions", "blocks"):
-        for module in subject.each(kind):
+        for module in subject.modules(kind):
             subject.off(module.register_full_backward_hook(lambda m, i, o: scaled(i, 1.25)).remove)
 
     def run(inputs: Any) -> Any:
         subject.model.zero_grad()
         output = subject.example.run(subject.model, inputs)
-        found = [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.requires_grad]
-        sum(x.square().sum() for x in found).backward()
+        outputs = [
+            x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.requires_grad
+        ]
+        sum(x.square().sum() for x in outputs).backward()
         gradients = [p.grad for p in subject.model.parameters() if p.grad is not None]
         return output, gradients
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .core import NotApplicable, Subject, intervention
-from .parts import tables_turned_back
+from .parts import tables_rotated_back
 
 _IDS = re.compile(r"ids$|coords$|indices|rope_pos|grid_sizes$")
 _NO_POSITIONS = re.compile(r"input_ids|token_id|segment_ids|domain_ids")
@@ -20,13 +20,13 @@ _TABLES = re.compile(r"rotary_emb")
 
 def _named(subject: Subject, which: str) -> list[str]:
     """Names of inputs that are positions, or tables, or either."""
-    inputs = subject.made(1)
+    inputs = subject.new_inputs(1)
     ids = [n for n in inputs if _IDS.search(n) and not _NO_POSITIONS.search(n) and _tensors(inputs[n])]
     tables = [n for n in inputs if _TABLES.search(n) and _tensors(inputs[n])]
-    found = {"ids": ids, "tables": tables, "either": [*ids, *tables]}[which]
-    if not found:
+    names = {"ids": ids, "tables": tables, "either": [*ids, *tables]}[which]
+    if not names:
         raise NotApplicable("no ids" if which == "ids" else f"no {which} among the inputs")
-    return found
+    return names
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -46,7 +46,7 @@ def _token_dim(x: torch.Tensor) -> int:
     return max(range(x.ndim), key=lambda dim: (x.shape[dim], -dim))
 
 
-def _each_step(which: str, change: Callable[[torch.Tensor, int], torch.Tensor]) -> Any:
+def _in_every_step(which: str, change: Callable[[torch.Tensor, int], torch.Tensor]) -> Any:
     """New tensors in every step."""
 
     def put(subject: Subject) -> None:
@@ -54,51 +54,53 @@ def _each_step(which: str, change: Callable[[torch.Tensor, int], torch.Tensor]) 
         real = subject.inputs
 
         def inputs(number: int) -> dict[str, Any]:
-            given = real(number)
-            return {**given, **{n: _mapped(lambda x: change(x, number), given[n]) for n in names}}
+            inputs = real(number)
+            return {**inputs, **{n: _mapped(lambda x: change(x, number), inputs[n]) for n in names}}
 
         subject.inputs = inputs
 
     return put
 
 
-intervention("other ids in every step", changes=True)(_each_step("ids", _shifted))
-intervention("other tables in every step", changes=True)(_each_step("tables", _shifted))
+intervention("other ids in every step", changes=True)(_in_every_step("ids", _shifted))
+intervention("other tables in every step", changes=True)(_in_every_step("tables", _shifted))
 for _which in ("ids", "tables"):
     for _cut, _slice in (("4 short", lambda x, d: x.narrow(d, 0, max(x.shape[d] - 4, 1))),
                          ("1 short", lambda x, d: x.narrow(d, 0, max(x.shape[d] - 1, 1))),
                          ("first row alone", lambda x, d: x.narrow(d, 0, 1)),
                          ("4 long", lambda x, d: torch.cat([x, x.narrow(d, 0, min(4, x.shape[d]))], d))):  # fmt: skip
         intervention(f"{_which} {_cut}", changes=True)(
-            _each_step(_which, lambda x, number, cut=_slice: cut(x, _token_dim(x)))
+            _in_every_step(_which, lambda x, number, cut=_slice: cut(x, _token_dim(x)))
         )
         intervention(f"{_which} {_cut} in step 1 alone", changes=True)(
-            _each_step(_which, lambda x, number, cut=_slice: cut(x, _token_dim(x)) if number == 1 else x)
+            _in_every_step(_which, lambda x, number, cut=_slice: cut(x, _token_dim(x)) if number == 1 else x)
         )
-intervention("ids and tables not contiguous")(_each_step("either", lambda x, number: torch.stack([x, x], -1)[..., 0]))
+intervention("ids and tables not contiguous")(
+    _in_every_step("either", lambda x, number: torch.stack([x, x], -1)[..., 0])
+)
 intervention("tables in float64", changes=False)(
-    _each_step("tables", lambda x, number: x.double() if not x.is_complex() else x)
+    _in_every_step("tables", lambda x, number: x.double() if not x.is_complex() else x)
 )
 intervention("tables whose halves differ", changes=True)(
-    _each_step("tables", lambda x, number: x * torch.linspace(1, 2, x.shape[-1]))
+    _in_every_step("tables", lambda x, number: x * torch.linspace(1, 2, x.shape[-1]))
 )
-intervention("ids in float64")(_each_step("ids", lambda x, number: x.double() if x.is_floating_point() else x))
+intervention("ids in float64")(_in_every_step("ids", lambda x, number: x.double() if x.is_floating_point() else x))
 
 
-def _kept(which: str, write: Callable[[torch.Tensor, torch.Tensor], Any]) -> Any:
+def _rewritten(which: str, write: Callable[[torch.Tensor, torch.Tensor], Any]) -> Any:
     """The same tensors in every step, written to between steps."""
 
     def put(subject: Subject) -> None:
         names = _named(subject, which)
-        first = subject.made(1)
+        first = subject.new_inputs(1)
         values = {n: _mapped(torch.clone, first[n]) for n in names}
 
         def inputs(number: int) -> dict[str, Any]:
             for name in names:
-                for mine, real in zip(_tensors(values[name]), _tensors(first[name]), strict=True):
+                for written, real in zip(_tensors(values[name]), _tensors(first[name]), strict=True):
                     with torch.no_grad():
-                        write(mine, _shifted(real, number).contiguous())
-            return {**subject.made(1), **values}
+                        write(written, _shifted(real, number).contiguous())
+            return {**subject.new_inputs(1), **values}
 
         subject.inputs = inputs
 
@@ -113,13 +115,13 @@ def _by_data(x: torch.Tensor, y: torch.Tensor) -> None:
     x.data = y.clone()
 
 
-intervention("ids and tables written in place", changes=True)(_kept("either", lambda x, y: x.copy_(y)))
-intervention("ids and tables written through .data", changes=True)(_kept("either", lambda x, y: x.data.copy_(y)))
-intervention("ids and tables given other .data", changes=True)(_kept("either", _by_data))
-intervention("ids and tables written through numpy", changes=True)(_kept("either", _through_numpy))
-intervention("ids and tables set_ to other memory", changes=True)(_kept("either", lambda x, y: x.set_(y.clone())))
+intervention("ids and tables written in place", changes=True)(_rewritten("either", lambda x, y: x.copy_(y)))
+intervention("ids and tables written through .data", changes=True)(_rewritten("either", lambda x, y: x.data.copy_(y)))
+intervention("ids and tables given other .data", changes=True)(_rewritten("either", _by_data))
+intervention("ids and tables written through numpy", changes=True)(_rewritten("either", _through_numpy))
+intervention("ids and tables set_ to other memory", changes=True)(_rewritten("either", lambda x, y: x.set_(y.clone())))
 intervention("ids and tables written by apply_", changes=True)(
-    _kept("either", lambda x, y: x.map_(y.to(x.dtype), lambda _, b: b) if not x.is_complex() else x.copy_(y))
+    _rewritten("either", lambda x, y: x.map_(y.to(x.dtype), lambda _, b: b) if not x.is_complex() else x.copy_(y))
 )
 
 
@@ -127,17 +129,17 @@ intervention("ids and tables written by apply_", changes=True)(
 def same_memory(subject: Subject) -> None:
     """torch.from_numpy of an array that stays, in every step."""
     names = _named(subject, "either")
-    first = subject.made(1)
+    first = subject.new_inputs(1)
     arrays = {n: [x.clone().numpy() for x in _tensors(first[n])] for n in names}
 
     def inputs(number: int) -> dict[str, Any]:
-        given = subject.made(1)
+        inputs = subject.new_inputs(1)
         for name in names:
             for array, real in zip(arrays[name], _tensors(first[name]), strict=True):
                 array[...] = _shifted(real, number).numpy()
             fresh = iter(arrays[name])
-            given[name] = _mapped(lambda x, fresh=fresh: torch.from_numpy(next(fresh)), given[name])
-        return given
+            inputs[name] = _mapped(lambda x, fresh=fresh: torch.from_numpy(next(fresh)), inputs[name])
+        return inputs
 
     subject.inputs = inputs
 
@@ -160,8 +162,8 @@ def _told(subject: Subject) -> dict[str, int]:
 
 
 def _same_inputs(subject: Subject) -> None:
-    given = subject.made(1)
-    subject.inputs = lambda number: given
+    inputs = subject.new_inputs(1)
+    subject.inputs = lambda number: inputs
 
 
 @intervention("model.forward shifts ids by the step", changes=True)
@@ -195,10 +197,10 @@ def class_wrapper(subject: Subject) -> None:
 def partial(subject: Subject) -> None:
     """functools.partial fixes them."""
     names = _named(subject, "either")
-    given = subject.made(1)
-    fixed = {n: _mapped(lambda x: _shifted(x, 1), given[n]) for n in names}
+    inputs = subject.new_inputs(1)
+    fixed = {n: _mapped(lambda x: _shifted(x, 1), inputs[n]) for n in names}
     subject.assign(subject.model, "forward", functools.partial(subject.model.forward, **fixed))
-    subject.inputs = lambda number: {n: v for n, v in subject.made(1).items() if n not in names}
+    subject.inputs = lambda number: {n: v for n, v in subject.new_inputs(1).items() if n not in names}
 
 
 @intervention("pre-hook on the model shifts ids by the step", changes=True)
@@ -231,14 +233,14 @@ def _inside(change: Callable[[Any, int], Any], kind: str) -> Any:
 
     def put(subject: Subject) -> None:
         told = _told(subject)
-        for module in subject.each(kind):
+        for module in subject.modules(kind):
             real = module.forward
             names = list(inspect.signature(real).parameters)
 
             def forward(*args: Any, real: Any = real, names: list[str] = names, **kwargs: Any) -> Any:
-                mine = [change(a, told["step"]) if _rotary(n) else a for n, a in zip(names, args, strict=False)]
+                changed = [change(a, told["step"]) if _rotary(n) else a for n, a in zip(names, args, strict=False)]
                 kwargs = {n: change(v, told["step"]) if _rotary(n) else v for n, v in kwargs.items()}
-                return real(*mine, *args[len(mine) :], **kwargs)
+                return real(*changed, *args[len(changed) :], **kwargs)
 
             subject.assign(module, "forward", functools.wraps(real)(forward))
 
@@ -249,13 +251,13 @@ def _rotary(name: str) -> bool:
     return re.search(r"rot|rope|freqs_cis", name) is not None
 
 
-def _turned_in_step_1(value: Any, step: int) -> Any:
-    return tables_turned_back(value) if step == 1 else value
+def _rotated_back_in_step_1(value: Any, step: int) -> Any:
+    return tables_rotated_back(value) if step == 1 else value
 
 
-intervention("blocks give other tables in step 1 alone", changes=True)(_inside(_turned_in_step_1, "blocks"))
+intervention("blocks give other tables in step 1 alone", changes=True)(_inside(_rotated_back_in_step_1, "blocks"))
 intervention("last block gives other tables in step 1 alone", changes=True)(
-    lambda subject: _inside(_turned_in_step_1, "blocks")(_LastBlock(subject))
+    lambda subject: _inside(_rotated_back_in_step_1, "blocks")(_LastBlock(subject))
 )
 
 
@@ -271,8 +273,8 @@ class _LastBlock:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.subject, name, value)
 
-    def each(self, kind: str) -> Any:
-        return self.subject.each(kind)[-1:]
+    def modules(self, kind: str) -> Any:
+        return self.subject.modules(kind)[-1:]
 
 
 @intervention("inputs of other sizes in every step")
@@ -280,13 +282,13 @@ def sizes(subject: Subject) -> None:
     """One sample, then the whole batch, then one again."""
 
     def inputs(number: int) -> dict[str, Any]:
-        given = subject.made(1 + number)
+        inputs = subject.new_inputs(1 + number)
         if number == 1:
-            return given
-        batch = {len(v) for n, v in given.items() if n == "hidden_states" and isinstance(v, torch.Tensor)}
+            return inputs
+        batch = {len(v) for n, v in inputs.items() if n == "hidden_states" and isinstance(v, torch.Tensor)}
         size = next(iter(batch), 1)
         return {n: v[:1] if isinstance(v, torch.Tensor) and v.ndim and len(v) == size > 1 and n not in _LONG else v
-                for n, v in given.items()}  # fmt: skip
+                for n, v in inputs.items()}  # fmt: skip
 
     subject.inputs = inputs
 
@@ -301,11 +303,13 @@ def gradients(subject: Subject) -> None:
         raise NotApplicable("does not train")
 
     def run(inputs: Any) -> Any:
-        wanted = {n: v.clone().requires_grad_() for n, v in inputs.items()
+        leaves = {n: v.clone().requires_grad_() for n, v in inputs.items()
                   if isinstance(v, torch.Tensor) and v.is_floating_point() and not _IDS.search(n)}  # fmt: skip
-        output = subject.example.run(subject.model, {**inputs, **wanted})
-        found = [x for x in _tensors(output) if x.requires_grad]
-        given = torch.autograd.grad(sum(x.square().sum() for x in found), list(wanted.values()), allow_unused=True)
-        return output, [g for g in given if g is not None]
+        output = subject.example.run(subject.model, {**inputs, **leaves})
+        outputs = [x for x in _tensors(output) if x.requires_grad]
+        gradients = torch.autograd.grad(
+            sum(x.square().sum() for x in outputs), list(leaves.values()), allow_unused=True
+        )
+        return output, [g for g in gradients if g is not None]
 
     subject.run = run

@@ -29,13 +29,13 @@ class Step:
     tensors: tuple[torch.Tensor, ...] = ()
     error: str = ""
     message: str = ""
-    own: bool = False
+    refused: bool = False
 
 
 def leaves(output: Any) -> tuple[torch.Tensor, ...]:
     """Every tensor of an output, copied; of a distributed one, this rank's part."""
-    found = [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor)]
-    local = [x.to_local() if hasattr(x, "to_local") else x for x in found]
+    tensors = [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor)]
+    local = [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
     with torch.no_grad():
         return tuple(x.detach() if x.is_meta else x.detach().clone() for x in local)
 
@@ -58,37 +58,39 @@ def raised_by_us(error: BaseException) -> bool:
     return "dit_rope" in Path(trace.tb_frame.f_code.co_filename).parts and " must " in str(error)
 
 
-def compared(ours: list[Step], theirs: list[Step], exact: bool, bound: float) -> tuple[str, str]:
+def compared(patched: list[Step], unpatched: list[Step], exact: bool, bound: float) -> tuple[str, str]:
     """The worst outcome of these steps, and what it was; ``bound`` is relative to the largest value of a tensor."""
-    if len(ours) != len(theirs):
-        return DIFFERENT, f"{len(ours)} steps of {len(theirs)}"
-    found = [_one(a, b, exact, bound) for a, b in zip(ours, theirs, strict=True)]
-    worst = max(found, key=lambda one: OUTCOMES.index(one[0]))
-    return worst[0], f"step {found.index(worst)}: {worst[1]}" if worst[1] else ""
+    if len(patched) != len(unpatched):
+        return DIFFERENT, f"{len(patched)} steps of {len(unpatched)}"
+    outcomes = [_compared_step(a, b, exact, bound) for a, b in zip(patched, unpatched, strict=True)]
+    worst = max(outcomes, key=lambda outcome: OUTCOMES.index(outcome[0]))
+    return worst[0], f"step {outcomes.index(worst)}: {worst[1]}" if worst[1] else ""
 
 
-def _one(ours: Step, theirs: Step, exact: bool, bound: float) -> tuple[str, str]:
-    if ours.error or theirs.error:
-        what = f"{ours.error or 'runs'}: {ours.message}; unpatched {theirs.error or 'runs'}: {theirs.message}"
-        if ours.error == theirs.error:
+def _compared_step(patched: Step, unpatched: Step, exact: bool, bound: float) -> tuple[str, str]:
+    if patched.error or unpatched.error:
+        errors = (
+            f"{patched.error or 'runs'}: {patched.message}; unpatched {unpatched.error or 'runs'}: {unpatched.message}"
+        )
+        if patched.error == unpatched.error:
             return SAME_ERROR, ""
-        if not ours.error:
-            return NO_ERROR, what
-        if ours.own:
-            return REFUSED_LATE, f"{ours.error}: {ours.message}"
-        return (OTHER_ERROR if theirs.error else CRASHED), what
-    if [(x.shape, x.dtype) for x in ours.tensors] != [(x.shape, x.dtype) for x in theirs.tensors]:
-        return DIFFERENT, f"{_described(ours)}; unpatched {_described(theirs)}"
-    if all(map(same, ours.tensors, theirs.tensors)):
+        if not patched.error:
+            return NO_ERROR, errors
+        if patched.refused:
+            return REFUSED_LATE, f"{patched.error}: {patched.message}"
+        return (OTHER_ERROR if unpatched.error else CRASHED), errors
+    if [(x.shape, x.dtype) for x in patched.tensors] != [(x.shape, x.dtype) for x in unpatched.tensors]:
+        return DIFFERENT, f"{_described(patched)}; unpatched {_described(unpatched)}"
+    if all(map(same, patched.tensors, unpatched.tensors)):
         return EQUAL, ""
-    return _differing(ours, theirs, exact, bound)
+    return _differing(patched, unpatched, exact, bound)
 
 
-def _differing(ours: Step, theirs: Step, exact: bool, bound: float) -> tuple[str, str]:
+def _differing(patched: Step, unpatched: Step, exact: bool, bound: float) -> tuple[str, str]:
     worst = ""
     # Small gradients are sums of large ones that cancel, whose rounding they keep.
-    least = 0.01 * max((_scale(x) for x in theirs.tensors if x.is_floating_point()), default=0.0)
-    for number, (a, b) in enumerate(zip(ours.tensors, theirs.tensors, strict=True)):
+    least = 0.01 * max((_scale(x) for x in unpatched.tensors if x.is_floating_point()), default=0.0)
+    for number, (a, b) in enumerate(zip(patched.tensors, unpatched.tensors, strict=True)):
         if same(a, b):
             continue
         if not a.is_floating_point() or a.isnan().ne(b.isnan()).any():
@@ -103,8 +105,8 @@ def _scale(x: torch.Tensor) -> float:
     return x.double().nan_to_num().abs().max().item() if x.numel() else 0.0
 
 
-def _described(one: Step) -> str:
-    return ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in one.tensors)
+def _described(step: Step) -> str:
+    return ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in step.tensors)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -127,22 +129,22 @@ _HOOKS = (
 
 def objects(model: torch.nn.Module) -> Objects:
     """The objects of every module themselves, which keeps them alive, so that another does not get their address."""
-    found: Objects = {}
+    by_key: Objects = {}
     for path, module in model.named_modules():
-        found[path, "class", ""] = type(module)
+        by_key[path, "class", ""] = type(module)
         for kind, values in (
             ("attribute", vars(module)),
             ("parameter", module._parameters),
             ("buffer", module._buffers),
             ("child", module._modules),
         ):
-            found |= {(path, kind, name): value for name, value in values.items() if name not in _HOOKS}
+            by_key |= {(path, kind, name): value for name, value in values.items() if name not in _HOOKS}
         for kind in _HOOKS:
-            found |= {(path, kind, number): hook for number, hook in enumerate(getattr(module, kind).values())}
+            by_key |= {(path, kind, number): hook for number, hook in enumerate(getattr(module, kind).values())}
         for name, value in vars(module).items():
             if hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module | torch.Tensor):
-                found[path, "class of", name] = type(value)
-    return found
+                by_key[path, "class of", name] = type(value)
+    return by_key
 
 
 def changes(before: Objects, after: Objects) -> set[tuple[str, str, Any]]:
@@ -154,25 +156,26 @@ def changes(before: Objects, after: Objects) -> set[tuple[str, str, Any]]:
     }
 
 
-def shapes(found: Objects) -> dict[tuple[str, str, Any], str]:
+def shapes(by_key: Objects) -> dict[tuple[str, str, Any], str]:
     """The classes of these objects by name, to compare those of two models."""
     return {
         key: f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else type(value).__qualname__
-        for key, value in found.items()
+        for key, value in by_key.items()
     }
 
 
-def left_behind(ours: tuple[Objects, Objects], theirs: tuple[Objects, Objects]) -> str:
-    """What differs after undo, beyond what differs in the twin too; ours and theirs are before and after.
+def left_after_undo(patched: tuple[Objects, Objects], unpatched: tuple[Objects, Objects]) -> str:
+    """What differs after undo, beyond what differs in the unpatched twin too; each pair is before and after.
 
     Attributes that stayed what they were differ in nothing: models remember things of their own where they are called.
     """
-    moved, its_moved = changes(*ours), changes(*theirs)
-    mine, its = shapes(ours[1]), shapes(theirs[1])
+    patched_moved, unpatched_moved = changes(*patched), changes(*unpatched)
+    patched_classes, unpatched_classes = shapes(patched[1]), shapes(unpatched[1])
     other = {
         key
-        for key in mine.keys() | its.keys()
-        if mine.get(key) != its.get(key) and (key in moved or key[1] not in ("attribute", "class of"))
+        for key in patched_classes.keys() | unpatched_classes.keys()
+        if patched_classes.get(key) != unpatched_classes.get(key)
+        and (key in patched_moved or key[1] not in ("attribute", "class of"))
     }
-    named = sorted({f"{path} {kind} {name}" for path, kind, name in (moved - its_moved) | other})
+    named = sorted({f"{path} {kind} {name}" for path, kind, name in (patched_moved - unpatched_moved) | other})
     return "; ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")

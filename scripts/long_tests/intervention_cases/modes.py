@@ -104,14 +104,14 @@ for _dtype in (torch.float64, torch.float16, torch.bfloat16):
 @intervention("norms in another dtype", reversible=False, rounded=torch.bfloat16)
 def norms(subject: Subject) -> None:
     """bfloat16 norms in a float32 model."""
-    for module in subject.each("norms"):
+    for module in subject.modules("norms"):
         module.to(torch.bfloat16)
 
 
 @intervention("norms in float32 in a bfloat16 model", dtype=torch.bfloat16, reversible=False)
 def float_norms(subject: Subject) -> None:
     """How some checkpoints keep them."""
-    for module in subject.each("norms"):
+    for module in subject.modules("norms"):
         module.float()
 
 
@@ -154,8 +154,8 @@ def _trains(subject: Subject) -> None:
 def _backward(subject: Subject, inputs: Any) -> Any:
     subject.model.zero_grad()
     output = subject.example.run(subject.callee, inputs)
-    found = [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.requires_grad]
-    sum(x.square().sum() for x in found).backward()
+    outputs = [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.requires_grad]
+    sum(x.square().sum() for x in outputs).backward()
     return output, [p.grad for p in subject.model.parameters() if p.grad is not None]
 
 
@@ -228,11 +228,11 @@ def math_kernel(subject: Subject) -> None:
     subject.enter(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
 
 
-def _transformed(how: str) -> Any:
+def _transformed(transform: str) -> Any:
     """torch.func's transforms over the hidden states."""
 
     def put(subject: Subject) -> None:
-        name = next((n for n in ("hidden_states", "z") if isinstance(subject.made(1).get(n), torch.Tensor)), None)
+        name = next((n for n in ("hidden_states", "z") if isinstance(subject.new_inputs(1).get(n), torch.Tensor)), None)
         if name is None:
             raise NotApplicable("no tensor of hidden states")
 
@@ -243,18 +243,18 @@ def _transformed(how: str) -> Any:
 
             x = inputs[name]
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                if how == "jvp":
+                if transform == "jvp":
                     return torch.func.jvp(call, (x,), (torch.ones_like(x),))
-                if how == "jvp without gradients":
+                if transform == "jvp without gradients":
                     with torch.no_grad():
                         return torch.func.jvp(call, (x,), (torch.ones_like(x),))
-                if how == "forward-mode AD":
+                if transform == "forward-mode AD":
                     with torch.autograd.forward_ad.dual_level():
                         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
                         return tuple(torch.autograd.forward_ad.unpack_dual(call(dual)))
-                if how == "grad":
+                if transform == "grad":
                     return torch.func.grad(lambda y: call(y).square().sum())(x)
-                if how == "vmap":
+                if transform == "vmap":
                     return torch.vmap(call)(torch.stack([x, 2 * x]))
                 y = x.clone().requires_grad_()
                 (first,) = torch.autograd.grad(call(y).square().sum(), y, create_graph=True)
@@ -265,8 +265,8 @@ def _transformed(how: str) -> Any:
     return put
 
 
-for _how in ("jvp", "jvp without gradients", "forward-mode AD", "grad", "vmap", "double backward"):
-    intervention(f"torch.func: {_how}", orders=TWO_ORDERS)(_transformed(_how))
+for _transform in ("jvp", "jvp without gradients", "forward-mode AD", "grad", "vmap", "double backward"):
+    intervention(f"torch.func: {_transform}", orders=TWO_ORDERS)(_transformed(_transform))
 
 
 @intervention("calls from another thread")
@@ -275,20 +275,20 @@ def thread(subject: Subject) -> None:
     real = subject.run
 
     def run(inputs: Any) -> Any:
-        found: list[Any] = []
+        results: list[Any] = []
 
         def work() -> None:
             try:
-                found.append(real(inputs))
+                results.append(real(inputs))
             except Exception as error:
-                found.append(error)
+                results.append(error)
 
         worker = threading.Thread(target=work)
         worker.start()
         worker.join()
-        if isinstance(found[0], Exception):
-            raise found[0]
-        return found[0]
+        if isinstance(results[0], Exception):
+            raise results[0]
+        return results[0]
 
     subject.run = run
 
@@ -299,18 +299,18 @@ def threads(subject: Subject) -> None:
     real = subject.run
 
     def run(inputs: Any) -> Any:
-        found: dict[int, Any] = {}
-        others = subject.made(9)
+        results: dict[int, Any] = {}
+        others = subject.new_inputs(9)
 
-        def work(number: int, given: Any) -> None:
+        def work(number: int, inputs: Any) -> None:
             with torch.no_grad():
-                found[number] = subject.example.run(subject.model, given)
+                results[number] = subject.example.run(subject.model, inputs)
 
         workers = [threading.Thread(target=work, args=pair) for pair in ((0, inputs), (1, others))]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
-        return [found.get(number) for number in (0, 1)], real(inputs)
+        return [results.get(number) for number in (0, 1)], real(inputs)
 
     subject.run = run

@@ -70,18 +70,18 @@ def find_parts(model: torch.nn.Module, forward: Callable[[], Any]) -> Parts:
         tuple(sorted(ropes)),
         {path: type(module) for path, module in model.named_modules()},
         {
-            p: type(found)
+            p: type(processor)
             for p in attentions
-            if (found := getattr(model.get_submodule(p), "processor", None)) is not None
+            if (processor := getattr(model.get_submodule(p), "processor", None)) is not None
         },
     )
 
 
-def _noting(found: dict[str, set[str]], path: str) -> Callable[..., None]:
+def _noting(rotary: dict[str, set[str]], path: str) -> Callable[..., None]:
     def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for name, value in named_arguments(module, args, kwargs).items():
             if _ROTARY.search(name) and value is not None:
-                found.setdefault(path, set()).add(name)
+                rotary.setdefault(path, set()).add(name)
 
     return note
 
@@ -102,7 +102,7 @@ def changed_arguments(
 
 
 def _block(path: str, lists: list[str]) -> str | None:
-    around = [each for each in lists if path.startswith(f"{each}.")]
+    around = [value for value in lists if path.startswith(f"{value}.")]
     if not around:
         return None
     outer = min(around, key=len)
@@ -115,14 +115,14 @@ def parent_of(model: torch.nn.Module, path: str) -> tuple[torch.nn.Module, str]:
     return model.get_submodule(parent), name
 
 
-def tables_turned_back(tables: Any) -> Any:
+def tables_rotated_back(tables: Any) -> Any:
     """Tables that rotate the other way: a negated sine, the conjugate; other forms are made larger."""
     if isinstance(tables, dict):
-        return {name: tables_turned_back(value) for name, value in tables.items()}
+        return {name: tables_rotated_back(value) for name, value in tables.items()}
     if isinstance(tables, tuple | list):
         if len(tables) == 2 and all(isinstance(x, torch.Tensor) and not x.is_complex() for x in tables):
             return type(tables)((tables[0], -tables[1]))
-        return type(tables)(tables_turned_back(each) for each in tables)
+        return type(tables)(tables_rotated_back(value) for value in tables)
     if not isinstance(tables, torch.Tensor):
         return tables
     return tables.conj() if tables.is_complex() else tables * 1.5
@@ -144,7 +144,7 @@ def scaled(output: Any, factor: float = 1.5, even: bool = False) -> Any:
     return torch.utils._pytree.tree_map(change, output)
 
 
-def turned_twice(function: Callable[..., Any]) -> Callable[..., Any]:
+def rotated_twice(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, which returns its first arguments rotated, done twice."""
 
     def twice(*args: Any, **kwargs: Any) -> Any:

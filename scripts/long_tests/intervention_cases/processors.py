@@ -9,7 +9,7 @@ from types import FunctionType
 from typing import Any
 
 from .core import NotApplicable, Subject, intervention
-from .parts import rotating_globals, scaled, tables_turned_back, turned_twice
+from .parts import rotated_twice, rotating_globals, scaled, tables_rotated_back
 
 
 def _call_changed(real: Any, change: Any, rotary: tuple[str, ...], output: Any = None) -> Any:
@@ -17,9 +17,9 @@ def _call_changed(real: Any, change: Any, rotary: tuple[str, ...], output: Any =
     names = list(inspect.signature(real).parameters)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = [change(a) if n in rotary else a for n, a in zip(names[1:], args, strict=False)]
+        changed = [change(a) if n in rotary else a for n, a in zip(names[1:], args, strict=False)]
         kwargs = {name: change(value) if name in rotary else value for name, value in kwargs.items()}
-        result = real(self, *given, *args[len(given) :], **kwargs)
+        result = real(self, *changed, *args[len(changed) :], **kwargs)
         return result if output is None else output(result)
 
     return functools.wraps(real)(call)
@@ -33,7 +33,7 @@ def _derived(rename: str | None, whole: bool, change: Any = _same, output: Any =
     """Processors of a derived class: of the same name, or of a module of the same name too."""
 
     def put(subject: Subject) -> None:
-        for path, module in zip(subject.parts.attentions, subject.each("attentions"), strict=True):
+        for path, module in zip(subject.parts.attentions, subject.modules("attentions"), strict=True):
             cls = subject.parts.processors.get(path)
             if cls is None:
                 continue
@@ -47,20 +47,20 @@ def _derived(rename: str | None, whole: bool, change: Any = _same, output: Any =
 
 
 def _new(cls: type, before: Any) -> Any:
-    made = cls.__new__(cls)
-    made.__dict__.update({name: value for name, value in vars(before).items() if name != "_dit_rope"})
-    return made
+    copied = cls.__new__(cls)
+    copied.__dict__.update({name: value for name, value in vars(before).items() if name != "_dit_rope"})
+    return copied
 
 
 intervention("other processors that do the same")(_derived("Mine", False))
 intervention("other processors that scale", changes=True)(_derived("Mine", False, output=scaled))
-intervention("other processors that turn back", changes=True)(_derived("Mine", False, change=tables_turned_back))
+intervention("other processors that turn back", changes=True)(_derived("Mine", False, change=tables_rotated_back))
 intervention("processors of the same name that scale", changes=True)(_derived(None, False, output=scaled))
 intervention("processors of the same name that turn back", changes=True)(
-    _derived(None, False, change=tables_turned_back)
+    _derived(None, False, change=tables_rotated_back)
 )
 intervention("processors of the same name and module that turn back", changes=True)(
-    _derived(None, True, change=tables_turned_back)
+    _derived(None, True, change=tables_rotated_back)
 )
 intervention("processors of the same name and module that drop the tables", changes=True)(
     _derived(None, True, change=lambda value: None)
@@ -69,15 +69,15 @@ intervention("processors of the same name and module that drop the tables", chan
 
 def _copied(subject: Subject, change: Any) -> None:
     """Classes made of the same source, of the same name and module, in which functions that rotate are others."""
-    for path, module in zip(subject.parts.attentions, subject.each("attentions"), strict=True):
+    for path, module in zip(subject.parts.attentions, subject.modules("attentions"), strict=True):
         cls = subject.parts.processors.get(path)
         call = cls and next(vars(c)["__call__"] for c in cls.__mro__ if "__call__" in vars(c))
         if not isinstance(call, FunctionType):
             continue
         space = {**call.__globals__, **{name: change(f) for _, name, f in rotating_globals(subject.parts)}}
-        mine = FunctionType(call.__code__, space, call.__name__, call.__defaults__, call.__closure__)
-        mine.__kwdefaults__ = call.__kwdefaults__
-        body = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")} | {"__call__": mine}
+        function = FunctionType(call.__code__, space, call.__name__, call.__defaults__, call.__closure__)
+        function.__kwdefaults__ = call.__kwdefaults__
+        body = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")} | {"__call__": function}
         subject.assign(module, "processor", _new(type(cls.__name__, cls.__bases__, body), module.processor))
     subject.processed()
 
@@ -91,13 +91,13 @@ def copied(subject: Subject) -> None:
 @intervention("copies of processors that turn twice as far", changes=True)
 def copied_twice(subject: Subject) -> None:
     """The copy rotates by another function."""
-    _copied(subject, turned_twice)
+    _copied(subject, rotated_twice)
 
 
 @intervention("fresh default processors")
 def fresh(subject: Subject) -> None:
     """What set_default_attn_processor does."""
-    for path, module in zip(subject.parts.attentions, subject.each("attentions"), strict=True):
+    for path, module in zip(subject.parts.attentions, subject.modules("attentions"), strict=True):
         if path in subject.parts.processors:
             subject.assign(module, "processor", copy.copy(_unpatched(subject, path)))
     subject.processed()
@@ -120,12 +120,12 @@ def functions(subject: Subject) -> None:
 class _Delegate:
     """Holds a processor, records, and calls it: how attention maps are collected."""
 
-    def __init__(self, real: Any, seen: list[Any]) -> None:
-        self.real, self.seen = real, seen
+    def __init__(self, real: Any, results: list[Any]) -> None:
+        self.real, self.results = real, results
 
     def __call__(self, attn: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         result = self.real(attn, hidden_states, *args, **kwargs)
-        self.seen.append(result)
+        self.results.append(result)
         return result
 
     def __getattr__(self, name: str) -> Any:
@@ -140,7 +140,7 @@ def _delegating(subject: Subject, path: str, cls: type) -> type:
 @intervention("processors that delegate")
 def delegates(subject: Subject) -> None:
     """An object of another class around each processor; what it saw is judged too."""
-    for path, module in zip(subject.parts.attentions, subject.each("attentions"), strict=True):
+    for path, module in zip(subject.parts.attentions, subject.modules("attentions"), strict=True):
         if (cls := subject.parts.processors.get(path)) is not None:
             subject.assign(module, "processor", _delegating(subject, "", cls)(module.processor, subject.judged))
     subject.processed()
@@ -149,7 +149,7 @@ def delegates(subject: Subject) -> None:
 @intervention("processors of the same name that delegate")
 def same_named_delegates(subject: Subject) -> None:
     """The same under the name of the processor."""
-    for path, module in zip(subject.parts.attentions, subject.each("attentions"), strict=True):
+    for path, module in zip(subject.parts.attentions, subject.modules("attentions"), strict=True):
         if (cls := subject.parts.processors.get(path)) is not None:
             subject.assign(module, "processor", _delegating(subject, path, cls)(module.processor, subject.judged))
     subject.processed()
@@ -168,7 +168,7 @@ def _at_class(change: Any = _same, output: Any = None) -> Any:
 
 intervention("processor class wrapped")(_at_class())
 intervention("processor class wrapped and scales", changes=True)(_at_class(output=scaled))
-intervention("processor class wrapped and turns back", changes=True)(_at_class(tables_turned_back))
+intervention("processor class wrapped and turns back", changes=True)(_at_class(tables_rotated_back))
 intervention("processor class wrapped and drops the tables", changes=True)(_at_class(lambda value: None))
 
 
@@ -178,14 +178,14 @@ def alternating(subject: Subject) -> None:
     modules = subject.processed()
     first = [module.processor for module in modules]
     others = []
-    for path, module in zip(subject.parts.attentions, subject.each("attentions"), strict=True):
+    for path, module in zip(subject.parts.attentions, subject.modules("attentions"), strict=True):
         if (cls := subject.parts.processors.get(path)) is not None:
-            call = _call_changed(cls.__call__, tables_turned_back, subject.parts.rotary)
+            call = _call_changed(cls.__call__, tables_rotated_back, subject.parts.rotary)
             others.append(_new(type(cls.__name__, (cls,), {"__call__": call}), module.processor))
 
     def before_step(number: int) -> None:
-        for module, own, other in zip(modules, first, others, strict=True):
-            module.processor = other if number == 1 else own
+        for module, first_processor, other in zip(modules, first, others, strict=True):
+            module.processor = other if number == 1 else first_processor
 
     subject.before_step = before_step
     subject.off(before_step, 0)
@@ -194,13 +194,13 @@ def alternating(subject: Subject) -> None:
 @intervention("processors without the norm of keys", changes=True)
 def half_normed(subject: Subject) -> None:
     """A processor that leaves one norm out, as when it is fused elsewhere: the norm is None."""
-    done = False
-    for module in subject.each("attentions"):
+    switched = False
+    for module in subject.modules("attentions"):
         for name in ("norm_k", "k_norm", "key_norm", "k_rms_norm"):
             if getattr(module, name, None) is not None:
                 subject.assign(module, name, None)
-                done = True
-    if not done:
+                switched = True
+    if not switched:
         raise NotApplicable("no norms of keys")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .core import NotApplicable, Subject, intervention
-from .parts import building_globals, parent_of, rotating_globals, tables_turned_back, turned_twice
+from .parts import building_globals, parent_of, rotated_twice, rotating_globals, tables_rotated_back
 
 
 def _same(value: Any) -> Any:
@@ -22,17 +22,17 @@ def _passing(function: Any) -> Any:
 
 
 def _tables_changed(function: Any) -> Any:
-    return functools.wraps(function)(lambda *args, **kwargs: tables_turned_back(function(*args, **kwargs)))
+    return functools.wraps(function)(lambda *args, **kwargs: tables_rotated_back(function(*args, **kwargs)))
 
 
 def _globals_replaced(which: Any, change: Any, attribute: str) -> Any:
     def put(subject: Subject) -> None:
         if attribute == "ropes":
-            subject.each("ropes")
-        found = list(which(subject.parts))
-        if not found:
+            subject.modules("ropes")
+        functions = list(which(subject.parts))
+        if not functions:
             raise NotApplicable("no such functions")
-        for space, name, function in found:
+        for space, name, function in functions:
             space[name] = change(function)
             subject.off(space.__setitem__, name, function)
 
@@ -41,7 +41,7 @@ def _globals_replaced(which: Any, change: Any, attribute: str) -> Any:
 
 intervention("functions that rotate wrapped")(_globals_replaced(rotating_globals, _passing, "attentions"))
 intervention("functions that rotate replaced", changes=True)(
-    _globals_replaced(rotating_globals, turned_twice, "attentions")
+    _globals_replaced(rotating_globals, rotated_twice, "attentions")
 )
 intervention("functions that build tables wrapped")(_globals_replaced(building_globals, _passing, ""))
 intervention("functions that build tables replaced", changes=True)(
@@ -52,13 +52,13 @@ intervention("functions that build tables replaced", changes=True)(
 @intervention("functions that rotate replaced in step 1 alone", changes=True)
 def by_step(subject: Subject) -> None:
     """An ablation that comes and goes between steps."""
-    found = list(rotating_globals(subject.parts))
-    if not found:
+    functions = list(rotating_globals(subject.parts))
+    if not functions:
         raise NotApplicable("no such functions")
 
     def before_step(number: int) -> None:
-        for space, name, function in found:
-            space[name] = turned_twice(function) if number == 1 else function
+        for space, name, function in functions:
+            space[name] = rotated_twice(function) if number == 1 else function
 
     subject.before_step = before_step
     subject.off(before_step, 0)
@@ -66,7 +66,7 @@ def by_step(subject: Subject) -> None:
 
 def _instances(change: Any) -> Any:
     def put(subject: Subject) -> None:
-        for module in subject.each("ropes"):
+        for module in subject.modules("ropes"):
             subject.assign(module, "forward", change(module.forward))
 
     return put
@@ -90,7 +90,7 @@ def _exchanged(same_name: bool, change: Any) -> Any:
     """RIFLEx' way: a rope module of a derived class in the place of the model's."""
 
     def put(subject: Subject) -> None:
-        subject.each("ropes")
+        subject.modules("ropes")
         other = subject.example.build(subject.dtype)
         for path in subject.parts.ropes:
             cls: Any = subject.parts.classes[path]
@@ -110,19 +110,19 @@ def _exchanged(same_name: bool, change: Any) -> Any:
 
 
 intervention("rope exchanged for a copy")(_exchanged(False, _same))
-intervention("rope exchanged for another", changes=True)(_exchanged(False, tables_turned_back))
-intervention("rope exchanged for another of the same name", changes=True)(_exchanged(True, tables_turned_back))
+intervention("rope exchanged for another", changes=True)(_exchanged(False, tables_rotated_back))
+intervention("rope exchanged for another of the same name", changes=True)(_exchanged(True, tables_rotated_back))
 
 
 def _by_timestep(where: str) -> Any:
     """DyPE's way: the tables follow the step; what says which step is where only the code that uses it knows."""
 
     def put(subject: Subject) -> None:
-        modules = subject.each("ropes")
+        modules = subject.modules("ropes")
         told: dict[str, int] = {"step": 0}
 
         def changed(tables: Any) -> Any:
-            return tables_turned_back(tables) if told["step"] == 1 else tables
+            return tables_rotated_back(tables) if told["step"] == 1 else tables
 
         if where == "class":
             for cls in subject.classes("ropes"):
@@ -148,17 +148,17 @@ _NUMBERS = re.compile(r"theta|base|fps|scale|max_position_embeddings|offset")
 @intervention("attributes of ropes change from step to step", changes=True)
 def attributes(subject: Subject) -> None:
     """Every number that a rope module keeps, in step 1 alone."""
-    found = [
+    tensors = [
         (module, name, value)
-        for module in subject.each("ropes")
+        for module in subject.modules("ropes")
         for name, value in vars(module).items()
         if _NUMBERS.search(name) and isinstance(value, int | float) and not isinstance(value, bool)
     ]
-    if not found:
+    if not tensors:
         raise NotApplicable("no numbers in ropes")
 
     def before_step(number: int) -> None:
-        for module, name, value in found:
+        for module, name, value in tensors:
             setattr(module, name, type(value)(value * 2) if number == 1 else value)
 
     subject.before_step = before_step
@@ -166,24 +166,24 @@ def attributes(subject: Subject) -> None:
 
 
 def _tensors_of(subject: Subject) -> list[tuple[torch.nn.Module, str, torch.Tensor]]:
-    found = [
+    tensors = [
         (module, name, value)
-        for module in subject.each("ropes")
+        for module in subject.modules("ropes")
         for name, value in {**module._buffers, **vars(module)}.items()
         if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
     ]
-    if not found:
+    if not tensors:
         raise NotApplicable("no tensors in ropes")
-    return found
+    return tensors
 
 
 @intervention("tensors of ropes written in step 1 alone", changes=True)
 def written(subject: Subject) -> None:
     """In place, by torch, and back."""
-    found = [(value, value.clone()) for _, _, value in _tensors_of(subject)]
+    tensors = [(value, value.clone()) for _, _, value in _tensors_of(subject)]
 
     def before_step(number: int) -> None:
-        for value, first in found:
+        for value, first in tensors:
             value.copy_(first * 1.5 if number == 1 else first)
 
     subject.before_step = before_step
@@ -193,10 +193,10 @@ def written(subject: Subject) -> None:
 @intervention("tensors of ropes replaced in step 1 alone", changes=True)
 def replaced(subject: Subject) -> None:
     """Other tensors under the same names."""
-    found = _tensors_of(subject)
+    tensors = _tensors_of(subject)
 
     def before_step(number: int) -> None:
-        for module, name, value in found:
+        for module, name, value in tensors:
             setattr(module, name, value * 1.5 if number == 1 else value)
 
     subject.before_step = before_step
@@ -214,13 +214,13 @@ def replaced_for_good(subject: Subject) -> None:
 @intervention("ropes exchanged and put back between steps")
 def put_back(subject: Subject) -> None:
     """Step 1 runs with a copy, step 2 with the first again."""
-    first = subject.each("ropes")
+    first = subject.modules("ropes")
     others = [copy.deepcopy(subject.example.build(subject.dtype).get_submodule(path)) for path in subject.parts.ropes]
 
     def before_step(number: int) -> None:
-        for path, own, other in zip(subject.parts.ropes, first, others, strict=True):
+        for path, first_rope, other in zip(subject.parts.ropes, first, others, strict=True):
             parent, name = parent_of(subject.model, path)
-            setattr(parent, name, other if number == 1 else own)
+            setattr(parent, name, other if number == 1 else first_rope)
 
     subject.before_step = before_step
     subject.off(before_step, 0)
@@ -244,18 +244,18 @@ def _objects(by_step: bool) -> Any:
     """Rope objects that are no modules: ``__call__`` of their class."""
 
     def put(subject: Subject) -> None:
-        found = {
+        classes = {
             type(value) for name, value in vars(subject.model).items() if "rope" in name.lower() and callable(value)
         }
-        if not found:
+        if not classes:
             raise NotApplicable("no rope objects beside modules")
         told = {"step": 1}
-        for cls in found:
+        for cls in classes:
             real: Any = vars(cls)["__call__"]
 
             def call(*args: Any, real: Any = real, **kwargs: Any) -> Any:
                 tables = real(*args, **kwargs)
-                return tables_turned_back(tables) if told["step"] == 1 else tables
+                return tables_rotated_back(tables) if told["step"] == 1 else tables
 
             subject.assign(cls, "__call__", functools.wraps(real)(call))
         if by_step:

@@ -57,7 +57,7 @@ class _Run:
 
 
 @functools.cache
-def _parts_named(name: str) -> Parts:
+def _parts_of_name(name: str) -> Parts:
     example = named(name)
     model = example.build(torch.float32)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def _parts_named(name: str) -> Parts:
 
 def parts_of(example: Example) -> Parts:
     """Found on a model of its own."""
-    return _parts_named(example.name)
+    return _parts_of_name(example.name)
 
 
 def subject_of(example: Example, intervention: Intervention) -> Subject:
@@ -77,31 +77,31 @@ def subject_of(example: Example, intervention: Intervention) -> Subject:
 @contextlib.contextmanager
 def counted() -> Iterator[list[int]]:
     """A list that gets a number for each tensor that dit_rope rotates."""
-    found: list[int] = []
+    rotations: list[int] = []
     rotate = ops.rotate
 
     def counting(xs: Any, *args: Any, **options: Any) -> Any:
-        found.extend([1] * len(xs))
+        rotations.extend([1] * len(xs))
         return rotate(xs, *args, **options)
 
     with mock.patch.object(ops, "rotate", counting):
-        yield found
+        yield rotations
 
 
 def steps(subject: Subject, numbers: tuple[int, ...]) -> list[Step]:
     """Runs these steps, each from a seed of its own."""
-    found = []
+    steps = []
     for number in numbers:
         torch.manual_seed(number)
         subject.judged.clear()
 
-        def one(number: int = number) -> Any:
+        def run_step(number: int = number) -> Any:
             subject.before_step(number)
             output = subject.run(subject.inputs(number))
             return output, list(subject.judged)
 
-        found.append(judge.step(one, Stopped))
-    return found
+        steps.append(judge.step(run_step, Stopped))
+    return steps
 
 
 def twin_of(example: Example, intervention: Intervention, warm: bool = False) -> _Run:
@@ -177,8 +177,8 @@ def _patched_or_refused(subject: Subject, patch: Patching, run: _Run) -> Any:
     try:
         return patch(subject.model)
     except Exception as error:
-        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
-        run.refused, run.failed = (what, "") if isinstance(error, ValueError) else ("", what)
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
+        run.refused, run.failed = (reason, "") if isinstance(error, ValueError) else ("", reason)
     return None
 
 
@@ -187,33 +187,33 @@ def bound_of(example: Example, intervention: Intervention) -> float:
 
     It is counted in roundings of the coarsest dtype that queries and keys are rounded to.
     """
-    found = [intervention.rounded or intervention.dtype, torch.float32]
+    dtypes = [intervention.rounded or intervention.dtype, torch.float32]
     if intervention.dtype == torch.float64:
         return intervention.roundings * torch.finfo(torch.float32).eps  # of the tables of most
     cls = parts_of(example).classes[""]
     model = f"{cls.__module__}.{cls.__qualname__}"
     if "Kandinsky" in model:
-        found.append(torch.bfloat16)  # its own code rounds rotated queries and keys to it, whatever their dtype
-    return intervention.roundings * max(torch.finfo(dtype).eps for dtype in found)
+        dtypes.append(torch.bfloat16)  # its own code rounds rotated queries and keys to it, whatever their dtype
+    return intervention.roundings * max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def judged(run: _Run, twin: _Run, when: str, exact: bool, bound: float, undo_reaches: bool = True) -> tuple[str, str]:
     """The worst of the rounds, and of what was left behind."""
-    found = []
+    outcomes = []
     names = ("patched", "after undo", "taken off")
-    for number, (ours, theirs) in enumerate(zip(run.rounds, twin.rounds, strict=False)):
-        if not ours:
+    for number, (patched, unpatched) in enumerate(zip(run.rounds, twin.rounds, strict=False)):
+        if not patched:
             continue
         undone = number > 0 and when != "taken off first" and undo_reaches
         bitwise = exact or run.refused or run.failed or undone
-        outcome, what = judge.compared(ours, theirs, bool(bitwise), bound)
-        found.append((outcome, f"{names[number]}, {what}" if what else ""))
-    left = judge.left_behind(run.objects, twin.objects)
-    if left:
-        found.append((judge.LEFT, left))
+        outcome, reason = judge.compared(patched, unpatched, bool(bitwise), bound)
+        outcomes.append((outcome, f"{names[number]}, {reason}" if reason else ""))
+    remains = judge.left_after_undo(run.objects, twin.objects)
+    if remains:
+        outcomes.append((judge.LEFT, remains))
     if run.failed:
-        found.append((judge.CRASHED, f"patch raises {run.failed}"))
-    worst = max(found, key=lambda one: judge.OUTCOMES.index(one[0]))
+        outcomes.append((judge.CRASHED, f"patch raises {run.failed}"))
+    worst = max(outcomes, key=lambda outcome: judge.OUTCOMES.index(outcome[0]))
     if run.refused and worst[0] in (judge.EQUAL, judge.ROUNDED, judge.SAME_ERROR):
         return judge.REFUSED, run.refused
     return worst
@@ -223,7 +223,7 @@ def rows_of(
     example: Example, intervention: Intervention, patch: Patching = dit_rope.patch, orders: Any = None
 ) -> Iterator[Row]:
     """All orders and modes of one example under one intervention."""
-    orders = [each for each in intervention.orders if orders is None or each in orders]
+    orders = [order for order in intervention.orders if orders is None or order in orders]
     row = functools.partial(Row, example.name, intervention.group, intervention.name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -258,10 +258,10 @@ def modes_of(example: Example, intervention: Intervention, when: str) -> tuple[s
 
 
 def _row(
-    example: Example, intervention: Intervention, how: tuple[str, str, bool], twin: _Run, bound: float,
+    example: Example, intervention: Intervention, case: tuple[str, str, bool], twin: _Run, bound: float,
     patch: Patching, changed: bool | None,
 ) -> Row:  # fmt: skip
-    when, mode, exact = how
+    when, mode, exact = case
     row = functools.partial(Row, example.name, intervention.group, intervention.name, when, mode, changed=changed)
     try:
         run = patched(example, intervention, when, exact, patch)
@@ -275,8 +275,8 @@ def _row(
 
 def _nondeterministic(example: Example, intervention: Intervention, twin: _Run, warm: bool) -> bool:
     other = twin_of(example, intervention, warm)
-    found = [judge.compared(a, b, True, 0.0)[0] for a, b in zip(other.rounds, twin.rounds, strict=True)]
-    return any(outcome not in (judge.EQUAL, judge.SAME_ERROR) for outcome in found)
+    outcomes = [judge.compared(a, b, True, 0.0)[0] for a, b in zip(other.rounds, twin.rounds, strict=True)]
+    return any(outcome not in (judge.EQUAL, judge.SAME_ERROR) for outcome in outcomes)
 
 
 def _changed(example: Example, intervention: Intervention, twin: _Run) -> bool:

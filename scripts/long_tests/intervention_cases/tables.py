@@ -16,13 +16,13 @@ _VARIES = re.compile(r"\b[\w.]*\.\d+[\w.]*|\d+(\.\d+)?|\bgot .*")
 
 def counts(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """One row for each intervention and mode: cases by outcome, and in how many something was rotated here."""
-    found = list(rows)
+    all_rows = list(rows)
     table = []
     for intervention in INTERVENTIONS:
-        mine = [row for row in found if row.intervention == intervention.name]
-        changed = {row.example for row in mine if row.changed}
+        intervention_rows = [row for row in all_rows if row.intervention == intervention.name]
+        changed = {row.example for row in intervention_rows if row.changed}
         for mode in ("exact", "fast"):
-            cases = [row for row in mine if row.mode in (mode, "")]
+            cases = [row for row in intervention_rows if row.mode in (mode, "")]
             if not cases:
                 continue
             kinds = Counter(row.outcome for row in cases)
@@ -44,26 +44,30 @@ def counts(rows: Iterable[Row]) -> list[dict[str, Any]]:
 def reasons(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Why cases were refused, not judged, or not applicable, and how many."""
     kinds = (judge.REFUSED, judge.REFUSED_LATE, judge.NOT_JUDGED, judge.NOT_APPLICABLE)
-    found = Counter(
+    counts = Counter(
         (row.outcome, row.intervention, row.when, _VARIES.sub("*", row.detail)[:160])
         for row in rows
         if row.outcome in kinds
     )
     return [
         {"outcome": outcome, "intervention": name, "when": when, "reason": reason, "cases": count}
-        for (outcome, name, when, reason), count in sorted(found.items())
+        for (outcome, name, when, reason), count in sorted(counts.items())
     ]
 
 
 def blind(rows: Iterable[Row]) -> list[str]:
     """Interventions that are meant to change results, and change none of the examples that they were put onto."""
-    found = list(rows)
+    all_rows = list(rows)
     return [
-        one.name
-        for one in INTERVENTIONS
-        if one.changes
-        and (mine := [row for row in found if row.intervention == one.name and row.changed is not None])
-        and not any(row.changed for row in mine)
+        intervention.name
+        for intervention in INTERVENTIONS
+        if intervention.changes
+        and (
+            intervention_rows := [
+                row for row in all_rows if row.intervention == intervention.name and row.changed is not None
+            ]
+        )
+        and not any(row.changed for row in intervention_rows)
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .core import NotApplicable, Subject, intervention
-from .parts import changed_arguments, parent_of, scaled, tables_turned_back
+from .parts import changed_arguments, parent_of, scaled, tables_rotated_back
 
 
 class Wrapper(torch.nn.Module):
@@ -33,7 +33,7 @@ class Wrapper(torch.nn.Module):
 
 def _wrapped(kind: str, only: int | None = None, factor: float = 1) -> Any:
     def put(subject: Subject) -> None:
-        modules = subject.each(kind)
+        modules = subject.modules(kind)
         for path, module in list(zip(getattr(subject.parts, kind), modules, strict=True))[:only]:
             parent, name = parent_of(subject.model, path)
             subject.assign(parent, name, Wrapper(module, factor, kind == "ropes"))
@@ -49,7 +49,7 @@ for _kind in ("blocks", "attentions", "norms", "projections", "ropes"):
 
 def _forward_wrapped(kind: str, factor: float = 1) -> Any:
     def put(subject: Subject) -> None:
-        for module in subject.each(kind):
+        for module in subject.modules(kind):
             real = module.forward
 
             def forward(*args: Any, real: Any = real, **kwargs: Any) -> Any:
@@ -69,7 +69,7 @@ def _rebound_to_class(kind: str, factor: float = 1) -> Any:
     """How kernel libraries patch instances: a method made of a function, which is called in place of the class's."""
 
     def put(subject: Subject) -> None:
-        for path, module in zip(getattr(subject.parts, kind), subject.each(kind), strict=True):
+        for path, module in zip(getattr(subject.parts, kind), subject.modules(kind), strict=True):
             cls = subject.parts.classes[path]
 
             def forward(self: Any, *args: Any, cls: Any = cls, **kwargs: Any) -> Any:
@@ -108,7 +108,7 @@ def _subclassed(kind: str, factor: float | None, same_name: bool) -> Any:
     """The module's class becomes a derived one, as FSDP2 and parametrizations do it."""
 
     def put(subject: Subject) -> None:
-        for module in subject.each(kind):
+        for module in subject.modules(kind):
             before = type(module)
             body: dict[str, Any] = {}
             if factor is not None:
@@ -133,7 +133,7 @@ for _kind in ("blocks", "attentions", "norms"):
 @intervention("norms exchanged for copies")
 def exchanged_norms(subject: Subject) -> None:
     """A copy with other weights, where there are weights."""
-    for path, module in zip(subject.parts.norms, subject.each("norms"), strict=True):
+    for path, module in zip(subject.parts.norms, subject.modules("norms"), strict=True):
         other = copy.deepcopy(subject.example.build(subject.dtype).get_submodule(path))
         with torch.no_grad():
             for parameter in other.parameters():
@@ -146,7 +146,7 @@ def exchanged_norms(subject: Subject) -> None:
 @intervention("one block exchanged for another model's", changes=False)
 def exchanged_block(subject: Subject) -> None:
     """An unpatched block in the place of the last one."""
-    subject.each("blocks")
+    subject.modules("blocks")
     path = subject.parts.blocks[-1]
     parent, name = parent_of(subject.model, path)
     subject.assign(parent, name, subject.example.build(subject.dtype).get_submodule(path))
@@ -155,7 +155,7 @@ def exchanged_block(subject: Subject) -> None:
 @intervention("norms exchanged for nn.Identity", changes=True)
 def identity_norms(subject: Subject) -> None:
     """As whoever folds norms into weights does."""
-    for path, _ in zip(subject.parts.norms, subject.each("norms"), strict=True):
+    for path, _ in zip(subject.parts.norms, subject.modules("norms"), strict=True):
         parent, name = parent_of(subject.model, path)
         subject.assign(parent, name, torch.nn.Identity())
 
@@ -163,23 +163,23 @@ def identity_norms(subject: Subject) -> None:
 @intervention("norm of keys is that of queries", reversible=True)
 def shared_norm(subject: Subject) -> None:
     """One module at two paths."""
-    done = False
-    for module in subject.each("attentions"):
+    wrapped = False
+    for module in subject.modules("attentions"):
         pairs = [("norm_q", "norm_k"), ("q_norm", "k_norm"), ("q_rms_norm", "k_rms_norm"), ("query_norm", "key_norm")]
         for q, k in pairs:
             if isinstance(getattr(module, q, None), torch.nn.Module) and isinstance(
                 getattr(module, k, None), torch.nn.Module
             ):
                 subject.assign(module, k, getattr(module, q))
-                done = True
-    if not done:
+                wrapped = True
+    if not wrapped:
         raise NotApplicable("no norms of both")
 
 
 @intervention("last block left out", changes=True)
 def fewer_blocks(subject: Subject) -> None:
     """A pruned model."""
-    subject.each("blocks")
+    subject.modules("blocks")
     parent, name = parent_of(subject.model, subject.parts.blocks[-1])
     parent_path, list_name = parent_of(subject.model, subject.parts.blocks[-1].rpartition(".")[0])
     if len(parent) < 2 or not isinstance(parent, torch.nn.ModuleList):
@@ -191,14 +191,14 @@ def fewer_blocks(subject: Subject) -> None:
 @intervention("attention.forward called twice")
 def twice(subject: Subject) -> None:
     """A wrapper that calls it for two guidance branches, and keeps the second."""
-    for module in subject.each("attentions"):
+    for module in subject.modules("attentions"):
         real = module.forward
         subject.assign(module, "forward", lambda *a, real=real, **k: (real(*a, **k), real(*a, **k))[1])
 
 
 def _rotary_changed(change: Any) -> Any:
     def put(subject: Subject) -> None:
-        for module in subject.each("attentions"):
+        for module in subject.modules("attentions"):
             real = module.forward
 
             def forward(*args: Any, module: Any = module, real: Any = real, **kwargs: Any) -> Any:
@@ -213,7 +213,7 @@ def _rotary_changed(change: Any) -> Any:
     return put
 
 
-intervention("attention.forward gives other tables", changes=True)(_rotary_changed(tables_turned_back))
+intervention("attention.forward gives other tables", changes=True)(_rotary_changed(tables_rotated_back))
 intervention("attention.forward drops the tables", changes=True)(_rotary_changed(lambda value: None))
 
 
@@ -222,7 +222,7 @@ def checkpoint_wrapper(subject: Subject) -> None:
     """PyTorch's own wrapper, of every other block."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper as wrap
 
-    for path, module in list(zip(subject.parts.blocks, subject.each("blocks"), strict=True))[::2]:
+    for path, module in list(zip(subject.parts.blocks, subject.modules("blocks"), strict=True))[::2]:
         parent, name = parent_of(subject.model, path)
         subject.assign(parent, name, wrap(module))
 
@@ -236,12 +236,14 @@ def _parametrized(kind: str) -> Any:
     def put(subject: Subject) -> None:
         from torch.nn.utils import parametrize
 
-        found = [
-            module for module in subject.each(kind) if isinstance(getattr(module, "weight", None), torch.nn.Parameter)
+        modules = [
+            module
+            for module in subject.modules(kind)
+            if isinstance(getattr(module, "weight", None), torch.nn.Parameter)
         ]
-        if not found:
+        if not modules:
             raise NotApplicable(f"no weights in {kind}")
-        for module in found:
+        for module in modules:
             parametrize.register_parametrization(module, "weight", _Doubled())
             subject.off(parametrize.remove_parametrizations, module, "weight", False)
 
@@ -280,6 +282,6 @@ def guidance(subject: Subject) -> None:
     """Two calls for guidance in each step, with other inputs each."""
 
     def run(inputs: Any) -> Any:
-        return subject.forward(inputs), subject.forward(subject.made(7))
+        return subject.forward(inputs), subject.forward(subject.new_inputs(7))
 
     subject.run = run
