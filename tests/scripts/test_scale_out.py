@@ -46,7 +46,7 @@ def test_times_are_those_of_the_results() -> None:
         for row in measured
     ]
     ratios = [float(row["rotation_ms_measured"]) / float(row["rotation_ms"]) for row in measured]
-    assert f"took {min(ratios):.2f} to {max(ratios):.2f} times that" in " ".join(PAGE.split())
+    assert f"took {min(ratios):.2f} to {max(ratios):.2f} times as long" in " ".join(PAGE.split())
 
 
 def test_results_are_those_of_the_formulas(script: object) -> None:
