@@ -77,9 +77,15 @@ class Override:
         raise NotImplementedError
 
 
-def installed(target: Any) -> Installed | None:
-    """The record of active patches on ``target``; None without one."""
+def record_of(target: Any) -> Installed | None:
+    """The record that patches left on ``target``, in force or not; None without one."""
     record: Installed | None = getattr(target, "__dict__", {}).get(INSTALLED)
+    return record
+
+
+def installed(target: Any) -> Installed | None:
+    """The record of patches in force on ``target``; None without one."""
+    record = record_of(target)
     return record if record is not None and record.active else None
 
 
@@ -119,7 +125,7 @@ def override_method(target: Any, override: type[Override], settings: object, sta
 
 def release(target: Any, state: PatchState) -> None:
     """Removes from ``target`` what ``state`` left on it, unless another active patch needs it."""
-    record: Installed | None = getattr(target, "__dict__", {}).get(INSTALLED)
+    record = record_of(target)
     if record is not None and state in record.states:
         record.states.remove(state)
         if not record.active:

@@ -18,7 +18,6 @@ from ..tables.scaling import axis_frequencies
 from .adapter import AttentionRotation, ModelAdapter, ModelTables
 from .attention import AttentionOverride, ProcessorOverride, why_unknown
 from .class_override import (
-    INSTALLED,
     Installed,
     Override,
     PatchState,
@@ -27,6 +26,7 @@ from .class_override import (
     installed,
     is_bypassed,
     override_method,
+    record_of,
     refresh_signature,
     release,
     release_all,
@@ -203,7 +203,7 @@ class PatchPlan:
         # A block may have been replaced by a copy of itself. The copy is patched too, and the references above miss it.
         for module in self.model.modules():
             for target in list(_changeable(module)):
-                record: Installed | None = getattr(target, "__dict__", {}).get(INSTALLED)
+                record = record_of(target)
                 for state in [] if record is None else list(record.states):
                     if state.origin is self.state.origin:
                         state.active = False
@@ -276,11 +276,11 @@ def restore(model: torch.nn.Module) -> None:
     """Removes from ``model`` what any patch installed, and nothing else."""
     for module in model.modules():
         for target in list(_changeable(module)):
-            record: Installed | None = getattr(target, "__dict__", {}).get(INSTALLED)
+            record = record_of(target)
+            if record is not None and target is model:
+                for state in record.states:
+                    state.active = False
             if record is not None or isinstance(target, Override):
-                if record is not None and module is model and target is model:
-                    for state in record.states:
-                        state.active = False
                 release_all(target)
         for name, value in list(vars(module).items()):
             if isinstance(value, MemoizedMethod):

@@ -2,7 +2,7 @@
 
 Not collected by a plain ``pytest``: which backend, and on which device, is chosen once for a process (see
 ``contract_calls.py``). ``test_eager.py``, ``test_triton_kernels.py`` and ``test_cuda_kernels.py`` start such processes;
-by hand it is, for one, ``DIT_ROPE_BACKEND=cuda pytest tests/backend_contract*.py``.
+by hand it is, for one, ``DIT_ROPE_BACKEND=cuda pytest tests/backends/backend_contract*.py``.
 """
 
 from __future__ import annotations
