@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,6 +119,14 @@ def random_wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("random-wan")
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def young_heap() -> Iterator[None]:
+    """Objects from before the test are no part of collections, which would take seconds for them."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -249,7 +249,7 @@ def test_layers_share_one_table_and_decoding_steps_share_axis_rows() -> None:
     for _ in range(3):
         apply_rope(q, k, [0, 64], [0])
     info = dit_rope.cache_info()
-    assert (info.tables.entries, info.tables.hits, info.angles.entries) == (1, 2, 0)
+    assert (info.tables.entries, info.tables.hits, info.expanded.entries) == (1, 2, 0)
     apply_rope(q, k, [0, 64], [64])
     apply_rope(q[:1], k[:1], [0, 1], [700])
     assert dit_rope.cache_info().tables.entries == 2
@@ -260,7 +260,7 @@ def test_far_apart_positions_make_no_table() -> None:
     positions = torch.arange(40) * 10_000
     rotated, _ = apply_rope_pos_ids(q, k, positions)
     info = dit_rope.cache_info()
-    assert (info.tables.entries, info.angles.entries) == (0, 0)
+    assert (info.tables.entries, info.expanded.entries) == (0, 0)
     assert_rotated(rotated[None], q[None], *angles_at(positions, frequencies(64)), interleaved=False)
 
 

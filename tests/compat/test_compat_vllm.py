@@ -259,7 +259,7 @@ def test_calls_leave_nothing_in_the_caches() -> None:
     for _ in range(3):
         rotary_embedding(torch.randint(ROWS, (5,)), torch.randn(5, 64), None, 64, cos_sin_cache(ROWS, 64, F32), False)
     info = dit_rope.cache_info()
-    assert (info.tables.entries, info.axes.entries, info.angles.entries) == (0, 0, 0)
+    assert (info.tables.entries, info.axes.entries, info.expanded.entries) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("head_size", [32, 108])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +10,10 @@ import torch
 import torch._dynamo.testing
 
 import dit_rope
-from compiled_graphs import compiled, equal, inputs_of
+from compiled_graphs import compiled, equal, inputs_of, one_layer
 from dit_rope import Grid, NormKind, RopeSpec, rope_table
 from tolerance import all_equal
-from zoo import Example, Noise, named, tensors
+from zoo import Example, Noise, tensors
 
 KINDS = {
     "axis tables": "wan",
@@ -28,14 +27,6 @@ KINDS = {
 }
 """An example of each kind of seam; scripts/measure/count_graphs.py counts all of them."""
 BY_KIND = pytest.mark.parametrize("name", KINDS.values(), ids=KINDS.keys())
-SMALL = {"num_layers": 1, "num_single_layers": 1}
-
-
-def small(name: str) -> Example:
-    """The example with one layer of each kind: more are no other code."""
-    example = named(name)
-    fewer = {key: value for key, value in SMALL.items() if key in example.config}
-    return replace(example, config={**example.config, **fewer})
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +44,7 @@ def run(example: Example, model: Any, times: int = 1) -> list[torch.Tensor]:
 
 @BY_KIND
 def test_patch_breaks_no_graph_and_changes_no_bit(name: str) -> None:
-    example = small(name)
+    example = one_layer(name)
     actual, expected = (compiled(example, patched=patched) for patched in (True, False))
     assert actual.graphs == expected.graphs
     assert actual.breaks == expected.breaks
@@ -63,7 +54,7 @@ def test_patch_breaks_no_graph_and_changes_no_bit(name: str) -> None:
 @pytest.mark.parametrize("blocks", [False, True], ids=["model", "blocks"])
 def test_new_resolution_compiles_no_more_graphs_than_unpatched(blocks: bool) -> None:
     """The second size makes lengths symbols, and the third must then be nothing new; exact or not is no matter."""
-    example, sizes = small("wan"), (1, 2, 3)
+    example, sizes = one_layer("wan"), (1, 2, 3)
     actual = compiled(example, sizes, patched=True, blocks=blocks, exact=None)
     expected = compiled(example, sizes, patched=False, blocks=blocks)
     assert actual.graphs == expected.graphs
@@ -73,7 +64,7 @@ def test_new_resolution_compiles_no_more_graphs_than_unpatched(blocks: bool) -> 
 @pytest.mark.parametrize("name", ["wan", "minimax-music-3"])
 def test_patch_and_undo_after_compile_are_right_each_time(name: str) -> None:
     """The graphs that are there go on or are made anew: never a rotation twice, never none."""
-    example = small(name)
+    example = one_layer(name)
     model = example.build()
     expected = run(example, model)
     fast = torch.compile(model, backend="eager")
@@ -87,7 +78,7 @@ def test_patch_and_undo_after_compile_are_right_each_time(name: str) -> None:
 
 def test_patch_and_undo_after_compiling_blocks_are_right() -> None:
     """The rope module outside of the compiled blocks gives them positions while patched, and tables otherwise."""
-    example = small("wan")
+    example = one_layer("wan")
     model = example.build()
     expected = run(example, model)
     model.compile_repeated_blocks(backend="eager", fullgraph=True)
@@ -168,7 +159,7 @@ def test_in_place_operator_writes_the_inputs_of_a_compiled_function(backend: str
 
 def test_patched_block_exports_as_the_model_s_own_code() -> None:
     """``torch.export`` traces as a compiler does: the program holds no operator and no hook of ours."""
-    model = small("wan").build()
+    model = one_layer("wan").build()
     block = model.blocks[0]
     tokens, heads, dim = 6, 2, 24
     rotary = noise(1, tokens, 1, dim), noise(1, tokens, 1, dim)
@@ -182,7 +173,7 @@ def test_patched_block_exports_as_the_model_s_own_code() -> None:
 
 
 def test_patched_model_exports_and_computes_the_same() -> None:
-    example = small("ltx-coords")
+    example = one_layer("ltx-coords")
     model = example.build()
     inputs = example.inputs(model, Noise(torch.float32))
     with torch.no_grad():
@@ -194,7 +185,7 @@ def test_patched_model_exports_and_computes_the_same() -> None:
 
 
 def test_error_in_a_compiled_model_leaves_the_next_call_as_it_is() -> None:
-    example = small("wan")
+    example = one_layer("wan")
     model = example.build()
     expected = run(example, model)
     with dit_rope.patch(model):

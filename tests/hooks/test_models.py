@@ -158,6 +158,7 @@ def test_second_step_builds_no_table(example: Example) -> None:
 
 
 @BY_NAME
+@pytest.mark.usefixtures("young_heap")
 def test_patched_and_undone_model_is_garbage(example: Example) -> None:
     model = example.build()
     handle = dit_rope.patch(model)

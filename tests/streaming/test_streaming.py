@@ -137,7 +137,7 @@ def test_tables_of_a_long_stream_take_the_memory_of_a_short_one(policy: Position
         stream.commit()
         if chunk in (400, 4_000, 9_999):
             info = cache_info()
-            held.append((info.tables.bytes, info.axes.bytes, info.angles.bytes))
+            held.append((info.tables.bytes, info.axes.bytes, info.expanded.bytes))
     assert stream.start_frame == 30_000
     assert held[0] == held[1] == held[2]
 

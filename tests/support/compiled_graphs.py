@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 import dit_rope
 from tolerance import all_equal
-from zoo import Example, Noise, tensors
+from zoo import Example, Noise, named, tensors
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,13 @@ def compiled(
             outputs.append(tensors(example.run(run, inputs_of(example, model, size))))
             graphs.append(counter.frame_count)
     return Compiled(tuple(graphs), frozenset(counters["graph_break"]), outputs)
+
+
+def one_layer(name: str) -> Example:
+    """The example of that name with one layer of each kind: further layers run the same code."""
+    example = named(name)
+    fewer = {key: 1 for key in ("num_layers", "num_single_layers") if key in example.config}
+    return replace(example, config={**example.config, **fewer})
 
 
 def equal(actual: Compiled, expected: Compiled) -> bool:
