@@ -32,24 +32,24 @@ def invoke(*arguments):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
-def test_help_names_every_command():
+def test_help_names_every_command() -> None:
     text = invoke("--help").output
     assert all(command in text for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_command_starts_with_what_it_does(command):
+def test_help_of_command_starts_with_what_it_does(command) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0
     assert "Usage: dit-rope" in result.output
     assert "--help" in result.output
 
 
-def test_version_is_that_of_the_package():
+def test_version_is_that_of_the_package() -> None:
     assert invoke("--version").output == f"dit-rope {dit_rope.__version__}\n"
 
 
-def test_module_is_the_command_where_nothing_is_installed(tmp_path):
+def test_module_is_the_command_where_nothing_is_installed(tmp_path) -> None:
     """In a checkout that is only on the path, from any folder."""
     environment = {**os.environ, "PYTHONPATH": str(Path(dit_rope.__file__).parent.parent)}
     call = [sys.executable, "-m", "dit_rope", "--version"]
@@ -57,7 +57,7 @@ def test_module_is_the_command_where_nothing_is_installed(tmp_path):
     assert done.stdout == f"dit-rope {dit_rope.__version__}\n"
 
 
-def test_doctor_prints_versions_devices_and_why_each_backend_is_or_is_not_chosen():
+def test_doctor_prints_versions_devices_and_why_each_backend_is_or_is_not_chosen() -> None:
     result = invoke("doctor")
     assert result.exit_code == 0
     assert torch.__version__ in result.output
@@ -69,7 +69,7 @@ def test_doctor_prints_versions_devices_and_why_each_backend_is_or_is_not_chosen
         assert verdict in result.output
 
 
-def test_doctor_says_so_when_a_package_or_the_kernels_are_missing(monkeypatch):
+def test_doctor_says_so_when_a_package_or_the_kernels_are_missing(monkeypatch) -> None:
     def lost():
         raise FileNotFoundError("rope.cuh must be somewhere")
 
@@ -80,7 +80,7 @@ def test_doctor_says_so_when_a_package_or_the_kernels_are_missing(monkeypatch):
     assert "rope.cuh must be somewhere" in output
 
 
-def test_inspect_tells_of_a_pipeline_without_its_weights(random_wan_folder, tmp_path):
+def test_inspect_tells_of_a_pipeline_without_its_weights(random_wan_folder, tmp_path) -> None:
     shutil.copytree(random_wan_folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     result = invoke("inspect", tmp_path / "model")
     assert result.exit_code == 0, result.output
@@ -88,14 +88,14 @@ def test_inspect_tells_of_a_pipeline_without_its_weights(random_wan_folder, tmp_
     assert "WanTransformer3DModel" in result.output
 
 
-def test_inspect_tells_what_patch_reports(random_wan_folder, random_wan):
+def test_inspect_tells_what_patch_reports(random_wan_folder, random_wan) -> None:
     result = invoke("inspect", random_wan_folder / "transformer")
     with dit_rope.patch(random_wan.transformer) as handle:
         assert handle.report() in result.output
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.model_class)
-def test_inspect_of_a_class_says_what_is_declared(adapter):
+def test_inspect_of_a_class_says_what_is_declared(adapter) -> None:
     result = invoke("inspect", adapter.model_class)
     assert result.exit_code == 0
     assert all(sentence in result.output for sentence in adapter.not_patched)
@@ -103,14 +103,14 @@ def test_inspect_of_a_class_says_what_is_declared(adapter):
     assert result.output.count("rotate") >= len(adapter.rotations)
 
 
-def test_inspect_of_an_unknown_class_names_near_ones():
+def test_inspect_of_an_unknown_class_names_near_ones() -> None:
     result = invoke("inspect", "FluxTransformerModel")
     assert result.exit_code == 1
     assert "did you mean" in result.output
     assert "FluxTransformer2DModel" in result.output
 
 
-def test_inspect_of_unsupported_model_names_supported_ones(tmp_path):
+def test_inspect_of_unsupported_model_names_supported_ones(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "DiTTransformer2DModel", "num_layers": 1}))
     result = invoke("inspect", tmp_path)
     assert result.exit_code == 1
@@ -118,14 +118,14 @@ def test_inspect_of_unsupported_model_names_supported_ones(tmp_path):
 
 
 @pytest.mark.parametrize("config", [{"_class_name": "NoSuchModel"}, {}])
-def test_inspect_refuses_class_that_diffusers_does_not_know(tmp_path, config):
+def test_inspect_refuses_class_that_diffusers_does_not_know(tmp_path, config) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = invoke("inspect", tmp_path)
     assert result.exit_code == 2
     assert "must be of a class that diffusers" in result.output
 
 
-def test_inspect_refuses_pipeline_without_transformer(random_wan_folder, tmp_path):
+def test_inspect_refuses_pipeline_without_transformer(random_wan_folder, tmp_path) -> None:
     index = json.loads((random_wan_folder / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"transformer": [None, None]}))
     result = invoke("inspect", tmp_path)
@@ -133,7 +133,7 @@ def test_inspect_refuses_pipeline_without_transformer(random_wan_folder, tmp_pat
     assert "must have a component of a supported class" in result.output
 
 
-def test_inspect_refuses_folder_without_configuration(tmp_path):
+def test_inspect_refuses_folder_without_configuration(tmp_path) -> None:
     result = invoke("inspect", tmp_path)
     assert result.exit_code == 2
     assert "must be a folder or hub id with a model_index.json or a config.json" in result.output
@@ -142,14 +142,14 @@ def test_inspect_refuses_folder_without_configuration(tmp_path):
 @pytest.mark.parametrize(
     "arguments", [("--rounds", "2"), ("--only", "everything"), ("--device", "mps"), ("--device", "cuda:99")]
 )
-def test_bench_refuses(arguments, tmp_path):
+def test_bench_refuses(arguments, tmp_path) -> None:
     result = invoke("bench", *arguments, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert arguments[0] in result.output
     assert not (tmp_path / "out").exists()
 
 
-def test_bench_refuses_a_file_as_its_folder(tmp_path):
+def test_bench_refuses_a_file_as_its_folder(tmp_path) -> None:
     (tmp_path / "out").touch()
     result = invoke("bench", "--out", tmp_path / "out", "--device", "cpu")
     assert result.exit_code == 2
@@ -157,7 +157,7 @@ def test_bench_refuses_a_file_as_its_folder(tmp_path):
     assert "must be a folder" in result.output
 
 
-def test_bench_without_its_packages_says_how_to_get_them(monkeypatch, tmp_path):
+def test_bench_without_its_packages_says_how_to_get_them(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("benchmarks.__main__.REQUIRED", ("jinja2", "surely_not_installed"))
     result = invoke("bench", "--out", tmp_path / "out", "--device", "cpu")
     assert result.exit_code == 2
@@ -165,7 +165,7 @@ def test_bench_without_its_packages_says_how_to_get_them(monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_demo_writes_videos_sheet_and_figures(random_wan_folder, tmp_path):
+def test_demo_writes_videos_sheet_and_figures(random_wan_folder, tmp_path) -> None:
     result = invoke("demo", "--model", random_wan_folder, "--out", tmp_path / "out", *DEMO)
     assert result.exit_code == 0, result.output
     written = {path.name for path in (tmp_path / "out").iterdir()}
@@ -179,12 +179,12 @@ def test_demo_writes_videos_sheet_and_figures(random_wan_folder, tmp_path):
         assert line in result.output
 
 
-def test_demo_in_bfloat16_keeps_the_autoencoder_in_float32(random_wan_folder):
+def test_demo_in_bfloat16_keeps_the_autoencoder_in_float32(random_wan_folder) -> None:
     pipe = cli.demo.load_pipeline(str(random_wan_folder), "cpu", cli.options.DType.bfloat16)
     assert (pipe.transformer.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32)
 
 
-def test_demo_without_sample_asks_for_a_model(monkeypatch, tmp_path):
+def test_demo_without_sample_asks_for_a_model(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(cli.demo, "SAMPLE", tmp_path / "absent")
     result = invoke("demo", "--out", tmp_path / "out")
     assert result.exit_code == 2
@@ -193,14 +193,14 @@ def test_demo_without_sample_asks_for_a_model(monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_demo_without_its_packages_says_how_to_get_them(monkeypatch, random_wan_folder):
+def test_demo_without_its_packages_says_how_to_get_them(monkeypatch, random_wan_folder) -> None:
     monkeypatch.setattr(cli.demo, "REQUIRED", ("transformers", "surely_not_installed"))
     result = invoke("demo", "--model", random_wan_folder)
     assert result.exit_code == 2
     assert "surely_not_installed must be installed: pip install 'dit-rope[demo]'" in result.output
 
 
-def test_demo_refuses_pipeline_that_needs_more_than_a_prompt(random_wan, tmp_path):
+def test_demo_refuses_pipeline_that_needs_more_than_a_prompt(random_wan, tmp_path) -> None:
     import diffusers
 
     components = {name: part for name, part in random_wan.components.items() if name != "transformer_2"}
@@ -213,7 +213,7 @@ def test_demo_refuses_pipeline_that_needs_more_than_a_prompt(random_wan, tmp_pat
 @pytest.mark.parametrize(
     "arguments", [("--size", "big"), ("--size", "8x8x8"), ("--steps", "1"), ("--model", "/absent")]
 )
-def test_demo_refuses(arguments, tmp_path):
+def test_demo_refuses(arguments, tmp_path) -> None:
     result = invoke("demo", *arguments, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert arguments[0] in result.output
@@ -221,7 +221,7 @@ def test_demo_refuses(arguments, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [("bench",), ("inspect", "WanTransformer3DModel", "--plot", "a.svg")])
-def test_commands_of_a_checkout_say_where_to_get_it(monkeypatch, tmp_path, arguments):
+def test_commands_of_a_checkout_say_where_to_get_it(monkeypatch, tmp_path, arguments) -> None:
     monkeypatch.setattr(cli.checkout, "SCRIPTS", tmp_path / "site-packages" / "scripts")
     result = invoke(*arguments)
     assert result.exit_code == 2

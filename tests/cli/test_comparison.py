@@ -22,7 +22,7 @@ def video() -> np.ndarray:
     return np.random.default_rng(0).random(SHAPE, dtype=np.float32)
 
 
-def test_generate_returns_frames_and_all_steps_but_the_first(random_wan):
+def test_generate_returns_frames_and_all_steps_but_the_first(random_wan) -> None:
     steps = []
     generation = generate(random_wan, REQUEST, on_step=lambda: steps.append(None))
     assert generation.frames.shape == SHAPE
@@ -32,25 +32,25 @@ def test_generate_returns_frames_and_all_steps_but_the_first(random_wan):
     assert min(generation.step_seconds) > 0
 
 
-def test_generate_depends_on_the_seed_alone(random_wan):
+def test_generate_depends_on_the_seed_alone(random_wan) -> None:
     first, again = (generate(random_wan, REQUEST).frames for _ in range(2))
     other = generate(random_wan, Request(**(vars(REQUEST) | {"seed": 1}))).frames
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
-def test_generate_gives_the_progress_bar_back(random_wan):
+def test_generate_gives_the_progress_bar_back(random_wan) -> None:
     random_wan.set_progress_bar_config(desc="mine", disable=False)
     generate(random_wan, REQUEST, decode=False)
     assert random_wan._progress_bar_config == {"desc": "mine", "disable": False}
 
 
-def test_request_refuses_one_step():
+def test_request_refuses_one_step() -> None:
     with pytest.raises(ValueError, match="steps must be at least 2, got 1"):
         Request("x", steps=1)
 
 
-def test_compare_finds_exact_mode_equal_and_counts(random_wan):
+def test_compare_finds_exact_mode_equal_and_counts(random_wan) -> None:
     steps = []
     result = compare(random_wan, REQUEST, repeats=2, progress=steps.append)
     assert np.array_equal(result.unpatched, result.patched)
@@ -67,14 +67,14 @@ def test_compare_finds_exact_mode_equal_and_counts(random_wan):
     assert "WanTransformer3DModel" in result.report
 
 
-def test_compare_leaves_the_pipeline_unpatched(random_wan):
+def test_compare_leaves_the_pipeline_unpatched(random_wan) -> None:
     before = {name: type(module) for name, module in random_wan.transformer.named_modules()}
     compare(random_wan, REQUEST)
     assert {name: type(module) for name, module in random_wan.transformer.named_modules()} == before
     assert not any(module._forward_hooks for module in random_wan.transformer.modules())
 
 
-def test_compare_notices_a_difference(random_wan, monkeypatch):
+def test_compare_notices_a_difference(random_wan, monkeypatch) -> None:
     """A patch whose tables are wrong: every sine has the other sign."""
     real = dit_rope.hooks.rope_modules.axis_rows
 
@@ -88,12 +88,12 @@ def test_compare_notices_a_difference(random_wan, monkeypatch):
     assert min(result.ssim) < 1
 
 
-def test_compare_refuses_no_repeats(random_wan):
+def test_compare_refuses_no_repeats(random_wan) -> None:
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
         compare(random_wan, REQUEST, repeats=0)
 
 
-def test_figures_are_json_and_rows_fill_the_markdown_table(random_wan):
+def test_figures_are_json_and_rows_fill_the_markdown_table(random_wan) -> None:
     result = compare(random_wan, REQUEST)
     figures = json.loads(json.dumps(result.figures()))
     assert figures["request"]["prompt"] == "a red circle"
@@ -104,19 +104,19 @@ def test_figures_are_json_and_rows_fill_the_markdown_table(random_wan):
     assert {line.count("|") for line in lines} == {4}
 
 
-def test_frame_ssim_is_one_for_equal_frames_and_falls_with_noise(video):
+def test_frame_ssim_is_one_for_equal_frames_and_falls_with_noise(video) -> None:
     noisy = video.copy()
     noisy[2] = noisy[2][::-1]
     values = frame_ssim(video, noisy)
     assert [value == 1.0 for value in values] == [True, True, False, True, True]
 
 
-def test_frame_ssim_refuses_other_shapes(video):
+def test_frame_ssim_refuses_other_shapes(video) -> None:
     with pytest.raises(ValueError, match="second must have the shape of first"):
         frame_ssim(video, video[1:])
 
 
-def test_save_video_writes_every_frame(video, tmp_path):
+def test_save_video_writes_every_frame(video, tmp_path) -> None:
     import imageio.v3
 
     path = tmp_path / "video.mp4"
@@ -125,14 +125,14 @@ def test_save_video_writes_every_frame(video, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp"])
-def test_save_preview_loops_over_every_frame(video, tmp_path, suffix):
+def test_save_preview_loops_over_every_frame(video, tmp_path, suffix) -> None:
     path = tmp_path / f"preview.{suffix}"
     save_preview(video, path)
     with Image.open(path) as picture:
         assert (picture.n_frames, picture.size, picture.info["loop"]) == (5, (48, 32), 0)
 
 
-def test_save_contact_sheet_shows_first_and_last_frame_of_each_video(video, tmp_path):
+def test_save_contact_sheet_shows_first_and_last_frame_of_each_video(video, tmp_path) -> None:
     path = tmp_path / "sheet.png"
     save_contact_sheet({"one": video, "two": 1 - video}, path, columns=3)
     sheet = np.asarray(Image.open(path))
@@ -144,6 +144,6 @@ def test_save_contact_sheet_shows_first_and_last_frame_of_each_video(video, tmp_
         assert np.array_equal(band[:, -48:], np.rint(frames[-1] * 255).astype(np.uint8))
 
 
-def test_shared_memory_counts_once():
+def test_shared_memory_counts_once() -> None:
     x = torch.zeros(4, 8)
     assert comparison._storage_bytes((x, x.view(8, 4), torch.zeros(3))) == 4 * 8 * 4 + 3 * 4

@@ -94,7 +94,7 @@ Z_IMAGE = [powers(32, 256), powers(48, 256), powers(48, 256)]
         ("PRXTransformer2DModel", [powers(32, 1e4)] * 2),
     ],
 )
-def test_frequencies_of_a_family_are_those_of_its_formula(name, expected):
+def test_frequencies_of_a_family_are_those_of_its_formula(name, expected) -> None:
     found = read(name)
     assert len(found.axes) == len(expected)
     for axis, radians in zip(found.axes, expected, strict=True):
@@ -103,14 +103,14 @@ def test_frequencies_of_a_family_are_those_of_its_formula(name, expected):
         torch.testing.assert_close(axis.radians, radians, rtol=2 * EPS, atol=float(2 * EPS * max(1.0, turned) / 11))
 
 
-def test_frequencies_number_every_pair_of_channels_once():
+def test_frequencies_number_every_pair_of_channels_once() -> None:
     for name, pairs in (("WanTransformer3DModel", 64), ("FluxTransformer2DModel", 64), ("Flux2Transformer2DModel", 64)):
         numbers = torch.cat([axis.pairs for axis in read(name).axes])
         assert sorted(numbers.tolist()) == list(range(pairs))
 
 
 @pytest.mark.parametrize("spaced", [{}, {"patch_size_t": 2, "patch_bias": False}], ids=["cogvideox", "cogvideox-1.5"])
-def test_frequencies_of_cogvideox_are_those_of_its_pipeline(spaced):
+def test_frequencies_of_cogvideox_are_those_of_its_pipeline(spaced) -> None:
     config = {"use_rotary_positional_embeddings": True, "num_layers": 1, **spaced}
     found = read("CogVideoXTransformer3DModel", (13, 30, 45), **config)
     for axis, dim in zip(found.axes, (16, 24, 24), strict=True):
@@ -148,7 +148,7 @@ BY_NAME = {example.name: example for example in EXAMPLES}
 
 
 @pytest.mark.parametrize("example", [BY_NAME[name] for name in IN_A_FORWARD], ids=IN_A_FORWARD)
-def test_frequencies_give_the_rotation_that_attention_is_given_in_a_forward_pass(example):
+def test_frequencies_give_the_rotation_that_attention_is_given_in_a_forward_pass(example) -> None:
     """All tokens stand whole numbers of tokens apart on every axis, and each pair turns by its radians times that."""
     name = example.model.rpartition(".")[2]
     adapter = adapter_named(name)
@@ -169,7 +169,7 @@ def test_frequencies_give_the_rotation_that_attention_is_given_in_a_forward_pass
     assert moved >= 1
 
 
-def test_frequencies_of_wan_give_the_tables_of_its_rope_module():
+def test_frequencies_of_wan_give_the_tables_of_its_rope_module() -> None:
     import diffusers
 
     rope = diffusers.WanTransformer3DModel(num_layers=1, num_attention_heads=1).rope
@@ -193,30 +193,30 @@ def test_frequencies_of_wan_give_the_tables_of_its_rope_module():
         ("CogView4Transformer2DModel", "spaces its tokens evenly"),
     ],
 )
-def test_model_whose_frequencies_cannot_be_read_is_refused_with_the_reason(name, why):
+def test_model_whose_frequencies_cannot_be_read_is_refused_with_the_reason(name, why) -> None:
     with pytest.raises(ValueError, match=why):
         read(name)
 
 
-def test_grid_that_spaces_tokens_evenly_is_read_where_another_is_not():
+def test_grid_that_spaces_tokens_evenly_is_read_where_another_is_not() -> None:
     axes = read("CogView4Transformer2DModel", IMAGE).axes
     # 256 positions over 64 tokens.
     torch.testing.assert_close(axes[0].radians, 4 * powers(axes[0].radians.numel() * 2, 1e4), rtol=4 * EPS, atol=EPS)
 
 
-def test_frequencies_past_half_a_turn_per_token_are_not_mistaken_for_slow_ones():
+def test_frequencies_past_half_a_turn_per_token_are_not_mistaken_for_slow_ones() -> None:
     """Whole turns do not show in a table: LTX turns some 80 times per token, CogView 4 more than half a turn here."""
     assert read("LTXVideoTransformer3DModel").axes[1].radians.max() > 450
     fastest = read("CogView4Transformer2DModel", (1, 32, 32)).axes[0].radians.max()
     assert fastest == pytest.approx(8, abs=1e-5)
 
 
-def test_grid_of_one_row_shows_no_frequencies_and_is_refused():
+def test_grid_of_one_row_shows_no_frequencies_and_is_refused() -> None:
     with pytest.raises(ValueError, match="2 tokens or more along height and width"):
         read("CosmosTransformer3DModel", (5, 1, 8))
 
 
-def test_grid_past_the_positions_of_a_model_is_refused():
+def test_grid_past_the_positions_of_a_model_is_refused() -> None:
     with pytest.raises(ValueError, match="must be one that CosmosTransformer3DModel has positions for"):
         read("CosmosTransformer3DModel", (1, 4000, 2))
 
@@ -245,20 +245,20 @@ class _Wrong(torch.nn.Module):
     ],
     ids=["uneven", "two-axes", "product", "nothing"],
 )
-def test_tables_that_are_not_so_many_radians_per_token_are_refused(angles, why):
+def test_tables_that_are_not_so_many_radians_per_token_are_refused(angles, why) -> None:
     model = built("FluxTransformer2DModel", num_layers=1, num_single_layers=1)
     model.pos_embed = _Wrong(angles)
     with pytest.raises(ValueError, match=why):
         frequencies_of(model, adapter_named("FluxTransformer2DModel"), IMAGE)
 
 
-def test_weights_stay_on_the_meta_device_while_frequencies_are_numbers():
+def test_weights_stay_on_the_meta_device_while_frequencies_are_numbers() -> None:
     model = built("WanTransformer3DModel", num_layers=1)
     assert model.blocks[0].attn1.to_q.weight.is_meta
     assert not any(buffer.is_meta for buffer in model.rope.buffers())
 
 
-def test_scaled_frequencies_are_those_of_the_scaling():
+def test_scaled_frequencies_are_those_of_the_scaling() -> None:
     found = read("WanTransformer3DModel", scaling=Scaling.of("linear", factor=4.0))
     for axis, scaled in zip(found.axes, found.scaled, strict=True):
         torch.testing.assert_close(scaled.radians, axis.radians / 4)
@@ -267,12 +267,12 @@ def test_scaled_frequencies_are_those_of_the_scaling():
     assert moved == [1, 0, 0]
 
 
-def test_scaling_of_a_model_that_builds_its_own_tables_is_refused():
+def test_scaling_of_a_model_that_builds_its_own_tables_is_refused() -> None:
     with pytest.raises(ValueError, match="scaling must be left out for FluxTransformer2DModel"):
         read("FluxTransformer2DModel", IMAGE, Scaling.of("linear", factor=2.0))
 
 
-def test_response_is_the_score_of_equal_queries_and_keys():
+def test_response_is_the_score_of_equal_queries_and_keys() -> None:
     found = read("WanTransformer3DModel", scaling=Scaling.of("yarn", factor=4.0, original_max_position_embeddings=64))
     q = torch.ones(1, 9, 1, 128, dtype=torch.float64)
     for scaling, axes in (
@@ -286,7 +286,7 @@ def test_response_is_the_score_of_equal_queries_and_keys():
         torch.testing.assert_close(axes[0].response(torch.arange(9)), scores, rtol=1e-6, atol=1e-6)
 
 
-def test_memory_is_that_of_the_tables():
+def test_memory_is_that_of_the_tables() -> None:
     found, grid = read("WanTransformer3DModel"), Grid(*VIDEO)
     table = dit_rope.rope_table(RopeSpec((44, 42, 42)), grid, dtype=torch.float32)
     assert found.axis_bytes(VIDEO) == table.rows.nbytes
@@ -297,7 +297,7 @@ def test_memory_is_that_of_the_tables():
 
 @pytest.mark.parametrize("sizes", [(4, 6, 8), (3, 5, 7), (1, 4, 4)])
 @pytest.mark.parametrize("ranks", [1, 2, 4, 5])
-def test_ranks_are_those_of_the_shards(sizes, ranks):
+def test_ranks_are_those_of_the_shards(sizes, ranks) -> None:
     ways = frequency_plot._ways(Setting(sizes, ranks))
     flat = np.arange(math.prod(sizes)).reshape(sizes)
     held, count = ways.pop("flattened")
@@ -315,7 +315,7 @@ def test_ranks_are_those_of_the_shards(sizes, ranks):
     assert not ways
 
 
-def test_frames_shown_are_those_where_ranks_meet():
+def test_frames_shown_are_those_where_ranks_meet() -> None:
     held, _ = frequency_plot._ways(Setting((33, 30, 52), 4))["flattened"]
     shown = frequency_plot._frames_shown(held)
     assert {0, 8, 16, 24, 32} <= set(shown)
@@ -327,14 +327,14 @@ def test_frames_shown_are_those_where_ranks_meet():
 @pytest.mark.parametrize(
     ("name", "sizes"), [("WanTransformer3DModel", (5, 6, 8)), ("FluxTransformer2DModel", (1, 6, 8))]
 )
-def test_picture_is_written_with_any_number_of_ranks(name, sizes, ranks, tmp_path):
+def test_picture_is_written_with_any_number_of_ranks(name, sizes, ranks, tmp_path) -> None:
     draw(read(name, sizes), Setting(sizes, ranks), tmp_path / "picture.png")
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.size == (1200, 1200)
         assert len(picture.convert("RGB").getcolors(2**24)) > 20
 
 
-def test_svg_says_what_it_shows_and_is_the_same_each_time(tmp_path):
+def test_svg_says_what_it_shows_and_is_the_same_each_time(tmp_path) -> None:
     frequencies = read("WanTransformer3DModel", scaling=RIFLEX)
     for name in ("a.svg", "b.svg"):
         draw(frequencies, Setting(VIDEO, 4, "riflex"), tmp_path / name)
@@ -344,14 +344,14 @@ def test_svg_says_what_it_shows_and_is_the_same_each_time(tmp_path):
         assert words in text
 
 
-def test_padding_of_the_last_ranks_is_named(tmp_path):
+def test_padding_of_the_last_ranks_is_named(tmp_path) -> None:
     draw(read("WanTransformer3DModel"), Setting((3, 5, 7), 4), tmp_path / "a.svg")
     assert "(3 of padding)" in (tmp_path / "a.svg").read_text()
     draw(read("WanTransformer3DModel"), Setting((4, 5, 7), 4), tmp_path / "b.svg")
     assert "of padding" not in (tmp_path / "b.svg").read_text()
 
 
-def test_picture_in_the_documentation_is_of_the_model_as_it_is():
+def test_picture_in_the_documentation_is_of_the_model_as_it_is() -> None:
     sizes = (33, 30, 52)
     found, text = read("WanTransformer3DModel", sizes), (ROOT / "docs" / "wan-frequencies.svg").read_text()
     assert "WanTransformer3DModel, a grid of 33 x 30 x 52 tokens, scaled by riflex:frames=33,repetition=21" in text
@@ -371,20 +371,20 @@ def test_picture_in_the_documentation_is_of_the_model_as_it_is():
         (['{"type": "default"}'], None),
     ],
 )
-def test_scaling_on_the_command_line_is_read(texts, expected):
+def test_scaling_on_the_command_line_is_read(texts, expected) -> None:
     assert parse_scalings(texts) == expected
 
 
 @pytest.mark.parametrize(
     "text", ["nothing:factor=2", "linear:factor", "linear:factor=big", "linear", "{", "linear:k=2"]
 )
-def test_scaling_on_the_command_line_is_refused(text, tmp_path):
+def test_scaling_on_the_command_line_is_refused(text, tmp_path) -> None:
     result = invoke("WanTransformer3DModel", "--plot", tmp_path / "a.svg", "--scaling", text)
     assert result.exit_code == 2
     assert "--scaling" in result.output
 
 
-def test_inspect_draws_a_class_and_still_prints_what_it_did(tmp_path):
+def test_inspect_draws_a_class_and_still_prints_what_it_did(tmp_path) -> None:
     path = tmp_path / "wan.svg"
     result = invoke("WanTransformer3DModel", "--plot", path, "--grid", "4x6x8", "--scaling", "linear:factor=2")
     assert result.exit_code == 0, result.output
@@ -392,7 +392,7 @@ def test_inspect_draws_a_class_and_still_prints_what_it_did(tmp_path):
     assert "a grid of 4 x 6 x 8 tokens, scaled by linear:factor=2" in path.read_text()
 
 
-def test_inspect_draws_a_folder_of_its_own_configuration(random_wan_folder, tmp_path):
+def test_inspect_draws_a_folder_of_its_own_configuration(random_wan_folder, tmp_path) -> None:
     path = tmp_path / "wan.svg"
     result = invoke(random_wan_folder, "--plot", path, "--grid", "2x4x6", "--ranks", "2")
     assert result.exit_code == 0, result.output
@@ -403,7 +403,7 @@ def test_inspect_draws_a_folder_of_its_own_configuration(random_wan_folder, tmp_
     assert "rank 2" not in text
 
 
-def test_inspect_draws_each_transformer_of_a_pipeline(random_wan_folder, tmp_path):
+def test_inspect_draws_each_transformer_of_a_pipeline(random_wan_folder, tmp_path) -> None:
     import shutil
 
     folder = tmp_path / "model"
@@ -416,7 +416,7 @@ def test_inspect_draws_each_transformer_of_a_pipeline(random_wan_folder, tmp_pat
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["wan-transformer.png", "wan-transformer_2.png"]
 
 
-def test_inspect_of_a_model_that_cannot_be_read_says_why_and_writes_nothing(tmp_path):
+def test_inspect_of_a_model_that_cannot_be_read_says_why_and_writes_nothing(tmp_path) -> None:
     result = invoke("MochiTransformer3DModel", "--plot", tmp_path / "a.svg")
     assert result.exit_code == 1
     assert "no picture: MochiTransformer3DModel must build its rotary tables" in result.output
@@ -434,7 +434,7 @@ def test_inspect_of_a_model_that_cannot_be_read_says_why_and_writes_nothing(tmp_
         (("WanTransformer3DModel", "--plot", "a.svg", "--ranks", "0"), "--ranks"),
     ],
 )
-def test_inspect_refuses(arguments, words, tmp_path, monkeypatch):
+def test_inspect_refuses(arguments, words, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = invoke(*arguments)
     assert result.exit_code == 2
@@ -442,7 +442,7 @@ def test_inspect_refuses(arguments, words, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_inspect_without_matplotlib_says_how_to_get_it(monkeypatch, tmp_path):
+def test_inspect_without_matplotlib_says_how_to_get_it(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = invoke("WanTransformer3DModel", "--plot", tmp_path / "a.svg")
     assert result.exit_code == 2
@@ -450,7 +450,7 @@ def test_inspect_without_matplotlib_says_how_to_get_it(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.model_class)
-def test_every_known_class_is_read_or_refused_with_words(adapter):
+def test_every_known_class_is_read_or_refused_with_words(adapter) -> None:
     try:
         model = built(adapter.model_class)
     except (AttributeError, TypeError, ValueError):
