@@ -37,11 +37,11 @@ _EPS = float(torch.finfo(torch.float32).eps)
 
 @dataclass(frozen=True)
 class Axis:
-    """How one axis of the token grid turns queries and keys.
+    """How one axis of the token grid rotates queries and keys.
 
     Attributes:
         name: of the axis.
-        pairs: numbers of the pairs of channels that it turns, int64 ``[P]``.
+        pairs: numbers of the pairs of channels that it rotates, int64 ``[P]``.
         radians: per token, of each of them, float64 ``[P]``.
         magnitude: what a scaling multiplies cos and sin by.
     """
@@ -138,13 +138,13 @@ def _of_spec(model: Any, name: str, tables: ModelTables, scaling: Scalings) -> M
 
     def axes(scaling: Scalings) -> tuple[Axis, ...]:
         scaled = spec.with_scaling(scaling)
-        found, first = [], 0
+        axes_of_spec, first = [], 0
         for axis, (title, pairs) in enumerate(zip(_AXES[len(spec.dims)], spec.pairs, strict=True)):
             numbers: AxisFrequencies = axis_frequencies(scaled, axis)
             radians = numbers.angles(torch.ones(1))[0].double()
-            found.append(Axis(title, torch.arange(first, first + pairs), radians, numbers.magnitude))
+            axes_of_spec.append(Axis(title, torch.arange(first, first + pairs), radians, numbers.magnitude))
             first += pairs
-        return tuple(found)
+        return tuple(axes_of_spec)
 
     number = next(buffer for buffer in rope.buffers() if buffer.is_floating_point()).itemsize
     scaled = None if scaling is None else axes(scaling)
@@ -180,14 +180,14 @@ def _table_of(model: Any, adapter: ModelAdapter, sizes: Sizes) -> _Table:
             f"{name} must have a module that builds its rotary tables from a grid of frames, height and width; it is "
             "handed them, or makes them in its forward"
         )
-    taken = tuple(inspect.signature(getattr(rope, "forward", rope)).parameters)
-    if taken not in _CALLS:
+    parameters = tuple(inspect.signature(getattr(rope, "forward", rope)).parameters)
+    if parameters not in _CALLS:
         raise ValueError(
             f"{name} must build its rotary tables from a grid of frames, height and width alone; its "
-            f"{type(rope).__name__} takes {', '.join(taken)}"
+            f"{type(rope).__name__} takes {', '.join(parameters)}"
         )
     try:
-        return _CALLS[taken](rope, sizes)
+        return _CALLS[parameters](rope, sizes)
     except (IndexError, RuntimeError) as error:
         raise ValueError(f"grid must be one that {name} has positions for, got {sizes}: {error}") from error
 
@@ -277,78 +277,80 @@ _CALLS: dict[tuple[str, ...], Callable[[Any, Sizes], _Table]] = {
 
 
 def _axes(name: str, table: _Table, form: Format) -> tuple[Axis, ...]:
-    """The axes of a table, whose every row must be what they make it.
+    """The axes of a table. Every row of the table must follow from them.
 
     Raises:
-        ValueError: a pair turns with two axes, or not by so many radians per token, or none turns at all.
+        ValueError: a pair rotates with two axes, or not by a fixed angle per token, or no pair rotates.
     """
-    turns = _turns(table.rotary, form, table.sizes)
-    start = turns[(0,) * len(table.sizes)]
-    whole, axes = start.expand_as(turns).clone(), []
+    rotations = _rotations(table.rotary, form, table.sizes)
+    start = rotations[(0,) * len(table.sizes)]
+    whole, axes = start.expand_as(rotations).clone(), []
     for axis, title in enumerate(table.names):
-        line = _line(turns, axis)
+        line = _line(rotations, axis)
         pairs = (line != line[0]).any(dim=0).nonzero()[:, 0]
         shape = [-1 if other == axis else 1 for other in range(len(table.sizes))]
         if len(pairs) > 0:
             whole[..., pairs] = line[:, pairs].reshape(*shape, len(pairs)).expand(*table.sizes, -1)
             axes.append(Axis(title, pairs, _radians(name, line[:, pairs])))
     if not axes:
-        raise ValueError(f"{name} must turn by more than 0 radians per token; its tables turn nothing")
-    if not torch.equal(whole, turns):
-        raise ValueError(f"{name} must turn each pair of channels with one axis; some turn with several")
+        raise ValueError(f"{name} must rotate by more than 0 radians per token; its tables rotate nothing")
+    if not torch.equal(whole, rotations):
+        raise ValueError(f"{name} must rotate each pair of channels with one axis; some rotate with several")
     return tuple(axes)
 
 
-def _turns(rotary: Any, form: Format, sizes: tuple[int, ...]) -> torch.Tensor:
-    """Complex128 ``[*sizes, H * P]`` of what the attention would be given."""
+def _rotations(rotary: Any, form: Format, sizes: tuple[int, ...]) -> torch.Tensor:
+    """Complex128 ``[*sizes, H * P]`` of the table that the attention gets."""
     cos, sin = form.split(rotary)[0]
-    turns: torch.Tensor = torch.complex(cos[0].double(), sin[0].double()).flatten(1).unflatten(0, sizes)
-    return turns
+    rotations: torch.Tensor = torch.complex(cos[0].double(), sin[0].double()).flatten(1).unflatten(0, sizes)
+    return rotations
 
 
-def _line(turns: torch.Tensor, axis: int) -> torch.Tensor:
+def _line(rotations: torch.Tensor, axis: int) -> torch.Tensor:
     """``[N, P]`` of the tokens that stand at 0 on every other axis."""
-    return turns[tuple(slice(None) if other == axis else 0 for other in range(turns.ndim - 1))]
+    return rotations[tuple(slice(None) if other == axis else 0 for other in range(rotations.ndim - 1))]
 
 
 def _radians(name: str, line: torch.Tensor) -> torch.Tensor:
     """Radians per token ``[P]`` of consecutive tokens, which must give back the line up to the rounding of its angles.
 
     Raises:
-        ValueError: they do not, or pairs that turn by more than half a turn per token may have been misread.
+        ValueError: they do not, or pairs that rotate by more than half a turn per token may have been misread.
     """
-    known, distance = torch.zeros(line.shape[1], dtype=torch.float64), 1
+    radians_per_token, distance = torch.zeros(line.shape[1], dtype=torch.float64), 1
     while distance < len(line):  # twice as far each time, by as many turns as fit what is known
         measured = (line[distance] * line[0].conj()).angle()
-        known = (measured + ((known * distance - measured) / math.tau).round() * math.tau) / distance
+        radians_per_token = (
+            measured + ((radians_per_token * distance - measured) / math.tau).round() * math.tau
+        ) / distance
         distance = len(line) if distance == len(line) - 1 else min(2 * distance, len(line) - 1)
     tokens = torch.arange(len(line), dtype=torch.float64)[:, None]
-    found = line[0] * torch.polar(torch.ones_like(known), tokens * known)
-    for slow_first in (known.flip(0), known):
-        radians = _with_whole_turns(slow_first)
+    expected = line[0] * torch.polar(torch.ones_like(radians_per_token), tokens * radians_per_token)
+    for slow_first in (radians_per_token.flip(0), radians_per_token):
+        radians = _with_full_turns(slow_first)
         if radians is not None:
             break
     else:
         raise ValueError(
-            f"{name} must turn by frequencies in geometric progression on this grid, got others; pass --grid"
+            f"{name} must rotate by frequencies in geometric progression on this grid, got others; pass --grid"
         )
     # Float32 angles are rounded by their size. Those of an axis start up to 64 tokens before 0 where it is scaled.
     allowed = 4 * _EPS * (1 + radians.max() * (len(line) + 64))
-    if ((found - line).abs() > allowed).any():
+    if ((expected - line).abs() > allowed).any():
         raise ValueError(f"grid must be one on which {name} spaces its tokens evenly, got another; pass --grid")
-    return radians.flip(0) if slow_first is not known else radians
+    return radians.flip(0) if slow_first is not radians_per_token else radians
 
 
-def _with_whole_turns(radians: torch.Tensor) -> torch.Tensor | None:
-    """Radians per token, known but for whole turns, of pairs that turn faster and faster; None where that is not so.
+def _with_full_turns(radians: torch.Tensor) -> torch.Tensor | None:
+    """Radians per token, known but for full turns, of pairs that rotate faster and faster; None where they do not.
 
-    Whole turns per token do not show in a table. Every family's frequencies are a geometric progression, so that two
-    pairs tell about how fast the next one turns, and the table then how fast exactly.
+    Full turns per token do not show in a table. Every family's frequencies are a geometric progression, so that two
+    pairs tell about how fast the next one rotates, and the table then how fast exactly.
     """
-    found = radians.clone()
-    for pair in range(2, len(found)):
-        expected = found[pair - 1] ** 2 / found[pair - 2]
-        found[pair] += ((expected - found[pair]) / math.tau).round() * math.tau
-    ratios = found[1:] / found[:-1]
-    fits = bool((found > 0).all()) and bool(((ratios / ratios.mean() - 1).abs() < 1e-3).all())
-    return found if fits else None
+    corrected = radians.clone()
+    for pair in range(2, len(corrected)):
+        expected = corrected[pair - 1] ** 2 / corrected[pair - 2]
+        corrected[pair] += ((expected - corrected[pair]) / math.tau).round() * math.tau
+    ratios = corrected[1:] / corrected[:-1]
+    fits = bool((corrected > 0).all()) and bool(((ratios / ratios.mean() - 1).abs() < 1e-3).all())
+    return corrected if fits else None

@@ -53,8 +53,8 @@ def test_module_is_the_command_where_nothing_is_installed(tmp_path) -> None:
     """In a checkout that is only on the path, from any folder."""
     environment = {**os.environ, "PYTHONPATH": str(Path(dit_rope.__file__).parent.parent)}
     call = [sys.executable, "-m", "dit_rope", "--version"]
-    done = subprocess.run(call, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
-    assert done.stdout == f"dit-rope {dit_rope.__version__}\n"
+    process = subprocess.run(call, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    assert process.stdout == f"dit-rope {dit_rope.__version__}\n"
 
 
 def test_doctor_prints_versions_devices_and_why_each_backend_is_or_is_not_chosen() -> None:
@@ -203,7 +203,7 @@ def test_demo_without_its_packages_says_how_to_get_them(monkeypatch, random_wan_
 def test_demo_refuses_pipeline_that_needs_more_than_a_prompt(random_wan, tmp_path) -> None:
     import diffusers
 
-    components = {name: part for name, part in random_wan.components.items() if name != "transformer_2"}
+    components = {name: component for name, component in random_wan.components.items() if name != "transformer_2"}
     diffusers.WanImageToVideoPipeline(**components, image_encoder=None, image_processor=None).save_pretrained(tmp_path)
     result = invoke("demo", "--model", tmp_path)
     assert result.exit_code == 2

@@ -95,12 +95,12 @@ Z_IMAGE = [powers(32, 256), powers(48, 256), powers(48, 256)]
     ],
 )
 def test_frequencies_of_a_family_are_those_of_its_formula(name, expected) -> None:
-    found = read(name)
-    assert len(found.axes) == len(expected)
-    for axis, radians in zip(found.axes, expected, strict=True):
+    frequencies = read(name)
+    assert len(frequencies.axes) == len(expected)
+    for axis, radians in zip(frequencies.axes, expected, strict=True):
         # Float32 angles are off by a rounding of the largest; far tokens tell the frequency that much better.
-        turned = radians.max() * 64
-        torch.testing.assert_close(axis.radians, radians, rtol=2 * EPS, atol=float(2 * EPS * max(1.0, turned) / 11))
+        scale = radians.max() * 64
+        torch.testing.assert_close(axis.radians, radians, rtol=2 * EPS, atol=float(2 * EPS * max(1.0, scale) / 11))
 
 
 def test_frequencies_number_every_pair_of_channels_once() -> None:
@@ -112,30 +112,32 @@ def test_frequencies_number_every_pair_of_channels_once() -> None:
 @pytest.mark.parametrize("spaced", [{}, {"patch_size_t": 2, "patch_bias": False}], ids=["cogvideox", "cogvideox-1.5"])
 def test_frequencies_of_cogvideox_are_those_of_its_pipeline(spaced) -> None:
     config = {"use_rotary_positional_embeddings": True, "num_layers": 1, **spaced}
-    found = read("CogVideoXTransformer3DModel", (13, 30, 45), **config)
-    for axis, dim in zip(found.axes, (16, 24, 24), strict=True):
+    frequencies = read("CogVideoXTransformer3DModel", (13, 30, 45), **config)
+    for axis, dim in zip(frequencies.axes, (16, 24, 24), strict=True):
         torch.testing.assert_close(axis.radians, powers(dim, 1e4), rtol=2 * EPS, atol=2 * EPS)
     wider = read("CogVideoXTransformer3DModel", (13, 30, 30), **config)
     # CogVideoX 1.0 fits the grid into the one it was trained on, whose height is the shorter side.
-    torch.testing.assert_close(wider.axes[1].radians, found.axes[1].radians, rtol=4 * EPS, atol=4 * EPS)
+    torch.testing.assert_close(wider.axes[1].radians, frequencies.axes[1].radians, rtol=4 * EPS, atol=4 * EPS)
 
 
 def rotary_of_a_forward(example: Example, model: Any, adapter: Any) -> Any:
-    """What the last attention module that turns is given in one forward pass."""
+    """The rotary argument of the last attention module that rotates, in one forward pass."""
     rotations = adapter.rotations[0]
-    given: list[Any] = []
+    tables: list[Any] = []
 
     def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-        others = {name: value for part in bound.values() if isinstance(part, dict) for name, value in part.items()}
-        given.append({**bound, **others}.get(rotations.rotary[0]))
+        others = {
+            name: value for argument in bound.values() if isinstance(argument, dict) for name, value in argument.items()
+        }
+        tables.append({**bound, **others}.get(rotations.rotary[0]))
 
     for path, module in model.named_modules():
         if re.fullmatch(rotations.attention, path):
             module.register_forward_pre_hook(keep, with_kwargs=True)
     with torch.no_grad():
         example.run(model, example.inputs(model, Noise(torch.float32)))
-    return next(rotary for rotary in reversed(given) if rotary is not None)
+    return next(rotary for rotary in reversed(tables) if rotary is not None)
 
 
 IN_A_FORWARD = (
@@ -149,16 +151,18 @@ BY_NAME = {example.name: example for example in EXAMPLES}
 
 @pytest.mark.parametrize("example", [BY_NAME[name] for name in IN_A_FORWARD], ids=IN_A_FORWARD)
 def test_frequencies_give_the_rotation_that_attention_is_given_in_a_forward_pass(example) -> None:
-    """All tokens stand whole numbers of tokens apart on every axis, and each pair turns by its radians times that."""
+    """All tokens stand whole numbers of tokens apart on every axis, and each pair rotates by its radians times that."""
     name = example.model.rpartition(".")[2]
     adapter = adapter_named(name)
-    found = frequencies_of(built(name, **example.config), adapter, (4, 6, 10))
+    frequencies = frequencies_of(built(name, **example.config), adapter, (4, 6, 10))
     cos, sin = adapter.rotations[0].format.split(rotary_of_a_forward(example, example.build(), adapter))[0]
-    turns = torch.complex(cos.double(), sin.double())[0].flatten(1)
-    turns = turns[turns.abs().amin(dim=1) > 0.5]  # padding turns nothing
-    between = turns * turns[0].conj()
+    rotations = torch.complex(cos.double(), sin.double())[0].flatten(1)
+    rotations = rotations[rotations.abs().amin(dim=1) > 0.5]  # padding rotates nothing
+    between = rotations * rotations[0].conj()
     moved = 0
-    for axis in (axis for axis in found.axes if len(axis.pairs) > 1):  # how far, the angle of one pair cannot tell
+    for axis in (
+        axis for axis in frequencies.axes if len(axis.pairs) > 1
+    ):  # how far, the angle of one pair cannot tell
         slowest = axis.radians.argmin()
         distance = (between[:, axis.pairs[slowest]].angle() / axis.radians[slowest])[:, None]
         moved += int(distance.abs().max() > 0.5)
@@ -174,11 +178,11 @@ def test_frequencies_of_wan_give_the_tables_of_its_rope_module() -> None:
 
     rope = diffusers.WanTransformer3DModel(num_layers=1, num_attention_heads=1).rope
     cos, sin = rope(torch.empty(1, 0, 5, 14, 22))
-    turns = torch.complex(cos[0, :, 0, ::2].double(), sin[0, :, 0, ::2].double()).unflatten(0, (5, 7, 11))
+    rotations = torch.complex(cos[0, :, 0, ::2].double(), sin[0, :, 0, ::2].double()).unflatten(0, (5, 7, 11))
     axes = read("WanTransformer3DModel").axes
     for axis, token in zip(axes, ((4, 0, 0), (0, 6, 0), (0, 0, 10)), strict=True):
         expected = torch.polar(torch.ones_like(axis.radians), max(token) * axis.radians)
-        torch.testing.assert_close(turns[token][axis.pairs], expected, rtol=0, atol=2 * EPS)
+        torch.testing.assert_close(rotations[token][axis.pairs], expected, rtol=0, atol=2 * EPS)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +245,7 @@ class _Wrong(torch.nn.Module):
         (lambda ids: torch.stack((0.1 * ids[:, 0], 0.2 * ids[:, 1] ** 2, 0.3 * ids[:, 2]), 1), "evenly"),
         (lambda ids: torch.stack((0.1 * ids[:, 0], 0.2 * ids[:, 1] + 0.1 * ids[:, 2]), 1), "with one axis"),
         (lambda ids: torch.stack((0.1 * ids[:, 0], 0.01 * ids[:, 1] * ids[:, 2]), 1), "with one axis"),
-        (lambda ids: torch.zeros(len(ids), 8), "turn nothing"),
+        (lambda ids: torch.zeros(len(ids), 8), "rotate nothing"),
     ],
     ids=["uneven", "two-axes", "product", "nothing"],
 )
@@ -259,11 +263,14 @@ def test_weights_stay_on_the_meta_device_while_frequencies_are_numbers() -> None
 
 
 def test_scaled_frequencies_are_those_of_the_scaling() -> None:
-    found = read("WanTransformer3DModel", scaling=Scaling.of("linear", factor=4.0))
-    for axis, scaled in zip(found.axes, found.scaled, strict=True):
+    frequencies = read("WanTransformer3DModel", scaling=Scaling.of("linear", factor=4.0))
+    for axis, scaled in zip(frequencies.axes, frequencies.scaled, strict=True):
         torch.testing.assert_close(scaled.radians, axis.radians / 4)
-    found = read("WanTransformer3DModel", scaling=RIFLEX)
-    moved = [int((axis.radians != other.radians).sum()) for axis, other in zip(found.axes, found.scaled, strict=True)]
+    frequencies = read("WanTransformer3DModel", scaling=RIFLEX)
+    moved = [
+        int((axis.radians != other.radians).sum())
+        for axis, other in zip(frequencies.axes, frequencies.scaled, strict=True)
+    ]
     assert moved == [1, 0, 0]
 
 
@@ -273,24 +280,26 @@ def test_scaling_of_a_model_that_builds_its_own_tables_is_refused() -> None:
 
 
 def test_response_is_the_score_of_equal_queries_and_keys() -> None:
-    found = read("WanTransformer3DModel", scaling=Scaling.of("yarn", factor=4.0, original_max_position_embeddings=64))
+    frequencies = read(
+        "WanTransformer3DModel", scaling=Scaling.of("yarn", factor=4.0, original_max_position_embeddings=64)
+    )
     q = torch.ones(1, 9, 1, 128, dtype=torch.float64)
     for scaling, axes in (
-        (None, found.axes),
-        (Scaling.of("yarn", factor=4.0, original_max_position_embeddings=64), found.scaled),
+        (None, frequencies.axes),
+        (Scaling.of("yarn", factor=4.0, original_max_position_embeddings=64), frequencies.scaled),
     ):
         spec = RopeSpec((44, 42, 42), scaling=scaling)
         table = dit_rope.rope_table(spec, Grid(9, 1, 1), dtype=torch.float64)
-        turned = dit_rope.rotate(q, table)[0, :, 0, :44]
-        scores = turned @ turned[0] / 44
+        rotated = dit_rope.rotate(q, table)[0, :, 0, :44]
+        scores = rotated @ rotated[0] / 44
         torch.testing.assert_close(axes[0].response(torch.arange(9)), scores, rtol=1e-6, atol=1e-6)
 
 
 def test_memory_is_that_of_the_tables() -> None:
-    found, grid = read("WanTransformer3DModel"), Grid(*VIDEO)
+    frequencies, grid = read("WanTransformer3DModel"), Grid(*VIDEO)
     table = dit_rope.rope_table(RopeSpec((44, 42, 42)), grid, dtype=torch.float32)
-    assert found.axis_bytes(VIDEO) == table.rows.nbytes
-    assert found.dense_bytes(VIDEO) == sum(part.nbytes for part in table.cos_sin())
+    assert frequencies.axis_bytes(VIDEO) == table.rows.nbytes
+    assert frequencies.dense_bytes(VIDEO) == sum(values.nbytes for values in table.cos_sin())
     flux = read("FluxTransformer2DModel", IMAGE)
     assert flux.dense_bytes(IMAGE) == 2 * 64 * 64 * 128 * 4
 
@@ -300,15 +309,15 @@ def test_memory_is_that_of_the_tables() -> None:
 def test_ranks_are_those_of_the_shards(sizes, ranks) -> None:
     ways = frequency_plot._ways(Setting(sizes, ranks))
     flat = np.arange(math.prod(sizes)).reshape(sizes)
-    held, count = ways.pop("flattened")
+    rank_of_token, count = ways.pop("flattened")
     assert count == -(-flat.size // ranks)
-    np.testing.assert_array_equal(held, flat // count)
+    np.testing.assert_array_equal(rank_of_token, flat // count)
     for axis, name in enumerate(("frame", "height", "width")):
         if sizes[axis] % ranks or sizes[axis] == 1:
             assert f"by {name}" not in ways
             continue
-        held, count = ways.pop(f"by {name}")
-        np.testing.assert_array_equal(held, np.indices(sizes)[axis] // (sizes[axis] // ranks))
+        rank_of_token, count = ways.pop(f"by {name}")
+        np.testing.assert_array_equal(rank_of_token, np.indices(sizes)[axis] // (sizes[axis] // ranks))
         assert count == flat.size // ranks
         table = dit_rope.rope_table(RopeSpec((4, 4, 4)), Grid(*sizes), shard=Shard(0, ranks, axis))
         assert table.count == count
@@ -316,11 +325,11 @@ def test_ranks_are_those_of_the_shards(sizes, ranks) -> None:
 
 
 def test_frames_shown_are_those_where_ranks_meet() -> None:
-    held, _ = frequency_plot._ways(Setting((33, 30, 52), 4))["flattened"]
-    shown = frequency_plot._frames_shown(held)
+    ranks, _ = frequency_plot._ways(Setting((33, 30, 52), 4))["flattened"]
+    shown = frequency_plot._frames_shown(ranks)
     assert {0, 8, 16, 24, 32} <= set(shown)
     assert len(shown) == 10
-    assert frequency_plot._frames_shown(held[:3]) == [0, 1, 2]
+    assert frequency_plot._frames_shown(ranks[:3]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 24])
@@ -353,9 +362,9 @@ def test_padding_of_the_last_ranks_is_named(tmp_path) -> None:
 
 def test_picture_in_the_documentation_is_of_the_model_as_it_is() -> None:
     sizes = (33, 30, 52)
-    found, text = read("WanTransformer3DModel", sizes), (ROOT / "docs" / "wan-frequencies.svg").read_text()
+    frequencies, text = read("WanTransformer3DModel", sizes), (ROOT / "docs" / "wan-frequencies.svg").read_text()
     assert "WanTransformer3DModel, a grid of 33 x 30 x 52 tokens, scaled by riflex:frames=33,repetition=21" in text
-    for number in (found.dense_bytes(sizes), found.axis_bytes(sizes)):
+    for number in (frequencies.dense_bytes(sizes), frequencies.axis_bytes(sizes)):
         assert f">{frequency_plot._bytes(number)}<" in text
 
 
@@ -457,11 +466,11 @@ def test_every_known_class_is_read_or_refused_with_words(adapter) -> None:
         pytest.skip("no default configuration")
     words = ""
     try:
-        found = frequencies_of(model, adapter, (4, 12, 16))
+        frequencies = frequencies_of(model, adapter, (4, 12, 16))
     except ValueError as error:
         words = str(error)
     if words:
         assert "must" in words
         assert adapter.model_class in words
     else:
-        assert len(found.axes) >= 2
+        assert len(frequencies.axes) >= 2

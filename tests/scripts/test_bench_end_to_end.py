@@ -57,10 +57,10 @@ def test_step_is_measured_in_every_variant(name: str, dtype: torch.dtype) -> Non
     rows = measure_step(step, rounds=3, advance=lambda: calls.append(1))
     assert [row["variant"] for row in rows] == NAMES
     assert len(calls) == end_to_end.runs(step, 3, compiled=False)
-    own = rows[0]["ms_median"]
+    unpatched_ms = rows[0]["ms_median"]
     for row in rows:
         assert 0 < row["ms_p20"] <= row["ms_median"] <= row["ms_p80"]
-        assert row["ratio"] == pytest.approx(own / row["ms_median"])
+        assert row["ratio"] == pytest.approx(unpatched_ms / row["ms_median"])
         assert row["ratio_at_most"] == rows[-1]["ratio"]
         assert row["default"] is (row["variant"] == "tables, rotation exact")
         assert (row["ms_first"] is not None) is row["default"]
@@ -70,28 +70,28 @@ def test_step_is_measured_in_every_variant(name: str, dtype: torch.dtype) -> Non
 @BY_NAME
 def test_shares_of_a_step_add_up_and_find_every_kind(name: str) -> None:
     step = small_step(name)
-    found = shares(step.plans(), step.run, "cpu")
-    assert list(found) == list(KINDS)
-    assert sum(found.values()) == pytest.approx(1)
-    assert all(share > 0 for share in found.values()), found
+    shares_of_kinds = shares(step.plans(), step.run, "cpu")
+    assert list(shares_of_kinds) == list(KINDS)
+    assert sum(shares_of_kinds.values()) == pytest.approx(1)
+    assert all(share > 0 for share in shares_of_kinds.values()), shares_of_kinds
     assert not any("forward" in vars(module) for module in step.models[0].modules())
 
 
 def test_without_rope_norms_and_rotates_nothing(step: Step) -> None:
     attention = end_to_end._twins(step, compiled=False)["without rope"].models[0].blocks[0].attn1
-    x, tables, given = torch.randn(1, 24, 48), (torch.ones(1, 24, 1, 24),) * 2, []
+    x, tables, calls = torch.randn(1, 24, 48), (torch.ones(1, 24, 1, 24),) * 2, []
     assert attention.norm_q(x) is x
-    attention.processor = lambda *args, **kwargs: given.append((args[1:], kwargs)) or x
+    attention.processor = lambda *args, **kwargs: calls.append((args[1:], kwargs)) or x
     attention(x, None, None, tables)
     attention(x, None, None, rotary_emb=tables)
-    assert given == [((x, None, None, None), {})] * 2
+    assert calls == [((x, None, None, None), {})] * 2
 
 
 def test_twins_share_parameters_and_leave_the_step_unpatched(step: Step) -> None:
     twins = end_to_end._twins(step, compiled=False)
-    own = {id(parameter) for parameter in step.models[0].parameters()}
+    parameters = {id(parameter) for parameter in step.models[0].parameters()}
     for twin in twins.values():
-        assert {id(parameter) for parameter in twin.models[0].parameters()} == own
+        assert {id(parameter) for parameter in twin.models[0].parameters()} == parameters
     dit_rope.patch(step.models[0]).undo()
 
 
@@ -136,10 +136,10 @@ def test_others_are_timed_beside_variants_that_fail(step: Step, monkeypatch: pyt
 
 
 def test_verdict_says_where_a_variant_loses() -> None:
-    own = Timing(9.0, 10.0, 11.0)
-    assert end_to_end.verdict(own, Timing(12.0, 13.0, 14.0)) == "slower"
-    assert end_to_end.verdict(own, Timing(6.0, 7.0, 8.0)) == "faster"
-    assert end_to_end.verdict(own, Timing(8.0, 9.5, 10.5)) == "no difference"
+    unpatched = Timing(9.0, 10.0, 11.0)
+    assert end_to_end.verdict(unpatched, Timing(12.0, 13.0, 14.0)) == "slower"
+    assert end_to_end.verdict(unpatched, Timing(6.0, 7.0, 8.0)) == "faster"
+    assert end_to_end.verdict(unpatched, Timing(8.0, 9.5, 10.5)) == "no difference"
 
 
 def test_whole_run_builds_tables_in_its_first_pass_only() -> None:
@@ -147,8 +147,8 @@ def test_whole_run_builds_tables_in_its_first_pass_only() -> None:
         {"variant": "unpatched", "ms_median": 10.0, "ms_first": None},
         {"variant": "patched", "ms_median": 8.0, "ms_first": 12.0},
     ]
-    own, patched = end_to_end.whole_run(rows, 4)
-    assert own["run_ms"] is own["run_ratio"] is None
+    unpatched, patched = end_to_end.whole_run(rows, 4)
+    assert unpatched["run_ms"] is unpatched["run_ratio"] is None
     assert patched["run_ms"] == 12 + 3 * 8
     assert patched["run_ratio"] == pytest.approx(40 / 36)
 
@@ -198,8 +198,8 @@ def script(*args: str) -> Result:
 
 
 def test_script_writes_every_variant_of_every_run(results: Path) -> None:
-    done = script("wan-1.3b", "ltx", "--grid", "2x3x4", "--dtype", "float32")
-    assert done.exit_code == 0, done.output
+    result = script("wan-1.3b", "ltx", "--grid", "2x3x4", "--dtype", "float32")
+    assert result.exit_code == 0, result.output
     rows = read_csv(results / "end-to-end-cpu.csv")
     assert [row["variant"] for row in rows] == 4 * NAMES
     runs = {(row["model"], row["steps"], row["guided"], row["batch"], row["passes"]) for row in rows}
@@ -213,22 +213,22 @@ def test_script_writes_every_variant_of_every_run(results: Path) -> None:
         assert sum(float(row[f"share_{kind.replace(' ', '_')}"]) for kind in KINDS) == pytest.approx(1, rel=1e-4)
         rope = sum(float(row[f"share_{kind.replace(' ', '_')}"]) for kind in ROPE)
         assert float(row["share_rope"]) == pytest.approx(rope, rel=1e-4)
-    assert "times as fast" in done.output
+    assert "times as fast" in result.output
 
 
 def test_script_prints_no_figures_and_fails_where_outputs_differ(
     results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops, "rotate", lambda xs, *a, **k: xs)
-    done = script("wan-1.3b", "--grid", "2x3x4", "--dtype", "float32")
-    assert done.exit_code != 0
-    assert "no figures" in done.output
-    assert "times as fast" not in done.output
+    result = script("wan-1.3b", "--grid", "2x3x4", "--dtype", "float32")
+    assert result.exit_code != 0
+    assert "no figures" in result.output
+    assert "times as fast" not in result.output
     assert not list(results.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["no-such-model"], "must be of wan-1.3b"),
         (["wan-1.3b", "--grid", "2x3"], "must be FRAMESxHEIGHTxWIDTH"),
@@ -239,10 +239,10 @@ def test_script_prints_no_figures_and_fails_where_outputs_differ(
     ids=["target", "grid", "released", "layers", "dtype"],
 )
 def test_script_refuses_bad_arguments(
-    results: Path, args: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+    results: Path, args: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    done = script(*args)
-    assert done.exit_code == 2
-    assert said in " ".join(done.output.replace("│", " ").split())
+    result = script(*args)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
     assert not list(results.iterdir())

@@ -40,39 +40,39 @@ ROTATE = Problem(SHAPES["ltx"].tiny(), Operation.ROTATE, "cpu")
 def broken(error: Exception) -> Callable[..., Any]:
     """A backend that raises in place of the first variant's, ``cuda``."""
 
-    def own(problem: Problem, backend: str) -> Any:
+    def failing(problem: Problem, backend: str) -> Any:
         if backend == "broken":
             raise error
         return variants.rotation_call(problem, "eager")
 
-    return own
+    return failing
 
 
 def test_failing_variant_of_ours_is_a_row_beside_the_others(monkeypatch) -> None:
     monkeypatch.setattr(rotation, "rotation_call", broken(RuntimeError("PassManager::run failed\nat line 1")))
-    found = rotation.variants(ROTATE, {"triton": "broken", "cuda": "eager"}, {})
-    rows = {row["variant"]: row for row in rotation.measure(ROTATE, found, 2)}
+    variants = rotation.variants(ROTATE, {"triton": "broken", "cuda": "eager"}, {})
+    rows = {row["variant"]: row for row in rotation.measure(ROTATE, variants, 2)}
     assert rows["cuda"]["ms_median"] > 0
     assert (rows["triton"]["note"], rows["triton"]["failed"]) == ("RuntimeError: PassManager::run failed", True)
 
 
 def test_wrong_variant_of_ours_has_no_figure(monkeypatch) -> None:
     monkeypatch.setattr(rotation, "rotation_call", lambda problem, backend: lambda q, k: (q, k))
-    found = rotation.variants(ROTATE, {"cuda": "eager"}, {})
-    (row,) = rotation.measure(ROTATE, found, 2)
+    variants = rotation.variants(ROTATE, {"cuda": "eager"}, {})
+    (row,) = rotation.measure(ROTATE, variants, 2)
     assert row["failed"]
     assert row["note"].startswith("AssertionError: ")
     assert "ms_median" not in row
 
 
 def test_variant_that_fails_when_it_is_timed_is_a_row_beside_the_others() -> None:
-    found = rotation.variants(ROTATE, {"cuda": "eager"}, {})
+    variants = rotation.variants(ROTATE, {"cuda": "eager"}, {})
 
     def fail(q: torch.Tensor, k: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("too much")
 
-    found.calls.update({"triton": fail, "liger": fail})
-    rows = {row["variant"]: row for row in rotation.measure(ROTATE, found, 2)}
+    variants.calls.update({"triton": fail, "liger": fail})
+    rows = {row["variant"]: row for row in rotation.measure(ROTATE, variants, 2)}
     assert rows["cuda"]["ms_median"] > 0
     assert rows["triton"]["failed"]
     assert rows["triton"]["note"] == rows["liger"]["note"] == "OutOfMemoryError: too much"
@@ -88,8 +88,8 @@ def test_benchmark_command_stops_at_a_failing_variant(monkeypatch) -> None:
 
 
 def bench(monkeypatch, *options: str) -> int:
-    given = ["bench_kernels.py", "--rehearse", "--run", "headline", "--shape", "wan-1.3b-480p", *options]
-    monkeypatch.setattr(sys, "argv", given)
+    arguments = ["bench_kernels.py", "--rehearse", "--run", "headline", "--shape", "wan-1.3b-480p", *options]
+    monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as ended:
         bench_kernels.main()
     return int(ended.value.code)
@@ -98,10 +98,10 @@ def bench(monkeypatch, *options: str) -> int:
 def test_failing_problem_is_a_row_and_makes_the_exit_code_1(monkeypatch, tmp_path: Path, capsys) -> None:
     measured = bench_kernels.measure
 
-    def measure(problem: Problem, *given: object) -> list[Row]:
+    def measure(problem: Problem, *arguments: object) -> list[Row]:
         if problem.operation is Operation.PER_HEAD:
             raise RuntimeError("CUDA error: an illegal memory access")
-        return measured(problem, *given)
+        return measured(problem, *arguments)
 
     monkeypatch.setattr(bench_kernels, "measure", measure)
     assert bench(monkeypatch, "--results", str(tmp_path)) == 1
@@ -125,9 +125,9 @@ def test_problems_past_the_time_are_rows_with_the_reason(monkeypatch, tmp_path: 
 
 def test_wrong_peer_is_left_out() -> None:
     problem = Problem(SHAPES["ltx"].tiny(), Operation.ROTATE, "cpu")
-    found = rotation.variants(problem, {"cuda": "eager"}, {"liger": lambda problem: lambda q, k: (q, k)})
-    assert [*found.calls] == ["cuda"]
-    assert found.missing["liger"].startswith("AssertionError: expected an error of at most")
+    variants = rotation.variants(problem, {"cuda": "eager"}, {"liger": lambda problem: lambda q, k: (q, k)})
+    assert [*variants.calls] == ["cuda"]
+    assert variants.missing["liger"].startswith("AssertionError: expected an error of at most")
 
 
 def test_shape_within_fewer_tokens_keeps_its_lines_before_its_frames() -> None:
@@ -162,7 +162,7 @@ def stand_in_for_flashinfer() -> types.SimpleNamespace:
     def out_of_place(positions, query, key, head_size, cos_sin_cache, is_neox=True):
         assert positions.dtype == torch.int32
         assert cos_sin_cache.dtype == torch.float32
-        cos, sin = (part[:, None] for part in cos_sin_cache[positions.long()].chunk(2, dim=-1))
+        cos, sin = (values[:, None] for values in cos_sin_cache[positions.long()].chunk(2, dim=-1))
         heads = (x.view(x.shape[0], -1, head_size) for x in (query, key))
         return tuple(rotated(x, cos, sin, is_neox).flatten(1) for x in heads)
 
@@ -176,8 +176,8 @@ def stand_in_for_flashinfer() -> types.SimpleNamespace:
         names = ("num_frame_channels", "num_height_channels", "num_width_channels")
         cos, sin = table_free(*(grid[name] for name in ("ppf", "pph", "ppw")), [grid[n] for n in names], grid["base"])
         out = []
-        for part, weight in zip(qkv.chunk(2, dim=-1), (q_weight, k_weight), strict=True):
-            normed = torch.nn.functional.rms_norm(part.float(), part.shape[-1:], weight.float(), eps)
+        for x, weight in zip(qkv.chunk(2, dim=-1), (q_weight, k_weight), strict=True):
+            normed = torch.nn.functional.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
             heads = normed.unflatten(-1, (num_heads_q, head_dim))
             out.append(rotated(heads, cos, sin, not grid["interleave"]).to(qkv.dtype))
         return *out, qkv.new_empty(0)

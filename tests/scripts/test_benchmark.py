@@ -145,10 +145,10 @@ def test_wrong_table_leaves_no_figure(tmp_path: Path, monkeypatch) -> None:
 def test_wrong_memo_leaves_no_figure() -> None:
     family = rope_modules.FAMILIES[0]
     model = family.build("cpu")
-    own = model.pos_embed(*family.inputs("cpu"))
-    rope_modules._check(family, model, own, own)
+    tables = model.pos_embed(*family.inputs("cpu"))
+    rope_modules._check(family, model, tables, tables)
     with pytest.raises(Wrong, match="the tables of QwenImage with the memo differ"):
-        rope_modules._check(family, model, own, own[::-1])
+        rope_modules._check(family, model, tables, tables[::-1])
 
 
 def test_wrong_step_leaves_no_figure(tmp_path: Path, monkeypatch) -> None:
@@ -165,16 +165,16 @@ def test_wrong_step_leaves_no_figure(tmp_path: Path, monkeypatch) -> None:
 def test_full_grid_is_fastvideos_table() -> None:
     from oracle import full_grid_table
 
-    ours = table_building.full_grid_table((2, 3, 4), (44, 42, 42))
-    assert all(map(torch.equal, ours, full_grid_table((2, 3, 4), (44, 42, 42), 10_000.0, dtype=torch.float64)))
+    actual = table_building.full_grid_table((2, 3, 4), (44, 42, 42))
+    assert all(map(torch.equal, actual, full_grid_table((2, 3, 4), (44, 42, 42), 10_000.0, dtype=torch.float64)))
 
 
 def test_bytes_of_a_720p_table_are_those_of_its_axes() -> None:
     rows = table_building._count_bytes("cpu")
-    held = {(row["quantity"], row["case"], row["variant"]): row["median"] for row in rows}
-    assert held["bytes", "720p", "full grid"] == 2 * 8 * 21 * 45 * 80 * 128
-    assert held["bytes", "720p", "axis tables"] < held["bytes", "720p", "full grid"] / 1000
-    assert held["bytes of entries", "2", "axis tables"] < 2 * held["bytes of entries", "1", "axis tables"]
+    medians = {(row["quantity"], row["case"], row["variant"]): row["median"] for row in rows}
+    assert medians["bytes", "720p", "full grid"] == 2 * 8 * 21 * 45 * 80 * 128
+    assert medians["bytes", "720p", "axis tables"] < medians["bytes", "720p", "full grid"] / 1000
+    assert medians["bytes of entries", "2", "axis tables"] < 2 * medians["bytes of entries", "1", "axis tables"]
     assert dit_rope.cache_info().tables.entries == 0
 
 
@@ -188,8 +188,8 @@ def test_every_family_of_rope_modules_is_called_as_its_model_calls_it(monkeypatc
 @pytest.mark.parametrize("shape", ["wan-1.3b-480p", "flux-1024"])
 def test_every_variant_of_ours_is_right_on_small_shapes(shape: str, operation: Operation) -> None:
     problem = Problem(SHAPES[shape].tiny(), operation, "cpu")
-    found = rotation_section.variants(problem, {"dit_rope": "eager"}, {"model": PEERS["model, eager"]}, exact=True)
-    assert [*found.calls] == ["dit_rope", "dit_rope, exact", "model"]
+    variants = rotation_section.variants(problem, {"dit_rope": "eager"}, {"model": PEERS["model, eager"]}, exact=True)
+    assert [*variants.calls] == ["dit_rope", "dit_rope, exact", "model"]
 
 
 @pytest.mark.parametrize("pairing", Pairing)
@@ -233,7 +233,7 @@ def test_interleaved_cases_take_turns_after_a_warm_up() -> None:
     times = interleave(cases, 3, warm_up=1, advance=lambda: advanced.append(None))
     assert called == list("ab" * 4)
     assert len(advanced) == 8
-    assert all(0 <= each.p20 <= each.median <= each.p80 for each in times.values())
+    assert all(0 <= timing.p20 <= timing.median <= timing.p80 for timing in times.values())
 
 
 def test_summary_is_median_and_percentiles() -> None:

@@ -156,13 +156,13 @@ def test_our_operator_counts_one_and_reads_what_its_tokens_use(x: torch.Tensor) 
 
 
 def test_flex_attention_is_a_product_and_comes_back(x: torch.Tensor) -> None:
-    own = flex.flex_attention
+    original = flex.flex_attention
     q = x.transpose(1, 2)
     count = count_of(lambda: flex.flex_attention(q, q, q))
     assert (count.kernels, count.query) == (0, x.numel())
     with pytest.raises(ZeroDivisionError):
         count_of(lambda: 1 // 0)
-    assert flex.flex_attention is own
+    assert flex.flex_attention is original
 
 
 def wan() -> Example:

@@ -36,11 +36,11 @@ def test_rehearsal_runs_every_program_and_shows_no_figure(capfd, monkeypatch, tm
     before = {path: path.stat().st_mtime for path in results.RESULTS.iterdir()}
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--rehearse", "--results", str(tmp_path)])
     assert gpu_check.main() == 0
-    said = capfd.readouterr().out
+    output = capfd.readouterr().out
     names = [name for part in plan.rehearsal(tmp_path) for name in part.results]
-    assert f"{len(names)} passed, 0 failed, 0 skipped, 0 left out" in said
-    assert " ms" not in said
-    assert "GB/s" not in said
+    assert f"{len(names)} passed, 0 failed, 0 skipped, 0 left out" in output
+    assert " ms" not in output
+    assert "GB/s" not in output
     assert {path: path.stat().st_mtime for path in results.RESULTS.iterdir()} == before
     rows = {path.name.partition("-")[0]: read_csv(path) for path in tmp_path.glob("*.csv")}
     assert {row["check"] for row in rows["gpu"]} == set(names)
@@ -60,8 +60,8 @@ def test_requirements_say_what_is_missing_and_how_to_get_it() -> None:
             Requirement("extra", absent, "pip install extra", optional=True),
         ]
     )
-    here, needed, extra = describe(findings)
-    assert here.split() == ["here", "1.2"]
+    present, needed, extra = describe(findings)
+    assert present.split() == ["here", "1.2"]
     assert "MISSING: No module named 'absent'; pip install needed" in needed
     assert "optional, missing" in extra
     missing = gpu_check.missing(findings)
@@ -94,11 +94,11 @@ def test_two_calls_of_the_documented_lengths_run_everything() -> None:
     assert [name for _, name in calls] == ["first", "second"]
     assert set(calls) == set(re.findall(commands, PAGE))
     first, second = (float(seconds) for seconds, _ in calls)
-    done = [part for part, fits in planned(parts, first - plan.START) if fits]
-    assert [part.name for part in done] == ["kernel", "headline", "sweep", "contract", "behaviours"]
-    left = gpu_check.unfinished(parts, {name for part in done for name in part.results})
-    assert [part.name for part in left] == ["peers", "triton", "triton-times", "wan-step"]
-    assert all(fits for _, fits in planned(left, second - plan.START))
+    first_parts = [part for part, fits in planned(parts, first - plan.START) if fits]
+    assert [part.name for part in first_parts] == ["kernel", "headline", "sweep", "contract", "behaviours"]
+    remaining = gpu_check.unfinished(parts, {name for part in first_parts for name in part.results})
+    assert [part.name for part in remaining] == ["peers", "triton", "triton-times", "wan-step"]
+    assert all(fits for _, fits in planned(remaining, second - plan.START))
 
 
 def test_page_has_every_part_in_order_with_its_seconds() -> None:
@@ -108,15 +108,15 @@ def test_page_has_every_part_in_order_with_its_seconds() -> None:
 
 def test_predictions_are_of_what_is_measured_and_name_its_targets() -> None:
     rows = read_csv(results.RESULTS / "gpu-predictions.csv")
-    wanted = [(target.operation, shape) for target in targets.TARGETS for shape in targets.HEADLINE]
-    wanted += [(operation, targets.HOST) for operation in targets.HOST_OPERATIONS]
-    assert [(row["operation"], row["shape"]) for row in rows] == wanted
-    known = {target.operation: target for target in targets.TARGETS}
+    expected = [(target.operation, shape) for target in targets.TARGETS for shape in targets.HEADLINE]
+    expected += [(operation, targets.HOST) for operation in targets.HOST_OPERATIONS]
+    assert [(row["operation"], row["shape"]) for row in rows] == expected
+    targets_of = {target.operation: target for target in targets.TARGETS}
     for row in rows:
         if row["shape"] == targets.HOST:
             assert float(row["target_host_us"]) == targets.HOST_MICROSECONDS
         else:
-            target = known[row["operation"]]
+            target = targets_of[row["operation"]]
             assert float(row["target_of_copy"]) == target.of_copy
             assert float(row["target_times_best_peer"]) == target.times_best_peer
 
@@ -165,9 +165,9 @@ def test_results_are_written_with_the_machine_as_they_come(tmp_path: Path, monke
     record = results.Record(tmp_path / "new" / "rows.csv", "cuda")
     record.add([earlier])
     record.add([{"check": "one", "detail": "fine, really"}])
-    zero, one = read_csv(record.path)
+    zero, row = read_csv(record.path)
     assert (zero["driver"], zero["commit"], zero["detail"]) == ("570", "old", "")
-    assert one == {"check": "one", "result": "", "detail": "fine, really", **machine}
+    assert row == {"check": "one", "result": "", "detail": "fine, really", **machine}
     again = results.Record(record.path, "cuda", keep=lambda row: row["check"] == "zero")
     again.add([{"check": "two"}])
     assert [row["check"] for row in read_csv(record.path)] == ["zero", "two"]
@@ -192,8 +192,8 @@ def test_second_run_does_what_the_first_left(tmp_path: Path, monkeypatch, capsys
     parts = [Part("part", 0, (Check("several", command, 60, reports=names),))]
     monkeypatch.setattr(plan, "rehearsal", lambda folder: parts)
     first, second = earlier_run(tmp_path / "first"), tmp_path / "second"
-    given = ["gpu_check.py", "--rehearse", "--after", str(first), "--results", str(second)]
-    monkeypatch.setattr(sys, "argv", given)
+    arguments = ["gpu_check.py", "--rehearse", "--after", str(first), "--results", str(second)]
+    monkeypatch.setattr(sys, "argv", arguments)
     assert gpu_check.main() == 0
     rows = read_csv(second / gpu_check.CSV)
     assert [(row["check"], row["detail"]) for row in rows] == [("a, cuda", ""), ("b, cuda", "now"), ("c, cuda", "now")]
@@ -209,7 +209,7 @@ def test_run_on_a_gpu_writes_checks_targets_and_a_log_and_ends_with_1_where_one_
         Check("bad", python("print('hidden'); raise SystemExit('wrong')"), 60),
         Check("elsewhere", python("pass"), 60, needs=("tool",)),
     )
-    monkeypatch.setattr(plan, "parts", lambda *given: [Part("part", 0, checks), Part("long", 9999, checks[:1])])
+    monkeypatch.setattr(plan, "parts", lambda *arguments: [Part("part", 0, checks), Part("long", 9999, checks[:1])])
     listed = [Requirement("cuda-core", lambda: "1.2", ""), Requirement("tool", lambda: 1 / 0, "get it", True)]
     monkeypatch.setattr(gpu_check, "requirements", lambda: listed)
     monkeypatch.setattr(gpu_check, "cannot_run", lambda findings: None)
@@ -218,18 +218,18 @@ def test_run_on_a_gpu_writes_checks_targets_and_a_log_and_ends_with_1_where_one_
     rows = [row for row in timings(share=0.9) if row["shape"] == "wan-1.3b-480p" and row["operation"] == "rotate"]
     results.Record(results.result_path("kernels", "cuda", tmp_path), "cuda").add(rows)
     assert gpu_check.main() == 1
-    found = {row["check"]: (row["result"], row["detail"]) for row in read_csv(tmp_path / gpu_check.CSV)}
-    assert found["good"] == (LEFT_OUT, "needs about 9999 s, 60 s were left")
-    assert found["bad"] == (FAILED, "exit status 1: wrong")
-    assert found["elsewhere"] == (SKIPPED, "needs tool: division by zero; get it")
-    assert found["target: rotate at wan-1.3b-480p"][0] == FAILED
-    assert found["target: rotate at wan-14b-720p"][0] == LEFT_OUT
-    said, log = capsys.readouterr().out, (tmp_path / gpu_check.LOG).read_text()
-    assert "  runs      part" in said
-    assert "  left out  long" in said
+    results_of_checks = {row["check"]: (row["result"], row["detail"]) for row in read_csv(tmp_path / gpu_check.CSV)}
+    assert results_of_checks["good"] == (LEFT_OUT, "needs about 9999 s, 60 s were left")
+    assert results_of_checks["bad"] == (FAILED, "exit status 1: wrong")
+    assert results_of_checks["elsewhere"] == (SKIPPED, "needs tool: division by zero; get it")
+    assert results_of_checks["target: rotate at wan-1.3b-480p"][0] == FAILED
+    assert results_of_checks["target: rotate at wan-14b-720p"][0] == LEFT_OUT
+    output, log = capsys.readouterr().out, (tmp_path / gpu_check.LOG).read_text()
+    assert "  runs      part" in output
+    assert "  left out  long" in output
     assert "good | fine" in log
     assert "bad | hidden" in log
-    assert set(said.splitlines()) <= set(log.splitlines())
+    assert set(output.splitlines()) <= set(log.splitlines())
 
 
 def test_second_run_wants_results_of_a_first(tmp_path: Path) -> None:
@@ -238,8 +238,8 @@ def test_second_run_wants_results_of_a_first(tmp_path: Path) -> None:
 
 
 def test_environment_names_driver_and_compilers() -> None:
-    wanted = {"device", "driver", "torch", "triton", "cuda_core", "cuda_bindings", "nvrtc", "commit"}
-    assert wanted <= set(results.environment("cpu"))
+    columns = {"device", "driver", "torch", "triton", "cuda_core", "cuda_bindings", "nvrtc", "commit"}
+    assert columns <= set(results.environment("cpu"))
 
 
 def test_one_failure_makes_the_exit_code_1() -> None:
@@ -300,22 +300,22 @@ def test_targets_are_open_without_a_figure_and_fail_where_the_kernel_failed() ->
     where = {"run": targets.SHARES_RUN, "variant": "cuda", "operation": "rotate"}
     rows.append({**where, "shape": "wan-14b-720p", "note": "40 seconds were up", "failed": ""})
     rows.append({**where, "shape": "wan-1.3b-480p", "note": "RuntimeError: no", "failed": "True"})
-    found = {verdict.name: verdict for verdict in targets.judge(rows)}
+    verdicts = {verdict.name: verdict for verdict in targets.judge(rows)}
     expected = "expected at least 93% of copy bandwidth, got no figure: "
     late, wrong, missing = (
-        found[f"rotate at {shape}"] for shape in ("wan-14b-720p", "wan-1.3b-480p", targets.HEADLINE[2])
+        verdicts[f"rotate at {shape}"] for shape in ("wan-14b-720p", "wan-1.3b-480p", targets.HEADLINE[2])
     )
     assert (late.passed, late.detail) == (None, f"{expected}40 seconds were up")
     assert (wrong.passed, wrong.detail) == (False, f"{expected}RuntimeError: no")
     assert (missing.passed, missing.detail) == (None, f"{expected}not measured")
-    assert found["norm per head, rotate at wan-14b-720p"].passed is True
+    assert verdicts["norm per head, rotate at wan-14b-720p"].passed is True
 
 
 def test_targets_take_a_run_of_everything_where_there_is_no_other() -> None:
     rows = [{**row, "run": targets.ALL_RUN} for row in timings() if row["run"] == targets.PEERS_RUN]
-    found = {verdict.name: verdict.passed for verdict in targets.judge(rows)}
-    assert found["rotate at wan-14b-720p, peers"] is True
-    assert found["rotate at wan-14b-720p"] is False
+    verdicts = {verdict.name: verdict.passed for verdict in targets.judge(rows)}
+    assert verdicts["rotate at wan-14b-720p, peers"] is True
+    assert verdicts["rotate at wan-14b-720p"] is False
 
 
 def test_targets_fail_on_slow_calls_and_on_allocations() -> None:
@@ -328,7 +328,7 @@ def test_targets_fail_on_slow_calls_and_on_allocations() -> None:
 
 def test_targets_without_any_figures_are_left_out(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(results, "environment", lambda device: {"device": "a GPU"})
-    found = gpu_check.judged(tmp_path)
-    assert {result.result for result in found} == {LEFT_OUT}
+    judged = gpu_check.judged(tmp_path)
+    assert {result.result for result in judged} == {LEFT_OUT}
     results.Record(results.result_path("kernels", "cuda", tmp_path), "cuda").add(timings())
     assert {result.result for result in gpu_check.judged(tmp_path)} == {PASSED}

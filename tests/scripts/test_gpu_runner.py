@@ -18,9 +18,9 @@ def python(code: str) -> tuple[str, ...]:
 
 
 def run_parts(parts: list[Part], seconds: float = 60.0, missing: dict[str, Missing] | None = None) -> list[Result]:
-    found: list[Result] = []
-    Runner(Deadline(seconds), missing or {}, {}, found.append, lambda text: None, lambda line: None).run(parts)
-    return found
+    results: list[Result] = []
+    Runner(Deadline(seconds), missing or {}, {}, results.append, lambda text: None, lambda line: None).run(parts)
+    return results
 
 
 def run(check: Check, seconds: float = 60.0, missing: dict[str, Missing] | None = None) -> Result:
@@ -31,9 +31,9 @@ def run(check: Check, seconds: float = 60.0, missing: dict[str, Missing] | None 
 @pytest.mark.parametrize(("optional", "verdict"), [(True, SKIPPED), (False, FAILED)])
 def test_check_without_what_it_needs_is_not_run(optional: bool, verdict: str) -> None:
     check = Check("name", python("raise SystemExit(0)"), 60, needs=("tool",), reports={"a": "a, cuda", "b": "b, cuda"})
-    found = run_parts([Part("part", 0, (check,))], missing={"tool": Missing("not on PATH", optional)})
-    assert {(each.check, each.result) for each in found} == {("a, cuda", verdict), ("b, cuda", verdict)}
-    assert {each.detail for each in found} == {"needs tool: not on PATH"}
+    results = run_parts([Part("part", 0, (check,))], missing={"tool": Missing("not on PATH", optional)})
+    assert {(result.check, result.result) for result in results} == {("a, cuda", verdict), ("b, cuda", verdict)}
+    assert {result.detail for result in results} == {"needs tool: not on PATH"}
 
 
 def test_check_passes_with_its_last_line_as_detail() -> None:
@@ -89,9 +89,9 @@ def reporting(code: str, *names: str, seconds: float = 60.0) -> dict[str, tuple[
         f"import os, sys, time\nfor name in sys.argv[1:]:\n    {code}\n    print(f'passed {{name}}: right', flush=True)"
     )
     check = Check("several", command, seconds, reports={name: f"{name}, cuda" for name in names})
-    found = run_parts([Part("part", 0, (check,))])
-    assert len(found) == len(names)
-    return {each.check.removesuffix(", cuda"): (each.result, each.detail) for each in found}
+    results = run_parts([Part("part", 0, (check,))])
+    assert len(results) == len(names)
+    return {result.check.removesuffix(", cuda"): (result.result, result.detail) for result in results}
 
 
 def test_one_process_gives_several_results() -> None:
@@ -99,25 +99,25 @@ def test_one_process_gives_several_results() -> None:
 
 
 def test_result_that_ends_its_process_fails_and_the_rest_is_begun_again() -> None:
-    found = reporting("name == 'b' and os._exit(9)", "a", "b", "c")
-    assert found == {"a": (PASSED, "right"), "b": (FAILED, "exit status 9: passed a: right"), "c": (PASSED, "right")}
+    results = reporting("name == 'b' and os._exit(9)", "a", "b", "c")
+    assert results == {"a": (PASSED, "right"), "b": (FAILED, "exit status 9: passed a: right"), "c": (PASSED, "right")}
 
 
 def test_failure_that_ends_its_process_does_not_fail_the_next() -> None:
-    found = reporting("name == 'a' and (print('failed a: wrong', flush=True), os._exit(1))", "a", "b")
-    assert found == {"a": (FAILED, "wrong"), "b": (PASSED, "right")}
+    results = reporting("name == 'a' and (print('failed a: wrong', flush=True), os._exit(1))", "a", "b")
+    assert results == {"a": (FAILED, "wrong"), "b": (PASSED, "right")}
 
 
 def test_result_that_hangs_fails_and_the_rest_is_begun_again() -> None:
-    found = reporting("name == 'b' and time.sleep(60)", "a", "b", "c", seconds=1.0)
-    assert found["a"] == found["c"] == (PASSED, "right")
-    assert found["b"] == (FAILED, "expected an end within 1 s, got none; last: passed a: right")
+    results = reporting("name == 'b' and time.sleep(60)", "a", "b", "c", seconds=1.0)
+    assert results["a"] == results["c"] == (PASSED, "right")
+    assert results["b"] == (FAILED, "expected an end within 1 s, got none; last: passed a: right")
 
 
 def test_result_that_is_not_printed_fails() -> None:
-    found = reporting("if name == 'a': continue", "a", "b")
-    assert found["b"] == (PASSED, "right")
-    assert found["a"][0] == FAILED
+    results = reporting("if name == 'a': continue", "a", "b")
+    assert results["b"] == (PASSED, "right")
+    assert results["a"][0] == FAILED
 
 
 def test_part_that_does_not_fit_is_left_out_and_later_ones_run() -> None:
@@ -133,5 +133,5 @@ def test_part_that_does_not_fit_is_left_out_and_later_ones_run() -> None:
 def test_parts_run_one_after_the_other_and_checks_of_a_part_together() -> None:
     wait = "import sys, time; time.sleep(float(sys.argv[1]))"
     first = Part("first", 0, tuple(Check(s, (*python(wait), s), 20) for s in ("0.6", "0.1")))
-    found = run_parts([first, Part("second", 0, (Check("0", (*python(wait), "0"), 20),))])
-    assert [result.check for result in found] == ["0.1", "0.6", "0"]
+    results = run_parts([first, Part("second", 0, (Check("0", (*python(wait), "0"), 20),))])
+    assert [result.check for result in results] == ["0.1", "0.6", "0"]

@@ -25,7 +25,7 @@ from long_tests.intervention_cases.parts import (
 )
 from zoo import named
 
-BY_NAME = {one.name: one for one in INTERVENTIONS}
+BY_NAME = {intervention.name: intervention for intervention in INTERVENTIONS}
 EXAMPLES = ("wan", "flux", "hunyuan-video-no-norm", "hidream", "cogvideox-1.5", "joyimage")
 """Examples of the part that runs here: each intervention is put onto one of them that it applies to, in turn."""
 FLUX = "flux-single-blocks"
@@ -91,12 +91,12 @@ def _unrotated(model: Any, off: Callable[..., None]) -> None:
 
 def _stale(model: Any, off: Callable[..., None]) -> None:
     """Tables of the first call are those of every call."""
-    kept: list[Any] = []
+    results: list[Any] = []
     real = model.pos_embed.forward
 
     def forward(ids: torch.Tensor) -> Any:
-        kept.append(real(ids))
-        return kept[0]
+        results.append(real(ids))
+        return results[0]
 
     model.pos_embed.forward = forward
     off(delattr, model.pos_embed, "forward")
@@ -233,13 +233,13 @@ def test_intervention_that_changes_nothing_is_named() -> None:
     blind = Intervention("nothing", "control", lambda subject: None, changes=True)
     rows = list(runner.rows_of(named(FLUX), blind, stand_in(_nothing)))
     assert [row.changed for row in rows] == [False] * len(rows)
-    one = BY_NAME["hook on blocks scales"]
-    rows += runner.rows_of(named(FLUX), one, stand_in(_nothing))
-    assert all(row.changed for row in rows if row.intervention == one.name)
+    intervention = BY_NAME["hook on blocks scales"]
+    rows += runner.rows_of(named(FLUX), intervention, stand_in(_nothing))
+    assert all(row.changed for row in rows if row.intervention == intervention.name)
     assert tables.blind(rows) == []
-    assert tables.blind([runner.Row(FLUX, one.group, one.name, "after", "exact", judge.EQUAL, changed=False)]) == [
-        one.name
-    ]
+    assert tables.blind(
+        [runner.Row(FLUX, intervention.group, intervention.name, "after", "exact", judge.EQUAL, changed=False)]
+    ) == [intervention.name]
 
 
 def test_rotated_tensors_are_counted() -> None:
@@ -281,8 +281,8 @@ def test_no_silent_difference(number: int) -> None:
     intervention = INTERVENTIONS[number]
     if not intervention.quick:
         pytest.skip("slow: scripts/long_tests/interventions.py runs it")
-    for turn in range(len(EXAMPLES)):
-        name = EXAMPLES[(number + turn) % len(EXAMPLES)]
+    for offset in range(len(EXAMPLES)):
+        name = EXAMPLES[(number + offset) % len(EXAMPLES)]
         rows = list(runner.rows_of(named(name), replace(intervention, halved=True), orders=("before", "after")))
         if rows and rows[0].outcome not in (judge.NOT_APPLICABLE, judge.NOT_JUDGED):
             break

@@ -22,17 +22,17 @@ def killed(program: str, folder: Path) -> list[tuple[str, int]]:
     """The signal and exit status of a whole run, and of those that were killed."""
     command = [sys.executable, str(ROOT / "tests" / "support" / "killed_runs.py"), program, str(folder), str(TIMES)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    return [tuple(status) for status in json.loads(done.stdout)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert process.returncode == 0, process.stderr
+    return [tuple(status) for status in json.loads(process.stdout)]
 
 
 def rows_of(folder: Path, pattern: str) -> list[Row]:
     """The rows of a CSV file, none where there is no such file; all of them are whole."""
-    found = [row for path in folder.glob(pattern) for row in read_csv(path)]
-    assert all(None not in row and None not in row.values() for row in found)
-    assert all(row["device"] and row["commit"] for row in found)
-    return found
+    rows = [row for path in folder.glob(pattern) for row in read_csv(path)]
+    assert all(None not in row and None not in row.values() for row in rows)
+    assert all(row["device"] and row["commit"] for row in rows)
+    return rows
 
 
 def notes(folder: Path) -> list[str]:
@@ -62,12 +62,12 @@ def test_killed_check_leaves_the_results_that_were_known_and_nothing_that_runs(t
     counts = []
     for number, (sent, status) in enumerate(statuses[1:], start=1):
         folder = tmp_path / str(number)
-        found = {row["check"]: row["result"] for row in rows_of(folder, "gpu-check.csv")}
-        passed = {check for check, result in found.items() if result == "passed"}
+        results = {row["check"]: row["result"] for row in rows_of(folder, "gpu-check.csv")}
+        passed = {check for check, result in results.items() if result == "passed"}
         assert set(notes(folder)) <= passed
-        assert set(found) <= names
-        assert set(found.values()) <= {"passed", "left out"}
-        assert (folder / "gpu-check.log").exists() or not found
+        assert set(results) <= names
+        assert set(results.values()) <= {"passed", "left out"}
+        assert (folder / "gpu-check.log").exists() or not results
         assert status != 0 or passed == names
         counts.append(len(passed))
         if sent != "SIGKILL" and (folder / "pids").exists():

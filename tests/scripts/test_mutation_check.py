@@ -27,8 +27,8 @@ from long_tests.mutation_check import check
 made = lambda name, old, new, why="": Mutation(name, "tiny.py", old, new, ("test_tiny.py",), equivalent=why)
 mutations = [{mutations}]
 root, work = Path({root!r}), Path({work!r})
-for name, found in check(mutations, root, work, copied=("tiny.py", "test_tiny.py"), jobs=2, timeout=100).items():
-    print("RESULT", name, found.result, found.by)
+for name, outcome in check(mutations, root, work, copied=("tiny.py", "test_tiny.py"), jobs=2, timeout=100).items():
+    print("RESULT", name, outcome.result, outcome.by)
 """
 
 
@@ -61,10 +61,10 @@ def test_there_are_many_mutations_of_many_modules() -> None:
     assert len({mutation.file for mutation in MUTATIONS}) >= 15
 
 
-@pytest.mark.parametrize("found", ["", "x = 1\nx = 1\n"])
-def test_mutation_that_does_not_fit_is_refused(found: str) -> None:
+@pytest.mark.parametrize("text", ["", "x = 1\nx = 1\n"])
+def test_mutation_that_does_not_fit_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="one must find its text once in a.py"):
-        Mutation("one", "a.py", "x = 1", "x = 2", ()).applied(found)
+        Mutation("one", "a.py", "x = 1", "x = 2", ()).applied(text)
 
 
 def run(tmp_path: Path, mutations: str, test: str = TEST) -> subprocess.CompletedProcess[str]:
@@ -75,11 +75,11 @@ def run(tmp_path: Path, mutations: str, test: str = TEST) -> subprocess.Complete
     (root / "tiny.py").write_text(SOURCE)
     (root / "test_tiny.py").write_text(test)
     program = PROGRAM.format(scripts=str(ROOT / "scripts"), mutations=mutations, root=str(root), work=str(work))
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
     )
     assert (root / "tiny.py").read_text() == SOURCE
-    return done
+    return process
 
 
 def test_harmless_change_survives_and_a_fault_is_caught_and_neither_runs_twice(tmp_path: Path) -> None:
@@ -88,9 +88,9 @@ def test_harmless_change_survives_and_a_fault_is_caught_and_neither_runs_twice(t
         'made("broken", "return", "return )"), '
         'made("explained", "a + b", "b + a", "a sum has no order")'
     )
-    done = run(tmp_path, mutations)
-    assert done.returncode == 0, done.stderr
-    results = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    process = run(tmp_path, mutations)
+    assert process.returncode == 0, process.stderr
+    results = [line.split()[1:] for line in process.stdout.splitlines() if line.startswith("RESULT")]
     assert results == [
         ["harmless", "survived"],
         ["fault", "caught", "test_tiny.py::test_add"],
@@ -100,15 +100,15 @@ def test_harmless_change_survives_and_a_fault_is_caught_and_neither_runs_twice(t
     again = run(tmp_path, mutations)
     assert "4 known from earlier runs" in again.stdout
     assert [line for line in again.stdout.splitlines() if line.startswith("RESULT")] == [
-        line for line in done.stdout.splitlines() if line.startswith("RESULT")
+        line for line in process.stdout.splitlines() if line.startswith("RESULT")
     ]
 
 
 def test_tests_that_fail_without_a_mutation_prove_nothing(tmp_path: Path) -> None:
-    done = run(tmp_path, 'made("fault", "a + b", "a - b")', TEST.replace("== 4", "== 5"))
-    assert done.returncode == 1
-    assert "tests must pass without a mutation" in done.stderr
-    assert "RESULT" not in done.stdout
+    process = run(tmp_path, 'made("fault", "a + b", "a - b")', TEST.replace("== 4", "== 5"))
+    assert process.returncode == 1
+    assert "tests must pass without a mutation" in process.stderr
+    assert "RESULT" not in process.stdout
 
 
 def test_change_of_the_tests_is_a_new_question(tmp_path: Path) -> None:

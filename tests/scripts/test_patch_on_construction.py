@@ -117,9 +117,9 @@ def test_a_supported_model_is_patched_when_constructed(plugin: PatchOnConstructi
 def test_each_class_is_patched_once_after_its_outermost_init(
     plain_classes: list[Any], plugin: PatchOnConstruction
 ) -> None:
-    made = [Base(3), Inheriting(4), Extending(5, "five")]
+    models = [Base(3), Inheriting(4), Extending(5, "five")]
     expected = [{"size": 3}, {"size": 4}, {"size": 5, "name": "five"}]
-    assert plain_classes == list(zip(made, expected, strict=True))
+    assert plain_classes == list(zip(models, expected, strict=True))
     assert plugin.patched == {"Base": 1, "Inheriting": 1, "Extending": 1}
 
 
@@ -133,12 +133,12 @@ def test_an_unsupported_subclass_stays_plain(plugin: PatchOnConstruction) -> Non
 
 
 def test_removing_leaves_nothing_behind(plain_classes: list[Any]) -> None:
-    own = [dict(vars(cls)) for cls in (Base, Inheriting, Extending)]
+    attributes = [dict(vars(cls)) for cls in (Base, Inheriting, Extending)]
     plugin = PatchOnConstruction()
     plugin.install()
     plugin.remove()
     plugin.remove()
-    assert [dict(vars(cls)) for cls in (Base, Inheriting, Extending)] == own
+    assert [dict(vars(cls)) for cls in (Base, Inheriting, Extending)] == attributes
     Base()
     assert not plain_classes
 
@@ -151,7 +151,7 @@ def test_signatures_stay(plugin: PatchOnConstruction, method: str) -> None:
 
 
 def test_what_models_return_is_noted_for_each_test(plain_classes: list[Any], plugin: PatchOnConstruction) -> None:
-    def noted(*models: Any) -> str:
+    def returned(*models: Any) -> str:
         plugin.pytest_runtest_setup()
         for model in models:
             model.forward()
@@ -159,9 +159,9 @@ def test_what_models_return_is_noted_for_each_test(plain_classes: list[Any], plu
         plugin.pytest_runtest_teardown(item)  # type: ignore[arg-type]
         return dict(item.user_properties)["returned"]
 
-    assert noted(Base(1), Extending(2)) == noted(Base(1), Base(2))
-    assert noted(Base(1)) != noted(Base(2))
-    assert noted(Base(1)).startswith("1 forwards, ")
+    assert returned(Base(1), Extending(2)) == returned(Base(1), Base(2))
+    assert returned(Base(1)) != returned(Base(2))
+    assert returned(Base(1)).startswith("1 forwards, ")
 
 
 def test_left_plain_nothing_is_patched() -> None:
@@ -200,10 +200,10 @@ def test_loaded_and_copied_models_are_patched_and_compute_the_same(plugin: Patch
     from_config.load_state_dict(model.state_dict())
     copies = [loaded, from_config.eval(), copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     assert plugin.patched == {"WanTransformer3DModel": 3}
-    assert all(is_patched(each) for each in copies)
+    assert all(is_patched(model) for model in copies)
     plugin.remove()
     expected = wan.forward(wan.build("wan"))
-    assert all(torch.equal(wan.forward(each), expected) for each in (model, *copies))
+    assert all(torch.equal(wan.forward(model), expected) for model in (model, *copies))
 
 
 def test_a_refused_model_stays_plain_and_is_counted(

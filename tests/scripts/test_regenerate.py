@@ -32,7 +32,7 @@ def test_operators_of_one_class_are_counted_and_those_of_others_stay(results: Pa
     assert [row for row in after if row["model"] != name] == [row for row in before if row["model"] != name]
     figures = ("module", "kernels_before", "kernels_after", "q_units_before", "q_units_after")
     counted, committed = (
-        [[row[each] for each in figures] for row in rows if row["model"] == name] for rows in (after, before)
+        [[row[figure] for figure in figures] for row in rows if row["model"] == name] for rows in (after, before)
     )
     assert counted == committed
     assert (results / "operators.svg").exists()
@@ -42,12 +42,12 @@ def test_everything_is_written_and_the_repository_is_up_to_date(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     written: list[str] = []
-    known = write_known_code.TARGET.read_text()
-    (tmp_path / "known_code.json").write_text(known)
+    content = write_known_code.TARGET.read_text()
+    (tmp_path / "known_code.json").write_text(content)
     monkeypatch.setattr(write_known_code, "TARGET", tmp_path / "known_code.json")
     monkeypatch.setattr(write_model_table, "main", lambda: written.append("models"))
     monkeypatch.setattr(write_measured_tables, "main", lambda: written.append("figures"))
     monkeypatch.setattr(regenerate, "count_operators_of", written.append)
     regenerate.main("WanTransformer3DModel")
     assert written == ["WanTransformer3DModel", "models", "figures"]
-    assert (tmp_path / "known_code.json").read_text() == known
+    assert (tmp_path / "known_code.json").read_text() == content

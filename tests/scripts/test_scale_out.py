@@ -50,12 +50,12 @@ def test_times_are_those_of_the_results() -> None:
 
 
 def test_results_are_those_of_the_formulas(script: object) -> None:
-    found = {(int(row["grid_tokens"]), int(row["ranks"])): row for row in ROWS}
-    assert len(found) == len(script.GRIDS) * len(script.RANKS)
+    rows = {(int(row["grid_tokens"]), int(row["ranks"])): row for row in ROWS}
+    assert len(rows) == len(script.GRIDS) * len(script.RANKS)
     for grid in script.GRIDS:
         for ranks in script.RANKS:
             for name, value in vars(script.cost(grid, ranks)).items():
-                assert int(found[grid.tokens, ranks][name]) == value
+                assert int(rows[grid.tokens, ranks][name]) == value
     same = sum(row["bytes_measured"] == "True" for row in ROWS)
     assert f"all {same} points agree" in PAGE
 
