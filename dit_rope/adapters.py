@@ -133,7 +133,7 @@ def _check_types(adapter: Any) -> None:
         raise TypeError(f"adapter must be a ModelAdapter, got {adapter!r}")
     for name, kind in (("tables", ModelTables), ("rotations", AttentionRotation)):
         value = getattr(adapter, name)
-        if not (isinstance(value, tuple) and all(isinstance(each, kind) for each in value)):
+        if not (isinstance(value, tuple) and all(isinstance(item, kind) for item in value)):
             raise TypeError(f"adapter.{name} must be a tuple of {kind.__name__}, got {value!r}")
     if not (adapter.tables or adapter.rotations):
         raise ValueError("adapter.tables and adapter.rotations must not both be empty")

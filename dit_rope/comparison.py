@@ -236,7 +236,7 @@ def compare(pipe: Any, request: Request, *, repeats: int = 1, progress: Progress
                 if handle is not None:
                     report = handle.report()
     caches = cache_info()
-    kept = caches.tables, caches.axes, caches.expanded, caches.models
+    used = caches.tables, caches.axes, caches.expanded, caches.models
     before, after = (tuple(second for run in runs[name] for second in run.step_seconds) for name in SIDES)
     unpatched, patched = (_frames(runs[name][0]) for name in SIDES)
     return Comparison(
@@ -244,7 +244,7 @@ def compare(pipe: Any, request: Request, *, repeats: int = 1, progress: Progress
         unpatched=unpatched,
         patched=patched,
         before=Side(before, handed["unpatched"], cached_bytes=0),
-        after=Side(after, handed["patched"], cached_bytes=sum(cache.bytes for cache in kept)),
+        after=Side(after, handed["patched"], cached_bytes=sum(cache.bytes for cache in used)),
         cache_hits=caches.tables.hits + caches.models.hits,
         cache_misses=caches.tables.misses + caches.models.misses,
         ssim=frame_ssim(unpatched, patched),

@@ -21,7 +21,9 @@ def describe_adapter(adapter: ModelAdapter) -> str:
     """What a patch of this class would replace, without a model."""
     lines = [adapter.model_class]
     lines += [f"  {place_of(tables)}: {' or '.join(tables.builders)}, {tables_of(tables)}" for tables in adapter.tables]
-    lines += [f"  {each.attention}: {rotates_in(each, tuple(each.norms))}" for each in adapter.rotations]
+    lines += [
+        f"  {rotation.attention}: {rotates_in(rotation, tuple(rotation.norms))}" for rotation in adapter.rotations
+    ]
     return "\n".join([*lines, *map(_not_patched, adapter.not_patched)])
 
 
@@ -76,7 +78,7 @@ def describe(plan: PatchPlan, options: Options) -> str:
         *_tables(plan, options, patched),
         *_rotations(plan, patched),
     ]
-    if any(each.why_not_patched(patched) is None for each in plan.rotations):
+    if any(rotation.why_not_patched(patched) is None for rotation in plan.rotations):
         lines += [
             f"  arithmetic: {_arithmetic(options)}",
             f"  fused: {_fused(plan, options)}",
@@ -96,29 +98,29 @@ def describe(plan: PatchPlan, options: Options) -> str:
 
 def _tables(plan: PatchPlan, options: Options, patched: bool) -> Iterator[str]:
     """A line for each object that builds tables."""
-    for each in plan.tables:
-        reason = each.why_not_patched(patched)
-        text = tables_of(each.tables, reads_axes(each.target))
+    for tables in plan.tables:
+        reason = tables.why_not_patched(patched)
+        text = tables_of(tables.tables, reads_axes(tables.target))
         if reason is not None:
             text = f"not patched, builds its tables in every forward pass: {reason}"
-        elif options.scaling is not None and each.tables.axes is not None:
+        elif options.scaling is not None and tables.tables.axes is not None:
             text = "tables memoized, scaled; kernels read a small array per axis"
-        yield f"  {place_of(each.tables)}: {each.builder}, {text}"
+        yield f"  {place_of(tables.tables)}: {tables.builder}, {text}"
 
 
 def _rotations(plan: PatchPlan, patched: bool) -> Iterator[str]:
     """A line or two for each kind of attention module: where it rotates, or why it is not patched."""
     kinds: dict[tuple[str, tuple[str, ...], str | None], list[RotationPlan]] = {}
-    for each in plan.rotations:
-        stem = re.sub(r"\.\d+(?=\.|$)", ".*", plain_path(each.path))
-        kinds.setdefault((stem, tuple(each.names), each.why_not_patched(patched)), []).append(each)
+    for rotation in plan.rotations:
+        stem = re.sub(r"\.\d+(?=\.|$)", ".*", plain_path(rotation.path))
+        kinds.setdefault((stem, tuple(rotation.names), rotation.why_not_patched(patched)), []).append(rotation)
     for (stem, names, reason), plans in kinds.items():
         place = f"{stem} ({_count(len(plans), 'module')})"
         if reason is not None:
             yield _not_patched(f"{place}, where the model rotates: {reason}")
             continue
         yield f"  {place}: {rotates_in(plans[0].rotation, names)}"
-        slow = sum(not makes_fresh_results(getattr(each.attention, name)) for each in plans for name in names)
+        slow = sum(not makes_fresh_results(getattr(rotation.attention, name)) for rotation in plans for name in names)
         if slow:
             yield f"  {place}: {_count(slow, 'hooked or unknown norm')}, which rotate in a second pass"
 
@@ -129,12 +131,12 @@ def _count(number: int, noun: str) -> str:
 
 def _elsewhere(plan: PatchPlan) -> Iterator[str]:
     """A line for attention modules of the same classes at paths that the adapter does not name."""
-    known = {id(each.attention) for each in plan.rotations}
-    classes = {each.attention_class for each in plan.adapter.rotations if each.norms}
+    planned = {id(rotation.attention) for rotation in plan.rotations}
+    classes = {rotation.attention_class for rotation in plan.adapter.rotations if rotation.norms}
     paths = [
         plain_path(path)
         for path, module in plan.model.named_modules()
-        if id(module) not in known and unpatched_class(module).__name__ in classes
+        if id(module) not in planned and unpatched_class(module).__name__ in classes
     ]
     count = _count(len(paths), "attention module")
     if paths and plan.rotations:
@@ -158,7 +160,7 @@ def _fused(plan: PatchPlan, options: Options) -> str:
     """Which operations are one pass over memory."""
     if options.fuse is Fusion.ROTATION:
         return "rotation, because fuse is Fusion.ROTATION; norms are the model's own"
-    if not any("norm" in name for each in plan.rotations for name in each.names):
+    if not any("norm" in name for rotation in plan.rotations for name in rotation.names):
         return "rotation; the model has no norm before it"
     if options.exact:
         return "rotation; norms are the model's own in exact mode"

@@ -25,7 +25,7 @@ def _attend_unrotated(
     attention_mask: torch.Tensor | None,
     image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    """``hidden_states`` ``[B, S, C]`` after attention, whose norms have rotated queries and keys."""
+    """Attention over ``hidden_states`` ``[B, S, C]``. The norms also rotate queries and keys."""
     query, key, value = (
         project(hidden_states).unflatten(-1, (attn.num_heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
     )
@@ -46,11 +46,11 @@ def _attend_unrotated(
 
 
 def _split(rotary: Any) -> list[Pair]:
-    cos, sin = (four_dims(each).chunk(2, dim=-1)[0] for each in rotary)
+    cos, sin = (four_dims(x).chunk(2, dim=-1)[0] for x in rotary)
     return [(cos, sin)]
 
 
-_AS_IS = replace(HALF, name=f"{HALF.name}, in the model's dtype", split=_split)
+_IN_MODEL_DTYPE = replace(HALF, name=f"{HALF.name}, in the model's dtype", split=_split)
 IDEOGRAM4 = ModelAdapter(
     "diffusers.models.transformers.transformer_ideogram4.Ideogram4Transformer2DModel",
     (ModelTables("rotary_emb", "Ideogram4MRoPE"),),
@@ -58,7 +58,7 @@ IDEOGRAM4 = ModelAdapter(
         AttentionRotation(
             attention=r"layers\.\d+\.attention",
             attention_class="Ideogram4Attention",
-            format=_AS_IS,
+            format=_IN_MODEL_DTYPE,
             layout=Layout.BSHD,
             norms={"norm_q": NormRotation(), "norm_k": NormRotation()},
             processors=("Ideogram4AttnProcessor",),

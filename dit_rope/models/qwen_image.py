@@ -17,13 +17,13 @@ from typing import Any
 from ..hooks.adapter import QK, AttentionRotation, Layout, ModelAdapter, ModelTables, NormRotation, Tokens
 from ..hooks.formats import COMPLEX
 
-_TEXT_APART = {
+_TEXT_SEPARATE = {
     "norm_q": NormRotation(table=0),
     "norm_k": NormRotation(table=0),
     "norm_added_q": NormRotation(table=1),
     "norm_added_k": NormRotation(table=1),
 }
-_TEXT_KEYS_APART = {
+_TEXT_KEYS_SEPARATE = {
     "norm_q": NormRotation(table=0),
     "norm_k": NormRotation(table=0),
     "norm_added_k": NormRotation(table=1, repeats=True),
@@ -31,10 +31,10 @@ _TEXT_KEYS_APART = {
 
 
 class _CachedText(Tokens):
-    """The text, whose keys may come from a cache; they have been rotated then."""
+    """The text. Its keys may come from a cache, already rotated."""
 
     def fit(self, arguments: Mapping[str, Any], dim: int, rows: int) -> bool:
-        """Whether a table of ``rows`` rows has one row for each token; without text any table will do."""
+        """Whether a table of ``rows`` rows has one row for each token; without text every table fits."""
         return all(arguments.get(name) is None for name in self.names) or super().fit(arguments, dim, rows)
 
 
@@ -60,7 +60,7 @@ def _rotations(
     )
 
 
-_QWEN_ROTATIONS = (_rotations("Attention", _TEXT_APART, "QwenDoubleStreamAttnProcessor2_0"),)
+_QWEN_ROTATIONS = (_rotations("Attention", _TEXT_SEPARATE, "QwenDoubleStreamAttnProcessor2_0"),)
 QWEN_IMAGE = ModelAdapter(
     "diffusers.models.transformers.transformer_qwenimage.QwenImageTransformer2DModel",
     (ModelTables("pos_embed", ("QwenEmbedRope", "QwenEmbedLayer3DRope")),),
@@ -91,7 +91,7 @@ NUCLEUS = ModelAdapter(
     (
         _rotations(
             "Attention",
-            _TEXT_KEYS_APART,
+            _TEXT_KEYS_SEPARATE,
             "NucleusMoEAttnProcessor2_0",
             covers=(Tokens(), _CachedText(("encoder_hidden_states",))),
         ),

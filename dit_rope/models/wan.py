@@ -29,11 +29,11 @@ def _grid(rope: Any, latent: torch.Tensor) -> ForwardGrid:
 
 def _chronoedit_grid(rope: Any, latent: torch.Tensor) -> ForwardGrid:
     """ChronoEdit sets its two edit frames ``temporal_skip_len`` apart: positions 0 and ``temporal_skip_len - 1``."""
-    whole = _grid(rope, latent)
+    grid = _grid(rope, latent)
     if latent.shape[2] != 2:
-        return whole
+        return grid
     skip: int = rope.temporal_skip_len
-    return ForwardGrid((skip, *whole.sizes[1:]), frames=(0, skip - 1))
+    return ForwardGrid((skip, *grid.sizes[1:]), frames=(0, skip - 1))
 
 
 def _adapter(model: str, module: str, rope: str, attention: str, processor: str = "WanAttnProcessor") -> ModelAdapter:

@@ -59,8 +59,8 @@ def _split(rotary: Any) -> list[Pair]:
         grids = grids[:1]
     indices = torch.stack([_positions(grid, stride, numbers.device) for grid in grids]).unbind(-1)
     axes = numbers.split(_axis_pairs(numbers.shape[-1]), dim=-1)
-    whole = torch.cat([axis[index] for axis, index in zip(axes, indices, strict=True)], dim=-1).unsqueeze(2)
-    return [(whole.real.float(), whole.imag.float())]
+    by_token = torch.cat([axis[index] for axis, index in zip(axes, indices, strict=True)], dim=-1).unsqueeze(2)
+    return [(by_token.real.float(), by_token.imag.float())]
 
 
 class _RopeApply(ReplacedFunction):
