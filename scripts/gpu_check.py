@@ -11,8 +11,8 @@ It needs torch 2.9 or newer with CUDA, cuda-core, cuda-bindings and NVRTC; it li
 it is missing and how to get it. ``docs/gpu.md`` says what to bring, what comes back, and what each part says.
 
 A run has parts, in ``gpu_checks/plan.py``, with the seconds that each takes by estimate. A part begins if it fits into
-what is left of ``--seconds``, and is left out otherwise, which is no failure; what will be is said beforehand. Checks
-are processes of their own with time limits, because one illegal access spoils a CUDA context.
+the rest of ``--seconds``. Otherwise it is left out, which is not a failure; the plan is printed beforehand. Each check
+is a process with a time limit, because one illegal access spoils a CUDA context.
 
 Everything goes to the folder ``--results`` as soon as it is known: ``gpu-check.csv`` with one row for each check and
 target, ``gpu-check.log`` with all output, and the figures. Whatever ends a run leaves there what it had come to. The
@@ -115,7 +115,7 @@ def check(
 
 
 def cannot_run(findings: Sequence[Finding]) -> str | None:
-    """Why nothing can be checked here, or None: no GPU, or no torch for one."""
+    """The reason why no check can run: no GPU, or no torch for one. Otherwise None."""
     for finding in findings:
         if finding.problem and finding.requirement.name == "torch":
             return f"it needs torch: {finding.problem}"
@@ -177,7 +177,7 @@ def unfinished(parts: Sequence[Part], finished: Container[str]) -> list[Part]:
 
 
 def _only(check: Check, selects: Callable[[str], bool]) -> Check | None:
-    """The check with those of its results whose name is wanted, or None without any; its own name stands for all."""
+    """The check with those results whose names ``selects`` accepts, or None. Without reports it has one result."""
     if not check.reports:
         return check if selects(check.name) else None
     reports = {argument: name for argument, name in check.reports.items() if selects(name)}
@@ -207,7 +207,7 @@ def announced(parts: Sequence[Part], seconds: float) -> list[str]:
 
 
 def judged(folder: Path) -> list[Result]:
-    """One result for each target, from the figures that are in ``folder``; what is missing is said to be."""
+    """One result for each target, from the figures in ``folder``; a missing figure is left out."""
     from benchmarks.results import read_csv
     from gpu_checks.results import result_path
     from gpu_checks.targets import judge

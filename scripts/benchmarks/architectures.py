@@ -30,12 +30,12 @@ a forward pass."""
 
 @dataclass(frozen=True)
 class Architecture:
-    """One transformer, as its authors released it, but for the weights.
+    """One transformer in its released configuration, with random weights.
 
     Attributes:
         model: class name in diffusers.
         depths: names of the numbers of layers in its configuration.
-        inputs: arguments of a forward pass, all tensors random but for positions.
+        inputs: arguments of a forward pass; all tensors but positions are random.
         guidance: of its pipeline.
         grid: tokens of a forward pass, frames, height and width, few enough that two cores compute a layer of each
             kind in about a second.

@@ -1,4 +1,4 @@
-"""What a patch gains of a whole denoising step, by what is patched, beside the most that any patch could gain."""
+"""How much faster a patch makes a whole denoising step, by what is patched, and the most that any patch could gain."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _ROUNDINGS = 4
 
 
 class Mismatch(Exception):
-    """A patched step does not give what the unpatched one gives; the message says which, and by how much."""
+    """Outputs of a patched step differ from those of the unpatched one; the message names the variant and the error."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Call:
-    """A forward pass: of which of a step's models, and with what."""
+    """A forward pass: the number of the model in its step, and the arguments."""
 
     model: int
     args: tuple[Any, ...]
@@ -77,7 +77,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Step:
-    """The forward passes of a denoising step, or one of several that are alike.
+    """The forward passes of a denoising step, or one of several equal passes.
 
     Attributes:
         models: unpatched, each once.
@@ -230,7 +230,7 @@ def runs(step: Step, rounds: int, compiled: bool) -> int:
 
 
 def default_variant(device: str) -> str:
-    """The name of what :func:`dit_rope.patch` does unasked."""
+    """The name of what :func:`dit_rope.patch` does by default."""
     return VARIANTS[1 if device.startswith("cpu") else -1].name
 
 
@@ -335,7 +335,7 @@ def _moved(step: Step) -> Step:
 
 
 def _has_bound(plans: list[PatchPlan]) -> bool:
-    """Whether the models' processors do not rotate what comes without tables."""
+    """Whether the models' processors skip the rotation where they get no tables."""
     return all(
         rotation.rotation.replaced_function is None and rotation.rotation.unrotated is None
         for rotation in _rotations(plans)
@@ -362,7 +362,7 @@ def _same(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Without:
-    """Forward pre-hook of an attention module: None for its rotary arguments, of which it has names and places."""
+    """Forward pre-hook of an attention module: it replaces the rotary arguments, by name and place, by None."""
 
     rotary: tuple[tuple[str, int | None], ...]
 

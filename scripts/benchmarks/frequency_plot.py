@@ -32,7 +32,7 @@ Ranks = np.ndarray[tuple[int, int, int], np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a picture shows a model with: tokens along frame, height and width, ranks, and a scaling in words."""
+    """Options of a picture: tokens along frame, height and width, ranks, and a scaling in words."""
 
     sizes: Sizes
     ranks: int

@@ -1,9 +1,9 @@
 """The rotary frequencies of a model, read from the tables that it builds itself.
 
-Nothing is known here of a family's formula, only how its rope module is asked for the table of a grid. The angle of
-each pair of channels is read from that along each axis, and what is read is checked against every row, so that a model
-whose angles are not so many radians per token of one axis is refused rather than drawn wrong. The Wan family is the
-exception: its frequencies are those of the spec that a patch replaces its tables by.
+This module knows how to ask each rope module for the table of a grid, and no formula of a family. It reads the angle
+of each pair of channels along each axis, and checks the result against every row. It refuses a model whose angles are
+not a fixed number of radians per token of one axis, so that none is drawn wrong. The Wan family is the exception: its
+frequencies are those of the spec by which a patch replaces its tables.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def _ids(rope: Any, sizes: Sizes) -> _Table:
 
 
 def _qwen(rope: Any, sizes: Sizes) -> _Table:
-    """Image and text apart; of an image that is centred, rows before the centre have negative positions."""
+    """Separate tables of image and text; rows before the centre of a centred image have negative positions."""
     grid = (_ROWS, *sizes[1:])
     image, _ = rope([grid], max_txt_seq_len=1)
     return _Table(image, grid)
@@ -250,7 +250,7 @@ def _ltx(rope: Any, sizes: Sizes) -> _Table:
 
 
 def _cogvideox(model: Any, sizes: Sizes) -> _Table:
-    """The pipeline's own method, which looks at nothing but the transformer's configuration and the size."""
+    """The pipeline's method, which reads only the transformer's configuration and the size."""
     from diffusers import CogVideoXPipeline
 
     config = model.config

@@ -1,4 +1,4 @@
-"""Counts the operators that run in chosen places, and the bytes that they move.
+"""Counts the operators that run within regions, and the bytes that they move.
 
 An operator of aten that makes or writes a tensor is a kernel, one of ``dit_rope`` is one too; a view, an allocation, a
 GEMM and the attention product are none. The bytes of a kernel are those of its arguments and results, each element
@@ -37,7 +37,7 @@ class Count:
     Attributes:
         kernels, bytes: as the head of this file defines them.
         operators: how often each ran.
-        query, key: elements that the attention product was given.
+        query, key: elements of the arguments of the attention product.
         rotated: elements that each norm or projection returned.
         tables: bytes that operators of dit_rope read of each table.
         largest: elements of the largest tensor that they rotated.
@@ -81,7 +81,7 @@ class Count:
         self.bytes += more + sum(map(stored_bytes, moved))
 
     def attend(self, query: torch.Tensor, key: torch.Tensor) -> None:
-        """Notes what the attention product was given."""
+        """Records the arguments of the attention product."""
         self.query += query.numel()
         self.key += key.numel()
 
@@ -100,7 +100,7 @@ class Count:
 class OperatorCounter(TorchDispatchMode):
     """Counts operators where a :meth:`region` is open, in the innermost one.
 
-    ``only_watches`` tells the caches of dit_rope that tensors are what they are without it.
+    ``only_watches`` tells the caches of dit_rope that this mode does not change tensors.
     """
 
     only_watches = True

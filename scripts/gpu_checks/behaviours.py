@@ -54,7 +54,7 @@ class Setting:
 
 
 def expect(holds: bool, expected: str, actual: object) -> None:
-    """Fails with what was expected and what came."""
+    """Raises AssertionError unless ``holds``, with the expected and the actual value."""
     if not holds:
         raise AssertionError(f"expected {expected}, got {actual}")
 
@@ -189,7 +189,7 @@ def two_streams(setting: Setting) -> str:
 
 
 def two_threads(setting: Setting) -> str:
-    """Two threads that start together, so that both compile; then 200 calls each, of their own data and shapes."""
+    """Two threads that start together, so that both compile; then 200 calls each, with different data and shapes."""
     table = setting.table(SMALL)
     sources = [setting.noise(1, SMALL.tokens, heads, sum(DIMS)) for heads in (2, 3)]
     barrier = threading.Barrier(2)

@@ -100,7 +100,7 @@ def neighbours(knob: str, tuning: Tuning, make_plan: MakePlan, plans: set[Plan])
 
 
 def first_steps(make_plan: MakePlan) -> dict[str, Tuning]:
-    """The defaults, and every value of one knob beside them, by a name that says what differs; each plan once."""
+    """The defaults, and every change of one knob, by a name that says the change; each plan once."""
     default = Tuning()
     plans = {make_plan(default)}
     steps = [default, *(candidate for knob in KNOBS for candidate in neighbours(knob, default, make_plan, plans))]

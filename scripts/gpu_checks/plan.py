@@ -52,7 +52,7 @@ def contract_seconds(backend: str) -> float:
 
 
 def environment() -> dict[str, str]:
-    """What every check runs with: nothing installed of the project, and no download."""
+    """Environment variables of every check: the project runs from the checkout, and downloads nothing."""
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return {"PYTHONPATH": os.pathsep.join([*PATHS, *paths]), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -97,7 +97,7 @@ def parts(results: Path, peer_paths: Sequence[str] = ()) -> list[Part]:
 
 
 def rehearsal(results: Path) -> list[Part]:
-    """The same programs on CPU at tiny sizes; the contract tests, which have CPU runs of their own, are collected."""
+    """The same programs on CPU at tiny sizes; contract tests are only collected: the test suite runs them."""
     into, names = f"--results={results}", (*FIRST_BEHAVIOURS, *OTHER_BEHAVIOURS, WAN_BEHAVIOUR)
     contract = (*_PYTEST, "--collect-only", "-q", *CONTRACT)
     return [
@@ -125,7 +125,7 @@ def _contract(backend: str) -> Check:
 
 
 def _behaviours(backend: str, names: Sequence[str], needs: Sequence[str] = (), *options: str) -> Check:
-    """Behaviours of a backend in one process, each with a result of its own."""
+    """Behaviours of a backend in one process, one result for each."""
     return Check(
         f"behaviours, {backend}",
         _module("behaviours", "--backend", backend, *options),
@@ -136,7 +136,7 @@ def _behaviours(backend: str, names: Sequence[str], needs: Sequence[str] = (), *
 
 
 def _sanitized(tool: str) -> Check:
-    """The small shapes under compute-sanitizer, our kernels alone; torch must not hide bounds in its own blocks."""
+    """The small shapes under compute-sanitizer, kernels of dit_rope alone; torch must not hide bounds in its blocks."""
     sanitizer = (sanitizer_path() or "compute-sanitizer", "--tool", tool, "--kernel-name", "kns=rotate")
     command = (*sanitizer, "--error-exitcode", "9", *_module("behaviours", "small-shapes", "--backend", "cuda"))
     return Check(
@@ -150,7 +150,7 @@ def _sanitized(tool: str) -> Check:
 
 
 def _gpu_tests() -> Check:
-    """The tests with a GPU path; the contract, which some of them run, is a check of its own."""
+    """The tests with a GPU path; the contract, which some of them run, is a separate check."""
     command = (*_PYTEST, *_workers(), "-m", "gpu", "-k", "not contract", *gpu_test_files())
     return Check("gpu-tests", command, 0, (*_CUDA, "triton", *_TESTS, "diffusers", "typer"))
 

@@ -16,7 +16,7 @@ TORCH_MINIMUM = (2, 9)
 
 @dataclass(frozen=True)
 class Requirement:
-    """Something a check needs: ``version`` gives its version, or raises with what is wrong with it."""
+    """Something a check needs. ``version`` returns its version, or raises an error that names the problem."""
 
     name: str
     version: Callable[[], str]

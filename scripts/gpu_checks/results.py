@@ -31,7 +31,7 @@ class Record:
         self._kept = [row for row in read_csv(path) if keep(row)] if path is not None and path.exists() else []
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Adds ``rows`` and writes the file anew."""
+        """Adds ``rows`` and writes the whole file again."""
         self.rows += rows
         if self.path is not None:
             write_rows(self.path, [*self._kept, *self.rows], environment(self._device))

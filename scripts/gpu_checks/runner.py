@@ -1,4 +1,4 @@
-"""Runs commands as named checks, each in a process of its own, part by part until the time is up."""
+"""Runs commands as named checks, each in a separate process, part by part until the time is up."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Check:
         environment: variables besides those of this process.
         shown: its output is shown as it comes, not only where it fails.
         skips: words in the output of a failure that mean it cannot run here at all.
-        reports: further arguments of the command, each with the name of a result of its own, in place of the check's.
+        reports: further arguments of the command, each with the name of its result, in place of the check's.
             The command prints ``passed ARGUMENT: detail`` for each, or ``failed`` or ``skipped``. Where it ends before
             it has got to all of them, it is begun again for the rest.
     """
@@ -82,7 +82,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Missing:
-    """A requirement that is not here: why, and whether checks can do without."""
+    """A missing requirement: the reason, and whether checks can run without it."""
 
     reason: str
     optional: bool
@@ -140,7 +140,7 @@ class Runner:
         self._running: set[subprocess.Popen[str]] = set()
 
     def run(self, parts: Sequence[Part]) -> None:
-        """Runs each part that fits into the time left when it is its turn; the others are left out."""
+        """Runs the parts in order; a part that does not fit into the remaining time is left out."""
         for part in parts:
             seconds_left = self._deadline.left()
             if seconds_left < part.seconds:
@@ -158,7 +158,7 @@ class Runner:
                     raise
 
     def end(self) -> None:
-        """Ends what runs, with all that it started, and begins nothing more."""
+        """Ends running checks and every process that they started, and begins no more."""
         with self._lock:
             self._ended = True
             for process in self._running:
@@ -202,7 +202,7 @@ class Runner:
                 return True
 
             ended = self._run(check, tuple(pending), hear)
-            # A failure may end a process before the rest had its turn; otherwise what had its turn has ended it.
+            # A failure may end a process before the rest has run; otherwise the check that was running has ended it.
             if pending and verdicts[-1:] != [FAILED]:
                 name = pending.pop(next(iter(pending)))
                 if ended.result == PASSED:

@@ -92,7 +92,7 @@ class Sweep:
         return "eager" if self.rehearse else "cuda"
 
     def measure(self) -> list[Row]:
-        """One row for the copy, one for each candidate and step, and one for what is kept."""
+        """One row for the copy, one for each candidate and step, and one for the choices that are kept."""
         best = Tuning()
         plans = {self.make_plan(best)}
         self._compile(first_steps(self.make_plan).values())
@@ -129,7 +129,7 @@ class Sweep:
                     new = {name: call}
                     if tuning is best:
                         new[UNROTATED] = unrotated_call(self.problem, self.backend)
-                # With its choices whenever it is called: a graph keeps them, a host clock calls it anew.
+                # With its choices whenever it is called: a graph keeps them, a host clock calls it again.
                 tuned = cuda_kernels.tuned(tuning)
                 measurements |= {name: self._captured(tuned(tuning), inputs) for name, tuning in new.items()}
             except Exception as error:  # a candidate that fails must not lose the others

@@ -96,7 +96,7 @@ def _without_figure(name: str, expected: str, row: Row) -> Verdict:
 
 
 def _find(rows: Sequence[Row], run: str, shape: str, operation: str) -> Row:
-    """Our row of a run, of a run of everything where there is no such, or an empty one."""
+    """The row of dit_rope in a run, else in a run of everything, else an empty row."""
     for name_of_run in (run, ALL_RUN):
         for row in rows:
             if (row["run"], row["shape"], row["operation"], row["variant"]) == (name_of_run, shape, operation, BACKEND):

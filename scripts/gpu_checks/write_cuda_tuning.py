@@ -58,7 +58,7 @@ def entries(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def merged(before: Sequence[dict[str, Any]], rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The table with the entries of these rows in place of those of the same device."""
+    """The table, in which entries of these rows replace all entries of the same device."""
     devices = {row["device"] for row in rows}
     table = [entry for entry in before if entry["device"] not in devices] + entries(rows)
     read(table)

@@ -7,7 +7,7 @@ refused with ValueError or TypeError where it may be. Writes ``scripts/results/f
 and outcome. A draw that does neither is printed, reduced to a small one, and counted as ``wrong``; the script then
 exits with 1. Batches that are done are kept in ``--checkpoint``, from which a run that was stopped goes on.
 
-Kernels run on the CPU, each in a process of its own: Triton's in its interpreter, CUDA's built by a C++ compiler.
+Kernels run on the CPU, each in a separate process: Triton's in its interpreter, CUDA's built by a C++ compiler.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def work_through(example: str, chosen: list[str], file: Path, seconds: float) ->
 
 
 def on_ranks(chosen: list[tuple[str, str]], folder: Path) -> None:
-    """Runs pairs of example and intervention on two ranks, which start once for all of them."""
+    """Runs pairs of example and intervention on two ranks, which start once for all pairs."""
     from long_tests.intervention_cases.distributed import RANKS, on_rank
     from ranks import Ranks
 
@@ -91,7 +91,7 @@ def finished(folder: Path, example: str) -> dict[str, list[Row]]:
 
 
 def write(folder: Path, chosen: list[Intervention], results: Path) -> list[Row]:
-    """Writes the tables of all that is in the work folder so far, and returns its rows."""
+    """Writes the tables of all rows in the work folder, and returns the rows."""
     selected = {intervention.name for intervention in chosen}
     rows = [
         row

@@ -83,7 +83,7 @@ def check(
         root: of the source tree.
         work: an existing folder for copies, logs and the outcomes of earlier runs.
         copied: files and folders of ``root`` that tests need.
-        jobs: runs of tests at the same time, each in a copy of its own.
+        jobs: runs of tests at the same time, each in a separate copy.
         timeout: seconds after which a run of tests counts as failed, as it does after ``CPU_SECONDS`` of computing.
 
     Raises:

@@ -1,6 +1,6 @@
 """The faults that ``mutation_check.py`` makes, each with the tests that guard the module it is made in.
 
-Where a change of the source breaks the text of a fault, write the fault anew for the new text: the list stands for
+Where a change of the source breaks the text of a fault, write the fault again for the new text: the list stands for
 the kinds of mistakes that tests have to notice.
 """
 

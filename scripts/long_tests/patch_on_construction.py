@@ -56,7 +56,7 @@ class PatchOnConstruction:
                 setattr(cls, method, wrap(cls, getattr(cls, method)))
 
     def remove(self) -> None:
-        """Gives every class its own methods back, or its inherited ones; a second call does nothing."""
+        """Restores every class's methods, defined or inherited; a second call does nothing."""
         while self._replaced:
             cls, method, original = self._replaced.pop()
             if original is None:

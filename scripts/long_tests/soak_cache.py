@@ -4,8 +4,8 @@
 
 Requests are drawn from tables of grids, shards, scalings and start frames, their dense, complex and position forms, the
 memoized tables of rope modules that come and go, and packed tables of tensors that live on beside others that do not.
-Most are new, some come again; now and then somebody clears, sets other caps or writes into what it was given. Every
-hundredth answer is compared with one built anew, bit for bit.
+Most are new, some come again; now and then a request clears the caches, sets other caps or writes into a table. Every
+hundredth answer is compared with one that is built again, bit for bit.
 
 Writes ``scripts/results/soak-cache.csv``, a row for each hundredth of the requests, at each of those (a soak that is
 stopped leaves what it has seen), and the curve, ``docs/soak.svg``. Fails where memory keeps growing after the first

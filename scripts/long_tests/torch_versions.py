@@ -2,7 +2,7 @@
 
     python scripts/long_tests/torch_versions.py [--torch 2.9.1 --torch 2.11.0] [--work-dir DIR] [-- -n 4]
 
-Each version gets a virtual environment of its own, with the packages that this torch brings and everything else as
+Each version gets a virtual environment, with the packages that this torch brings and everything else as
 `constraints.txt` pins it. Torch's builds from PyPI are for CUDA on Linux: several GB for each version, which is why
 `.ci/run` does without; a GPU is not needed. Every test file runs but those in ``LEFT_OUT``.
 
@@ -53,7 +53,7 @@ def chosen_tests() -> list[str]:
 
 
 def constraints(pins: str, installed: Sequence[str]) -> list[str]:
-    """What pip may install beside a torch that is there: torch's own packages stay, all others are as pinned.
+    """Constraints of pip beside an installed torch: torch's packages stay, all others are as pinned.
 
     Args:
         pins: the text of ``constraints.txt``.

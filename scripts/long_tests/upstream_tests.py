@@ -60,7 +60,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Runs:
-    """Where tests come from, where results go, and how long one file may take, in seconds."""
+    """The folder of the tests, the folder of the results, and the time limit of one file in seconds."""
 
     checkout: Path
     work: Path
@@ -138,7 +138,7 @@ def count(file: str, plain: dict[str, Outcome], patched: dict[str, Outcome]) -> 
 
 
 def differences(plain: dict[str, Outcome], patched: dict[str, Outcome]) -> Iterator[str]:
-    """Lines for the tests that end otherwise, for another reason or with other bits, once models are patched."""
+    """A line for each test whose outcome, reason or bits differ once models are patched."""
     for name in sorted({*plain, *patched}):
         before, after = (str(outcomes.get(name, "not collected")) for outcomes in (plain, patched))
         if before != after:

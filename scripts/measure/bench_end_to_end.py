@@ -125,7 +125,7 @@ def measure(target: str, dtype: DType, options: Options, bar: Progress) -> list[
     """The rows of one target in one dtype.
 
     Raises:
-        typer.BadParameter: there is no such target, or nothing in it can be patched.
+        typer.BadParameter: the target does not exist, or has no model that can be patched.
         SystemExit: outputs differ.
     """
     rows: list[dict[str, Any]] = []

@@ -6,7 +6,7 @@
     python scripts/measure/bench_kernels.py --sweep                                  # which choices are fastest
 
 Every variant is compared with float64 on some tokens before it is timed. One that is wrong, or that cannot run, becomes
-a row with the reason in place of figures, and the others are measured; the exit code is 1 where it is one of ours.
+a row with the reason in place of figures, and the others are measured; the exit code is 1 where it is one of dit_rope.
 Variants take turns. Inputs rotate so that a round exceeds the level 2 cache. Times are of CUDA events with the GPU kept
 busy while the host queues; small shapes are replayed as a CUDA graph, and the column ``timed_by`` says which. Bandwidth
 counts q and k read and written, and tables and positions read once; ``of_copy`` is its share of the bandwidth of

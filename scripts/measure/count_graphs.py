@@ -56,7 +56,7 @@ def both(example: Example, blocks: bool) -> tuple[Compiled, Compiled]:
 
 
 def compiles(example: Example, blocks: bool) -> bool:
-    """Whether the unpatched model runs compiled at its own width."""
+    """Whether the unpatched model runs compiled at the width of its example."""
     try:
         compiled(example, patched=False, blocks=blocks)
     except Exception:
@@ -79,7 +79,7 @@ def row(example: Example, blocks: bool) -> dict[str, object]:
 
 
 def recorded_rows() -> list[Row]:
-    """The rows of a run that was stopped: those of this machine, these versions and this commit."""
+    """The rows that an interrupted run wrote on this machine, with these versions and this commit."""
     path, machine = RESULTS / f"{NAME}.csv", {name: str(value) for name, value in environment("cpu").items()}
     return [
         {name: value for name, value in row.items() if name not in machine}

@@ -31,7 +31,7 @@ CALLS = 50
 
 
 def cases() -> dict[str, Callable[[], object]]:
-    """Calls with one token of Wan 1.3B, for whose host time the number of tokens is nothing; and a patched norm's."""
+    """Calls with one token of Wan 1.3B, whose number of tokens does not change the host time; and of a patched norm."""
     table = dit_rope.rope_table(RopeSpec((44, 42, 42)), Grid(1, 1, 1))
     q, k = (x.clone() for x in torch.randn(2, 1, 1, 12, 128, dtype=torch.bfloat16))
     weight, positions, args = torch.ones(12 * 128, dtype=torch.bfloat16), table.positions(), table.args()
@@ -74,7 +74,7 @@ def as_before(fake: TorchOverStub) -> AbstractContextManager[object]:
 
 @torch.no_grad()
 def main() -> None:
-    """Turns of all cases, the first of which is not counted."""
+    """Times all cases in rounds; the first round is not counted."""
     torch.set_num_threads(1)
     rounds = int(sys.argv[1])
     with over_stub() as fake, as_before(fake):

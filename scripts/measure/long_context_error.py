@@ -71,7 +71,7 @@ SOURCES: dict[str, Rotation] = {
 
 
 def vectors(count: int) -> torch.Tensor:
-    """``[n, 1, D]`` float32 of length 1, the first halves of pairs first: every pair has an angle of its own."""
+    """``[n, 1, D]`` float32 of length 1, the first halves of pairs first: every pair has another angle."""
     phases = torch.outer(torch.arange(count) + 1.0, torch.arange(HEAD_DIM // 2) + 1.0)
     return torch.cat((phases.cos(), phases.sin()), dim=-1)[:, None] / (HEAD_DIM // 2) ** 0.5
 

@@ -34,7 +34,7 @@ class Measured:
         command: what writes that file; empty where it holds predictions, which nothing measures.
         columns: what each shows, by its heading, in the form of ``str.format``, numbers as numbers.
         where: values that a row must have, or one of those given, by column.
-        across: the column whose values become columns of their own, in the order in which they come.
+        across: the column whose values become columns, in their order in the file.
         cell: what those columns show.
     """
 

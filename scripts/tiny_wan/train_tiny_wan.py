@@ -1,8 +1,8 @@
 """Trains a tiny text-to-video pipeline on a CPU, and writes it as a diffusers ``WanPipeline`` folder.
 
 The data are clips that ``moving_shapes.py`` draws. Two models are trained in turn: the video autoencoder, then, on its
-latents, the transformer. Every step has a seed of its own, so a run that is killed goes on from its last checkpoint
-with the batches it would have seen. Set OMP_WAIT_POLICY=PASSIVE if other programs share the CPU.
+latents, the transformer. Every step has another seed, so that a killed run continues from its last checkpoint with
+the same batches. Set OMP_WAIT_POLICY=PASSIVE if other programs share the CPU.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def vae_loss(vae: AutoencoderKLWan, step: int, seed: int) -> Tensor:
     # The shape covers a small part of a clip that is background for the rest: it counts five times.
     shape = (video - (2 * moving_shapes.BACKGROUND - 1)).abs().amax(1, keepdim=True) > 0.05
     weight = 1.0 + 4.0 * shape
-    # A latent frame of its own stands for the first frame, and for four frames each of the others.
+    # One latent frame stands for the first frame, each of the others for four frames.
     weight[:, :, 0] *= 4
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
     return ((error.abs() + error.square()) * weight).mean() + 3e-5 * kl

@@ -1,6 +1,6 @@
 """Writes the frames that the SSIM tests compare with: those of the sample pipeline without dit_rope.
 
-Usage: ``python scripts/tiny_wan/write_reference_frames.py``. Run it again only when the sample itself was trained anew,
+Usage: ``python scripts/tiny_wan/write_reference_frames.py``. Run it again only after the sample was trained again,
 and look at the frames before committing them.
 """
 

@@ -37,7 +37,7 @@ def model_aot(subject: Subject) -> None:
 
 @slow("model compiled, fullgraph")
 def model_fullgraph(subject: Subject) -> None:
-    """The same error where the model has a graph break of its own."""
+    """The same error where the unpatched model has a graph break."""
     _started(subject)
     subject.callee = torch.compile(subject.model, fullgraph=True, **_EAGER)
 

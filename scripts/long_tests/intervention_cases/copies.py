@@ -153,7 +153,7 @@ def swapped(subject: Subject) -> None:
 
 @intervention("replicas")
 def replicas(subject: Subject) -> None:
-    """What DataParallel makes of a module: a shallow replica with parameters of its own."""
+    """What DataParallel makes of a module: a shallow replica with separate parameters."""
 
     def run(inputs: Any) -> Any:
         replica = _replica(subject.model, {})

@@ -20,11 +20,11 @@ TWO_ORDERS = ("before", "after")
 
 
 class NotApplicable(Exception):
-    """The example has nothing that this intervention acts on; says what is missing."""
+    """The intervention has nothing to act on in this example; the message names what is missing."""
 
 
 class Stopped(KeyboardInterrupt):
-    """An interrupt of ours, which nobody else raises."""
+    """An interrupt that only these cases raise."""
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Subject:
         return self._off.enter_context(context)
 
     def assign(self, owner: Any, name: str, value: Any) -> None:
-        """``owner.name = value``, and back to what it was: an attribute that the owner had itself, or none."""
+        """Sets ``owner.name``; taking the intervention off restores the owner's attribute, or its absence."""
         attributes = vars(owner) if not isinstance(owner, torch.nn.Module) else {**vars(owner), **owner._modules}
         before = attributes.get(name, _MISSING)
         setattr(owner, name, value)
@@ -143,7 +143,7 @@ def _put_back(owner: Any, name: str, before: Any) -> None:
 
 @dataclass(frozen=True)
 class Intervention:
-    """Something that is done to a model besides patching it.
+    """A change of a model, or of its calls, besides the patch.
 
     Attributes:
         name, group: as tables say it.

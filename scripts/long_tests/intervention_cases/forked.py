@@ -1,4 +1,4 @@
-"""Cases in processes of their own: whatever one leaves behind in a process, or ends it by, reaches no other."""
+"""Cases in separate processes: a case that crashes or changes its process does not affect others."""
 
 from __future__ import annotations
 

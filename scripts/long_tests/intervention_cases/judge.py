@@ -24,7 +24,7 @@ BAD = (*SILENT, OTHER_ERROR, CRASHED, LEFT)
 
 @dataclass(frozen=True)
 class Step:
-    """What one step came to: tensors, or an error, and whether dit_rope raised it itself."""
+    """The result of one step: tensors, or an error and whether dit_rope raised it."""
 
     tensors: tuple[torch.Tensor, ...] = ()
     error: str = ""
@@ -49,7 +49,7 @@ def step(run: Callable[[], Any], interrupts: type[BaseException]) -> Step:
 
 
 def raised_by_us(error: BaseException) -> bool:
-    """Whether a ``raise`` of dit_rope's own made it, with a text of its own."""
+    """Whether a ``raise`` in dit_rope raised it, with a message of dit_rope."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -148,7 +148,7 @@ def objects(model: torch.nn.Module) -> Objects:
 
 
 def changes(before: Objects, after: Objects) -> set[tuple[str, str, Any]]:
-    """What is another object now, or there only once."""
+    """Keys whose object was replaced, added or removed."""
     return {
         key
         for key in before.keys() | after.keys()
@@ -167,7 +167,7 @@ def shapes(by_key: Objects) -> dict[tuple[str, str, Any], str]:
 def left_after_undo(patched: tuple[Objects, Objects], unpatched: tuple[Objects, Objects]) -> str:
     """What differs after undo, beyond what differs in the unpatched twin too; each pair is before and after.
 
-    Attributes that stayed what they were differ in nothing: models remember things of their own where they are called.
+    Unchanged attributes do not count as different: models cache values when they are called.
     """
     patched_moved, unpatched_moved = changes(*patched), changes(*unpatched)
     patched_classes, unpatched_classes = shapes(patched[1]), shapes(unpatched[1])

@@ -271,7 +271,7 @@ for _transform in ("jvp", "jvp without gradients", "forward-mode AD", "grad", "v
 
 @intervention("calls from another thread")
 def thread(subject: Subject) -> None:
-    """Each step in a thread of its own."""
+    """Each step in a separate thread."""
     real = subject.run
 
     def run(inputs: Any) -> Any:

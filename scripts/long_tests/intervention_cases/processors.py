@@ -1,4 +1,4 @@
-"""Attention processors of others: of the same name and not, derived, wrapped, and at the class."""
+"""Foreign attention processors: of the same name and not, derived, wrapped, and at the class."""
 
 from __future__ import annotations
 

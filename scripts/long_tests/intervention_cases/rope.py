@@ -205,7 +205,7 @@ def replaced(subject: Subject) -> None:
 
 @intervention("tensors of ropes replaced for good", changes=True)
 def replaced_for_good(subject: Subject) -> None:
-    """Position interpolation by buffers of one's own."""
+    """Position interpolation by replaced buffers."""
     for module, name, value in _tensors_of(subject):
         setattr(module, name, value * 0.5)
         subject.off(setattr, module, name, value)
@@ -241,7 +241,7 @@ def methods(subject: Subject) -> None:
 
 
 def _objects(by_step: bool) -> Any:
-    """Rope objects that are no modules: ``__call__`` of their class."""
+    """Rope objects that are not modules: ``__call__`` of their class."""
 
     def put(subject: Subject) -> None:
         classes = {

@@ -47,7 +47,7 @@ class Row:
 
 @dataclass
 class _Run:
-    """What the rounds of one model came to, and its objects before and after everything."""
+    """The results of one model's rounds, and its objects before and after them."""
 
     rounds: list[list[Step]] = field(default_factory=list)
     objects: tuple[Any, Any] = ({}, {})
@@ -65,7 +65,7 @@ def _parts_of_name(name: str) -> Parts:
 
 
 def parts_of(example: Example) -> Parts:
-    """Found on a model of its own."""
+    """The parts, read from a model that is built for this alone."""
     return _parts_of_name(example.name)
 
 
@@ -89,7 +89,7 @@ def counted() -> Iterator[list[int]]:
 
 
 def steps(subject: Subject, numbers: tuple[int, ...]) -> list[Step]:
-    """Runs these steps, each from a seed of its own."""
+    """Runs these steps, each from another seed."""
     steps = []
     for number in numbers:
         torch.manual_seed(number)
@@ -107,7 +107,7 @@ def steps(subject: Subject, numbers: tuple[int, ...]) -> list[Step]:
 def twin_of(example: Example, intervention: Intervention, warm: bool = False) -> _Run:
     """The unpatched model under the intervention: the same rounds, in which nothing is patched.
 
-    A ``warm`` one is called once before, as a model is that was patched before: some remember tables of their own.
+    A ``warm`` one is called once before, as a model is that was patched before: some models cache tables.
     """
     subject, run = subject_of(example, intervention), _Run()
     before = judge.objects(subject.model)

@@ -256,7 +256,7 @@ for _kind in ("norms", "projections"):
 
 @intervention("scaled_dot_product_attention replaced", changes=True)
 def sdpa(subject: Subject) -> None:
-    """As attention kernels of others are put in: the module global of torch."""
+    """As libraries put in attention kernels: by the module global of torch."""
     real = torch.nn.functional.scaled_dot_product_attention
 
     def larger(*args: Any, **kwargs: Any) -> Any:
