@@ -248,7 +248,7 @@ def save_pipeline(out: Path, text: Text, vae: AutoencoderKLWan, transformer: Wan
     moving_shapes.name_tokenizer_for_old_releases(out)
 
 
-def write_curves(out: Path, runs: dict[str, Run], every: int = 20) -> None:
+def write_curves(out: Path, runs: dict[str, Run], every: int) -> None:
     """Write the mean loss of every ``every`` steps of each run to loss_curve.csv and draw it in loss_curve.png."""
     figure = Figure(figsize=(9, 3.2), layout="tight")
     axes = figure.subplots(1, len(runs))
@@ -343,7 +343,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it runs")
     options = parser.parse_args()
     if options.smoke:
-        options.vae_steps, options.steps, options.clips, options.batch = 20, 20, 16, 4
+        options.vae_steps, options.steps, options.clips, options.batch = 4, 4, 4, 2
         options.work_dir /= "smoke"
     return options
 
@@ -367,7 +367,7 @@ def train(options: argparse.Namespace) -> dict[str, object]:
     flow_run = fit("transformer", transformer, loss, options.steps, 1.5e-3, work)
     save_pipeline(options.out, text, vae, transformer)
     runs = {"autoencoder": vae_run, "transformer": flow_run}
-    write_curves(options.out, runs)
+    write_curves(options.out, runs, every=2 if options.smoke else 20)
     figures: dict[str, object] = {"latent_minutes": latent_seconds / 60}
     for name, run in runs.items():
         figures |= {f"{name}_steps": len(run.losses), f"{name}_minutes": run.seconds / 60}
@@ -388,7 +388,7 @@ def main() -> None:
     videos = moving_shapes.sample_prompts(options.out, prompts, FRAMES, SIZE, steps, GUIDANCE, options.seed)
     Image.fromarray(moving_shapes.contact_sheet(videos[::7]).numpy()).save(options.out / "examples.png", optimize=True)
     figures |= moving_shapes.count_matches(prompts, videos) | {"asked": len(prompts)}
-    clips = moving_shapes.random_clips(32, FRAMES, SIZE, seeded(options.seed, 4))
+    clips = moving_shapes.random_clips(min(32, options.clips), FRAMES, SIZE, seeded(options.seed, 4))
     vae = AutoencoderKLWan.from_pretrained(options.out, subfolder="vae", use_safetensors=True)
     figures["psnr"], rebuilt = moving_shapes.reconstruct(vae, moving_shapes.draw(clips, FRAMES, SIZE, SIZE))
     figures["reader"] = moving_shapes.count_matches(clips.prompts(), rebuilt)["everything"]
