@@ -71,8 +71,8 @@ def test_rotation_like_diffusers_is_within_the_bound(
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("batches", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-def test_complex_tables_turn_tokens_of_dim_one(dtype: torch.dtype, batches: int, dims: int, exact: bool) -> None:
-    """Lumina's call. PyTorch's complex product fuses where it likes: its error is what ours is measured against."""
+def test_complex_tables_rotate_tokens_of_dim_one(dtype: torch.dtype, batches: int, dims: int, exact: bool) -> None:
+    """Lumina's call. The bound is the error of PyTorch's complex product, which may fuse."""
     x = torch.randn(2, 11, 3, 64).to(dtype)
     angles = torch.arange(11.0)[:, None] * frequencies(64).float() + torch.arange(float(batches))[:, None, None]
     freqs = torch.polar(torch.ones_like(angles), angles)

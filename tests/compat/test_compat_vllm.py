@@ -141,7 +141,7 @@ def test_offset_turns_the_middle_of_each_head_and_leaves_the_rest_in_bits(
 
 
 def test_rotation_in_place_touches_nothing_but_its_channels() -> None:
-    """Query and key are neighbours in packed memory, with values beside them and channels that do not turn."""
+    """Query and key are neighbours in packed memory, with values beside them and unrotated channels."""
     packed = torch.randn(11, 5 * 80)
     before, address = packed.clone(), packed.data_ptr()
     query, key = packed[:, : 2 * 80], packed[:, 2 * 80 : 3 * 80]
@@ -238,7 +238,7 @@ def test_cache_reaches_the_backend_as_it_lies(monkeypatch: pytest.MonkeyPatch) -
 
 
 @both_pairings
-def test_negative_row_of_a_long_table_does_not_turn(is_neox: bool) -> None:
+def test_negative_row_of_a_long_table_does_not_rotate(is_neox: bool) -> None:
     """Few tokens of a long table: their rows are taken out of it first, and negative ones are none of them."""
     rows, x = cache_rows(cos_sin_cache(ROWS, 32, F32), F32), torch.randn(2, 3, 2, 32)
     positions = torch.tensor([[5, -1, 96], [-7, 0, 96]], dtype=torch.int32)[..., None]

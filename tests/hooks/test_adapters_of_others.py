@@ -14,7 +14,7 @@ from dit_rope.hooks.class_override import Override
 from tolerance import all_equal
 from zoo import Noise, named, tensors
 
-# Turns in norms, in projections, by a rebound function, and by a processor of ours.
+# Rotates in norms, in projections, by a replaced function, and by a processor of dit_rope.
 NORMS, PROJECTIONS, REBOUND, PROCESSOR = "wan", "hunyuan-video-no-norm", "hidream", "ideogram4"
 KINDS = ("wan", "flux", "hunyuan-video", "hunyuan-video-no-norm", "hidream", "ideogram4", "allegro", "qwen-image")
 BY_KIND = pytest.mark.parametrize("name", KINDS)
@@ -212,7 +212,7 @@ def _without_image(model: Any) -> None:
 @pytest.mark.parametrize("patch_first", [True, False])
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
 def test_ip_adapter_comes_and_goes_while_flux_is_patched(patch_first: bool, exact: bool) -> None:
-    """Its processor attends to the image with queries that have not turned; a turned one would be another answer."""
+    """Its processor attends to the image with unrotated queries; a rotated one would be another answer."""
     model, plain = named("flux").build(), named("flux").build()
     image = {"joint_attention_kwargs": {"ip_hidden_states": [Noise(torch.float32)(2, 4, 8)]}}
     _with_image(plain)
@@ -228,7 +228,7 @@ def test_ip_adapter_comes_and_goes_while_flux_is_patched(patch_first: bool, exac
         actual = run("flux", model, **image)
         if exact:
             assert all_equal(actual, expected)
-        else:  # the single blocks have no adapter, and turn in their norms
+        else:  # the single blocks have no adapter, and rotate in their norms
             torch.testing.assert_close(actual, expected)
         _without_image(model)
         torch.testing.assert_close(run("flux", model), before, **({"rtol": 0, "atol": 0} if exact else {}))

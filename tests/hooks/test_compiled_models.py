@@ -1,4 +1,4 @@
-"""Compiled models: as many graphs as without the patch, at every size, and the same bits; our operators in graphs."""
+"""Compiled models: as many graphs as unpatched at every size, and the same bits; operators in graphs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ KINDS = {
     "axis tables": "wan",
     "memo, norms": "ltx-coords",
     "memo, projections": "longcat-audio-no-norm",
-    "rebound": "minimax-music-3",
+    "replaced function": "minimax-music-3",
     "method memo": "joyimage",
     "complex": "qwen-image",
-    "processor of ours": "ideogram4",
-    "seam of its own": "allegro",
+    "processor of dit_rope": "ideogram4",
+    "override of its own": "allegro",
 }
-"""An example of each kind of seam; scripts/measure/count_graphs.py counts all of them."""
+"""An example of each kind of override; scripts/measure/count_graphs.py counts all of them."""
 BY_KIND = pytest.mark.parametrize("name", KINDS.values(), ids=KINDS.keys())
 
 
@@ -63,7 +63,7 @@ def test_new_resolution_compiles_no_more_graphs_than_unpatched(blocks: bool) -> 
 
 @pytest.mark.parametrize("name", ["wan", "minimax-music-3"])
 def test_patch_and_undo_after_compile_are_right_each_time(name: str) -> None:
-    """The graphs that are there go on or are made anew: never a rotation twice, never none."""
+    """Graphs are kept or compiled again; a rotation never runs twice, and always once."""
     example = one_layer(name)
     model = example.build()
     expected = run(example, model)
@@ -158,7 +158,7 @@ def test_in_place_operator_writes_the_inputs_of_a_compiled_function(backend: str
 
 
 def test_patched_block_exports_as_the_model_s_own_code() -> None:
-    """``torch.export`` traces as a compiler does: the program holds no operator and no hook of ours."""
+    """``torch.export`` traces as a compiler does: the program holds neither operators nor hooks of dit_rope."""
     model = one_layer("wan").build()
     block = model.blocks[0]
     tokens, heads, dim = 6, 2, 24

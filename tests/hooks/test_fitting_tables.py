@@ -138,7 +138,7 @@ def test_table_of_other_tokens_is_what_the_model_makes_of_it(
 @pytest.mark.parametrize("kind", ["cosines and sines", "sines", "one sine of the last row"])
 @pytest.mark.parametrize("name", ["hidream", "hidream-half"])
 def test_text_that_rotates_where_it_does_not_elsewhere(name: str, kind: str, exact: bool) -> None:
-    """The norms of text are not ours: its rows must rotate nothing."""
+    """Norms of text are not patched: rows of text must rotate nothing."""
     attention = Attention(name, "double_stream_blocks.0.block.attn1")
     rotary = attention.kwargs["image_rotary_emb"]
     text = attention.args[2].shape[1]
@@ -180,7 +180,7 @@ def test_table_that_learns_gets_its_gradient(exact: bool) -> None:
 def test_exact_mode_leaves_passes_that_want_gradients_to_the_model(
     name: str, path: str, differentiated: str, rotations: list[str]
 ) -> None:
-    """In norms and in functions; in fast mode they rotate here, with gradients of ours."""
+    """In norms and in functions; in fast mode dit_rope rotates, and computes the gradients."""
     attention = Attention(name, path)
     attention.model.requires_grad_(differentiated == "parameters")
 

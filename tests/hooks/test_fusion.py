@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import dit_rope
+from compiled_graphs import one_layer
 from dit_rope import Fusion, Scaling
 from dit_rope.hooks.class_override import Override
 from tolerance import all_equal
@@ -60,8 +61,8 @@ def test_nothing_fused_builds_tables_once_and_leaves_attention_alone(name: str, 
         assert second.tables.misses == first.tables.misses
         assert second.models.misses == first.models.misses
         assert second.tables.hits + second.models.hits > first.tables.hits + first.models.hits
-        seams = {path for path, module in model.named_modules() if isinstance(module, Override)}
-        assert seams == {target.tables.path for plan in handle._plans for target in plan.tables}
+        patched = {path for path, module in model.named_modules() if isinstance(module, Override)}
+        assert patched == {target.tables.path for plan in handle._plans for target in plan.tables}
         assert not any(len(module._forward_pre_hooks) for path, module in model.named_modules() if path)
         assert "not patched: norm and rotation of queries and keys, because fuse is Fusion.NOTHING" in handle.report()
         assert "norm and rotate" not in handle.report()
@@ -113,7 +114,7 @@ def test_nothing_fused_scales_dense_tables() -> None:
 
 
 def test_nothing_fused_compiles_with_scaled_tables() -> None:
-    model = wan.build("wan")
+    model = one_layer("wan").build()
     with dit_rope.patch(model, scaling=Scaling.of("linear", factor=2.0), fuse=Fusion.NOTHING):
         expected = run(lambda: [wan.forward(model)])
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -20,7 +20,7 @@ from zoo import Noise, named
 
 WHEN = pytest.mark.parametrize("when", BEFORE_AND_AFTER)
 MODE = pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
-# With norms per head and across heads; layer norms; projections; a function rebound; a rotation inside the processor.
+# With norms per head and across heads; layer norms; projections; a replaced function; a rotation inside the processor.
 KINDS = ("flux", "wan", "cogvideox-1.0", "allegro", "hidream", "ideogram4")
 KIND = pytest.mark.parametrize("name", KINDS)
 

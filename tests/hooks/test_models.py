@@ -55,7 +55,9 @@ def test_patched_equals_unpatched_bitwise_and_undo_leaves_nothing(example: Examp
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("example", [one for one in PATCHED if one.trains], ids=lambda example: example.name)
+@pytest.mark.parametrize(
+    "example", [example for example in PATCHED if example.trains], ids=lambda example: example.name
+)
 def test_patched_gradients_equal_unpatched_bitwise(example: Example, dtype: torch.dtype) -> None:
     model = example.build(dtype)
 
@@ -151,8 +153,8 @@ def test_second_step_builds_no_table(example: Example) -> None:
         first = dit_rope.cache_info()
         example.run(model, inputs)
         second = dit_rope.cache_info()
-    misses = [(b.tables.misses, b.models.misses) for b in (first, second)]
-    hits = [b.tables.hits + b.models.hits for b in (first, second)]
+    misses = [(info.tables.misses, info.axes.misses, info.models.misses) for info in (first, second)]
+    hits = [info.tables.hits + info.models.hits for info in (first, second)]
     assert misses[0] == misses[1]
     assert hits[1] > hits[0] or not any(misses[0])
 

@@ -17,7 +17,7 @@ from dit_rope.hooks.rope_modules import MemoizedMethod
 from tolerance import all_equal
 from zoo import Noise, named, tensors
 
-# Axis tables; memo and norms; projections; rebound; a method of the model; complex; processor of ours; own seam.
+# Axis tables; memo and norms; projections; a replaced function; a method; complex; a processor; its own override.
 KINDS = (
     "wan",
     "ltx-coords",
@@ -117,7 +117,7 @@ def refusal(model: torch.nn.Module) -> str | None:
 @pytest.mark.parametrize("method", OFFLOADS)
 @BY_KIND
 def test_patch_after_offloading_is_right_or_refused_whole(name: str, method: str) -> None:
-    """Libraries that put a forward of their own into a module would run it in place of ours."""
+    """Libraries that put a forward of their own into a module would run it in place of the patched one."""
     model = named(name).build()
     try:
         OFFLOADS[method](model)
@@ -139,7 +139,7 @@ def test_patch_after_offloading_is_right_or_refused_whole(name: str, method: str
 def test_casts_after_the_patch_stay_bitwise_equal(name: str) -> None:
     """Tables were built and packed for another dtype by then.
 
-    Not back to float32 for Wan: its own tables are rounded by then, and ours are not.
+    Not back to float32 for Wan: its own tables are rounded by then, and those of dit_rope are not.
     """
     model, plain = named(name).build(), named(name).build()
     handle = dit_rope.patch(model, exact=True)

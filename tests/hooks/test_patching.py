@@ -128,19 +128,6 @@ def test_two_threads_generate_at_two_sizes_with_one_patched_model() -> None:
     assert wrong == []
 
 
-def test_second_step_builds_no_table() -> None:
-    model = wan.build("wan")
-    with dit_rope.patch(model):
-        forward(model)
-        first = dit_rope.cache_info()
-        forward(model)
-        second = dit_rope.cache_info()
-    assert second.tables.misses == first.tables.misses
-    assert second.axes.misses == first.axes.misses
-    assert second.models.misses == first.models.misses
-    assert second.models.hits > first.models.hits
-
-
 def test_second_step_runs_no_operator_to_get_its_tables() -> None:
     """None to build, and none to cast or to copy from the host."""
     model = wan.build("wan")
@@ -200,7 +187,7 @@ def test_unknown_processor_is_left_to_rotate_by_itself(name: str) -> None:
 
 
 def test_replaced_norm_is_left_to_the_model() -> None:
-    """Others put modules of their own in place of ours; the whole attention module is theirs then."""
+    """A norm that somebody replaces after the patch runs; the whole attention module then runs its own code."""
     model = wan.build("wan")
     replacement = torch.nn.RMSNorm(48, eps=0.5)
     model.blocks[0].attn1.norm_q, original = replacement, model.blocks[0].attn1.norm_q

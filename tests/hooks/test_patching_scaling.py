@@ -1,4 +1,4 @@
-"""A patched model with scaled frequencies: the bits of the unpatched model whose own tables were computed anew."""
+"""A patched model with scaled frequencies: the bits of the unpatched model whose own tables were recomputed."""
 
 from __future__ import annotations
 

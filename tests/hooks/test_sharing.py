@@ -20,7 +20,7 @@ from dit_rope.hooks.class_override import Override
 from tolerance import all_equal
 from zoo import named, tensors
 
-# Memo of a module, of the model's own arguments, of a method; rebound; complex; axis tables.
+# Memo of a module, of the model's own arguments, of a method; a replaced function; complex; axis tables.
 FAMILIES = ("wan", "hunyuan-video", "flux", "joyimage", "anyflow-far", "qwen-image")
 
 
@@ -65,7 +65,7 @@ def test_threads_with_videos_of_two_sizes_do_not_meet(name: str, exact: bool) ->
 
 
 def test_threads_that_build_tables_at_once_do_not_take_each_other_s_arguments() -> None:
-    """Flux makes ids anew from the model's arguments: both threads are between the model and its rope module here."""
+    """Flux makes new ids from the model's arguments. Both threads are between the model and its rope module."""
     example = named("flux")
     model = example.build()
     first = inputs_of(example, model)

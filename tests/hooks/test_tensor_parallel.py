@@ -1,4 +1,4 @@
-"""Tensor parallelism: a rank that holds some of the heads turns them by the same table as all of them."""
+"""Tensor parallelism: a rank that holds some of the heads rotates them by the table of all heads."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_model_that_shares_heads_stays_bitwise_equal(ranks: Ranks, name: str, de
 
 
 def projections_that_share_heads(first: str) -> tuple[bool, float, int]:
-    """Without norms it is the projections that turn, whose weights are distributed tensors here."""
+    """Without norms the projections rotate; their weights are distributed tensors."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 

@@ -106,7 +106,7 @@ class Import(NamedTuple):
 
 
 def imports(name: str, source: str, is_package: bool) -> Iterator[Import]:
-    """Every module that the source of module ``name`` imports, absolutely; ours down to the submodule."""
+    """Absolute names of the modules that the source of module ``name`` imports; of dit_rope, down to the submodule."""
     parts = name.split(".")
     package = parts if is_package else parts[:-1]
 

@@ -61,7 +61,7 @@ def keyword(call: ast.Call, name: str) -> object:
 
 
 def unsafe(path: Path) -> list[str]:
-    """What a file does that none of ours may do."""
+    """What a file does that no file of the package may do."""
     problems = []
     for name, call in calls(path):
         last = name.rpartition(".")[2]
@@ -217,7 +217,7 @@ print(len(cuda_launch.compile_plan(plan, "sm_90")))
     environment = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "TMPDIR": str(home)}
     environment |= {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     # A rope.cu where the process runs must not be taken for the package's.
-    (home / "rope.cu").write_text("#error not ours")
+    (home / "rope.cu").write_text("#error another file")
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=home, env=environment, capture_output=True, text=True, check=False
     )

@@ -54,7 +54,7 @@ def of_bytes(count: int) -> Callable[[], torch.Tensor]:
 
 
 def forbidden() -> torch.Tensor:
-    raise AssertionError("built anew")
+    raise AssertionError("built again")
 
 
 def is_alive(reference: weakref.ref[torch.Tensor]) -> bool:

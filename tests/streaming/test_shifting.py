@@ -243,8 +243,8 @@ def test_shift_of_other_sizes_is_as_accurate_as_float32(blocks: int, block: int,
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_shift_of_a_video_turns_one_axis_alone(axis: int, backend: str) -> None:
-    keys = torch.randn(2, 12, 2, 24)  # 20 channels turn, 4 do not
+def test_shift_of_a_video_rotates_one_axis_alone(axis: int, backend: str) -> None:
+    keys = torch.randn(2, 12, 2, 24)  # 20 rotated channels, 4 unrotated ones
     table = ShiftTable(VIDEO, axis=axis)
     out = shift_keys(keys, table, delta_frames=-9, backend=backend)
     moved = torch.full((2, 12), -9)

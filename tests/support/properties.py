@@ -250,7 +250,7 @@ def check_table(draw: TableDraw) -> str:
 class RotationDraw:
     """One call of a rotating function on one tensor, or on queries and keys.
 
-    ``places`` are positions as coordinates ``[1 or B][tokens][axes]``, negative for an axis that does not turn, or None
+    ``places`` are positions as coordinates ``[1 or B][tokens][axes]``, negative for an unrotated axis, or None
     for those of the table; ``norm`` is None for a plain rotation; ``parameters`` says which of a weight and a bias
     each tensor has.
     """
@@ -404,7 +404,7 @@ def _compare(
     places: list[tuple[tuple[int, ...] | None, ...]],
     affine: _Affine,
 ) -> None:
-    """Compares ``out`` with the norm and rotation of ``x``; what does not turn and is not normed, bit by bit."""
+    """Compares ``out`` with the norm and rotation of ``x``; unrotated and unnormed elements, bit by bit."""
     spec, dtype = draw.table.spec, draw.table.dtype
     tables = [cos_sin_oracle(spec, list(row), dtype) for row in places]
     cos, sin, table_error = (torch.stack(parts) for parts in zip(*tables, strict=True))
@@ -427,7 +427,7 @@ def _compare(
         unrotated_pairs = [[[p is None or p[a] < 0 for a in range(len(spec.dims))] for p in row] for row in places]
         by_pair = torch.tensor(unrotated_pairs).repeat_interleave(torch.tensor(spec.pairs), dim=-1)
         unrotated = _each_channel(by_pair, x.shape[-1], interleaved).expand(x.shape)
-        assert torch.equal(out[unrotated], x[unrotated]), "changed what does not turn"
+        assert torch.equal(out[unrotated], x[unrotated]), "changed unrotated elements"
 
 
 def _each_channel(by_pair: torch.Tensor, dim: int, interleaved: bool) -> torch.Tensor:
@@ -535,7 +535,7 @@ def shift_draws(draw: st.DrawFn) -> ShiftDraw:
 
 
 def check_shift(draw: ShiftDraw) -> str:
-    """Compares shifted keys with keys turned by the angle of the shift in float64."""
+    """Compares shifted keys with keys rotated by the angle of the shift in float64."""
     spec, shape = draw.spec, (draw.blocks, draw.block_size, draw.heads, draw.spec.rotary_dim + draw.more_channels)
     keys = strided(draw.layout, shape, draw.dtype, draw.seed)
     before = keys.clone(memory_format=torch.contiguous_format)

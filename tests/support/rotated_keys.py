@@ -17,7 +17,7 @@ TEXT = RopeSpec((16,), pairing=Pairing.HALF)
 
 
 def angles(spec: RopeSpec, positions: torch.Tensor, axis: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cos and sin ``[..., pairs]`` in float64 of positions on one axis; the pairs of the others do not turn."""
+    """Cos and sin ``[..., pairs]`` in float64 of positions on one axis; the pairs of the other axes stay unrotated."""
     dim = spec.dims[axis]
     frequencies = spec.theta ** (-torch.arange(0, dim, 2, dtype=F64) / dim)
     rotated = positions.double()[..., None] * frequencies

@@ -82,7 +82,7 @@ class StreamByDefinition:
 
 
 def rounded_rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Neighbouring channels of ``x`` ``[B, S, H, D]`` turned by ``[S, pairs]``, each product and sum rounded."""
+    """Neighbouring channels of ``x`` ``[B, S, H, D]`` rotated by ``[S, pairs]``, each product and sum rounded."""
     width = 2 * cos.shape[-1]
     x1, x2 = x[..., :width].to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]

@@ -53,7 +53,7 @@ def test_table_holds_the_scaled_angles(name) -> None:
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("pairing", Pairing)
 @pytest.mark.parametrize("name", SCALINGS)
-def test_rotation_turns_by_the_scaled_angles(name, pairing, exact, device) -> None:
+def test_rotation_is_by_the_scaled_angles(name, pairing, exact, device) -> None:
     spec = spec_with(name, pairing)
     q, k = torch.randn(2, 2, GRID.tokens, 3, 32, dtype=torch.float64, device=device)
     table = rope_table(spec, GRID, device=device, dtype=torch.float64)
@@ -81,7 +81,7 @@ def test_stream_rotates_far_frames_by_the_scaled_angles(name) -> None:
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_shift_turns_by_the_scaled_angle_without_its_magnitude(name) -> None:
+def test_shift_rotates_by_the_scaled_angle_without_its_magnitude(name) -> None:
     spec = spec_with(name)
     cos, sin = ShiftTable(spec, dtype=torch.float64).rows[:, 7]
     torch.testing.assert_close(torch.hypot(cos, sin), torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-15)

@@ -63,7 +63,7 @@ def test_tables_of_all_ranks_together_are_the_whole(
 
 
 def rotation_of_a_part(sizes: tuple[int, ...], start: int, ring: bool) -> tuple[bool, bool]:
-    """A ring turns its part before anything is exchanged; Ulysses turns all tokens of its heads after the exchange."""
+    """A ring rotates its tokens before the exchange; Ulysses rotates all tokens of its heads after the exchange."""
     rank, grid = torch.distributed.get_rank(), Grid(*sizes, start_frame=start)
     length = -(-grid.tokens // WORLD)
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def test_queries_turn_as_on_one_rank_and_padding_stays(ranks: Ranks, sizes: tupl
 
 
 def chunk_of_a_stream(frames: int) -> tuple[int, bool]:
-    """Tokens of all tables together, and whether a replicated sequence turns by the whole chunk's on every rank."""
+    """Tokens of all tables, and whether every rank rotates a replicated sequence by the whole chunk's table."""
     grid = Grid(frames, 2, 3, start_frame=5)
     shards = [rope_table(SPEC, grid, shard=Shard(rank, WORLD)).count for rank in range(WORLD)]
     x = torch.ones(1, grid.tokens, 1, 20)

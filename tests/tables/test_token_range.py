@@ -75,7 +75,7 @@ def test_each_shard_form_has_an_entry_of_its_own() -> None:
     assert len(first) == len(SHARDS) == cache_info().tables.entries
 
 
-def test_seven_tokens_over_four_ranks_turn_as_on_one() -> None:
+def test_seven_tokens_over_four_ranks_rotate_as_on_one() -> None:
     """The last rank's second token is padding, and comes back as it is."""
     grid, x = Grid(7, 1, 1), torch.randn(1, 8, 2, 20)
     whole = rotate(x, rope_table(SMALL, grid), suffix=1)

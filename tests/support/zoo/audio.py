@@ -115,7 +115,7 @@ _STABLE_AUDIO_3_RELEASED = {"embed_dim": 1536, "depth": 1, "num_heads": 24}
 
 
 def _longcat_inputs(model: Any, noise: Noise) -> dict[str, Any]:
-    """A prompt's positions are its own: in the attention to it, queries and keys turn by different tables."""
+    """A prompt's positions are its own: in the attention to it, queries and keys are rotated by different tables."""
     config = model.config
     return {
         "hidden_states": noise(_BATCH, _LENGTH, config.latent_dim),

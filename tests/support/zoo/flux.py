@@ -1,6 +1,6 @@
 """Small image transformers whose tables come from position ids, with inputs for one forward pass of each: Flux and kin.
 
-Text ids are not zeros as in most pipelines, because a zero angle turns nothing and would hide a text that is left out.
+Text ids are not zeros as in most pipelines: a zero angle rotates nothing and would hide a text that is left out.
 """
 
 from __future__ import annotations

@@ -235,7 +235,7 @@ EXAMPLES: tuple[Example, ...] = (
     Example("hidream", _HIDREAM, _HIDREAM_CONFIG, _hidream_inputs, _HIDREAM_RELEASED),
     Example("hidream-square", _HIDREAM, _HIDREAM_CONFIG, _hidream_square_inputs, _HIDREAM_RELEASED),
     Example("hidream-packed", _HIDREAM, _HIDREAM_CONFIG, _hidream_packed_inputs, _HIDREAM_RELEASED),
-    # As many channels of a head turn as the axes have, or the first half of them.
+    # As many channels of a head rotate as the axes have, or the first half of them.
     Example("hidream-half", _HIDREAM, {**_HIDREAM_CONFIG, "axes_dims_rope": (2, 6, 4)}, _hidream_inputs),
     Example("prx", _PRX, _PRX_CONFIG, _prx_inputs, _PRX_RELEASED),
     Example("ernie-image", _ERNIE, _ERNIE_CONFIG, _ernie_inputs, _ERNIE_RELEASED),

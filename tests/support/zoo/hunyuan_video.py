@@ -199,7 +199,7 @@ _MOTIF_VIDEO_CONFIG = {
     "text_embed_dim": 12,
     "rope_axes_dim": (2, 6, 8),
 }
-# Text cross-attention, of which queries turn and keys do not, and a last block that reads image tokens as its text.
+# Text cross-attention, of which queries rotate and keys do not, and a last block that reads image tokens as its text.
 _MOTIF_VIDEO_CROSS = {
     "image_embed_dim": 6,
     "num_decoder_layers": 1,

@@ -130,7 +130,7 @@ def _qwen21_text_inputs(model: Any, noise: Noise) -> dict[str, Any]:
 
 
 def _qwen21_extract_inputs(model: Any, noise: Noise) -> dict[str, Any]:
-    """The first step, which stores turned keys of text and condition images."""
+    """The first step, which stores rotated keys of text and condition images."""
     from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 
     cache = QwenImage21KVCache(model.config.num_layers)
@@ -138,7 +138,7 @@ def _qwen21_extract_inputs(model: Any, noise: Noise) -> dict[str, Any]:
 
 
 def _qwen21_cached_inputs(model: Any, noise: Noise) -> dict[str, Any]:
-    """A later step, which computes and turns the target image only."""
+    """A later step, which computes and rotates the target image only."""
     inputs = {**_qwen21_extract_inputs(model, noise), "kv_cache_mode": "cached"}
     prefix = int((~inputs["img_mask"][0]).sum()) + _count(inputs["img_shapes"][0][:-1])
     for layer in inputs["kv_cache"].layer_caches:
@@ -183,7 +183,7 @@ def _nucleus_two_images_inputs(model: Any, noise: Noise) -> dict[str, Any]:
 
 
 def _nucleus_cached_text_inputs(model: Any, noise: Noise) -> dict[str, Any]:
-    """Keys and values of the text made, and turned, before the model's forward."""
+    """Keys and values of the text made, and rotated, before the model's forward."""
     config = model.config
     shape = (_BATCH, _TEXT, config.num_key_value_heads, config.attention_head_dim)
     cached = {"cached_txt_key": noise(*shape), "cached_txt_value": noise(*shape)}

@@ -61,7 +61,7 @@ def _minimax_inputs(model: Any, noise: Noise) -> dict[str, Any]:
 
 
 _MINIMAX = f"{_DIFFUSERS}.transformer_minimax_h3.MiniMaxH3Transformer3DModel"
-# 18 of 24 channels turn; heads are wider together than the residual stream, as released.
+# 18 of 24 channels rotate; heads are wider together than the residual stream, as released.
 _MINIMAX_CONFIG = {
     "num_attention_heads": 2,
     "attention_head_dim": 24,
@@ -172,7 +172,7 @@ def _refiner_inputs(model: Any, noise: Noise) -> dict[str, Any]:
 
 
 def _refiner_cached_inputs(model: Any, noise: Noise) -> dict[str, Any]:
-    """Keys of one frame that are turned in this pass, and of one that were turned when they were cached."""
+    """Keys of one frame that are rotated in this pass, and of one that were rotated when they were cached."""
     from diffusers.models.transformers.transformer_sana_wm_refiner import SanaWMRefinerKVCache
 
     cache = SanaWMRefinerKVCache(len(model.transformer_blocks))
@@ -257,7 +257,7 @@ def _far_clean_inputs(model: Any, noise: Noise) -> dict[str, Any]:
 
 
 def _far_cache(model: Any, noise: Noise) -> list[dict[str, torch.Tensor]]:
-    """Keys and values ``[2, B, H, S, D]`` of each layer, keys not turned."""
+    """Keys and values ``[2, B, H, S, D]`` of each layer, keys unrotated."""
     config = model.config
     outer = (2, _BATCH, config.num_attention_heads)
     return [
@@ -312,7 +312,7 @@ def _animate2_reference_inputs(model: Any, noise: Noise) -> dict[str, Any]:
 
 
 def _animate2_cached_inputs(model: Any, noise: Noise) -> dict[str, Any]:
-    """A step of a segment of longer videos, with cached keys of two reference frames each that are not turned yet."""
+    """A step of a segment of longer videos, with cached keys of two reference frames each that are not rotated yet."""
     from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
     from torch.nn.attention.flex_attention import create_block_mask
 
