@@ -164,14 +164,14 @@ def test_processor_that_norms_twice_rotates_by_itself() -> None:
     expected = run(NORMS, model)
     with dit_rope.patch(model, exact=False):
         attention.processor = Twice()
-        others = run(NORMS, model)
+        unfused = run(NORMS, model)
         attention.processor = original()
         fast = run(NORMS, model)
     with dit_rope.patch(model):
         attention.processor = Twice()
         assert all_equal(run(NORMS, model), expected)
-    for fused in (others, fast):
-        torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-5)
+    for outputs in (unfused, fast):
+        torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
 
 
 @BY_KIND

@@ -329,7 +329,7 @@ def test_traced_models_rotate(name: str, exact: bool) -> None:
 
     def traced(module: Any) -> list[torch.Tensor]:
         tensor_names = [key for key, value in inputs.items() if isinstance(value, torch.Tensor)]
-        others = {key: value for key, value in inputs.items() if key not in tensor_names}
+        constants = {key: value for key, value in inputs.items() if key not in tensor_names}
 
         class Wrapped(torch.nn.Module):
             def __init__(self) -> None:
@@ -337,7 +337,7 @@ def test_traced_models_rotate(name: str, exact: bool) -> None:
                 self.module = module
 
             def forward(self, *args: torch.Tensor) -> Any:
-                return self.module(**dict(zip(tensor_names, args, strict=True)), **others)[0]
+                return self.module(**dict(zip(tensor_names, args, strict=True)), **constants)[0]
 
         traced_inputs = tuple(inputs[key] for key in tensor_names)
         with torch.no_grad():

@@ -131,7 +131,7 @@ def of_grid() -> torch.Tensor:
     """``[1, 24, 1, 7]`` values of a grid: each axis has numbers of its own."""
     axes = [torch.randn(size, count) for size, count in zip(GRID, PAIRS, strict=True)]
     parts = [
-        values.view(*(size if other == axis else 1 for other in range(3)), -1).expand(*GRID, -1)
+        values.view(*(size if dim == axis else 1 for dim in range(3)), -1).expand(*GRID, -1)
         for axis, (size, values) in enumerate(zip(GRID, axes, strict=True))
     ]
     return torch.cat(parts, dim=-1).reshape(1, math.prod(GRID), 1, sum(PAIRS))

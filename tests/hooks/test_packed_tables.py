@@ -66,7 +66,7 @@ OTHERS: dict[str, Callable[[Pair, Pair], tuple[Any, ...]]] = {
     "tokens back to front": lambda pair, _: tuple(table.flip(1) for table in pair),
     "negated": lambda pair, _: tuple(torch._neg_view(table) for table in pair),
     "negated sines": lambda pair, _: (pair[0], torch._neg_view(pair[1])),
-    "sines of another table": lambda pair, other: (pair[0], other[1]),
+    "sines of another table": lambda pair, another: (pair[0], another[1]),
     "sines of other tokens": lambda pair, _: (pair[0][:, :8], pair[1][:, 8:16]),
     "cosines alone": lambda pair, _: (pair[0], pair[0]),
     "bits as integers": lambda pair, _: tuple(table.view(torch.int32) for table in pair),
@@ -140,13 +140,13 @@ def test_table_is_packed_once_in_a_pass_unless_it_is_written_to() -> None:
 
 @pytest.mark.usefixtures("with_grad")
 def test_tables_that_share_a_tensor_are_packed_once_each() -> None:
-    (cos, sin), other = form(), form(seed=1)[1]
+    (cos, sin), another_sin = form(), form(seed=1)[1]
 
     def run() -> None:
-        first, second = packed((cos, sin)), packed((cos, other))
+        first, second = packed((cos, sin)), packed((cos, another_sin))
         assert not torch.equal(first.rows, second.rows)
         assert packed((cos, sin)) is first
-        assert packed((cos, other)) is second
+        assert packed((cos, another_sin)) is second
 
     Model()(run)
 

@@ -79,12 +79,12 @@ def test_arguments_of_the_same_numbers_in_other_shapes_are_told_apart() -> None:
 
 
 def test_tables_that_are_moved_are_not_kept_where_the_default_device_decides_them() -> None:
-    class Made(torch.nn.Module):
+    class Ones(torch.nn.Module):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             return torch.ones(3)
 
-    rope, ids = known(Made)(), torch.arange(3)
-    memoize(rope, ModelTables("rope", "Made", to_device=True), ("ids",))
+    rope, ids = known(Ones)(), torch.arange(3)
+    memoize(rope, ModelTables("rope", "Ones", to_device=True), ("ids",))
     for _ in range(2):
         with torch.device("meta"):
             assert rope(ids).device.type == "meta"
@@ -92,12 +92,12 @@ def test_tables_that_are_moved_are_not_kept_where_the_default_device_decides_the
 
 
 def test_tables_are_built_on_the_default_device_of_the_call() -> None:
-    class Made(torch.nn.Module):
+    class Ones(torch.nn.Module):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             return torch.ones(3) * 2
 
-    rope, ids = known(Made)(), torch.arange(3)
-    memoize(rope, ModelTables("rope", "Made"), ("ids",))
+    rope, ids = known(Ones)(), torch.arange(3)
+    memoize(rope, ModelTables("rope", "Ones"), ("ids",))
     for _ in range(2):
         with torch.device("meta"):
             assert rope(ids).device.type == "meta"
@@ -130,12 +130,12 @@ def test_what_the_method_sets_is_set_by_a_hit_too_and_read_by_the_next_call() ->
     """As in rope modules that keep frequencies of their first call, whatever becomes of the numbers they came from."""
 
     class Lazy(torch.nn.Module):
-        theta, kept = 2.0, None
+        theta, cached = 2.0, None
 
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            if self.kept is None:
-                self.kept = torch.tensor(self.theta)
-            return ids * self.kept
+            if self.cached is None:
+                self.cached = torch.tensor(self.theta)
+            return ids * self.cached
 
     def steps(rope: Any) -> list[torch.Tensor]:
         results = []
@@ -149,15 +149,15 @@ def test_what_the_method_sets_is_set_by_a_hit_too_and_read_by_the_next_call() ->
         ):
             rope.theta = float(theta)
             if forget:
-                rope.kept = None
-            results += [rope(torch.arange(count)), rope.kept]
+                rope.cached = None
+            results += [rope(torch.arange(count)), rope.cached]
         return results
 
     plain, rope = known(Lazy)(), known(Lazy)()
-    memoize(rope, ModelTables("rope", "Lazy", sets=("kept",)), ("ids",))
+    memoize(rope, ModelTables("rope", "Lazy", sets=("cached",)), ("ids",))
     for _ in range(2):
         assert all_equal(steps(rope), steps(plain))
-    rope.theta, rope.kept = 2.0, None
+    rope.theta, rope.cached = 2.0, None
     misses = dit_rope.cache_info().models.misses
     for _ in range(3):
         rope(torch.arange(3))

@@ -414,7 +414,7 @@ def test_patched_model_runs_on_the_cuda_backend(cuda_on_cpu: Any, random_wan: An
     }
     runs: list[str] = []
     real = cuda_on_cpu.run
-    cuda_on_cpu.run = lambda launch, *rest: (runs.append(launch.plan.operation), real(launch, *rest))[1]
+    cuda_on_cpu.run = lambda launch, *arguments: (runs.append(launch.plan.operation), real(launch, *arguments))[1]
     with torch.no_grad():
         (expected,) = transformer(**inputs)
         with dit_rope.patch(transformer, exact=False, backend=backend) as handle:

@@ -207,12 +207,10 @@ def test_batches_of_positions_tables_and_weights(exact: bool) -> None:
         (table.positions(), table.positions().flip(1), torch.full((1, 4, 2), -1, dtype=torch.int32))
     )
     expected = torch.stack([rotate(x, table, positions=rows, exact=exact) for rows in positions])
-    by_positions = torch.func.vmap(lambda where: rotate(x, table, positions=where, exact=exact))(positions)
+    by_positions = torch.func.vmap(lambda rows: rotate(x, table, positions=rows, exact=exact))(positions)
     assert (by_positions - expected).abs().max() <= 4 * torch.finfo(F64).eps * expected.abs().max()
     assert torch.equal(by_positions[2], x)
-    by_both = torch.func.vmap(lambda x, where: rotate(x, table, positions=where, exact=exact))(
-        x[:, None], positions[:2]
-    )
+    by_both = torch.func.vmap(lambda x, rows: rotate(x, table, positions=rows, exact=exact))(x[:, None], positions[:2])
     assert torch.equal(by_both, torch.stack((by_positions[0][:1], by_positions[1][1:])))
     weights = torch.randn(3, 7, dtype=F64)
     normed = torch.func.vmap(lambda weight: norm_rotate(x, table, weight, exact=exact))(weights)

@@ -30,7 +30,7 @@ class Capture:
     under_way = False
     thread: int | None = None
 
-    def here(self) -> bool:
+    def is_capturing(self) -> bool:
         return self.under_way and self.thread in (None, threading.get_ident())
 
 
@@ -38,7 +38,7 @@ class Capture:
 def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
     """Builds for ``cuda:0`` run on CPU, and a capture is under way whenever a test says so."""
     state = Capture()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", state.here)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", state.is_capturing)
     stream = SimpleNamespace(stream_id=0, synchronize=lambda: None)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: stream)
     return state
@@ -62,17 +62,17 @@ def is_alive(reference: weakref.ref[torch.Tensor]) -> bool:
     return reference() is not None
 
 
-def given(cache: FifoCache[str, torch.Tensor], key: str, device: torch.device = GPU) -> weakref.ref[torch.Tensor]:
-    """What the cache hands out for ``key``, not held by the caller."""
+def entry_of(cache: FifoCache[str, torch.Tensor], key: str, device: torch.device = GPU) -> weakref.ref[torch.Tensor]:
+    """A weak reference to the entry of ``key``."""
     return weakref.ref(cache.get(key, device, of_bytes(KIB)))
 
 
 def test_captured_entry_outlives_its_eviction(cache: FifoCache[str, torch.Tensor], capture: Capture) -> None:
     cache.get("a", GPU, of_bytes(KIB))
     capture.under_way = True
-    captured = given(cache, "a")
+    captured = entry_of(cache, "a")
     capture.under_way = False
-    plain = given(cache, "b")
+    plain = entry_of(cache, "b")
     for key in ("c", "d"):
         cache.get(key, GPU, of_bytes(KIB))
     assert cache.info().evictions == 2
@@ -91,7 +91,7 @@ def test_captured_entry_outlives_every_way_out_of_the_cache(
 ) -> None:
     cache.get("a", GPU, of_bytes(KIB))
     capture.under_way = True
-    captured = given(cache, "a")
+    captured = entry_of(cache, "a")
     capture.under_way = False
     if leaves == "configure":
         cache.configure(max_bytes=KIB - 1)
@@ -124,7 +124,7 @@ def test_entries_on_the_host_are_not_held(cache: FifoCache[str, torch.Tensor], c
     """A graph reads the device's memory; what was copied from the host is not read again."""
     cache.get("a", CPU, of_bytes(KIB))
     capture.under_way = True
-    passing = given(cache, "a", CPU)
+    passing = entry_of(cache, "a", CPU)
     capture.under_way = False
     assert cache.info().captured_bytes == 0
     cache.clear()

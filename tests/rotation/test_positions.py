@@ -20,8 +20,8 @@ SPECS = {
 
 
 def coordinates(sizes: tuple[int, ...], start: int = 0) -> list[torch.Tensor]:
-    first, *others = grid_coordinates(sizes, 0, int(np.prod(sizes)), torch.device("cpu"))
-    return [first + start, *others]
+    first, *further_axes = grid_coordinates(sizes, 0, int(np.prod(sizes)), torch.device("cpu"))
+    return [first + start, *further_axes]
 
 
 @pytest.mark.parametrize("start", [0, 31, 32, 50])

@@ -66,7 +66,7 @@ def test_the_check_of_a_rotation_notices_faults(monkeypatch: pytest.MonkeyPatch)
     real = RopeTable.args
 
     def with_fault(**changes: object) -> None:
-        monkeypatch.setattr(RopeTable, "args", lambda self, **how: replace(real(self, **how), **changes))
+        monkeypatch.setattr(RopeTable, "args", lambda self, **options: replace(real(self, **options), **changes))
         with pytest.raises(AssertionError):
             # Another length, so that no layout is found that was validated without the fault.
             properties.check_rotation(replace(PLAIN, heads=(4 + len(str(changes)),)))
@@ -97,7 +97,7 @@ def test_the_check_of_a_shift_notices_one_in_the_wrong_direction(monkeypatch: py
     )  # fmt: skip
     assert properties.check_shift(draw) == RIGHT
     get = shifting.SHIFTS.get
-    monkeypatch.setattr(shifting.SHIFTS, "get", lambda *asked: get(*asked).flip(0))
+    monkeypatch.setattr(shifting.SHIFTS, "get", lambda *arguments: get(*arguments).flip(0))
     with pytest.raises(AssertionError, match="are off; worst is"):
         properties.check_shift(draw)
 

@@ -63,7 +63,7 @@ class Layer:
 
     def compare(self, queries: torch.Tensor, rotated: torch.Tensor, window: Window, frames: int) -> None:
         held = window.values[0, ::TOKENS, 0, 0].int().tolist()  # the frame in each slot, which its values name
-        assert sorted(held) == self.exact.kept()
+        assert sorted(held) == self.exact.window_frames()
         assert list(window.positions) == [self.exact.position(frame) for frame in held]
         rotated_keys = {}
         for definition in (self.exact, self.naive):

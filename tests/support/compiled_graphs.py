@@ -58,8 +58,8 @@ def _wider_image(inputs: dict[str, Any], times: int) -> dict[str, Any]:
         return {"img_ids": torch.cat([ids + 100 * number for number in range(times)], dim=-2)}
     return {
         "img_shapes": [
-            [(f, h, w * times) for f, h, w in each] if isinstance(each, list) else (*each[:2], each[2] * times)
-            for each in inputs["img_shapes"]
+            [(f, h, w * times) for f, h, w in shape] if isinstance(shape, list) else (*shape[:2], shape[2] * times)
+            for shape in inputs["img_shapes"]
         ]
     }
 

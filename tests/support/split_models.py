@@ -49,7 +49,7 @@ _LTX2_HEADS = {"num_attention_heads": 4, "cross_attention_dim": 80, "caption_cha
 _LTX2_AUDIO = {"audio_num_attention_heads": 4, "audio_cross_attention_dim": 56}
 _HELIOS_SIZES = {"hidden_states": ((3, 4), (4, 8)), "encoder_hidden_states": ((1, 4),)}
 # Without the longest history, whose two tokens would not be shared evenly.
-_HELIOS_SHAPES = _HELIOS_SIZES | {f"latents_history_{which}": ((3, 4), (4, 8)) for which in ("short", "mid")}
+_HELIOS_SHAPES = _HELIOS_SIZES | {f"latents_history_{length}": ((3, 4), (4, 8)) for length in ("short", "mid")}
 _NO_LONG_HISTORY = {"latents_history_long": None, "indices_latents_history_long": None}
 CASES = {
     "wan": Case(),

@@ -45,7 +45,7 @@ class StreamByDefinition:
         self.raw += keys.split(tokens, dim=1)
         self.born += range(start, start + frames)
 
-    def kept(self) -> list[int]:
+    def window_frames(self) -> list[int]:
         """Frames in the window, oldest first."""
         sinks = list(range(min(self.sinks, len(self.raw))))
         indices = list(range(len(sinks), len(self.raw)))
@@ -53,16 +53,16 @@ class StreamByDefinition:
 
     def position(self, frame: int) -> int:
         """Where a frame of the window stands now."""
-        rows = self.kept()
+        frames = self.window_frames()
         if self.policy == "window_relative":
-            return rows.index(frame)
-        if self.policy == "sink_follow" and frame < self.sinks < len(rows):
-            return rows[self.sinks] - self.sinks + frame
+            return frames.index(frame)
+        if self.policy == "sink_follow" and frame < self.sinks < len(frames):
+            return frames[self.sinks] - self.sinks + frame
         return self.born[frame]
 
     def keys(self) -> dict[int, torch.Tensor]:
         """Rotated keys ``[B, tokens, H, D]`` of each frame in the window."""
-        return {frame: self.rotate(self.raw[frame], frame) for frame in self.kept()}
+        return {frame: self.rotate(self.raw[frame], frame) for frame in self.window_frames()}
 
     def rotate(self, x: torch.Tensor, frame: int) -> torch.Tensor:
         """``x`` ``[B, tokens, H, D]`` at the position of a frame in the window."""
