@@ -27,8 +27,11 @@ from long_tests.mutation_check import check
 made = lambda name, old, new, why="": Mutation(name, "tiny.py", old, new, ("test_tiny.py",), equivalent=why)
 mutations = [{mutations}]
 root, work = Path({root!r}), Path({work!r})
-for name, outcome in check(mutations, root, work, copied=("tiny.py", "test_tiny.py"), jobs=2, timeout=100).items():
-    print("RESULT", name, outcome.result, outcome.by)
+for test in {tests!r}:
+    (root / "test_tiny.py").write_text(test)
+    print("RUN")
+    for name, outcome in check(mutations, root, work, copied=("tiny.py", "test_tiny.py"), jobs=2, timeout=100).items():
+        print("RESULT", name, outcome.result, outcome.by)
 """
 
 
@@ -67,14 +70,15 @@ def test_mutation_that_does_not_fit_is_refused(text: str) -> None:
         Mutation("one", "a.py", "x = 1", "x = 2", ()).applied(text)
 
 
-def run(tmp_path: Path, mutations: str, test: str = TEST) -> subprocess.CompletedProcess[str]:
-    """The mutation check of a tiny tree."""
+def run(tmp_path: Path, mutations: str, *tests: str) -> subprocess.CompletedProcess[str]:
+    """Mutation checks of a tiny tree, one with each text of its test."""
     root, work = tmp_path / "root", tmp_path / "work"
-    root.mkdir(exist_ok=True)
-    work.mkdir(exist_ok=True)
+    root.mkdir()
+    work.mkdir()
     (root / "tiny.py").write_text(SOURCE)
-    (root / "test_tiny.py").write_text(test)
-    program = PROGRAM.format(scripts=str(ROOT / "scripts"), mutations=mutations, root=str(root), work=str(work))
+    program = PROGRAM.format(
+        scripts=str(ROOT / "scripts"), mutations=mutations, root=str(root), work=str(work), tests=tests
+    )
     process = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
     )
@@ -88,20 +92,18 @@ def test_harmless_change_survives_and_a_fault_is_caught_and_neither_runs_twice(t
         'made("broken", "return", "return )"), '
         'made("explained", "a + b", "b + a", "a sum has no order")'
     )
-    process = run(tmp_path, mutations)
+    process = run(tmp_path, mutations, TEST, TEST)
     assert process.returncode == 0, process.stderr
-    results = [line.split()[1:] for line in process.stdout.splitlines() if line.startswith("RESULT")]
+    _, first, again = process.stdout.split("RUN\n")
+    results = [line.split()[1:] for line in first.splitlines() if line.startswith("RESULT")]
     assert results == [
         ["harmless", "survived"],
         ["fault", "caught", "test_tiny.py::test_add"],
         ["broken", "caught", "test_tiny.py"],
         ["explained", "equivalent"],
     ]
-    again = run(tmp_path, mutations)
-    assert "4 known from earlier runs" in again.stdout
-    assert [line for line in again.stdout.splitlines() if line.startswith("RESULT")] == [
-        line for line in process.stdout.splitlines() if line.startswith("RESULT")
-    ]
+    assert "4 known from earlier runs" in again
+    assert [line.split()[1:] for line in again.splitlines() if line.startswith("RESULT")] == results
 
 
 def test_tests_that_fail_without_a_mutation_prove_nothing(tmp_path: Path) -> None:
@@ -113,5 +115,7 @@ def test_tests_that_fail_without_a_mutation_prove_nothing(tmp_path: Path) -> Non
 
 def test_change_of_the_tests_is_a_new_question(tmp_path: Path) -> None:
     mutations = 'made("product", "a + b", "a * b")'
-    assert "RESULT product survived" in run(tmp_path, mutations).stdout
-    assert "RESULT product caught" in run(tmp_path, mutations, TEST.replace("add(2, 2) == 4", "add(2, 3) == 5")).stdout
+    process = run(tmp_path, mutations, TEST, TEST.replace("add(2, 2) == 4", "add(2, 3) == 5"))
+    _, first, changed = process.stdout.split("RUN\n")
+    assert "RESULT product survived" in first
+    assert "RESULT product caught" in changed
