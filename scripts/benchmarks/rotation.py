@@ -47,12 +47,12 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def package_backends(device: str) -> dict[str, str]:
-    """Our variants by name: every backend that is meant for this kind of device."""
+    """Variants of dit_rope by name: every backend for this kind of device."""
     return {f"dit_rope, {name}": name for name in ("cuda", "triton")} if device != "cpu" else {"dit_rope": "eager"}
 
 
 def variants(problem: Problem, backends: Mapping[str, str], peers: Peers, exact: bool = False) -> Variants:
-    """Every variant that runs and is right; ``exact`` asks for our exact mode as well."""
+    """Every variant that runs and is right; ``exact`` adds exact mode."""
     checked = Variants()
     for name, backend in backends.items():
         try:

@@ -45,10 +45,10 @@ def step(run: Callable[[], Any], interrupts: type[BaseException]) -> Step:
     try:
         return Step(leaves(run()))
     except (Exception, interrupts) as error:
-        return Step((), type(error).__name__, str(error).partition("\n")[0][:300], raised_by_us(error))
+        return Step((), type(error).__name__, str(error).partition("\n")[0][:300], raised_by_package(error))
 
 
-def raised_by_us(error: BaseException) -> bool:
+def raised_by_package(error: BaseException) -> bool:
     """Whether a ``raise`` in dit_rope raised it, with a message of dit_rope."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
