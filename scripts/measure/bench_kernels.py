@@ -46,7 +46,7 @@ COLUMNS = ("shape", "operation", "variant", "ms_p20", "ms_median", "ms_p80", "gb
 
 @dataclass(frozen=True)
 class Run:
-    """What one run measures: backends of dit_rope, operations, shapes and peers by name, and whether host time as well."""
+    """What a run measures: backends, operations, shapes and peers by name, and whether host time too."""
 
     backends: tuple[str, ...]
     operations: tuple[str, ...] = tuple(operation.value for operation in Operation)
