@@ -53,7 +53,7 @@ def test_patch_breaks_no_graph_and_changes_no_bit(name: str) -> None:
 
 @pytest.mark.parametrize("blocks", [False, True], ids=["model", "blocks"])
 def test_new_resolution_compiles_no_more_graphs_than_unpatched(blocks: bool) -> None:
-    """The second size makes lengths symbols, and the third must then be nothing new; exact or not is no matter."""
+    """The second size makes lengths symbols, so that the third compiles nothing, in exact mode or fast mode."""
     example, sizes = one_layer("wan"), (1, 2, 3)
     actual = compiled(example, sizes, patched=True, blocks=blocks, exact=None)
     expected = compiled(example, sizes, patched=False, blocks=blocks)

@@ -69,7 +69,7 @@ WATCHED: dict[str, Callable[..., None]] = {
 @pytest.mark.parametrize("observer", WATCHED)
 @pytest.mark.parametrize("norm", [rms_norm, diffusers_norm])
 @pytest.mark.parametrize("before", [True, False], ids=["asked before", "not asked"])
-def test_results_that_somebody_may_see_are_not_ours(
+def test_results_that_others_may_hold_are_not_overwritten(
     norm: Callable[[], torch.nn.Module], observer: str, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused_norms, "_torch_functions", {})
@@ -91,7 +91,7 @@ def test_function_of_torch_s_that_somebody_replaced(before: bool, monkeypatch: p
     assert not makes_fresh_results(rms_norm())
 
 
-def test_norm_of_unknown_code_is_not_ours() -> None:
+def test_results_of_unknown_norms_are_not_overwritten() -> None:
     assert not makes_fresh_results(Unknown(8))
 
 

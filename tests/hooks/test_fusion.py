@@ -96,7 +96,7 @@ def test_report_says_what_is_fused(options: dict[str, Any], message: str) -> Non
         assert f"  fused: {message}\n" in handle.report()
 
 
-def test_report_says_where_there_is_no_norm_to_fuse() -> None:
+def test_report_says_where_a_norm_is_missing() -> None:
     model, _ = build("stable-audio")
     with dit_rope.patch(model, exact=False) as handle:
         assert "  fused: rotation; the model has no norm before it\n" in handle.report()
@@ -123,7 +123,7 @@ def test_nothing_fused_compiles_with_scaled_tables() -> None:
 
 
 @pytest.mark.parametrize("fuse", ["rotation", None, True])
-def test_patch_refuses_a_fuse_that_is_no_fusion(fuse: Any) -> None:
+def test_patch_refuses_a_fuse_of_another_type(fuse: Any) -> None:
     model = wan.build("wan")
     with pytest.raises(TypeError, match=r"fuse must be a Fusion, got "):
         dit_rope.patch(model, fuse=fuse)

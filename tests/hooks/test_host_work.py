@@ -20,7 +20,7 @@ COPYING = ("easyanimate", "cogview4", "glm-image", "joyimage", "joyimage-edit-pl
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators that are no views, apart in table code and elsewhere."""
+    """Counts operators other than views, in table code and elsewhere."""
 
     only_watches = True
 
@@ -81,7 +81,7 @@ def test_second_step_runs_no_table_code(name: str, operators: Operators) -> None
 
 @pytest.mark.parametrize("name", SYNCING)
 def test_second_step_waits_for_fewer_numbers_than_the_model_does_alone(name: str, operators: Operators) -> None:
-    """QwenImage-2.1 waits for more in its processor, which is no table code."""
+    """QwenImage-2.1 waits for more in its processor, outside of table code."""
     example = BY_NAME[name]
     with torch.no_grad(), operators:
         example.forward(example.build())

@@ -90,7 +90,7 @@ def test_values_that_no_version_counts_are_seen() -> None:
     assert rope(ids)["angles"] is rope(ids)["angles"]
 
 
-def test_what_is_no_key_is_built_as_without_a_memo() -> None:
+def test_tables_of_a_module_with_an_uncomparable_attribute_are_built_every_time() -> None:
     """An object that nobody can compare; and a method that somebody put on the object itself."""
     rope, ids = memoized(), torch.arange(5)
     rope.anything = object()
@@ -112,7 +112,7 @@ def test_code_that_is_replaced_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> 
     assert_fresh(rope, ids)
 
 
-def test_view_made_anew_of_the_same_memory_is_a_hit() -> None:
+def test_new_view_of_the_same_memory_is_a_hit() -> None:
     rope, ids = memoized(), torch.arange(10)
     for _ in range(3):
         rope(ids[2:7])
@@ -122,7 +122,7 @@ def test_view_made_anew_of_the_same_memory_is_a_hit() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_write_in_place_is_seen_and_is_no_mistake() -> None:
+def test_write_in_place_is_noticed_without_a_warning() -> None:
     rope, ids = memoized(), torch.arange(5)
     rope(ids)
     ids.add_(1)
@@ -226,7 +226,7 @@ def test_tables_that_a_module_kept_from_inference_mode_are_copied() -> None:
         assert torch.equal(rope(torch.arange(3))["angles"], cached)
 
 
-def test_tensor_without_versions_of_a_subclass_is_no_key() -> None:
+def test_tensor_of_a_subclass_without_versions_is_not_cached() -> None:
     class Subclass(torch.Tensor):
         pass
 
@@ -237,7 +237,7 @@ def test_tensor_without_versions_of_a_subclass_is_no_key() -> None:
     assert rope.built == 2
 
 
-def test_table_of_a_parameter_is_no_entry_while_gradients_are_wanted() -> None:
+def test_table_of_a_parameter_is_not_cached_while_gradients_are_recorded() -> None:
     rope = memoized()
     ids = torch.nn.Parameter(torch.arange(4.0))
     for _ in range(2):

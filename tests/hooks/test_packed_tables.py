@@ -79,7 +79,7 @@ OTHERS: dict[str, Callable[[Pair, Pair], tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("change", OTHERS)
-def test_what_is_no_range_of_its_tokens_is_not_taken_for_one(change: str) -> None:
+def test_changed_tables_are_not_taken_for_a_range_of_tokens(change: str) -> None:
     pair, another = dense(), dense("wan-uneven-axes" if change == "negated" else "wan", 4)
     assert axis_tables_of(OTHERS[change](pair, another)) is None
     assert axis_tables_of(pair) is not None
@@ -233,7 +233,7 @@ def test_pass_ends_with_the_forward_also_in_an_error(error: type[Exception] | No
 
 
 @pytest.mark.parametrize("of", [formats.INTERLEAVED, formats.HALF, formats.MATRICES])
-def test_table_that_holds_one_pair_s_values_in_two_ways_is_none_of_ours(of: formats.Format) -> None:
+def test_table_whose_two_values_of_a_pair_differ_is_refused(of: formats.Format) -> None:
     from dit_rope.hooks.packed_tables import UnfitTable
 
     angles = torch.rand(1, 5, 1, 4)

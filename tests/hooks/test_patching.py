@@ -173,7 +173,7 @@ def skips_a_norm(name: str, processor: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["MyProcessor", "WanAttnProcessor"])
 def test_unknown_processor_is_left_to_rotate_by_itself(name: str) -> None:
-    """A name is no proof: the code is looked at."""
+    """The name of a processor proves nothing; its code decides."""
     model = wan.build("wan")
     attention = model.blocks[1].attn1
     original = attention.processor
@@ -198,7 +198,7 @@ def test_replaced_norm_is_left_to_the_model() -> None:
         assert torch.equal(forward(model), expected)
 
 
-def test_skipped_attention_is_no_error() -> None:
+def test_skipped_attention_raises_nothing() -> None:
     """Pyramid Attention Broadcast returns the output of an earlier step without running the module."""
     from diffusers import PyramidAttentionBroadcastConfig
 

@@ -163,7 +163,7 @@ def test_wrong_adapters_are_refused_by_name_and_change_nothing(
     assert (dit_rope.adapters.supported_models(), known_digests()) == before
 
 
-def test_what_is_no_adapter_or_not_registered_is_refused(sample: ModuleType) -> None:
+def test_other_objects_and_unregistered_adapters_are_refused(sample: ModuleType) -> None:
     with pytest.raises(TypeError, match="adapter must be a ModelAdapter, got 'Wan'"):
         dit_rope.register_adapter("Wan")  # type: ignore[arg-type]
     for adapter in (WAN, sample.ADAPTER, "Wan"):

@@ -57,7 +57,7 @@ def test_default_device_that_torch_cannot_name_is_the_host(monkeypatch: pytest.M
     assert memo(torch.arange(5)) is expected
 
 
-def test_configuration_that_is_no_key_is_looked_at_in_every_call() -> None:
+def test_unhashable_configuration_is_read_in_every_call() -> None:
     model, ids = known(Built, "tables")(), torch.arange(5)
     settings = TableSettings(ModelTables("", "Built", "tables"), ("ids",))
     memo = MemoizedMethod(model, "tables", Installed(settings, PatchState()))

@@ -311,7 +311,7 @@ def test_calls_of_one_layout_share_a_launch_and_follow_their_tensors(launches: L
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_whatever_changes_a_launch_is_no_remembered_call(launches: Launches, table: RopeTable, change: str) -> None:
+def test_change_of_a_launch_misses_the_remembered_call(launches: Launches, table: RopeTable, change: str) -> None:
     """One plain call first, so that a key without the change would find it; its result is that of a fresh start."""
     changed, options = CHANGES[change]
     x, shared = queries_and_keys()[0], [torch.randn(1, 24, 4, 16)]
@@ -324,7 +324,7 @@ def test_whatever_changes_a_launch_is_no_remembered_call(launches: Launches, tab
 
 
 @pytest.mark.parametrize("change", NORM_CHANGES)
-def test_whatever_changes_a_norm_is_no_remembered_call(launches: Launches, table: RopeTable, change: str) -> None:
+def test_change_of_a_norm_misses_the_remembered_call(launches: Launches, table: RopeTable, change: str) -> None:
     x, plain = torch.randn(1, 24, 4, 16), {"norm": ACROSS, "weight": torch.rand(64) + 0.5}
     norm_rotate(x, table, backend="cuda", **plain)
     expected, actual = (
@@ -361,7 +361,7 @@ def test_hooks_remember_where_results_are_written(launches: Launches, table: Rop
 
 
 @pytest.mark.parametrize("backend", ["cuda", "eager"])
-def test_another_table_is_no_remembered_call(launches: Launches, table: RopeTable, backend: str) -> None:
+def test_another_table_misses_the_remembered_call(launches: Launches, table: RopeTable, backend: str) -> None:
     x = torch.randn(1, 24, 4, 16)
     rotate(x, table, backend=backend)
     shifted = rope_table(RopeSpec((8, 4, 4)), Grid(2, 3, 4, start_frame=7))

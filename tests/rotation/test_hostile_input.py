@@ -122,7 +122,7 @@ NUMBERS = (0, 0.0, -0.0, -1.0, math.inf, -math.inf, math.nan, 10**400)
 
 @pytest.mark.parametrize("value", NUMBERS, ids=lambda value: f"{value:.4}" if isinstance(value, float) else "int")
 @pytest.mark.parametrize("name", ["theta", "theta_rescale", "interpolation"])
-def test_numbers_that_are_no_base_or_factor_are_refused(name: str, value: float) -> None:
+def test_invalid_bases_and_factors_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be positive and finite"):
         RopeSpec((4, 4, 4), **{name: value})
 
@@ -130,7 +130,7 @@ def test_numbers_that_are_no_base_or_factor_are_refused(name: str, value: float)
 @pytest.mark.parametrize(
     "dims", [(3,), (4, 5), (0, 4), (-2,), (), (2,) * 5, (HUGE + 1,)], ids=lambda dims: str(dims)[:20]
 )
-def test_dims_that_are_no_pairs_are_refused(dims: tuple[int, ...]) -> None:
+def test_odd_or_empty_dims_are_refused(dims: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="dims must "):
         RopeSpec(dims)
 
@@ -194,7 +194,7 @@ def test_positions_past_the_table_are_refused_also_where_the_layout_is_known(cal
         getattr(dit_rope, call)(x, table, positions=rows)
 
 
-# Values that are no numbers.
+# NaN and infinities.
 
 
 @pytest.mark.parametrize("exact", [False, True])

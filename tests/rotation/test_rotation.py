@@ -247,7 +247,7 @@ def test_norm_rotate_refuses_a_bias_of_an_rms_norm_after_one_of_a_layer_norm(tab
         norm_rotate(x, table, bias=bias)
 
 
-def test_rotate_refuses_what_is_no_table() -> None:
+def test_rotate_refuses_other_objects_than_tables() -> None:
     with pytest.raises(TypeError, match="table must be a RopeTable, got tuple; make one with dit_rope.rope_table"):
         rotate(qk()[0], (torch.ones(12, 8), torch.zeros(12, 8)))  # type: ignore[arg-type]
 

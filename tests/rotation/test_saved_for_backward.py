@@ -247,7 +247,7 @@ def test_functions_of_other_libraries_have_second_derivatives(name: str) -> None
     assert (actual - expected).abs().max() <= 100 * torch.finfo(torch.float32).eps * expected.abs().max()
 
 
-def test_positions_over_memory_that_was_rewritten_are_read_anew() -> None:
+def test_positions_over_rewritten_memory_are_read_again() -> None:
     """A new tensor over an old buffer has the address and the version of the one before."""
     np = pytest.importorskip("numpy", exc_type=ImportError)
     dit_rope.cache_clear()
@@ -261,7 +261,7 @@ def test_positions_over_memory_that_was_rewritten_are_read_anew() -> None:
         assert torch.equal(rotate(x, table, positions=positions), expected)
 
 
-def test_rows_over_memory_that_was_rewritten_are_read_anew() -> None:
+def test_rows_over_rewritten_memory_are_read_again() -> None:
     table, x = rope_table(RopeSpec((4, 2, 2)), Grid(2, 3, 2)), tokens()
     buffer = table.rows.numpy().copy()
     for factor in (1, 2, 3):

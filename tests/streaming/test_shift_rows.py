@@ -67,7 +67,7 @@ def test_copy_made_while_the_table_grows_is_whole() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
 def test_child_forked_while_a_table_grows_can_grow_it(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    """On one thread: torch's own threads do not live on in a child, and waiting for them is no fault of a table."""
+    """On one thread: threads of torch end with a fork, and a child would wait for them."""
     table, inside, leave = ShiftTable(TEXT), threading.Event(), threading.Event()
     build = table._build
 

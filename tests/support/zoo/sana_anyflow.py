@@ -317,7 +317,7 @@ def _animate2_cached_inputs(model: Any, noise: Noise) -> dict[str, Any]:
     from torch.nn.attention.flex_attention import create_block_mask
 
     config = model.config
-    # The model would compile this. All tokens attend to one another here: the mask is no concern of the rotation.
+    # The model would compile this. All tokens attend to one another here: the mask does not change the rotation.
     mask = create_block_mask(lambda b, h, q, k: (q < 60) & (k >= 0), None, None, 128, 256, device="cpu")
     model.block_masks[3, 15] = mask
     cache = WanAnimate2KVCache(config.num_layers)
