@@ -4,7 +4,7 @@ from .adapters import UnsupportedModelError, register_adapter, unregister_adapte
 from .deprecated import rotary_dim
 from .hooks.options import Fusion
 from .patching import Patch, patch, unpatch
-from .rotation import norm_rotate, norm_rotate_qk, rotate, rotate_qk
+from .rotation import Rounding, norm_rotate, norm_rotate_qk, rotate, rotate_qk
 from .spec import Grid, NormKind, Pairing, RopeSpec, Scaling, Shard
 from .streaming import PositionPolicy, RollingCache, RopeStream, ShiftTable, plan_eviction, shift_keys
 from .tables import (
@@ -33,6 +33,7 @@ __all__ = [
     "RopeSpec",
     "RopeStream",
     "RopeTable",
+    "Rounding",
     "Scaling",
     "Shard",
     "ShiftTable",

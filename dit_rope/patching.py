@@ -15,6 +15,7 @@ from .hooks.options import Fusion, Options
 from .hooks.plan import PatchPlan, make_plan, restore
 from .hooks.report import describe
 from .rotation.choice import check_backend
+from .rotation.rounding import Rounding, rounding_of
 from .spec import Scalings
 
 
@@ -55,6 +56,7 @@ def patch(
     target: Any,
     *,
     exact: bool | None = None,
+    rounding: Rounding | None = None,
     backend: str = "auto",
     scaling: Scalings | Callable[[], Scalings] = None,
     fuse: Fusion = Fusion.NORM_AND_ROTATION,
@@ -63,8 +65,10 @@ def patch(
 
     Args:
         target: a pipeline, whose supported transformers are all patched, or one transformer.
-        exact: True for the same bits as the unpatched model in eager mode; False for float32 arithmetic rounded once,
-            with norm and rotation in one pass; None for exact on CPU, where it costs little, and fast elsewhere.
+        exact: the same as ``rounding=Rounding.EXACT`` (True) or ``Rounding.FAST`` (False).
+        rounding: ``Rounding.EXACT`` for the same bits as the unpatched model in eager mode; ``Rounding.MODEL`` for norm
+            and rotation in one pass that rounds where the model does; ``Rounding.FAST`` for one pass in float32,
+            rounded once. None for exact on a CPU, where it costs little, and the model's elsewhere.
         backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"eager"``.
         scaling: what the model's frequencies are scaled by: a Scaling for all axes, or a tuple of one Scaling or None
             for frame, height and width. Or a function without arguments that returns one of these, called once in
@@ -99,10 +103,14 @@ def patch(
     """
     if exact is not None and not isinstance(exact, bool):
         raise TypeError(f"exact must be True, False or None, got {exact!r}")
+    if exact is not None and rounding is not None:
+        raise ValueError(f"rounding must be None with exact={exact!r}, got {rounding!r}; leave exact out")
+    if exact is not None or rounding is not None:
+        rounding = rounding_of(False if exact is None else exact, rounding)
     check_backend(backend)
     if not isinstance(fuse, Fusion):
         raise TypeError(f"fuse must be a Fusion, got {fuse!r}")
-    options = Options(exact, backend, scaling, fuse)
+    options = Options(rounding, backend, scaling, fuse)
     plans = _plans(target, fuse)
     scaled = [plan.scaled_spec(options) for plan in plans]
     try:

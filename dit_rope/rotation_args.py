@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -139,6 +140,20 @@ class RotationArgs:
         )
 
 
+class NormRounding(enum.Enum):
+    """Where the norm before a rotation rounds to the dtype of the data; in between, arithmetic is float32.
+
+    ``NONE``: nowhere. ``RESULT``: its result, as torch's norms do. ``EVERY_STEP``: also what it multiplies by the
+    weight, and that before it adds the bias, as norms made of single operations on 16-bit weights do.
+    """
+
+    NONE = "none"
+    RESULT = "result"
+    EVERY_STEP = "every_step"
+
+    __hash__ = object.__hash__
+
+
 class Norm(NamedTuple):
     """The norm of the tensors of one call, before their rotation.
 
@@ -147,12 +162,14 @@ class Norm(NamedTuple):
         eps: added to the mean of squares, or to the variance.
         weights: one for each tensor, ``[D]`` per head or ``[H * D]`` across heads; empty without weights.
         biases: as ``weights``, added after them.
+        rounding: where it rounds. Before an exact rotation it must round its result.
     """
 
     kind: NormKind
     eps: float
     weights: Sequence[torch.Tensor] = ()
     biases: Sequence[torch.Tensor] = ()
+    rounding: NormRounding = NormRounding.NONE
 
     @classmethod
     def of(
@@ -162,17 +179,18 @@ class Norm(NamedTuple):
         eps: float,
         weights: Sequence[torch.Tensor | None] = (),
         biases: Sequence[torch.Tensor | None] = (),
+        rounding: NormRounding = NormRounding.NONE,
     ) -> Norm:
         """The norm of ``xs`` ``[B, S, H, D]``, of which some may have no weight or no bias.
 
         Where only one of two tensors has a weight or a bias, the other gets ones or zeros: a kernel reads both or none.
         """
         added = _for_all(xs, biases, kind, 0.0) if biases else ()
-        return cls(kind, eps, _for_all(xs, weights, kind, 1.0), added)
+        return cls(kind, eps, _for_all(xs, weights, kind, 1.0), added, rounding)
 
     def of_tensor(self, index: int) -> Norm:
         """The norm of one of the tensors alone."""
-        return Norm(self.kind, self.eps, self.weights[index : index + 1], self.biases[index : index + 1])
+        return self._replace(weights=self.weights[index : index + 1], biases=self.biases[index : index + 1])
 
 
 def _for_all(

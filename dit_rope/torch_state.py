@@ -1,4 +1,4 @@
-"""What torch is doing at this moment: tracing, differentiating, capturing a CUDA graph, working on a stream."""
+"""What torch is doing at this moment: tracing, differentiating, casting, capturing a CUDA graph, using a stream."""
 
 from __future__ import annotations
 
@@ -67,6 +67,12 @@ def capturing(device: torch.device | None = None) -> bool:
     """
     on_cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
     return on_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for ``device``, so that operations choose the dtype that they compute in."""
+    # Torch raises an error if it is asked about autocast on the meta device.
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def stream_of(device: torch.device) -> int:

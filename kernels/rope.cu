@@ -290,14 +290,33 @@ struct Heads {
       for (int j = 0; j < Plan::chunk; ++j) {
         float& value = values[chunk][j];
         value = __fmul_rn(value, factor);
-        if constexpr (Plan::weighted && Plan::biased) {
+        if constexpr (Plan::weighted && Plan::biased && !Plan::rounds_steps) {
           value = __fmaf_rn(value, weight[j], added[j]);
-        } else if constexpr (Plan::weighted) {
+        } else if constexpr (Plan::weighted && !Plan::rounds_steps) {
           value = __fmul_rn(value, weight[j]);
-        } else if constexpr (Plan::biased) {
+        } else if constexpr (Plan::biased && !Plan::rounds_steps) {
           value = __fadd_rn(value, added[j]);
         }
       }
+      if constexpr (Plan::rounds_steps && Plan::weighted) {
+        round_all(values[chunk]);
+#pragma unroll
+        for (int j = 0; j < Plan::chunk; ++j) values[chunk][j] = __fmul_rn(values[chunk][j], weight[j]);
+      }
+      if constexpr (Plan::rounds_steps && Plan::biased) {
+        round_all(values[chunk]);
+#pragma unroll
+        for (int j = 0; j < Plan::chunk; ++j) values[chunk][j] = __fadd_rn(values[chunk][j], added[j]);
+      }
+      if constexpr (Plan::rounds) round_all(values[chunk]);
+    }
+  }
+
+  // Rounds the channels of a chunk to the dtype of the data.
+  __device__ __forceinline__ void round_all(float (&values)[Plan::chunk]) const {
+    if constexpr (Word<Data>::kNumbers == 2) {
+#pragma unroll
+      for (int j = 0; j < Plan::chunk; j += 2) round_two<Data>(values[j], values[j + 1]);
     }
   }
 

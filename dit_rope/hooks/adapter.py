@@ -181,13 +181,13 @@ class ResultRotation(NamedTuple):
 
     Attributes:
         table: the table that it rotates by.
-        exact: whether it rounds as the model does.
+        rounds_as_model: whether it rounds where the model does, not in fast mode.
         rotate: rotates a result in the layout of the norm.
         rotate_heads: rotates heads ``[B, S, H, D]``.
     """
 
     table: PackedTable
-    exact: bool
+    rounds_as_model: bool
     rotate: Callable[[torch.Tensor], torch.Tensor]
     rotate_heads: Callable[[torch.Tensor], torch.Tensor]
 
@@ -259,6 +259,10 @@ class AttentionRotation:
                 "patched it, but left them out, so that queries or keys were not rotated; undo the patch before this "
                 "call"
             )
+
+    def keeps_dtype(self, dtype: torch.dtype) -> bool:
+        """Whether the model returns data of ``dtype`` in that dtype, so that norm and rotation may be one pass."""
+        return True
 
     def rotate_result(self, y: torch.Tensor, rotation: ResultRotation) -> torch.Tensor:
         """Rotates the result ``y`` of a norm or projection, where norm and rotation are two passes."""

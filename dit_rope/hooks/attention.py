@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from ..torch_state import in_transform
+from ..rotation import Rounding
+from ..torch_state import in_transform, is_autocast
 from .adapter import AttentionRotation, CastTo, Layout
 from .class_override import INSTALLED, Installed, Override, copy_of, derived_with, unpatched_class, unpatched_method
 from .heads import as_heads, fits, from_heads, rotate_heads
@@ -113,16 +114,16 @@ def _rotate_instead(settings: AttentionSettings, original: Callable[..., Any], *
     xs, rotary = replaced.tensors(args), replaced.rotary(args)
     if rotary is None or kwargs or any(x.dtype not in DTYPES or x.numel() == 0 for x in xs):
         return original(*args, **kwargs)
-    exact = settings.is_exact(xs[0].device)
+    rounding = settings.rounding_on(xs[0].device)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in xs)
-    if exact and grad:
+    if rounding is Rounding.EXACT and grad:
         return original(*args, **kwargs)
     form = rotation.format
     try:
-        (table,) = form.pack(rotary, xs[0].device, exact)
+        (table,) = form.pack(rotary, xs[0].device, rounding is Rounding.EXACT)
     except UnfitTable:
         return original(*args, **kwargs)
-    if exact and form.narrows:
+    if form.narrows and rounding is not Rounding.FAST:
         table = table.narrowed(xs[0].dtype)
     try:
         heads = [as_heads(x, rotation.layout, table.head_dim) for x in xs]
@@ -130,8 +131,14 @@ def _rotate_instead(settings: AttentionSettings, original: Callable[..., Any], *
         return original(*args, **kwargs)
     if not all(x.ndim == 4 and fits(x, table, rotation) and x.shape[1] == table.tokens for x in heads):
         return original(*args, **kwargs)
-    args_of = table.args(table.tokens, Align.START, exact)
-    rotated = [from_heads(x, rotation.layout) for x in rotate_heads(heads, args_of, settings.backend, inplace=False)]
+    try:
+        rotations = [settings.rotation_of(x, table, Align.START, rounding) for x in heads]
+    except UnfitTable:
+        return original(*args, **kwargs)
+    first = rotations[0]
+    if first is None or any(other is not first for other in rotations):
+        return original(*args, **kwargs)
+    rotated = [from_heads(x, rotation.layout) for x in rotate_heads(heads, first, settings.backend, inplace=False)]
     return rotated[0] if len(rotated) == 1 else tuple(rotated)
 
 
@@ -182,8 +189,10 @@ def _prepared(attn: Any, settings: AttentionSettings, arguments: Mapping[str, An
     hidden = arguments.get(rotation.covers[0].names[-1])
     if not isinstance(hidden, torch.Tensor) or hidden.dtype not in DTYPES or hidden.numel() == 0:
         raise UnfitTable
-    exact = settings.is_exact(hidden.device)
-    if exact and _wants_gradients(attn, arguments):
+    rounding = settings.rounding_on(hidden.device)
+    exact = rounding is Rounding.EXACT
+    kind = (hidden.shape, hidden.dtype, hidden.device, torch.get_num_threads())
+    if exact and (kind in settings.without_bits or _wants_gradients(attn, arguments)):
         raise UnfitTable
     if vars(attn).get("fused_projections") and any(
         name in _PROJECTIONS for name, _ in rotating_modules(attn, rotation)
@@ -197,9 +206,9 @@ def _prepared(attn: Any, settings: AttentionSettings, arguments: Mapping[str, An
         if not rotation.covers[min(index, len(rotation.covers) - 1)].fit(arguments, dim, table.tokens):
             raise UnfitTable
     dtypes = {CastTo.INPUT: hidden.dtype, CastTo.PROJECTION: _computed_dtype(hidden)}
-    if exact and form.narrows:
+    if form.narrows and rounding is not Rounding.FAST:
         tables = [table.narrowed(dtypes[CastTo.PROJECTION]) for table in tables]
-    return RotatedCall(settings, tables, exact, dtypes)
+    return RotatedCall(settings, tables, rounding, dtypes, kind)
 
 
 def _wants_gradients(attn: Any, arguments: Mapping[str, Any]) -> bool:
@@ -215,7 +224,4 @@ def _wants_gradients(attn: Any, arguments: Mapping[str, Any]) -> bool:
 
 def _computed_dtype(hidden: torch.Tensor) -> torch.dtype:
     """The dtype of queries and keys projected from ``hidden``, which autocast may change."""
-    kind = hidden.device.type
-    # torch.is_autocast_enabled raises an error for the meta device.
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocast else hidden.dtype
+    return torch.get_autocast_dtype(hidden.device.type) if is_autocast(hidden.device) else hidden.dtype

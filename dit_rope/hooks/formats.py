@@ -41,7 +41,10 @@ class Format:
         split: computes cos and sin ``[1 or B, S, 1 or H, P]`` of each table in a rotary argument.
         join: computes a rotary argument from cos and sin ``[B, S, H, P]``.
         exact: whether the model rounds both products and their sum, as exact mode does. A model that multiplies complex
-            numbers or accumulates does not; in exact mode it rotates by itself.
+            numbers or accumulates may not.
+        formula: for a form that is not ``exact``: the operations by which the model rotates heads ``[B, S, H, D]`` by
+            cos and sin ``[1 or B, S, 1 or H, P]``. Exact mode tries which arithmetic has their bits. Without one, or if
+            none has, the model rotates by itself.
         narrows: whether the model rounds cos and sin to the dtype of its data before it multiplies, as exact mode does.
         doubled: for a form that holds each value twice: computes pairs of tensors from a rotary argument, one with the
             first and one with the second of these values. The two must be equal, because only one is read.
@@ -55,6 +58,7 @@ class Format:
     split: Callable[[Any], Sequence[Pair]]
     join: Callable[[torch.Tensor, torch.Tensor], Any]
     exact: bool = True
+    formula: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     narrows: bool = False
     doubled: Callable[[Any], Sequence[Pair]] | None = None
     every_sample: bool = False
@@ -85,7 +89,8 @@ class Format:
         require_fit(self.accepts(rotary))
         leaves = list(_leaves(rotary))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        require_fit(not exact or (self.exact and all(tensor.dtype not in _WIDE for tensor in tensors)))
+        exactable = self.exact or self.formula is not None
+        require_fit(not exact or (exactable and all(tensor.dtype not in _WIDE for tensor in tensors)))
         numbers = tuple(leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))
         with torch.inference_mode(False), torch.no_grad():
             tables = packed_once((self, numbers), tensors, device, lambda: self._packed(rotary, tensors, device))
@@ -250,6 +255,22 @@ def _join_head_halves(cos: torch.Tensor, sin: torch.Tensor) -> Pair:
     return cos.transpose(1, 2), sin.transpose(1, 2)
 
 
+def _multiply_complex(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """By one product of complex numbers: ``apply_rotary_emb_qwen`` and ``embeddings.apply_rotary_emb``."""
+    numbers = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(numbers * torch.complex(cos, sin)).flatten(3).type_as(x)
+
+
+def _accumulate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """One product added to the other by ``addcmul``: ``apply_split_rotary_emb`` of LTX-2."""
+    halves = x.unflatten(-1, (2, -1)).float()
+    first, second = halves[..., :1, :], halves[..., 1:, :]
+    out: torch.Tensor = halves * cos.unsqueeze(-2)
+    out[..., :1, :].addcmul_(-sin.unsqueeze(-2), second)
+    out[..., 1:, :].addcmul_(sin.unsqueeze(-2), first)
+    return out.flatten(-2).to(x.dtype)
+
+
 INTERLEAVED = Format(
     "cos and sin, each at two neighbours",
     Pairing.INTERLEAVED,
@@ -271,11 +292,23 @@ HALF_NARROWED = replace(HALF, name=f"{HALF.name}, in the dtype of the data", nar
 STACKED = Format("cos and then sin, each at two neighbours", Pairing.INTERLEAVED, _split_stacked, _join_stacked)
 """One tensor ``[B, S, 2 D]``, in the dtype that data and table promote to: ``transformer_helios.py``."""
 
-COMPLEX = Format("complex numbers", Pairing.INTERLEAVED, _split_complex, _join_complex, exact=False)
+COMPLEX = Format(
+    "complex numbers",
+    Pairing.INTERLEAVED,
+    _split_complex,
+    _join_complex,
+    exact=False,
+    formula=_multiply_complex,
+)
 """``[S, D / 2]`` or ``[B, S, D / 2]``, one table or a tuple of tables: ``transformer_qwenimage.py``, Z-Image."""
 
 COMPLEX_BHSD = Format(
-    "complex numbers, heads before tokens", Pairing.INTERLEAVED, _split_complex_bhsd, _join_complex_bhsd, exact=False
+    "complex numbers, heads before tokens",
+    Pairing.INTERLEAVED,
+    _split_complex_bhsd,
+    _join_complex_bhsd,
+    exact=False,
+    formula=_multiply_complex,
 )
 """``[1 or B, 1, S, D / 2]``: ``transformer_anyflow.py``, ``transformer_sana_wm.py``."""
 
@@ -301,6 +334,7 @@ HEAD_HALVES = Format(
     _split_head_halves,
     _join_head_halves,
     exact=False,
+    formula=_accumulate,
     every_sample=True,
     every_head=True,
 )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.modules import module as torch_modules
 
+from ..rotation_args import NormRounding
 from ..spec import NormKind
 from .known_code import guard_of
 
@@ -18,7 +19,7 @@ class FusedNorm(NamedTuple):
     """The parameters of one norm: y = (x - mean if ``centred``) / sqrt(mean square + eps) * weight + bias.
 
     ``keeps_dtype`` tells whether the result of the module has the dtype of the data, as in the kernels, even if the
-    weight has another.
+    weight has another. ``rounding`` is where the module rounds to that dtype.
     """
 
     centred: bool
@@ -26,6 +27,7 @@ class FusedNorm(NamedTuple):
     bias: torch.Tensor | None
     eps: float
     keeps_dtype: bool = False
+    rounding: NormRounding = NormRounding.RESULT
 
     def kind(self, across_heads: bool) -> NormKind:
         """The kind of norm, across heads or per head."""
@@ -114,8 +116,23 @@ def _rms_norm(module: Any, dtype: torch.dtype) -> FusedNorm:
     return FusedNorm(False, module.weight, getattr(module, "bias", None), eps)
 
 
+def _diffusers_norm(module: Any, dtype: torch.dtype) -> FusedNorm:
+    """RMSNorm of diffusers 0.42.1, by single operations: a 16-bit weight multiplies what is rounded to 16 bits."""
+    return _rms_norm(module, dtype)._replace(rounding=NormRounding.EVERY_STEP)
+
+
+def _wide_rms_norm(module: Any, dtype: torch.dtype) -> FusedNorm:
+    """Weights of any dtype take part in float32: ``MochiRMSNorm``, ``transformer_cosmos3.py`` of diffusers 0.42.1."""
+    return _rms_norm(module, dtype)._replace(keeps_dtype=True)
+
+
 def _layer_norm(module: Any, dtype: torch.dtype) -> FusedNorm:
     return FusedNorm(True, module.weight, module.bias, module.eps)
+
+
+def _wide_layer_norm(module: Any, dtype: torch.dtype) -> FusedNorm:
+    """Weights of any dtype take part in float32: ``FP32LayerNorm`` of diffusers 0.42.1."""
+    return _layer_norm(module, dtype)._replace(keeps_dtype=True)
 
 
 def _stable_audio_3_norm(module: Any, dtype: torch.dtype) -> FusedNorm:
@@ -131,10 +148,10 @@ def _krea2_norm(module: Any, dtype: torch.dtype) -> FusedNorm:
 KNOWN_NORMS: dict[str, Callable[[Any, torch.dtype], FusedNorm]] = {
     "torch.nn.modules.normalization.RMSNorm": _rms_norm,
     "torch.nn.modules.normalization.LayerNorm": _layer_norm,
-    "diffusers.models.normalization.RMSNorm": _rms_norm,
-    "diffusers.models.normalization.MochiRMSNorm": _rms_norm,
-    "diffusers.models.normalization.FP32LayerNorm": _layer_norm,
-    "diffusers.models.transformers.transformer_cosmos3.Cosmos3NemotronRMSNorm": _rms_norm,
+    "diffusers.models.normalization.RMSNorm": _diffusers_norm,
+    "diffusers.models.normalization.MochiRMSNorm": _wide_rms_norm,
+    "diffusers.models.normalization.FP32LayerNorm": _wide_layer_norm,
+    "diffusers.models.transformers.transformer_cosmos3.Cosmos3NemotronRMSNorm": _wide_rms_norm,
     "diffusers.models.transformers.transformer_krea2.Krea2RMSNorm": _krea2_norm,
     "diffusers.models.transformers.transformer_stable_audio3.StableAudio3RMSNorm": _stable_audio_3_norm,
 }

@@ -6,12 +6,15 @@ import enum
 from dataclasses import dataclass
 from typing import Any
 
+from ..rotation import Rounding
+
 
 class Fusion(enum.Enum):
     """Which operations on queries and keys :func:`dit_rope.patch` takes over; tables are memoized in any case.
 
-    ``NORM_AND_ROTATION``: norm and rotation in one pass, in fast mode and for norms that the kernels know; otherwise
-    as ``ROTATION``. ``ROTATION``: the rotation; the model runs its own norms. ``NOTHING``: the model norms and rotates.
+    ``NORM_AND_ROTATION``: norm and rotation in one pass, for norms that the kernels know, unless the rounding is exact;
+    otherwise as ``ROTATION``. ``ROTATION``: the rotation; the model runs its own norms. ``NOTHING``: the model norms
+    and rotates.
     """
 
     NOTHING = "nothing"
@@ -23,9 +26,12 @@ class Fusion(enum.Enum):
 
 @dataclass(frozen=True)
 class Options:
-    """How a patched model computes, as :func:`dit_rope.patch` takes it; ``scaling`` may be a function."""
+    """How a patched model computes, as :func:`dit_rope.patch` takes it; ``scaling`` may be a function.
 
-    exact: bool | None = None
+    Without a ``rounding`` it is exact on a CPU, and the model's elsewhere.
+    """
+
+    rounding: Rounding | None = None
     backend: str = "auto"
     scaling: Any = None
     fuse: Fusion = Fusion.NORM_AND_ROTATION

@@ -171,7 +171,7 @@ class PatchPlan:
         fuses_norm = options.fuse is Fusion.NORM_AND_ROTATION
         for rotation in self.rotations:
             path = f"{self.name}.{plain_path(rotation.path)}"
-            settings = AttentionSettings(rotation.rotation, options.exact, options.backend, fuses_norm, path)
+            settings = AttentionSettings(rotation.rotation, options.rounding, options.backend, fuses_norm, path)
             install_rotation(rotation.attention, settings, self.state)
         install(self.model, None, self.state)
         add_hooks(self.model, BeginPass(prepare_attention), EndPass())

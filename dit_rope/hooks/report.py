@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from ..rotation import Rounding
 from ..rotation.choice import explain_backends
 from ..spec import Scaling, Scalings
 from .adapter import AttentionRotation, ModelAdapter, ModelTables
@@ -51,7 +52,11 @@ def tables_of(tables: ModelTables, by_axis: bool | None = None) -> str:
 
 def rotates_in(rotation: AttentionRotation, names: Sequence[str]) -> str:
     """Where queries and keys of one kind of attention module rotate: in its modules ``names``, if there are any."""
-    mode = "" if rotation.format.exact else " in fast mode; in exact mode the model rotates"
+    form = rotation.format
+    mode = ""
+    if not form.exact:
+        mode = ", but in exact mode the model rotates"
+        mode += "" if form.formula is None else ", unless a kernel has the same bits"
     if not names:
         assert rotation.replaced_function is not None
         return f"{rotation.replaced_function.name} rotates in one pass{mode}"
@@ -149,11 +154,14 @@ def _elsewhere(plan: PatchPlan) -> Iterator[str]:
 
 def _arithmetic(options: Options) -> str:
     bits = "bitwise equal to unpatched" if options.scaling is None else "rounded as unpatched"
-    exact = f"exact ({bits}; the model's own rotation if gradients are wanted)"
-    fast = "fast (float32, rounded once)"
-    if options.exact is None:
-        return f"{exact} on CPU, {fast} elsewhere"
-    return exact if options.exact else fast
+    texts = {
+        Rounding.EXACT: f"exact ({bits}; the model's own rotation if gradients are wanted)",
+        Rounding.MODEL: "rounded where the model rounds",
+        Rounding.FAST: "fast (float32, rounded once)",
+    }
+    if options.rounding is None:
+        return f"{texts[Rounding.EXACT]} on CPU, {texts[Rounding.MODEL]} elsewhere"
+    return texts[options.rounding]
 
 
 def _fused(plan: PatchPlan, options: Options) -> str:
@@ -162,9 +170,8 @@ def _fused(plan: PatchPlan, options: Options) -> str:
         return "rotation, because fuse is Fusion.ROTATION; norms are the model's own"
     if not any("norm" in name for rotation in plan.rotations for name in rotation.names):
         return "rotation; the model has no norm before it"
-    if options.exact:
-        return "rotation; norms are the model's own in exact mode"
-    return "norm and rotation" + ("" if options.exact is False else " in fast mode, rotation in exact mode")
+    exact = "; in exact mode only norms of which one pass has the same bits"
+    return "norm and rotation" + (exact if options.rounding in (None, Rounding.EXACT) else "")
 
 
 def _device(plan: PatchPlan) -> torch.device:

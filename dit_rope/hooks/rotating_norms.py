@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 
-from ..rotation import ops
-from ..rotation_args import Norm
+from ..rotation import Rounding, ops
+from ..rotation_args import Norm, NormRounding, RotationArgs
+from ..torch_state import is_autocast
 from .adapter import AttentionRotation, CastTo, Layout, NormRotation, ResultRotation
+from .exact_bits import exact_arithmetic, one_pass_is_exact
 from .fused_norms import fused_norm, makes_fresh_results
 from .heads import as_heads, fits, from_heads, is_distributed, rotate_heads
-from .packed_tables import PackedTable, UnfitTable
+from .packed_tables import Align, PackedTable, UnfitTable
+
+_MOST_KINDS = 1024
 
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 """Dtypes of queries and keys that dit_rope rotates; a model in another dtype runs its own code."""
@@ -24,19 +28,35 @@ DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 class AttentionSettings:
     """The settings of one patched attention module, from the arguments of :func:`dit_rope.patch`; stored on the module.
 
-    ``name`` is its path for the log, ``logged`` holds the reasons that were logged.
+    ``name`` is its path for the log, ``logged`` holds the reasons that were logged, and ``without_bits`` the inputs
+    that no kernel rotates with the bits of the model in exact mode.
     """
 
     rotation: AttentionRotation
-    exact: bool | None
+    rounding: Rounding | None
     backend: str
     fuses_norm: bool
     name: str = ""
     logged: set[str] = field(default_factory=set, repr=False)
+    without_bits: set[tuple[object, ...]] = field(default_factory=set, repr=False)
 
-    def is_exact(self, device: torch.device) -> bool:
-        """Whether this module rotates with the roundings of the model on ``device``."""
-        return device.type == "cpu" if self.exact is None else self.exact
+    def rounding_on(self, device: torch.device) -> Rounding:
+        """Where this module rounds on ``device``."""
+        if self.rounding is not None:
+            return self.rounding
+        return Rounding.EXACT if device.type == "cpu" else Rounding.MODEL
+
+    def rotation_of(
+        self, heads: torch.Tensor, table: PackedTable, align: Align, rounding: Rounding
+    ) -> RotationArgs | None:
+        """The rotation of ``heads`` ``[B, S, H, D]`` by ``table``; None if no arithmetic has the bits of the model."""
+        form, length = self.rotation.format, heads.shape[1]
+        args = table.args(length, align, form.exact and rounding is not Rounding.FAST)
+        if form.exact or rounding is not Rounding.EXACT:
+            return args
+        local = heads.to_local() if is_distributed(heads) else heads  # type: ignore[attr-defined]
+        exact = exact_arithmetic(form, local, args, self.backend)
+        return None if exact is None else table.args(length, align, exact)
 
 
 def rotating_modules(attn: Any, rotation: AttentionRotation) -> list[tuple[str, NormRotation]]:
@@ -69,18 +89,34 @@ class RotatedCall:
         self,
         settings: AttentionSettings,
         tables: list[PackedTable],
-        exact: bool,
+        rounding: Rounding,
         dtypes: Mapping[CastTo, torch.dtype],
+        kind: tuple[object, ...],
     ) -> None:
         self.settings = settings
         self.rotation = settings.rotation
         self.tables = tables
-        self.exact = exact
+        self.rounding = rounding
+        self.kind = kind
         self.dtypes = dtypes
         self.attn: Any = None
         self.heads: int = 0
         self.rotating: set[str] = set()
         self.pending: set[str] = set()
+
+    def rotation_of(self, heads: torch.Tensor, table: PackedTable, align: Align) -> RotationArgs:
+        """The rotation of ``heads`` ``[B, S, H, D]`` by ``table``.
+
+        Raises:
+            UnfitTable: no arithmetic has the bits of the model; further calls with such an input do not start.
+        """
+        args = self.settings.rotation_of(heads, table, align, self.rounding)
+        if args is None:
+            if len(self.settings.without_bits) >= _MOST_KINDS:
+                self.settings.without_bits.clear()
+            self.settings.without_bits.add(self.kind)
+            raise UnfitTable
+        return args
 
     def check(self, attn: Any) -> None:
         """Raises RuntimeError if the code did not call all norms, unless the adapter allows it."""
@@ -119,13 +155,13 @@ class _RotatingModule:
         call.pending.discard(self._name)
         table = call.tables[min(norm.table, len(call.tables) - 1)]
         layout = rotation.layout if self._name in rotation.norms else Layout.BSC
-        if not call.exact and len(args) == 1 and not kwargs:
+        if len(args) == 1 and not kwargs:
             fused = self._fused(args[0], table, layout)
             if fused is not None:
                 return from_heads(fused, layout)
         fresh = makes_fresh_results(self._module)
         y = self._module(*args, **kwargs)
-        if call.exact and rotation.cast_to is not None:
+        if call.rounding is not Rounding.FAST and rotation.cast_to is not None:
             y, before = y.to(call.dtypes[rotation.cast_to]), y
             fresh = fresh or y is not before
         rotate_heads = functools.partial(self._rotate, table, inplace=fresh)
@@ -133,7 +169,9 @@ class _RotatingModule:
         def rotate(y: torch.Tensor) -> torch.Tensor:
             return from_heads(rotate_heads(self._heads(y, table, layout)), layout)
 
-        return rotation.rotate_result(y, ResultRotation(table, call.exact, rotate, rotate_heads))
+        return rotation.rotate_result(
+            y, ResultRotation(table, call.rounding is not Rounding.FAST, rotate, rotate_heads)
+        )
 
     def _fused(self, x: torch.Tensor, table: PackedTable, layout: Layout) -> torch.Tensor | None:
         """Norm and rotation of ``x`` in one pass; None if the kernels do not compute what the module does."""
@@ -148,10 +186,28 @@ class _RotatingModule:
         norm = fused_norm(self._module, x.dtype) if x.dtype in DTYPES else None
         if norm is None:
             return None
+        if call.rounding is not Rounding.FAST and not self._rounds_in_one_dtype(x):
+            return None
         heads = self._heads(x, table, layout)
-        args = table.args(heads.shape[1], self._norm.align, False)
-        applied = Norm.of([heads], norm.kind(layout is Layout.BSC), norm.eps, [norm.weight], [norm.bias])
-        return ops.rotate([heads], args, applied, backend=call.settings.backend)[0]
+        backend = call.settings.backend
+        if call.rounding is Rounding.EXACT and not (
+            rotation.format.exact and one_pass_is_exact(self._module, norm, heads, layout, backend)
+        ):
+            return None
+        args = call.rotation_of(heads, table, self._norm.align)
+        rounding = NormRounding.NONE if call.rounding is Rounding.FAST else norm.rounding
+        kind = norm.kind(layout is Layout.BSC)
+        applied = Norm.of([heads], kind, norm.eps, [norm.weight], [norm.bias], rounding)
+        return ops.rotate([heads], args, applied, backend=backend)[0]
+
+    def _rounds_in_one_dtype(self, x: torch.Tensor) -> bool:
+        """Whether the model rounds to the dtype of ``x`` alone, from the norm to the rotated result.
+
+        Autocast lets some norms return float32.
+        """
+        call, rotation = self._call, self._call.rotation
+        cast_to = x.dtype if rotation.cast_to is None else call.dtypes[rotation.cast_to]
+        return cast_to == x.dtype and rotation.keeps_dtype(x.dtype) and not is_autocast(x.device)
 
     def _heads(self, y: torch.Tensor, table: PackedTable, layout: Layout) -> torch.Tensor:
         """``y`` as heads ``[B, S, H, D]``.
@@ -175,5 +231,5 @@ class _RotatingModule:
 
     def _rotate(self, table: PackedTable, heads: torch.Tensor, inplace: bool) -> torch.Tensor:
         call = self._call
-        args = table.args(heads.shape[1], self._norm.align, call.exact)
+        args = call.rotation_of(heads, table, self._norm.align)
         return rotate_heads([heads], args, call.settings.backend, inplace)[0]

@@ -7,6 +7,7 @@ Sources, in diffusers 0.42.1: ``transformer_anyflow.py``, ``transformer_anyflow_
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ ANYFLOW_FAR = ModelAdapter(
         AttentionRotation(
             attention=r"blocks\.\d+\.attn1",
             attention_class="AnyFlowAttention",
-            format=COMPLEX_BHSD,
+            format=replace(COMPLEX_BHSD, formula=None),  # the model multiplies in float64
             layout=Layout.BHSD,
             norms={},
             rotary=(),

@@ -29,9 +29,15 @@ _QK = {"query_norm": NormRotation(table=0), "key_norm": NormRotation(table=1)}
 class _BFloat16Rotation(AttentionRotation):
     """Rotates in float32 and rounds to bfloat16, whatever the dtype of the model."""
 
+    def keeps_dtype(self, dtype: torch.dtype) -> bool:
+        """Of bfloat16 alone."""
+        return dtype is torch.bfloat16
+
     def rotate_result(self, y: torch.Tensor, rotation: ResultRotation) -> torch.Tensor:
-        """In exact mode with these roundings; in fast mode in the dtype of ``y``."""
-        return rotation.rotate(y.float()).to(torch.bfloat16) if rotation.exact else rotation.rotate(y)
+        """With these roundings; in fast mode in the dtype of ``y``."""
+        if not rotation.rounds_as_model:
+            return rotation.rotate(y)
+        return rotation.rotate(y.float()).to(torch.bfloat16)
 
 
 KANDINSKY5 = ModelAdapter(

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from ..rotation_args import Norm, RotationArgs, layout_of
+from ..rotation_args import Norm, NormRounding, RotationArgs, layout_of
 from ..scalars import check_flags
 from ..spec import NormKind
 from ..tables.table import RopeTable
@@ -26,9 +26,13 @@ from ..validation import (
 from . import autograd as autograd  # registers the derivatives of the operators
 from . import derivatives, ops
 from .choice import Choice, check_backend, remembered_choice
+from .rounding import Rounding, rounding_of
 
 # Valid layouts of calls that a table remembers; a model has a few.
 _MAX_REMEMBERED = 64
+
+# Torch's own norms round their result alone.
+_NORM_ROUNDINGS = {Rounding.MODEL: NormRounding.RESULT, Rounding.FAST: NormRounding.NONE}
 
 _Parameters = tuple[torch.Tensor | None, ...]
 _NormArguments = tuple[NormKind, float, _Parameters, _Parameters]
@@ -45,6 +49,7 @@ def rotate(
     inverse: bool = False,
     inplace: bool = False,
     exact: bool = False,
+    rounding: Rounding | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Rotates one tensor, as :func:`rotate_qk` does two.
@@ -63,7 +68,8 @@ def rotate(
         >>> torch.allclose(dit_rope.rotate(rotated, table, inverse=True), x, atol=1e-6)
         True
     """
-    return _rotate(("x",), (x,), table, prefix, suffix, positions, inverse, exact, inplace, backend)[0]
+    mode = rounding_of(exact, rounding)
+    return _rotate(("x",), (x,), table, prefix, suffix, positions, inverse, mode, inplace, backend)[0]
 
 
 def rotate_qk(
@@ -77,6 +83,7 @@ def rotate_qk(
     inverse: bool = False,
     inplace: bool = False,
     exact: bool = False,
+    rounding: Rounding | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotates queries and keys by the positions of a token grid (RoFormer, arXiv:2104.09864), in one launch.
@@ -93,8 +100,11 @@ def rotate_qk(
             They are checked again after a write that torch counts; it does not count writes through ``.data`` or numpy.
         inverse: rotate backwards.
         inplace: overwrite q and k. Refused where a gradient is wanted.
-        exact: the bits of the model's eager code: products are rounded before they are added, in the dtype that the
-            data and the table promote to. Else float32 arithmetic (float64 for float64 data), rounded once.
+        exact: the same as ``rounding=Rounding.EXACT`` (True) or ``Rounding.FAST`` (False).
+        rounding: where results are rounded. ``Rounding.EXACT`` gives the bits of the model's eager code: products are
+            rounded before they are added, in the dtype that the data and the table promote to; without a norm
+            ``Rounding.MODEL`` does too. ``Rounding.FAST`` computes in float32 (float64 for float64 data) and rounds
+            once. None leaves it to ``exact``.
         backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"eager"``. A named backend rotates or is refused. Under
             torch.func and with dual numbers torch's own operations rotate, whatever the backend.
 
@@ -114,7 +124,8 @@ def rotate_qk(
         >>> torch.equal(q_rotated[:, :5], q[:, :5])
         True
     """
-    rotated = _rotate(("q", "k"), (q, k), table, prefix, suffix, positions, inverse, exact, inplace, backend)
+    mode = rounding_of(exact, rounding)
+    rotated = _rotate(("q", "k"), (q, k), table, prefix, suffix, positions, inverse, mode, inplace, backend)
     return rotated[0], rotated[1]
 
 
@@ -132,6 +143,7 @@ def norm_rotate(
     inverse: bool = False,
     inplace: bool = False,
     exact: bool = False,
+    rounding: Rounding | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Norms and rotates one tensor, as :func:`norm_rotate_qk` does two.
@@ -153,7 +165,8 @@ def norm_rotate(
         True
     """
     normed = (norm, eps, (weight,), () if bias is None else (bias,))
-    return _rotate(("x",), (x,), table, prefix, suffix, positions, inverse, exact, inplace, backend, normed)[0]
+    mode = rounding_of(exact, rounding)
+    return _rotate(("x",), (x,), table, prefix, suffix, positions, inverse, mode, inplace, backend, normed)[0]
 
 
 def norm_rotate_qk(
@@ -173,9 +186,10 @@ def norm_rotate_qk(
     inverse: bool = False,
     inplace: bool = False,
     exact: bool = False,
+    rounding: Rounding | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Norms every token of queries and keys, then rotates them, in one launch; in exact mode the norm is a pass before.
+    """Norms every token of queries and keys, then rotates them, in one launch (two passes for exact bits).
 
     The norm is an RMSNorm (Zhang and Sennrich, arXiv:1910.07467), or, of a layer kind, a LayerNorm (Ba, Kiros and
     Hinton, arXiv:1607.06450): the mean is subtracted, the variance is biased, the bias comes after the weight.
@@ -186,8 +200,10 @@ def norm_rotate_qk(
         q_bias, k_bias: of the same shapes, or None; of a LayerNorm alone.
         eps: added to the mean of squares, or to the variance.
         norm: the kind of norm, which says whether a mean is taken over a head or over all heads.
-        exact: ``torch.nn.functional.rms_norm`` or ``layer_norm`` first, then the exact rotation. Else norm and
-            rotation in float32 (float64 for float64 data), rounded once at the end.
+        rounding: ``Rounding.EXACT`` runs ``torch.nn.functional.rms_norm`` or ``layer_norm`` first, then the exact
+            rotation. ``Rounding.MODEL`` rounds at the same places in one pass: the norm once, after weight and bias,
+            then the products and sums of the rotation. ``Rounding.FAST`` computes both in float32 (float64 for float64
+            data) and rounds once at the end.
 
     The other arguments, the return and the errors are those of :func:`rotate_qk`.
 
@@ -200,7 +216,8 @@ def norm_rotate_qk(
         tensor([1.])
     """
     normed = (norm, eps, (q_weight, k_weight), () if q_bias is None and k_bias is None else (q_bias, k_bias))
-    rotated = _rotate(("q", "k"), (q, k), table, prefix, suffix, positions, inverse, exact, inplace, backend, normed)
+    mode = rounding_of(exact, rounding)
+    rotated = _rotate(("q", "k"), (q, k), table, prefix, suffix, positions, inverse, mode, inplace, backend, normed)
     return rotated[0], rotated[1]
 
 
@@ -212,20 +229,21 @@ def _rotate(
     suffix: int,
     positions: torch.Tensor | None,
     inverse: bool,
-    exact: bool,
+    rounding: Rounding,
     inplace: bool,
     backend: str,
     norm: _NormArguments | None = None,
 ) -> list[torch.Tensor]:
     """Checks a call, then makes it. ``names`` are those of ``xs`` in messages."""
-    args, choice = _check(names, xs, table, prefix, suffix, positions, inverse, exact, inplace, backend, norm)
+    args, choice = _check(names, xs, table, prefix, suffix, positions, inverse, rounding, inplace, backend, norm)
     if inplace:
         check_inplace(names, xs, _parameters(norm))
     if norm is None:
         return ops.rotate(xs, args, inplace=inplace, choice=choice)
     kind, eps, weights, biases = norm
-    if not exact:
-        return ops.rotate(xs, args, Norm.of(xs, kind, float(eps), weights, biases), inplace=inplace, choice=choice)
+    if rounding is not Rounding.EXACT:
+        applied = Norm.of(xs, kind, float(eps), weights, biases, _NORM_ROUNDINGS[rounding])
+        return ops.rotate(xs, args, applied, inplace=inplace, choice=choice)
     affine = zip(xs, weights, biases or [None] * len(xs), strict=True)
     normed = [_torch_norm(x, weight, bias, float(eps), kind) for x, weight, bias in affine]
     # Chosen again: a norm's result may have another layout than its input.
@@ -264,7 +282,7 @@ def _check(
     suffix: int,
     positions: torch.Tensor | None,
     inverse: bool,
-    exact: bool,
+    rounding: Rounding,
     inplace: bool,
     backend: str,
     norm: _NormArguments | None,
@@ -273,24 +291,26 @@ def _check(
     if not isinstance(table, RopeTable):
         raise TypeError(f"table must be a RopeTable, got {type(table).__name__}; make one with dit_rope.rope_table")
     if torch.compiler.is_compiling():  # the operator chooses when it runs, on real tensors
-        args = _validated(names, xs, table, prefix, suffix, positions, inverse, exact, inplace, backend, norm)
+        args = _validated(names, xs, table, prefix, suffix, positions, inverse, rounding, inplace, backend, norm)
         return args, Choice(backend)
     normed = None
     if norm is not None:
         kind, eps, weights, biases = norm
         normed = (kind, eps, type(eps), *map(layout_of, (*weights, *biases)))
     key = (
-        *map(layout_of, xs), layout_of(positions), prefix, suffix, inverse, exact, inplace, backend, normed,
+        *map(layout_of, xs), layout_of(positions), prefix, suffix, inverse, rounding, inplace, backend, normed,
         # True equals 1: without the types a call with one would pass as a call with the other.
-        type(prefix), type(suffix), type(inverse), type(exact), type(inplace),
+        type(prefix), type(suffix), type(inverse), type(inplace),
     )  # fmt: skip
     try:
         valid = table.validated.get(key)
     except TypeError:  # an unhashable argument, which validation names
         valid = None
     if valid is None:
-        args = _validated(names, xs, table, prefix, suffix, positions, inverse, exact, inplace, backend, norm)
-        choice = remembered_choice(xs, args, None if norm is None or exact else Norm.of(xs, *norm), backend)
+        args = _validated(names, xs, table, prefix, suffix, positions, inverse, rounding, inplace, backend, norm)
+        one_pass = norm is not None and rounding is not Rounding.EXACT
+        applied = Norm.of(xs, *norm, _NORM_ROUNDINGS[rounding]) if norm and one_pass else None
+        choice = remembered_choice(xs, args, applied, backend)
         if in_level() or in_mode():  # their tensors and choice are not valid for other calls
             return args, choice
         if len(table.validated) >= _MAX_REMEMBERED:
@@ -307,7 +327,7 @@ def _validated(
     suffix: int,
     positions: torch.Tensor | None,
     inverse: bool,
-    exact: bool,
+    rounding: Rounding,
     inplace: bool,
     backend: str,
     norm: _NormArguments | None,
@@ -317,14 +337,14 @@ def _validated(
     if norm is not None:
         kind, eps, weights, biases = norm
         check_norm(names, xs, weights, eps, kind, biases)
-    check_flags(inverse=inverse, exact=exact, inplace=inplace)
+    check_flags(inverse=inverse, inplace=inplace)
     batch, length = xs[0].shape[:2]
     check_around(length, prefix, suffix)
     count = table.count if positions is None else length - prefix - suffix
     check_token_count(names[0], length, prefix, count, suffix)
     if positions is not None:
         check_positions(positions, batch, count, len(table.sizes), table.device)
-    return table.args(prefix=prefix, inverse=inverse, exact=exact, positions=positions)
+    return table.args(prefix=prefix, inverse=inverse, exact=rounding is not Rounding.FAST, positions=positions)
 
 
 def _parameters(norm: _NormArguments | None) -> list[torch.Tensor]:

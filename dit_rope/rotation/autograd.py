@@ -69,18 +69,18 @@ def _rotate_inplace_autograd(xs: list[torch.Tensor], *flat: Any) -> None:
 
 @torch.library.impl(library, "norm_rotate", "Autograd")
 def _norm_rotate_autograd(xs: list[torch.Tensor], *flat: Any) -> list[torch.Tensor]:
-    weights, biases, eps, name, *rest = flat
+    weights, biases, eps, name, rounding, *rest = flat
     if in_level() or _wants_grad(rest[:1]):
         return _differentiable(xs, flat)
     if _wants_grad([*xs, *weights, *biases]):
-        numbers = (len(xs), len(weights), eps, name)
+        numbers = (len(xs), len(weights), eps, name, rounding)
         return list(_NormRotate.apply(numbers, rest, *xs, *weights, *biases))
     return list(_below_autograd(_NORM_ROTATE, xs, *flat))
 
 
 @torch.library.impl(library, "norm_rotate_", "Autograd")
 def _norm_rotate_inplace_autograd(xs: list[torch.Tensor], *flat: Any) -> None:
-    weights, biases, _, _, rows, *_ = flat
+    weights, biases, _, _, _, rows, *_ = flat
     if in_level() or _wants_grad([*xs, *weights, *biases, rows]):
         _differentiable_inplace(xs, flat)
         return
@@ -113,15 +113,15 @@ class _Rotate(torch.autograd.Function):
 
 
 class _NormRotate(torch.autograd.Function):
-    """Gradient of norm and rotation, in float32 (float64 for float64 data), rounded once."""
+    """Gradient of norm and rotation, in float32 (float64 for float64 data), rounded once, whatever forward rounds."""
 
     @staticmethod
     def forward(
-        ctx: Any, numbers: tuple[int, int, float, str], flat: Sequence[Any], *tensors: torch.Tensor
+        ctx: Any, numbers: tuple[int, int, float, str, str], flat: Sequence[Any], *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        count, weighted, eps, name = numbers
+        count, weighted, eps, name, rounding = numbers
         xs, weights, biases = tensors[:count], tensors[count : count + weighted], tensors[count + weighted :]
-        outs = _below_autograd(_NORM_ROTATE, xs, weights, biases, eps, name, *flat)
+        outs = _below_autograd(_NORM_ROTATE, xs, weights, biases, eps, name, rounding, *flat)
         _save(ctx, flat, (*xs, *weights))
         ctx.count, ctx.eps, ctx.kind = count, eps, NormKind(name)
         ctx.bias_dtypes = [bias.dtype for bias in biases]

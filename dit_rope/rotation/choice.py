@@ -116,7 +116,7 @@ def remembered_choice(
     normed: tuple[object, ...] = ()
     if norm is not None:
         weights, biases = norm.weights, norm.biases
-        normed = (norm.kind, norm.eps, len(weights), *map(layout_of, weights), *map(layout_of, biases))
+        normed = (norm.kind, norm.eps, norm.rounding, len(weights), *map(layout_of, weights), *map(layout_of, biases))
     key = (
         backend, args.numbers, layout_of(args.rows), layout_of(args.positions), layout_of(args.entries),
         len(xs), *map(layout_of, xs), len(outs), *map(layout_of, outs), normed,

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from ..rotation_args import Norm, RotationArgs
+from ..rotation_args import Norm, NormRounding, RotationArgs
 from ..spec import NormKind
 from . import reference
 from .backends import cos_sin
@@ -28,8 +28,10 @@ def rotated(x: torch.Tensor, args: RotationArgs, norm: Norm | None = None) -> to
         entries = args.entries.long()
         return x.index_copy(0, entries, rotated(x.index_select(0, entries), replace(args, entries=None), norm))
     if norm is not None:
-        out = rotated(normed(x, norm), replace(args, exact=False)).to(x.dtype)
-        return _in_order_of(out, x)
+        values = normed(x, norm)
+        if args.exact:
+            values = values.to(x.dtype)  # it is rounded already
+        return _in_order_of(rotated(values, args).to(x.dtype), x)
     cos, sin = cos_sin.dense_cos_sin(args, *x.shape[1:3])
     if args.exact:
         out = reference.rotated(x, cos, sin, args.pairing)
@@ -40,14 +42,19 @@ def rotated(x: torch.Tensor, args: RotationArgs, norm: Norm | None = None) -> to
 
 
 def normed(x: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """The norm of the one tensor ``x`` ``[B, S, H, D]``, in float32, or float64 for float64 data."""
+    """The norm of the one tensor ``x`` ``[B, S, H, D]``, as float32, or float64 for float64 data."""
     wide = _wide(x.dtype)
     out = _normed(x.to(wide), norm)[0]
+    every_step = norm.rounding is NormRounding.EVERY_STEP
     if norm.weights:
-        out = out * _of_head(norm.weights[0].to(wide), x, norm.kind)
+        out = _rounded(out, x.dtype, every_step) * _of_head(norm.weights[0].to(wide), x, norm.kind)
     if norm.biases:
-        out = out + _of_head(norm.biases[0].to(wide), x, norm.kind)
-    return out
+        out = _rounded(out, x.dtype, every_step) + _of_head(norm.biases[0].to(wide), x, norm.kind)
+    return _rounded(out, x.dtype, norm.rounding is not NormRounding.NONE)
+
+
+def _rounded(x: torch.Tensor, dtype: torch.dtype, rounds: bool) -> torch.Tensor:
+    return x.to(dtype).to(x.dtype) if rounds else x
 
 
 def gradient(grad: torch.Tensor, args: RotationArgs) -> torch.Tensor:

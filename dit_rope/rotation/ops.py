@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..rotation_args import Norm, RotationArgs
+from ..rotation_args import Norm, NormRounding, RotationArgs
 from ..spec import NormKind, Pairing
 from ..torch_state import in_level, in_transform
 from .choice import MODULES, Choice, remembered_choice
@@ -24,7 +24,7 @@ _ARGS = (
     "str backend"
 )
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
-_NORM = "Tensor[] weights, Tensor[] biases, float eps, str norm"
+_NORM = "Tensor[] weights, Tensor[] biases, float eps, str norm, str rounding"
 
 # Looked up once: they run in every call.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -121,7 +121,9 @@ def _count_write(xs: Sequence[torch.Tensor]) -> None:
 
 def _flatten(args: RotationArgs, norm: Norm | None = None) -> tuple[Any, ...]:
     """The arguments of an operator between its tensors and its backend."""
-    of_norm = () if norm is None else (list(norm.weights), list(norm.biases), norm.eps, norm.kind.value)
+    of_norm: tuple[Any, ...] = ()
+    if norm is not None:
+        of_norm = (list(norm.weights), list(norm.biases), norm.eps, norm.kind.value, norm.rounding.value)
     return (
         *of_norm,
         args.rows,
@@ -148,8 +150,8 @@ def unflatten(flat: Sequence[Any]) -> tuple[RotationArgs, Norm | None, str]:
     head_rows, backend = flat[-2:]
     norm = None
     if of_norm:
-        weights, biases, eps, kind = of_norm
-        norm = Norm(NormKind(kind), eps, weights, biases)
+        weights, biases, eps, kind, rounding = of_norm
+        norm = Norm(NormKind(kind), eps, weights, biases, NormRounding(rounding))
     pairing = Pairing.HALF if half else Pairing.INTERLEAVED
     where = (tuple(pairs), tuple(sizes), tuple(first_rows), token_offset, prefix, count)
     return RotationArgs(rows, positions, *where, pairing, inverse, exact, entries, head_rows), norm, backend

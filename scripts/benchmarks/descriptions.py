@@ -54,9 +54,11 @@ VARIANTS = {
                 [variant.name for variant in STEP_VARIANTS],
                 (
                     "tables are found again, everything else is the model's own",
-                    "the rotation too, with the bits of the unpatched model: the default on a CPU",
+                    "the rotation too, with the bits of the unpatched model",
+                    "norm and rotation with its bits, in one pass where this machine shows them: the default on a CPU",
+                    "norm and rotation in one pass, rounded where the model rounds: the default on a GPU",
                     "the rotation in float32, rounded once",
-                    "norm and rotation in one pass: the default on a GPU",
+                    "norm and rotation in one pass, in float32, rounded once",
                 ),
                 strict=True,
             )

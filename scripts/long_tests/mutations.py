@@ -9,6 +9,7 @@ from __future__ import annotations
 from long_tests.mutation import Mutation
 from long_tests.mutations_hooks import HOOKS
 from long_tests.mutations_inputs import INPUTS
+from long_tests.mutations_rounding import ROUNDING
 
 _CORE = ("tests/tables/test_tables.py", "tests/tables/test_token_range.py", "tests/tables/test_axis_tables.py")
 _QUICK = "not compile and not 720p and not fake_tensor"
@@ -176,7 +177,7 @@ MUTATIONS = (
     _eager("eps-after-the-root", ".add_(self.norm.eps).rsqrt_()", ".rsqrt_().add_(self.norm.eps)"),
     _eager("across-heads-per-head", "(-2, -1) if norm.kind.across_heads else (-1,)", "(-1,)"),
     _eager("mean-per-head", "x.mean(self.dims, keepdim=True), out=out)", "x.mean((-1,), keepdim=True), out=out)"),
-    _eager("weight-of-the-first", "self.norm.weights[index]", "self.norm.weights[0]"),
+    _eager("weight-of-the-first", "across_heads else parameters[index]", "across_heads else parameters[0]"),
     _eager("negative-row-turns", "+ 1).clamp(min=0)", "+ 1).clamp(min=1)", file="cos_sin"),
     _eager("prefix-forgotten", "slice(args.prefix, args.prefix + rotation.count)", "slice(0, rotation.count)"),
     _eager("angle-key-without-inverse", "args.pairing, args.inverse, self.exact", "args.pairing, self.exact"),
@@ -194,7 +195,7 @@ MUTATIONS = (
     _ops("gradient-eps", "keepdim=True) + norm.eps)", "keepdim=True))", file="derivatives"),
     _ops(
         "call-key-without-flags",
-        "prefix, suffix, inverse, exact, inplace, backend, normed,",
+        "prefix, suffix, inverse, rounding, inplace, backend, normed,",
         "prefix, suffix, backend, normed,",
         "api",
     ),
@@ -237,4 +238,5 @@ MUTATIONS = (
     ),
     *HOOKS,
     *INPUTS,
+    *ROUNDING,
 )

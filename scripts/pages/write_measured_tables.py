@@ -98,6 +98,7 @@ def number(text: str) -> str:
 
 _PREDICTED = {"results": "gpu-predictions", "command": ""}
 _ERRORS = {"results": "errors-cpu", "command": "python scripts/measure/measure_errors.py"}
+_ROUNDING = "python scripts/measure/measure_rounding.py"
 _BOTH_ERRORS = "{largest error:.1e}, {rms error:.1e}"
 _END_TO_END = "python scripts/measure/bench_end_to_end.py"
 _BENCH = "dit-rope bench --device cpu"
@@ -118,6 +119,30 @@ TABLES: Mapping[Path, tuple[Measured, ...]] = {
             across="last position",
             cell=_BOTH_ERRORS,
             **_ERRORS,
+        ),
+        Measured(
+            "roundings",
+            results="rounding",
+            command=_ROUNDING,
+            columns={
+                "dtype": "{dtype}",
+                "rounding": "{rounding}",
+                "examples that are equal": "{equal:.0f} of {examples:.0f}",
+                "different elements, median": "{median different:.2%}",
+                "most": "{most different:.3%}",
+                "largest difference, in units": "{largest difference:g}",
+            },
+        ),
+        Measured(
+            "roundings of a video",
+            results="rounding-tiny-wan",
+            command=_ROUNDING,
+            columns={
+                "rounding": "{rounding}",
+                "SSIM, lowest of a frame": "{ssim min:.6f}",
+                "mean": "{ssim mean:.6f}",
+                "largest difference of a pixel (0 to 1)": "{largest difference:.2g}",
+            },
         ),
     ),
     GPU: (

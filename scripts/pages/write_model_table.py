@@ -56,18 +56,20 @@ def _builders() -> dict[str, type]:
     return {cls.__name__: cls for cls in classes if cls.__module__ in modules}
 
 
-def _kinds(adapter: ModelAdapter) -> dict[tuple[str, bool], None]:
-    """What one pass does, over all kinds of attention modules of a model, and whether exact mode does it too."""
-    kinds: dict[tuple[str, bool], None] = {}
+def _kinds(adapter: ModelAdapter) -> dict[tuple[str, str], None]:
+    """What one pass does, over all kinds of attention modules of a model, and whether exact mode rotates there."""
+    kinds: dict[tuple[str, str], None] = {}
     for rotations in adapter.rotations:
         norms = any("norm" in name for name in rotations.norms)
-        exact = rotations.format.exact
+        form = rotations.format
+        exact = "yes" if form.exact else "no" if form.formula is None else "if shown"
         kinds["norm and rotation" if norms else "rotation", exact] = None
     return kinds
 
 
 def _rotates(adapter: ModelAdapter) -> str:
-    return "; ".join(kind if exact else f"{kind}, fast mode only" for kind, exact in _kinds(adapter)) or "not patched"
+    kinds = [f"{kind}, not in exact mode" if exact == "no" else kind for kind, exact in _kinds(adapter)]
+    return "; ".join(dict.fromkeys(kinds)) or "not patched"
 
 
 def _single_pass(adapter: ModelAdapter) -> str:
@@ -75,8 +77,7 @@ def _single_pass(adapter: ModelAdapter) -> str:
 
 
 def _exact(adapter: ModelAdapter) -> str:
-    exact = {exact for _, exact in _kinds(adapter)}
-    return "partly" if len(exact) == 2 else "yes" if True in exact else "no"
+    return "; ".join(dict.fromkeys(exact for _, exact in _kinds(adapter))) or "no"
 
 
 def _context_parallel(adapter: ModelAdapter) -> str:

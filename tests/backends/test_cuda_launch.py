@@ -307,10 +307,6 @@ def test_declined_names_what_is_wrong_with_the_arguments(x: torch.Tensor, change
     assert reason in str(cuda_kernels.declined([x], replace(SMALL, **changes)))
 
 
-def test_declined_leaves_exact_norms_to_the_caller(x: torch.Tensor) -> None:
-    assert "exact mode" in str(cuda_kernels.declined([x], replace(SMALL, exact=True), NormKind.PER_HEAD))
-
-
 def why_no_device(device: torch.device) -> str | None:
     """What the backend says of a device now, whatever it said before."""
     return cuda_kernels._why_no_device.__wrapped__(device)

@@ -9,7 +9,7 @@ import torch
 
 import dit_rope
 from compiled_graphs import one_layer
-from dit_rope import Fusion, Scaling
+from dit_rope import Fusion, Rounding, Scaling
 from dit_rope.hooks.class_override import Override
 from tolerance import all_equal
 from zoo import Noise, named, tensors, wan
@@ -85,9 +85,10 @@ def test_rotation_leaves_the_norm_to_the_model(name: str, rotations: list[str]) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "norm and rotation in fast mode, rotation in exact mode"),
+        ({}, "norm and rotation; in exact mode only norms of which one pass has the same bits"),
         ({"exact": False}, "norm and rotation"),
-        ({"exact": True}, "rotation; norms are the model's own in exact mode"),
+        ({"exact": True}, "norm and rotation; in exact mode only norms of which one pass has the same bits"),
+        ({"rounding": Rounding.MODEL}, "norm and rotation"),
         ({"fuse": Fusion.ROTATION}, "rotation, because fuse is Fusion.ROTATION; norms are the model's own"),
     ],
 )

@@ -31,7 +31,7 @@ LAYERS = (
     ("dit_rope.tables.dense",),
     ("dit_rope.tables.table",),
     ("dit_rope.tables",),
-    ("dit_rope.rotation.backends", "dit_rope.rotation.reference"),
+    ("dit_rope.rotation.backends", "dit_rope.rotation.reference", "dit_rope.rotation.rounding"),
     ("dit_rope.rotation.derivatives",),
     ("dit_rope.rotation.choice",),
     ("dit_rope.rotation.ops",),
@@ -52,11 +52,20 @@ LAYERS = (
 SAME_UNIT = ("dit_rope.hooks", "dit_rope.models", "dit_rope.cli", "dit_rope.compat")
 """Packages whose modules may import one another. Backends may not, but for what follows."""
 TRITON = ("dit_rope.rotation.backends.triton_kernels", "dit_rope.rotation.backends.triton_device")
+TRITON_NORMS = "dit_rope.rotation.backends.triton_norms"
 TUNING, PLAN, ARGUMENTS, LAUNCH, CUDA = (
     f"dit_rope.rotation.backends.cuda_{name}" for name in ("tuning", "plan", "arguments", "launch", "kernels")
 )
 GPU_CALLS = "dit_rope.rotation.backends.gpu_calls"
-BESIDE = {TRITON, (ARGUMENTS, PLAN), (LAUNCH, PLAN), (LAUNCH, ARGUMENTS), (CUDA, PLAN), (CUDA, ARGUMENTS)}
+BESIDE = {
+    TRITON,
+    (TRITON[1], TRITON_NORMS),
+    (ARGUMENTS, PLAN),
+    (LAUNCH, PLAN),
+    (LAUNCH, ARGUMENTS),
+    (CUDA, PLAN),
+    (CUDA, ARGUMENTS),
+}
 BESIDE |= {
     ("dit_rope.rotation.backends.eager", "dit_rope.rotation.backends.cos_sin"),
     (PLAN, TUNING),
@@ -71,7 +80,7 @@ DECLARES = (*VOCABULARY, "dit_rope.models", "dit_rope.spec", "dit_rope.rotation_
 """A file of ``dit_rope.models`` holds declarations. It imports what they are written in, and nothing that runs them."""
 
 HOME = {
-    "triton": TRITON,
+    "triton": (*TRITON, TRITON_NORMS),
     "cuda": (LAUNCH,),
     "diffusers": (
         "dit_rope.hooks",

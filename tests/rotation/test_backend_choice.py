@@ -26,6 +26,7 @@ from dit_rope import (
 from dit_rope.rotation import api, ops
 from dit_rope.rotation import choice as backend_choice
 from dit_rope.rotation.choice import BACKENDS, MODULES, choose_backend, explain_backends
+from dit_rope.rotation_args import Norm, NormRounding
 from oracle import rms_norm
 from oracle import rotate as rotate_oracle
 from tolerance import assert_within
@@ -332,6 +333,13 @@ def test_change_of_a_norm_misses_the_remembered_call(launches: Launches, table: 
     )
     assert launches.launches[1] is not launches.launches[0]
     torch.testing.assert_close(actual, expected)
+
+
+def test_norms_of_another_rounding_are_no_remembered_call(launches: Launches, table: RopeTable) -> None:
+    x = torch.randn(1, 24, 4, 16).bfloat16()
+    for rounding in NormRounding:
+        ops.rotate([x], table.args(), Norm(NormKind.PER_HEAD, 1e-6, rounding=rounding), backend="cuda")
+    assert len({id(launch) for launch in launches.launches}) == len(NormRounding)
 
 
 @pytest.mark.parametrize("change", ["args", *CHANGES])

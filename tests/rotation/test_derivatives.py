@@ -272,10 +272,10 @@ def test_operators_called_by_name_are_transformed_too() -> None:
 
     def call(x: torch.Tensor) -> torch.Tensor:
         (rotated,) = torch.ops.dit_rope.rotate([x], *flat)
-        (normed,) = torch.ops.dit_rope.norm_rotate([rotated], [], [], 1e-6, "per_head", *flat)
+        (normed,) = torch.ops.dit_rope.norm_rotate([rotated], [], [], 1e-6, "per_head", "none", *flat)
         copy = normed.clone()
         torch.ops.dit_rope.rotate_([copy], *flat)
-        torch.ops.dit_rope.norm_rotate_([copy], [], [], 1e-6, "per_head", *flat)
+        torch.ops.dit_rope.norm_rotate_([copy], [], [], 1e-6, "per_head", "none", *flat)
         return copy
 
     expected = torch.autograd.functional.jvp(call, x, v)[1]

@@ -23,7 +23,7 @@ from dit_rope import (
     rotate_qk,
 )
 from dit_rope.rotation import ops
-from dit_rope.rotation_args import Norm, RotationArgs
+from dit_rope.rotation_args import Norm, NormRounding, RotationArgs
 from tolerance import assert_within
 
 
@@ -50,18 +50,20 @@ def test_rotate_inplace_passes_opcheck(table: RopeTable) -> None:
 
 @pytest.mark.parametrize("norm", NormKind)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_norm_rotate_passes_opcheck(table: RopeTable, norm: NormKind, weighted: bool) -> None:
+@pytest.mark.parametrize("rounding", NormRounding)
+def test_norm_rotate_passes_opcheck(table: RopeTable, norm: NormKind, weighted: bool, rounding: NormRounding) -> None:
     xs = [torch.randn(2, 12, heads, 10, requires_grad=True) for heads in (3, 1)]
     sizes = [30, 10] if norm.across_heads else [10, 10]
     weights = [torch.randn(size, requires_grad=True) for size in sizes] if weighted else []
     biases = [torch.randn(size, requires_grad=True) for size in sizes] if norm.centred else []
-    arguments = (xs, weights, biases, 1e-6, norm.value, *flat(table))
+    exact = rounding is not NormRounding.NONE
+    arguments = (xs, weights, biases, 1e-6, norm.value, rounding.value, *flat(table, exact=exact))
     torch.library.opcheck(torch.ops.dit_rope.norm_rotate.default, arguments)
 
 
 def test_norm_rotate_inplace_passes_opcheck(table: RopeTable) -> None:
     xs, weights = [torch.randn(2, 12, 3, 10)], [torch.randn(10)]
-    arguments = (xs, weights, [], 1e-6, "per_head", *flat(table))
+    arguments = (xs, weights, [], 1e-6, "per_head", "none", *flat(table))
     torch.library.opcheck(torch.ops.dit_rope.norm_rotate_.default, arguments)
 
 

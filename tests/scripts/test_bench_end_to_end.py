@@ -18,6 +18,7 @@ from benchmarks.results import read_csv
 from benchmarks.step_profile import KINDS, ROPE, shares
 from benchmarks.timing import Timing
 from dit_rope.rotation import ops
+from dit_rope.rotation_args import NormRounding
 from measure import bench_end_to_end
 from zoo import named
 
@@ -62,7 +63,7 @@ def test_step_is_measured_in_every_variant(name: str, dtype: torch.dtype) -> Non
         assert 0 < row["ms_p20"] <= row["ms_median"] <= row["ms_p80"]
         assert row["ratio"] == pytest.approx(unpatched_ms / row["ms_median"])
         assert row["ratio_at_most"] == rows[-1]["ratio"]
-        assert row["default"] is (row["variant"] == "tables, rotation exact")
+        assert row["default"] is (row["variant"] == "tables, norm and rotation exact")
         assert (row["ms_first"] is not None) is row["default"]
         assert row["verdict"] in ("", "faster", "slower", "no difference")
 
@@ -110,9 +111,12 @@ def test_wrong_output_gives_no_figures(step: Step, normed: bool, monkeypatch: py
 
 def test_fast_mode_may_not_miss_the_rotation(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
     rotate = ops.rotate
-    monkeypatch.setattr(
-        ops, "rotate", lambda xs, args, norm=None, **k: rotate(xs, args, **k) if norm is None else list(xs)
-    )
+
+    def missing(xs: Any, args: Any, norm: Any = None, **options: Any) -> Any:
+        fused = norm is not None and norm.rounding is NormRounding.NONE
+        return list(xs) if fused else rotate(xs, args, norm, **options)
+
+    monkeypatch.setattr(ops, "rotate", missing)
     with pytest.raises(Mismatch, match=r"tables, norm and rotation must be within .* got"):
         measure_step(step, rounds=3)
 
@@ -130,6 +134,8 @@ def test_others_are_timed_beside_variants_that_fail(step: Step, monkeypatch: pyt
     assert [row["variant"] for row in rows] == ["unpatched", "tables", "without rope"]
     assert {name: type(error) for name, error in errors.items()} == {
         "tables, rotation exact": Mismatch,
+        "tables, norm and rotation exact": RuntimeError,
+        "tables, norm and rotation as the model": RuntimeError,
         "tables, rotation": Mismatch,
         "tables, norm and rotation": RuntimeError,
     }
@@ -166,7 +172,7 @@ def test_compiled_step_has_the_models_own_code(step: Step, monkeypatch: pytest.M
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1) or real())
     rows = measure_step(step, rounds=3, compiled=True)
     assert resets == [1]  # so that the limit of recompilations is its own
-    assert [row["variant"] for row in rows] == ["unpatched", "tables, rotation exact"]
+    assert [row["variant"] for row in rows] == ["unpatched", "tables, norm and rotation exact"]
     assert rows[0]["share_rope"] is None
     torch._dynamo.reset()
 

@@ -45,7 +45,7 @@ def test_rehearsal_runs_every_program_and_shows_no_figure(capfd, monkeypatch, tm
     rows = {path.name.partition("-")[0]: read_csv(path) for path in tmp_path.glob("*.csv")}
     assert {row["check"] for row in rows["gpu"]} == set(names)
     assert {row["run"] for row in rows["kernels"]} == {targets.SHARES_RUN, targets.PEERS_RUN}
-    assert [row["mode"] for row in rows["wan"]] == ["eager"] * 6 + ["compiled"] * 2
+    assert [row["mode"] for row in rows["wan"]] == ["eager"] * 8 + ["compiled"] * 2
     assert re.search(r"^contract, cuda \| .*\d+ tests collected", (tmp_path / gpu_check.LOG).read_text(), re.MULTILINE)
 
 

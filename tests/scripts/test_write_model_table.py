@@ -68,8 +68,9 @@ def test_tables_memoized_on_a_cpu_are_those_that_depend_on_values(name: str, mon
 
 def test_exact_mode_says_who_rotates() -> None:
     rows = cells()
-    assert [rows[name][2] for name in ("FluxTransformer2DModel", "QwenImageTransformer2DModel")] == ["yes", "no"]
-    assert rows["LTX2VideoTransformer3DModel"][2] == "partly"
+    assert [rows[name][2] for name in ("FluxTransformer2DModel", "AnyFlowTransformer3DModel")] == ["yes", "no"]
+    assert rows["QwenImageTransformer2DModel"][2] == "if shown"
+    assert rows["LTX2VideoTransformer3DModel"][2] == "yes; if shown"
 
 
 def test_text_without_the_marks_is_refused() -> None:

@@ -33,7 +33,7 @@ from oracle import rotate as rotate_oracle
 from tolerance import assert_within
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("backend_contract.py", "backend_contract_entries.py", "backend_contract_models.py")
+FILES = sorted((ROOT / "tests" / "backends").glob("backend_contract*.py"))
 
 HALF, INTERLEAVED = Pairing.HALF, Pairing.INTERLEAVED
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -71,9 +71,8 @@ def run_contract(backend: str, device: str, tuning: Tuning | None = None) -> str
         environment["TRITON_INTERPRET"] = "1"
     if tuning is not None:
         environment["DIT_ROPE_TUNING"] = json.dumps(asdict(tuning))
-    files = [str(ROOT / "tests" / "backends" / name) for name in FILES]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", *map(str, FILES)],
         env=environment, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-20_000:]}\n{done.stderr[-2_000:]}"

@@ -32,6 +32,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "hooks.class_override": ("hooks/test_giving_back.py",),
     "hooks.formats": ("hooks/test_packed_tables.py",),
     "hooks.forward_pass": ("hooks/test_packed_tables.py",),
+    "hooks.exact_bits": ("hooks/test_rounding_of_models.py::test_a_kernel_with_other_bits_is_not_used",),
     "hooks.fused_norms": ("hooks/test_fresh_results.py",),
     "hooks.heads": ("hooks/test_fitting_tables.py::test_heads_fit",),
     "hooks.known_code": ("hooks/test_patch_report.py",),
@@ -61,6 +62,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "rotation.backends.gpu_calls": ("backends/test_triton_kernels.py::test_declined",),
     "rotation.backends.cos_sin": ("rotation/test_properties.py",),
     "rotation.backends.triton_device": ("backends/test_triton_compile.py::test_kernel_fuses",),
+    "rotation.backends.triton_norms": ("backends/test_triton_compile.py::test_kernel_fuses",),
     "rotation.backends.triton_kernels": ("backends/test_triton_kernels.py::test_declined",),
     "rotation.choice": (
         "rotation/test_backend_choice.py::test_choose",
@@ -69,6 +71,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "rotation.derivatives": ("rotation/test_derivatives.py::test_table_that_requires_grad",),
     "rotation.ops": ("rotation/test_ops.py::test_exact_gradient", "rotation/test_ops.py::test_rotate_passes_opcheck"),
     "rotation.reference": ("rotation/test_ops.py::test_exact_gradient",),
+    "rotation.rounding": ("rotation/test_rounding.py",),
     "rotation_args": ("rotation/test_positions.py",),
     "scalars": ("tables/test_spec.py", "rotation/test_hostile_input.py"),
     "spec": ("tables/test_spec.py",),

@@ -31,7 +31,15 @@ def stream() -> RopeStream:
 def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     """Every public function and class that takes arguments, and a call that it accepts."""
     x, table, keys = normal(1, 24, 2, 8), rope_table(SPEC, GRID), normal(2, 5, 2, 8)
-    around = {"prefix": 0, "suffix": 0, "positions": None, "inverse": False, "inplace": False, "exact": False}
+    around = {
+        "prefix": 0,
+        "suffix": 0,
+        "positions": None,
+        "inverse": False,
+        "inplace": False,
+        "exact": False,
+        "rounding": None,
+    }
     around |= {"backend": "auto"}
     norm = {"eps": 1e-6, "norm": NormKind.PER_HEAD}
     tokens, cache = torch.arange(5), torch.rand(9, 8)

@@ -18,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from ...rotation_args import Memo, Norm, RotationArgs
+from ...rotation_args import Memo, Norm, NormRounding, RotationArgs
 from ...spec import NormKind, Pairing
 from .cuda_arguments import POINTERS, Launch, pack_numbers
 from .cuda_plan import MAX_HELD, WARP, Plan, Signature, distribute, plan_for, tuned_shape
@@ -62,9 +62,9 @@ def rotate(
 
     One read and one write of the data, on the current stream: every element of ``outs`` is written, and ``outs`` may be
     ``xs``, which are then rotated in place (and must be, with ``args.entries``). float16, bfloat16 or float32 data;
-    float32 arithmetic, rounded once, and with the model's own roundings when ``args.exact``. A norm covers unrotated
-    tokens and channels too. The caller has made sure that :func:`declined` gives no reason. Calls that share a ``memo``
-    must be alike in all but the addresses of their tensors, and whether they are in place.
+    float32 arithmetic, rounded once, and with the model's own roundings when ``args.exact`` and where ``norm`` says so.
+    A norm covers unrotated tokens and channels too. The caller has made sure that :func:`declined` gives no reason.
+    Calls that share a ``memo`` must be alike in all but the addresses of their tensors, and whether they are in place.
     """
     if norm is not None:
         norm = _readable(norm)
@@ -143,6 +143,7 @@ def plan_of(
         _signature(Call(xs, args, norm.kind if norm else None)),
         weights=_dtypes(weights),
         biases=_dtypes(biases),
+        rounding=norm.rounding if norm else NormRounding.NONE,
         skip_unrotated=skips_unrotated(xs, outs, norm),
         alignment=_alignment([*xs, *outs]),
         weight_alignment=_alignment([*weights, *biases]),
@@ -182,7 +183,7 @@ def _dtypes(tensors: Sequence[torch.Tensor]) -> tuple[torch.dtype, ...]:
 
 
 def _signature(call: Call) -> Signature:
-    """The signature of a call without weights and biases, out of place, aligned."""
+    """The signature of a call without weights, biases and rounding of its norm, out of place, aligned."""
     xs, args = call.xs, call.args
     return Signature(
         data=xs[0].dtype,
@@ -195,6 +196,7 @@ def _signature(call: Call) -> Signature:
         half=args.pairing is Pairing.HALF,
         exact=args.exact,
         norm=call.norm,
+        rounding=NormRounding.NONE,
         own_angles=args.head_rows != 0,
         skip_unrotated=False,
         some_entries=args.entries is not None,
@@ -220,7 +222,7 @@ def _readable(norm: Norm) -> Norm:
         [(x if x.dtype in WEIGHT_DTYPES else x.float()).contiguous() for x in parameters]
         for parameters in (norm.weights, norm.biases)
     )
-    return Norm(norm.kind, norm.eps, weights, biases)
+    return norm._replace(weights=weights, biases=biases)
 
 
 def _is_readable(parameter: torch.Tensor) -> bool:

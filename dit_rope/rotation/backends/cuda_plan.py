@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ...rotation_args import NormRounding
 from ...spec import MAX_AXES, NormKind
 from .cuda_tuning import DEFAULT, LOADS, STORES, Tuned, Tuning
 from .gpu_calls import ACCESS_BYTES, power_of_two
@@ -55,6 +56,7 @@ class Traits:
         pairs: channel pairs of each axis.
         half, exact: as in :class:`~dit_rope.rotation_args.RotationArgs`.
         norm: the norm before the rotation, or None.
+        rounding: where the norm rounds.
         own_angles: every head has its own cos and sin.
     """
 
@@ -68,6 +70,7 @@ class Traits:
     half: bool
     exact: bool
     norm: NormKind | None
+    rounding: NormRounding
     own_angles: bool
 
 
@@ -192,6 +195,8 @@ class Plan(Traits):
             "weighted": bool(self.weights),
             "biased": bool(self.biases),
             "centred": self.norm is not None and self.norm.centred,
+            "rounds": self.rounding is not NormRounding.NONE,
+            "rounds_steps": self.rounding is NormRounding.EVERY_STEP,
             **{name: getattr(self, name) for name in ("half", "exact", "own_angles", "late_weights", "split")},
         }
         yield from (("int", name, value) for name, value in numbers.items())

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 
-from ...rotation_args import Memo, Norm, RotationArgs
+from ...rotation_args import Memo, Norm, NormRounding, RotationArgs
 from ...spec import Pairing
 from ...tables.caches import EXPANDED
 from ...torch_state import WITHOUT_FLOAT64_OR_COMPLEX, in_mode
@@ -39,45 +39,70 @@ def rotate(
     """Rotates each ``xs[i]`` ``[B, S, H, D]``, after ``norm``, into ``outs[i]``, which may be ``xs[i]`` itself.
 
     Every element of ``outs`` is written; the layout of tokens and channels is that of :class:`RotationArgs`. A norm
-    covers unrotated tokens and channels too; after it, arithmetic is float32 (float64 for float64 data), rounded once.
+    covers unrotated tokens and channels too; its arithmetic is float32 (float64 for float64 data).
     Every backend takes a ``memo``; this one does not use it.
 
     Raises:
         IndexError: a position is past the table, or an entry of ``args.entries`` past the batch.
     """
-    if norm is None:
-        _run(xs, args, outs, None)
-    else:
-        _run(xs, replace(args, exact=False), outs, _ChunkNorm(norm))
+    _run(xs, args, outs, None if norm is None else _ChunkNorm(norm, xs[0].dtype))
 
 
 class _ChunkNorm:
-    """The norm of a chunk of tokens, in the arithmetic dtype.
+    """The norm of a chunk of tokens of one dtype, in float32, or float64 for float64 data.
 
     RMSNorm is that of Zhang and Sennrich (arXiv:1910.07467), LayerNorm that of Ba, Kiros and Hinton (arXiv:1607.06450).
+    An RMSNorm takes its sums in the order of torch's own. A LayerNorm that rounds its result is torch's own, for its
+    bits; another one is more accurate than torch's where the mean is large.
     """
 
-    def __init__(self, norm: Norm) -> None:
+    def __init__(self, norm: Norm, dtype: torch.dtype) -> None:
         self.norm = norm
+        self.data_dtype = dtype
+        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.dims = (-2, -1) if norm.kind.across_heads else (-1,)
         self._squares = torch.empty(0)
 
     def __call__(self, x: torch.Tensor, index: int, out: torch.Tensor) -> torch.Tensor:
-        """``x`` ``[B, n, H, D]`` of tensor number ``index``, normed into ``out``, which must not be x."""
-        squares = out
+        """``x`` ``[B, n, H, D]`` of tensor number ``index``, normed: ``out``, which must not be x, or a new tensor.
+
+        ``out`` may have another dtype than the norm, if the norm rounds its result to that dtype.
+        """
+        if out.dtype is not self.dtype:
+            return out.copy_(self(x, index, torch.empty_like(out, dtype=self.dtype)))
+        weight, bias = (self._of_head(each, index, x) for each in (self.norm.weights, self.norm.biases))
+        if self.norm.kind.centred and self.norm.rounding is NormRounding.RESULT:
+            return self._torchs_layer_norm(x, weight, bias)
+        every_step = self.norm.rounding is NormRounding.EVERY_STEP
+        x, squares = x.to(self.dtype), out
         if self.norm.kind.centred:  # the mean first, since a difference of two large means would lose the variance
             x = torch.sub(x, x.mean(self.dims, keepdim=True), out=out)
             squares = self._scratch_like(x)
         scale = torch.mul(x, x, out=squares).mean(self.dims, keepdim=True).add_(self.norm.eps).rsqrt_()
         torch.mul(x, scale, out=out)
-        if self.norm.weights:
-            out.mul_(self._of_head(self.norm.weights[index], x))
-        if self.norm.biases:
-            out.add_(self._of_head(self.norm.biases[index], x))
-        return out
+        if weight is not None:
+            self._round(out, every_step).mul_(weight)
+        if bias is not None:
+            self._round(out, every_step).add_(bias)
+        return self._round(out, self.norm.rounding is not NormRounding.NONE)
 
-    def _of_head(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return parameter.view(x.shape[-2:]) if self.norm.kind.across_heads else parameter
+    def _torchs_layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """On data as they are if weight and bias have their dtype; else on float32, as torch wants one dtype."""
+        same = all(each is None or each.dtype is x.dtype for each in (weight, bias))
+        dtype = x.dtype if same else self.dtype
+        weight, bias = (None if each is None else each.to(dtype) for each in (weight, bias))
+        normed = torch.layer_norm(x.to(dtype), x.shape[self.dims[0] :], weight, bias, self.norm.eps)
+        return normed.to(self.dtype) if same else self._round(normed, True)
+
+    def _round(self, values: torch.Tensor, rounds: bool) -> torch.Tensor:
+        return values.copy_(values.to(self.data_dtype)) if rounds and self.data_dtype != self.dtype else values
+
+    def _of_head(self, parameters: Sequence[torch.Tensor], index: int, x: torch.Tensor) -> torch.Tensor | None:
+        if not parameters:
+            return None
+        return parameters[index].view(x.shape[-2:]) if self.norm.kind.across_heads else parameters[index]
 
     def _scratch_like(self, x: torch.Tensor) -> torch.Tensor:
         """Memory for the squares of ``x``, the same for every chunk."""
@@ -187,7 +212,7 @@ class _Rotation:
             y1, y2 = x1 * cos - x2 * sin, x1 * sin + x2 * cos
         else:
             y1 = (x1 * cos).addcmul_(x2, sin, value=-1)
-            y2 = (x1 * sin).addcmul_(x2, cos)
+            y2 = (x2 * cos).addcmul_(x1, sin)
         out1.copy_(y1)
         out2.copy_(y2)
 
@@ -224,8 +249,7 @@ def _copy_unrotated(
     if x.shape[1] == 0:
         return
     if norm is not None:
-        wide = x.to(dtype)
-        out.copy_(norm(wide, index, torch.empty_like(wide)))
+        out.copy_(norm(x, index, torch.empty_like(x, dtype=norm.dtype)))
     elif x.data_ptr() != out.data_ptr():
         out.copy_(x)
 
@@ -251,7 +275,7 @@ def _rotate_tokens(
         whole = stop - start == x.shape[1]
         source, target = (x, out) if whole else (x[:, start:stop], out[:, start:stop])
         if norm is not None:
-            source = norm(source.to(rotation.dtype), index, wide[:, : stop - start])
+            source = norm(source, index, wide[:, : stop - start])
         elif not direct_in:
             source = wide[:, : stop - start].copy_(source)
         rotated = target[..., :width] if direct_out else wide[:, : stop - start, :, :width]

@@ -143,10 +143,6 @@ COMMON = (
         lambda call: call.args.positions is not None or _last_token(call.args) <= MAX_TOKENS,
         lambda call: f"grid tokens must be at most {MAX_TOKENS}, got {_last_token(call.args)}",
     ),
-    Constraint(
-        lambda call: call.norm is None or not call.args.exact,
-        lambda call: "exact mode covers the rotation, not a norm before it",
-    ),
 )
 
 

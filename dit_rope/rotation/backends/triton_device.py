@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_norms import affine, centred, head_total, inverse_rms, rounded, row_total, terms
+
 # Run-time numbers on which Triton must not specialise (on 1, or on divisibility by 16): a new sequence length, prefix,
 # shard or start frame must not compile anything. Their types are fixed in the signature for the same reason.
 RUN_TIME = (
@@ -138,82 +140,22 @@ def _store_tile(
 
 
 @triton.jit
-def _product(x, factor, PRODUCT: tl.constexpr):
-    """Product of two float32 blocks, rounded to the dtype PRODUCT and widened again."""
-    return (x * factor).to(PRODUCT).to(tl.float32)
-
-
-@triton.jit
 def _rotate_tile(
     row, x1, x2, tail, scale, w1, w2, w_tail, b1, b2, b_tail, angles, mask, DIM: tl.constexpr, WIDTH: tl.constexpr,
     PAIRS: tl.constexpr, PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ):  # fmt: skip
     """Applies scale, weight and bias of the norm, where not None, rotates the pairs, and stores all at ``row``."""
     x1, x2, tail = x1.to(tl.float32), x2.to(tl.float32), tail.to(tl.float32)
     if scale is not None:
-        x1, x2, tail = x1 * scale, x2 * scale, tail * scale
-    if w1 is not None:
-        x1, x2 = x1 * w1.to(tl.float32), x2 * w2.to(tl.float32)
-        if TAIL > 0:
-            tail = tail * w_tail.to(tl.float32)
-    if b1 is not None:
-        x1, x2 = x1 + b1.to(tl.float32), x2 + b2.to(tl.float32)
-        if TAIL > 0:
-            tail = tail + b_tail.to(tl.float32)
+        x1, x2, tail = affine(
+            x1, x2, tail, scale, w1, w2, w_tail, b1, b2, b_tail, row.dtype.element_ty, TAIL, ROUNDING
+        )  # fmt: skip
     cos, sin, rotated = angles
     # A select, not only cos = 1 and sin = 0: unrotated pairs keep their bits, infinities and -0 included.
-    y1 = tl.where(rotated, _product(x1, cos, PRODUCT) - _product(x2, sin, PRODUCT), x1)
-    y2 = tl.where(rotated, _product(x1, sin, PRODUCT) + _product(x2, cos, PRODUCT), x2)
+    y1 = tl.where(rotated, rounded(x1 * cos, PRODUCT) - rounded(x2 * sin, PRODUCT), x1)
+    y2 = tl.where(rotated, rounded(x1 * sin, PRODUCT) + rounded(x2 * cos, PRODUCT), x2)
     _store_tile(row, y1, y2, tail, mask, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF)
-
-
-@triton.jit
-def _terms(x, SQUARED: tl.constexpr):
-    """The summand of each channel: its value, or its square."""
-    x = x.to(tl.float32)
-    return x * x if SQUARED else x
-
-
-@triton.jit
-def _scale(squares, eps, SIZE: tl.constexpr):
-    """Reciprocal root mean square. Correctly rounded: one per row costs little; the approximate rsqrt is 2 ulp off."""
-    return tl.div_rn(1.0, tl.sqrt_rn(squares / SIZE + eps))
-
-
-@triton.jit
-def _head_total(x1, x2, tail, TAIL: tl.constexpr, SQUARED: tl.constexpr):
-    """Sum over the channels, or their squares, of each head ``[tokens, heads, 1]``."""
-    total = tl.sum(_terms(x1, SQUARED) + _terms(x2, SQUARED), axis=2, keep_dims=True)
-    if TAIL > 0:
-        total += tl.sum(_terms(tail, SQUARED), axis=2, keep_dims=True)
-    return total
-
-
-@triton.jit
-def _centred(
-    x1, x2, tail, mean, mask, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, PADDED: tl.constexpr,
-    TAIL: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """The channels less their mean, float32; 0 where ``mask`` is false and where a head is padded."""
-    p = tl.arange(0, PADDED)[None, None, :]
-    x1, x2, tail = x1.to(tl.float32) - mean, x2.to(tl.float32) - mean, tail.to(tl.float32) - mean
-    if HALF:
-        x1, x2 = tl.where(mask & (p < PAIRS), x1, 0.0), tl.where(mask & (p < PAIRS), x2, 0.0)
-    else:
-        x1, x2 = tl.where(mask & (2 * p < WIDTH), x1, 0.0), tl.where(mask & (2 * p + 1 < WIDTH), x2, 0.0)
-    if TAIL > 0:
-        channel = 2 * PAIRS + tl.arange(0, TAIL)[None, None, :]
-        tail = tl.where(mask & (channel < DIM), tail, 0.0)
-    return x1, x2, tail
-
-
-@triton.jit
-def _row_total(sums, tail_sums, TAIL: tl.constexpr):
-    """Sum over heads and channels ``[tokens, 1, 1]``."""
-    total = tl.sum(tl.sum(sums, axis=2, keep_dims=True), axis=1, keep_dims=True)
-    if TAIL > 0:
-        total += tl.sum(tl.sum(tail_sums, axis=2, keep_dims=True), axis=1, keep_dims=True)
-    return total
 
 
 @triton.jit
@@ -221,7 +163,7 @@ def _rotate_row(
     x, x_rows, x_head, out, out_rows, out_head, weight, bias, live, angles, table, eps,
     HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
     PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr, CENTRED: tl.constexpr,
-    OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr, INVERSE: tl.constexpr,
+    ROUNDING: tl.constexpr, OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """Norms each token across its heads, then rotates them, TILE heads at a time.
 
@@ -238,21 +180,21 @@ def _rotate_row(
             x + first * x_head + x_rows, mask, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF, "evict_first"
         )
         tiles += ((x1, x2, tail),)  # type: ignore[assignment]
-        sums += _terms(x1, not CENTRED) + _terms(x2, not CENTRED)
+        sums += terms(x1, not CENTRED) + terms(x2, not CENTRED)
         if TAIL > 0:
-            tail_sums += _terms(tail, not CENTRED)
+            tail_sums += terms(tail, not CENTRED)
     mean = 0.0
     if CENTRED:
-        mean = tl.div_rn(_row_total(sums, tail_sums, TAIL), HEADS * DIM)
+        mean = tl.div_rn(row_total(sums, tail_sums, TAIL), HEADS * DIM)
         sums, tail_sums = tl.zeros_like(sums), tl.zeros_like(tail_sums)
         for first in tl.static_range(0, HEADS, TILE):
             x1, x2, tail = tiles[first // TILE]
             mask = live & (first + head < HEADS)
-            x1, x2, tail = _centred(x1, x2, tail, mean, mask, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF)
-            sums += _terms(x1, True) + _terms(x2, True)
+            x1, x2, tail = centred(x1, x2, tail, mean, mask, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF)
+            sums += terms(x1, True) + terms(x2, True)
             if TAIL > 0:
-                tail_sums += _terms(tail, True)
-    scale = _scale(_row_total(sums, tail_sums, TAIL), eps, HEADS * DIM)
+                tail_sums += terms(tail, True)
+    scale = inverse_rms(row_total(sums, tail_sums, TAIL), eps, HEADS * DIM)
     for first in tl.static_range(0, HEADS, TILE):
         mask = live & (first + head < HEADS) if HEADS % TILE != 0 else live
         if weight is not None:
@@ -269,7 +211,7 @@ def _rotate_row(
         _rotate_tile(
             out + first * out_head + out_rows, x1, x2, tail, scale, w1, w2, w_tail, b1, b2, b_tail,
             _tile_cos_sin(angles, table, first + head, OWN_ANGLES, TABLE_ALIGN, INVERSE), mask, DIM, WIDTH, PAIRS,
-            PADDED, TAIL, HALF, PRODUCT,
+            PADDED, TAIL, HALF, PRODUCT, ROUNDING,
         )  # fmt: skip
 
 
@@ -278,7 +220,8 @@ def _rotate_heads(
     x, x_rows, x_head, out, out_rows, out_head, weight, bias, live, angles, table, eps,
     HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
     PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, PRODUCT: tl.constexpr, NORM: tl.constexpr,
-    CENTRED: tl.constexpr, OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr, INVERSE: tl.constexpr,
+    CENTRED: tl.constexpr, ROUNDING: tl.constexpr, OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr,
+    INVERSE: tl.constexpr,
 ):  # fmt: skip
     """Norms each head of each token, where NORM says so, and rotates it, TILE heads at a time."""
     head = tl.arange(0, TILE)[None, :, None]
@@ -294,13 +237,13 @@ def _rotate_heads(
             x + first * x_head + x_rows, mask, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF, "evict_first"
         )
         if CENTRED:
-            mean = tl.div_rn(_head_total(x1, x2, tail, TAIL, False), DIM)
-            x1, x2, tail = _centred(x1, x2, tail, mean, live, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF)
-        scale = _scale(_head_total(x1, x2, tail, TAIL, True), eps, DIM) if NORM == "per_head" else None
+            mean = tl.div_rn(head_total(x1, x2, tail, TAIL, False), DIM)
+            x1, x2, tail = centred(x1, x2, tail, mean, live, DIM, WIDTH, PAIRS, PADDED, TAIL, HALF)
+        scale = inverse_rms(head_total(x1, x2, tail, TAIL, True), eps, DIM) if NORM == "per_head" else None
         _rotate_tile(
             out + first * out_head + out_rows, x1, x2, tail, scale, w1, w2, w_tail, b1, b2, b_tail,
             _tile_cos_sin(angles, table, first + head, OWN_ANGLES, TABLE_ALIGN, INVERSE), mask, DIM, WIDTH, PAIRS,
-            PADDED, TAIL, HALF, PRODUCT,
+            PADDED, TAIL, HALF, PRODUCT, ROUNDING,
         )  # fmt: skip
 
 
@@ -309,8 +252,8 @@ def _rotate_tensor(
     x, x_batch, x_token, x_head, out, out_batch, out_token, out_head, weight, bias, entry, token, live, angles, table,
     eps, HEADS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
     PADDED: tl.constexpr, TAIL: tl.constexpr, HALF: tl.constexpr, ALIGN: tl.constexpr, PRODUCT: tl.constexpr,
-    NORM: tl.constexpr, CENTRED: tl.constexpr, OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr,
-    INVERSE: tl.constexpr,
+    NORM: tl.constexpr, CENTRED: tl.constexpr, ROUNDING: tl.constexpr, OWN_ANGLES: tl.constexpr,
+    TABLE_ALIGN: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """Norms and rotates every head of one tensor for the tokens of this program, in batch entry ``entry``.
 
@@ -330,12 +273,12 @@ def _rotate_tensor(
     if NORM == "across_heads":
         _rotate_row(
             x, x_rows, x_head, out, out_rows, out_head, weight, bias, live, angles, table, eps, HEADS, TILE, DIM, WIDTH,
-            PAIRS, PADDED, TAIL, HALF, PRODUCT, CENTRED, OWN_ANGLES, TABLE_ALIGN, INVERSE,
+            PAIRS, PADDED, TAIL, HALF, PRODUCT, CENTRED, ROUNDING, OWN_ANGLES, TABLE_ALIGN, INVERSE,
         )  # fmt: skip
     else:
         _rotate_heads(
             x, x_rows, x_head, out, out_rows, out_head, weight, bias, live, angles, table, eps, HEADS, TILE, DIM, WIDTH,
-            PAIRS, PADDED, TAIL, HALF, PRODUCT, NORM, CENTRED, OWN_ANGLES, TABLE_ALIGN, INVERSE,
+            PAIRS, PADDED, TAIL, HALF, PRODUCT, NORM, CENTRED, ROUNDING, OWN_ANGLES, TABLE_ALIGN, INVERSE,
         )  # fmt: skip
 
 
@@ -354,7 +297,8 @@ def norm_rotate_kernel(
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BOUNDS: tl.constexpr, AXES: tl.constexpr, PADDED: tl.constexpr,
     TAIL: tl.constexpr, HALF: tl.constexpr, INVERSE: tl.constexpr, EXACT: tl.constexpr, SKIP_UNROTATED: tl.constexpr,
-    ALIGN: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr, OWN_ANGLES: tl.constexpr, TABLE_ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr, ROUNDING: tl.constexpr, OWN_ANGLES: tl.constexpr,
+    TABLE_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Norms and rotates TOKENS tokens of ``q`` and, unless None, ``k`` ``[B, tokens, heads, DIM]`` into their outs.
 
@@ -364,8 +308,9 @@ def norm_rotate_kernel(
     rotates when ``0 <= j < rotated_tokens``; ``span{a}`` is the product of the grid's sizes after axis a. WIDTH
     channels of a head are written; PADDED is the next power of two of its pairs, TAIL that of the channels past them
     where those are loaded apart (else 0). EXACT rounds products to the dtype of the table. SKIP_UNROTATED does not
-    write unrotated tokens. NORM is "none", "per_head" or "across_heads", CENTRED whether it is a LayerNorm. OWN_ANGLES:
-    each head has rows of its own, ``head_rows`` after those of the head before.
+    write unrotated tokens. NORM is "none", "per_head" or "across_heads", CENTRED whether it is a LayerNorm, ROUNDING
+    where it rounds, as NormRounding names it. OWN_ANGLES: each head has rows of its own, ``head_rows`` after those of
+    the head before.
     """
     program = tl.program_id(0)
     blocks = (tokens + (TOKENS - 1)) // TOKENS
@@ -390,11 +335,11 @@ def norm_rotate_kernel(
     _rotate_tensor(
         q, q_batch, q_token, q_head, q_out, q_out_batch, q_out_token, q_out_head, q_weight, q_bias, entry, token, live,
         angles, table, eps, Q_HEADS, TILE, DIM, WIDTH, BOUNDS[AXES], PADDED, TAIL, HALF, ALIGN, product, NORM, CENTRED,
-        OWN_ANGLES, TABLE_ALIGN, INVERSE,
+        ROUNDING, OWN_ANGLES, TABLE_ALIGN, INVERSE,
     )  # fmt: skip
     if k is not None:
         _rotate_tensor(
             k, k_batch, k_token, k_head, k_out, k_out_batch, k_out_token, k_out_head, k_weight, k_bias, entry, token,
             live, angles, table, eps, K_HEADS, TILE, DIM, WIDTH, BOUNDS[AXES], PADDED, TAIL, HALF, ALIGN, product, NORM,
-            CENTRED, OWN_ANGLES, TABLE_ALIGN, INVERSE,
+            CENTRED, ROUNDING, OWN_ANGLES, TABLE_ALIGN, INVERSE,
         )  # fmt: skip

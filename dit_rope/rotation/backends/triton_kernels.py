@@ -74,9 +74,9 @@ def rotate(
 
     One read and one write of the data: every element of ``outs`` is written, and ``outs`` may be ``xs``, which are then
     rotated in place (and must be, with ``args.entries``). float16, bfloat16 or float32 data; float32 arithmetic,
-    rounded once, and with the model's own roundings when ``args.exact``. A norm covers unrotated tokens and channels
-    too; its weights and biases may have any float dtype. Calls that share a ``memo`` must be alike in all but the
-    addresses of their tensors, and whether they are in place.
+    rounded once, and with the model's own roundings when ``args.exact`` and where ``norm`` says so. A norm covers
+    unrotated tokens and channels too; its weights and biases may have any float dtype. Calls that share a ``memo`` must
+    be alike in all but the addresses of their tensors, and whether they are in place.
 
     Raises:
         ValueError: when :func:`declined` gives a reason.
@@ -136,6 +136,7 @@ def launch_arguments(
         "ALIGN": align,
         "NORM": "none" if norm is None else "across_heads" if norm.kind.across_heads else "per_head",
         "CENTRED": norm is not None and norm.kind.centred,
+        "ROUNDING": norm.rounding.value if norm else "none",
         "OWN_ANGLES": args.head_rows != 0,
     }
     # One stage: loads go to registers at once; a software pipeline would take them through shared memory.
