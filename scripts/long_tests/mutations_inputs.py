@@ -332,6 +332,34 @@ _PASSES = (
         'Ends the pass."""\n        if False:',
         "hooks/forward_pass",
     ),
+    fault(
+        "missing-norm-unseen",
+        "hooks/attention",
+        " or why_incomplete(attn, settings.rotation)",
+        "",
+        ("tests/hooks/test_missing_norms.py",),
+    ),
+    fault(
+        "function-modes-ignored",
+        "torch_state",
+        "return in_level() or _jit_tracing() is not None or (_function_modes() > 0 and _replaces_functions())",
+        "return in_level() or _jit_tracing() is not None",
+        ("tests/hooks/test_table_keys.py",),
+    ),
+    fault(
+        "set-state-not-keyed",
+        "hooks/table_keys",
+        "return tuple(_tree(getattr(target, name, None), keep) for name in tables.sets)",
+        "return ()",
+        ("tests/hooks/test_table_keys.py", "tests/hooks/test_model_tables.py"),
+    ),
+    fault(
+        "copies-carry-validated-calls",
+        "tables/table",
+        'return {**vars(self), "validated": {}}',
+        "return dict(vars(self))",
+        ("tests/tables/test_derived_tables.py",),
+    ),
 )
 
 INPUTS = (*_FITS, *_KEYS, *_PASSES)
