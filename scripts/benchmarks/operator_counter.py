@@ -167,7 +167,7 @@ class _WholeFunctions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs, count = kwargs or {}, self.counter.current
         product = func is torch.nn.functional.scaled_dot_product_attention
-        norm = func in (torch.rms_norm, torch.nn.functional.rms_norm) and _dtypes_agree(args, kwargs)
+        norm = func in (torch.rms_norm, torch.nn.functional.rms_norm) and dtypes_agree(args, kwargs)
         if count is None or not (product or norm):
             return func(*args, **kwargs)
         with self.counter.region(None):
@@ -201,5 +201,6 @@ def _is_write(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
 
 
-def _dtypes_agree(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def dtypes_agree(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether all tensors among the arguments have one dtype."""
     return len({tensor.dtype for tensor in _tensors((args, kwargs))}) == 1

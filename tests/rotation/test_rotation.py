@@ -183,6 +183,28 @@ def test_rotate_qk_refuses_tensors_that_do_not_fit(
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"prefix": 2, "suffix": 1},
+        {"inverse": True},
+        {"rounding": dit_rope.Rounding.EXACT},
+        {"rounding": dit_rope.Rounding.MODEL},
+    ],
+    ids=str,
+)
+def test_a_table_that_remembers_a_call_tells_it_from_others(table: RopeTable, change: dict[str, object]) -> None:
+    x, weight = torch.randn(2, 15, H, D).bfloat16(), torch.randn(D).bfloat16()
+    plain = {"prefix": 1, "suffix": 2}
+    expected = norm_rotate(x, dit_rope.rope_table(table.spec, table.grid), weight, **plain | change)  # type: ignore[arg-type]
+    dit_rope.cache_clear()
+    table = dit_rope.rope_table(table.spec, table.grid)
+    assert not table.validated
+    others = norm_rotate(x, table, weight, **plain)  # type: ignore[arg-type]
+    assert torch.equal(norm_rotate(x, table, weight, **plain | change), expected)  # type: ignore[arg-type]
+    assert not torch.equal(others, expected)
+
+
+@pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
         ({"prefix": -1, "suffix": 1}, ValueError, "prefix must be at least 0, got -1"),
