@@ -12,9 +12,11 @@ import contextlib
 import gc
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,10 +42,15 @@ class LiveMemory(TorchDispatchMode):
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
         self._paused = False
         self._functions = _WholeFunctions(self)
+        # It compiles itself, which no mode may watch.
+        self._flex = mock.patch.object(flex_attention, "flex_attention", _attention_product)
 
     def __enter__(self) -> LiveMemory:
-        tensors = (item for item in gc.get_objects() if issubclass(type(item), torch.Tensor) and item.layout is torch.strided)
+        tensors = (
+            item for item in gc.get_objects() if issubclass(type(item), torch.Tensor) and item.layout is torch.strided
+        )
         self._before = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self._flex.start()
         self._functions.__enter__()
         super().__enter__()
         return self
@@ -51,6 +58,7 @@ class LiveMemory(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._functions.__exit__(*error)
+        self._flex.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Runs the operator, and counts what is alive after it."""
@@ -86,6 +94,11 @@ class LiveMemory(TorchDispatchMode):
         """Begins a new peak with what is alive now; returns the one before."""
         before, self.peak = self.peak, self.bytes()
         return before
+
+
+def _attention_product(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Zeros of the shape of an attention product."""
+    return query.new_zeros((*query.shape[:-1], value.shape[-1]))
 
 
 class _WholeFunctions(TorchFunctionMode):

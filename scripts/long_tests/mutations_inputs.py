@@ -181,12 +181,13 @@ _FITS = (
         "align, form.exact and rounding is Rounding.MODEL)",
         "flux",
     ),
-    of_models(
+    fault(
         "norm-not-rounded",
         "hooks/rotating_norms",
         "if call.rounding is not Rounding.FAST and rotation.cast_to is not None:",
         "if False:",
-        "kandinsky or cogview4 or glm or hidream",
+        ("tests/hooks/test_rounding_of_models.py",),
+        "two_passes",
     ),
     of_models(
         "result-not-rounded",

@@ -28,7 +28,7 @@ from rich.progress import track
 import dit_rope
 from dit_rope import Rounding
 from dit_rope.adapters import adapter_of
-from dit_rope.hooks.plan import RotationPlan, make_plan
+from dit_rope.hooks.plan import make_plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
@@ -52,7 +52,7 @@ def measure(example: Example) -> list[Row]:
     inputs = inputs_of(example, model)
     blocks: dict[str, torch.nn.Module] = {}
     for rotation in make_plan("model", model, adapter).rotations:
-        path = block_of(rotation)
+        path = block_of(rotation.path)
         blocks.setdefault(re.sub(r"\d+", "*", path), model.get_submodule(path))
 
     def forward() -> None:
@@ -75,17 +75,17 @@ def measure(example: Example) -> list[Row]:
             "kept_bytes": kept,
             "diffusers": version("diffusers"),
         }
-        for part in ["", *blocks]
+        for part in unpatched
     ]
 
 
-def block_of(rotation: RotationPlan) -> str:
-    """The path of the block that an attention module is part of: up to the last number in its path."""
-    match = re.match(r".*\.\d+(?=\.)", rotation.path)
-    return match[0] if match else rotation.path.rpartition(".")[0]
+def block_of(path: str) -> str:
+    """The path of the block that the attention module at ``path`` is part of: up to the last number in it."""
+    match = re.match(r".*\.\d+(?=\.)", path)
+    return match[0] if match else path.rpartition(".")[0]
 
 
-def peaks(blocks: dict[str, torch.nn.Module], forward: Callable[[], None]) -> dict[str, int]:
+def peaks(blocks: dict[str, torch.nn.Module], forward: Callable[[], object]) -> dict[str, int]:
     """The peak of the second of two forward passes, in bytes; of the whole one by the name ""."""
     with torch.no_grad():
         forward()
@@ -115,7 +115,7 @@ def peaks(blocks: dict[str, torch.nn.Module], forward: Callable[[], None]) -> di
     return {"": memory.peak, **peak}
 
 
-def _query_bytes(forward: Callable[[], None]) -> int:
+def _query_bytes(forward: Callable[[], object]) -> int:
     """Bytes of the largest query that the attention product is given, 0 if it is not torch's."""
     attend, sizes = torch.nn.functional.scaled_dot_product_attention, [0]
 

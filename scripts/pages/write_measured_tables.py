@@ -293,6 +293,14 @@ TABLES: Mapping[Path, tuple[Measured, ...]] = {
             where={"example": ("wan", "hunyuan-video", "flux", "qwen-image", "ltx-padded", "cogvideox-1.0", "mochi")},
         ),
         Measured(
+            "peaks",
+            "peak-memory",
+            "python scripts/measure/count_memory.py",
+            {"model": "`{model}`", "part": "`{part}`", "unpatched": "{units_before:.1f}",
+             "patched": "{units_after:.1f}"},
+            where={"example": ("wan", "hunyuan-video", "flux", "qwen-image", "ltx-padded", "cogvideox-1.0", "mochi")},
+        ),
+        Measured(
             "graphs",
             "compiled-graphs",
             "python scripts/measure/count_graphs.py",

@@ -164,6 +164,25 @@ def test_what_the_method_sets_is_set_by_a_hit_too_and_read_by_the_next_call() ->
     assert dit_rope.cache_info().models.misses == misses
 
 
+def test_building_leaves_an_object_whose_value_stays() -> None:
+    """A hit leaves it too, so that other code may hold it."""
+
+    class Renewing(torch.nn.Module):
+        cached = None
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            self.cached = torch.tensor(2.0)
+            return ids * self.cached
+
+    rope = known(Renewing)()
+    memoize(rope, ModelTables("rope", "Renewing", sets=("cached",)), ("ids",))
+    rope(torch.arange(3))
+    cached = rope.cached
+    for count in (4, 3, 4):
+        rope(torch.arange(count))
+        assert rope.cached is cached
+
+
 def test_buffer_on_a_device_is_known_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """By its memory and the writes to it, without a look at what it holds; the entry keeps it."""
     buffer, copy = torch.arange(6.0), torch.arange(6.0)

@@ -9,6 +9,8 @@ import torch
 
 import dit_rope
 from dit_rope import Grid, NormKind, Pairing, RopeSpec, RopeTable, Rounding, norm_rotate, norm_rotate_qk, rotate
+from dit_rope.rotation import ops
+from dit_rope.rotation_args import Norm, NormRounding
 
 H, D = 4, 64
 HALF_SIZE = (torch.bfloat16, torch.float16)
@@ -47,11 +49,14 @@ def test_model_rounding_is_the_models_but_for_the_order_of_sums(
     assert share_of_different(results[Rounding.FAST], results[Rounding.EXACT]) > 0.1
 
 
+@pytest.mark.parametrize("pairing", list(Pairing), ids=lambda pairing: pairing.value)
 @pytest.mark.parametrize("dtype", [*HALF_SIZE, torch.float32, torch.float64], ids=str)
-def test_rotation_alone_has_the_same_bits_in_exact_and_model_rounding(dtype: torch.dtype) -> None:
-    x = inputs(NormKind.PER_HEAD, dtype)[0]
-    exact, model = (rotate(x, table_of(), rounding=rounding) for rounding in (Rounding.EXACT, Rounding.MODEL))
+def test_rotation_alone_has_the_same_bits_in_exact_and_model_rounding(dtype: torch.dtype, pairing: Pairing) -> None:
+    x, table = inputs(NormKind.PER_HEAD, dtype)[0], table_of(pairing)
+    exact, model, fast = (rotate(x, table, rounding=rounding) for rounding in Rounding)
     assert torch.equal(exact, model)
+    if pairing is Pairing.HALF and dtype is torch.float32:
+        assert not torch.equal(exact, fast)
 
 
 @every_norm
@@ -113,6 +118,19 @@ def test_transforms_see_the_same_roundings(norm: NormKind) -> None:
     how: dict[str, Any] = {"bias": bias, "norm": norm, "rounding": Rounding.MODEL}
     batched = torch.func.vmap(lambda one: norm_rotate(one[None], table_of(), weight, **how)[0])(x)
     assert share_of_different(batched, norm_rotate(x, table_of(), weight, **how)) < 2e-3
+
+
+@every_norm
+def test_transforms_round_every_step(norm: NormKind) -> None:
+    x, weight, bias = inputs(norm, torch.bfloat16)
+    args = table_of().args(exact=True)
+    every_step, result = (
+        Norm(norm, 1e-6, [weight], [] if bias is None else [bias], rounding)
+        for rounding in (NormRounding.EVERY_STEP, NormRounding.RESULT)
+    )
+    batched = torch.func.vmap(lambda one: ops.rotate([one[None]], args, every_step)[0][0])(x)
+    assert share_of_different(batched, ops.rotate([x], args, every_step)[0]) < 2e-3
+    assert share_of_different(batched, ops.rotate([x], args, result)[0]) > 0.05
 
 
 def test_compiled_code_keeps_the_rounding() -> None:
