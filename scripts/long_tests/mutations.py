@@ -199,7 +199,7 @@ MUTATIONS = (
         "prefix, suffix, backend, normed,",
         "api",
     ),
-    _ops("call-key-without-prefix", "layout_of(positions), prefix, suffix,", "layout_of(positions), suffix,", "api"),
+    _ops("call-key-without-prefix", "layout_of(positions), prefix, suffix,", "layout_of(positions),", "api"),
     _ops("inplace-unchecked", "        check_inplace(names, xs, _parameters(norm))\n", "        pass\n", file="api"),
     # Streams and shifts.
     Mutation(

@@ -6,7 +6,8 @@
 Models have released widths with one layer of each kind, run in bfloat16 on CPU, unpatched and with
 ``dit_rope.patch(model, rounding=Rounding.MODEL)``, as on a GPU. Counted is the second of two forward passes, by
 ``scripts/benchmarks/live_memory.py``: the most bytes that results of operators hold at once, in the whole pass and
-while the first block of each kind that rotates runs. The unit is one query of that block's attention in bfloat16.
+while the first block of each kind that rotates runs. The unit is one tensor of the hidden states of the first such
+attention module.
 Tables that a patch keeps between the passes do not count; the bytes of them stand beside it.
 
 Writes ``scripts/results/peak-memory.csv``, which comes out the same at every run.
@@ -43,7 +44,7 @@ DTYPE = torch.bfloat16
 
 
 def measure(example: Example) -> list[Row]:
-    """A row for each kind of block that rotates, and one for the whole step."""
+    """A row for each kind of block that rotates, and one for the whole step; none where nothing rotates."""
     dit_rope.cache_clear()
     with constant_weights():
         model = example.build(DTYPE, released=True)
@@ -51,14 +52,17 @@ def measure(example: Example) -> list[Row]:
     assert adapter is not None
     inputs = inputs_of(example, model)
     blocks: dict[str, torch.nn.Module] = {}
-    for rotation in make_plan("model", model, adapter).rotations:
+    rotations = make_plan("model", model, adapter).rotations
+    if not rotations:
+        return []
+    for rotation in rotations:
         path = block_of(rotation.path)
         blocks.setdefault(re.sub(r"\d+", "*", path), model.get_submodule(path))
 
     def forward() -> None:
         example.run(model, inputs)
 
-    unit = _query_bytes(forward)
+    unit = _hidden_bytes(rotations[0].attention, forward)
     unpatched = peaks(blocks, forward)
     with dit_rope.patch(model, rounding=Rounding.MODEL):
         patched = peaks(blocks, forward)
@@ -115,20 +119,19 @@ def peaks(blocks: dict[str, torch.nn.Module], forward: Callable[[], object]) -> 
     return {"": memory.peak, **peak}
 
 
-def _query_bytes(forward: Callable[[], object]) -> int:
-    """Bytes of the largest query that the attention product is given, 0 if it is not torch's."""
-    attend, sizes = torch.nn.functional.scaled_dot_product_attention, [0]
+def _hidden_bytes(attention: torch.nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes of the largest tensor that an attention module is given in a forward pass: its hidden states."""
+    sizes: list[int] = []
 
-    def record(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        sizes.append(query.nbytes)
-        return attend(query, *args, **kwargs)
+    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sizes.extend(x.nbytes for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dtype is DTYPE)
 
-    torch.nn.functional.scaled_dot_product_attention = record  # type: ignore[assignment]
+    handle = attention.register_forward_pre_hook(note, with_kwargs=True)
     try:
         with torch.no_grad():
             forward()
     finally:
-        torch.nn.functional.scaled_dot_product_attention = attend
+        handle.remove()
     return max(sizes)
 
 
