@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
 import torch
 from torch.nn import functional
 from torch.nn.attention import flex_attention
+from torch.utils import _pytree as pytree
 
 import dit_rope
 from dit_rope import Rounding
-from zoo import Example, tensors
+from zoo import Example, Noise, tensors
 
 Call = tuple[torch.Tensor, ...]
 
@@ -39,18 +40,18 @@ def recorded() -> Iterator[list[Call]]:
         yield calls
 
 
-def attention_inputs(example: Example, dtype: torch.dtype, rounding: Rounding | None) -> list[Call]:
+def attention_inputs(
+    example: Example, dtype: torch.dtype, rounding: Rounding | None, device: str = "cpu"
+) -> list[Call]:
     """The queries and keys of every attention of one forward pass; None is the unpatched model.
 
     A model that attends by other means than torch's function, or not at all, has its outputs in their place.
     """
-    model = example.build(dtype)
-    with torch.no_grad(), recorded() as calls:
-        if rounding is None:
-            output = example.forward(model, dtype)
-        else:
-            with dit_rope.patch(model, rounding=rounding):
-                output = example.forward(model, dtype)
+    model = example.build(dtype).to(device)
+    inputs = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), example.inputs(model, Noise(dtype)))
+    patched = nullcontext() if rounding is None else dit_rope.patch(model, rounding=rounding)
+    with torch.no_grad(), recorded() as calls, patched:
+        output = example.run(model, inputs)
     return calls or [tuple(tensors(output))]
 
 
@@ -75,13 +76,13 @@ def _steps(one: torch.Tensor, other: torch.Tensor) -> float:
     return float(((one - other).abs() / unit).max())
 
 
-def differences(example: Example, dtype: torch.dtype) -> dict[Rounding, Difference]:
+def differences(example: Example, dtype: torch.dtype, device: str = "cpu") -> dict[Rounding, Difference]:
     """Of each rounding: how the first attention that rotates differs from the unpatched model's.
 
     Everything before it is equal to the bit, so that it is the first that differs in some rounding.
     """
-    unpatched = attention_inputs(example, dtype, None)
-    patched = {rounding: attention_inputs(example, dtype, rounding) for rounding in Rounding}
+    unpatched = attention_inputs(example, dtype, None, device)
+    patched = {rounding: attention_inputs(example, dtype, rounding, device) for rounding in Rounding}
     first = next((i for i, call in enumerate(unpatched) if not _same(call, patched[Rounding.FAST][i])), 0)
     return {rounding: Difference(unpatched[first], calls[first]) for rounding, calls in patched.items()}
 
