@@ -16,6 +16,7 @@ from .hooks.plan import PatchPlan, make_plan, restore
 from .hooks.report import describe
 from .rotation.choice import check_backend
 from .rotation.rounding import Rounding, rounding_of
+from .scalars import check_flags
 from .spec import Scalings
 
 
@@ -60,6 +61,7 @@ def patch(
     backend: str = "auto",
     scaling: Scalings | Callable[[], Scalings] = None,
     fuse: Fusion = Fusion.NORM_AND_ROTATION,
+    compiled: bool = False,
 ) -> Patch:
     """Replaces table building and rotation in a diffusers pipeline or transformer, in place, on these objects only.
 
@@ -78,6 +80,8 @@ def patch(
         fuse: what dit_rope computes for queries and keys: norm and rotation, the rotation alone, or nothing, which
             leaves memoized tables. Smaller values show the gain of each part. A model that cannot have the value gets
             the next smaller one, and the report says so.
+        compiled: True puts the operators of dit_rope into graphs of ``torch.compile`` and ``torch.export``; False
+            leaves those to the model's own code, which the compiler fuses. Which is faster has not been measured.
 
     Returns:
         A handle with ``report()`` and ``undo()``, also a context manager.
@@ -101,16 +105,12 @@ def patch(
           rope: LTXVideoRotaryPosEmbed, tables memoized
           transformer_blocks.*.attn1 (2 modules): norm_q, norm_k norm and rotate
     """
-    if exact is not None and not isinstance(exact, bool):
-        raise TypeError(f"exact must be True, False or None, got {exact!r}")
-    if exact is not None and rounding is not None:
-        raise ValueError(f"rounding must be None with exact={exact!r}, got {rounding!r}; leave exact out")
-    if exact is not None or rounding is not None:
-        rounding = rounding_of(False if exact is None else exact, rounding)
+    rounding = _rounding_of(exact, rounding)
     check_backend(backend)
+    check_flags(compiled=compiled)
     if not isinstance(fuse, Fusion):
         raise TypeError(f"fuse must be a Fusion, got {fuse!r}")
-    options = Options(rounding, backend, scaling, fuse)
+    options = Options(rounding, backend, scaling, fuse, compiled)
     plans = _plans(target, fuse)
     scaled = [plan.scaled_spec(options) for plan in plans]
     try:
@@ -121,6 +121,15 @@ def patch(
             plan.restore()
         raise
     return Patch(plans, options)
+
+
+def _rounding_of(exact: bool | None, rounding: Rounding | None) -> Rounding | None:
+    """The rounding that a caller asks for; None for the default of the device."""
+    if exact is not None and not isinstance(exact, bool):
+        raise TypeError(f"exact must be True, False or None, got {exact!r}")
+    if exact is not None and rounding is not None:
+        raise ValueError(f"rounding must be None with exact={exact!r}, got {rounding!r}; leave exact out")
+    return None if exact is None and rounding is None else rounding_of(bool(exact), rounding)
 
 
 def unpatch(target: Any) -> None:

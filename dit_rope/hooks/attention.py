@@ -18,16 +18,24 @@ from typing import Any
 import torch
 
 from ..rotation import Rounding
-from ..torch_state import in_transform, is_autocast
+from ..torch_state import in_transform
 from .adapter import AttentionRotation, CastTo, Layout
 from .class_override import INSTALLED, Installed, Override, copy_of, derived_with, unpatched_class, unpatched_method
 from .heads import as_heads, fits, from_heads, rotate_heads
 from .known_code import Guard, guard_of
 from .log import log_not_patched
 from .packed_tables import Align, UnfitTable
-from .rotating_norms import DTYPES, AttentionSettings, RotatedCall, rotating_modules, why_incomplete
-
-_PROJECTIONS = frozenset({"to_q", "to_k"})
+from .rotating_norms import (
+    DTYPES,
+    PROJECTIONS,
+    AttentionSettings,
+    RotatedCall,
+    computed_dtype,
+    rotating_modules,
+    wants_gradients,
+    why_incomplete,
+)
+from .traced import traced_call
 
 
 class ProcessorOverride(Override):
@@ -35,9 +43,13 @@ class ProcessorOverride(Override):
 
     def replacement(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """The result of the processor, whose code gets a proxy of ``attn`` if the norms rotate."""
+        record: Installed | None = getattr(attn, "__dict__", {}).get(INSTALLED)
+        if torch.compiler.is_compiling() and record is not None and record.active:
+            result = traced_call(self, attn, record.settings, args, kwargs)
+            if result is not None:
+                return result
         if torch.compiler.is_compiling() or in_transform():
             return unpatched_method(self, "__call__")(attn, *args, **kwargs)
-        record: Installed | None = getattr(attn, "__dict__", {}).get(INSTALLED)
         if record is not None and record.active and isinstance(record.settings, AttentionSettings):
             guard = guard_of(unpatched_class(self), "__call__")
             result = _rotated_call(self, attn, guard, record.settings, args, kwargs)
@@ -51,9 +63,13 @@ class AttentionOverride(Override):
 
     def replacement(self, *args: Any, **kwargs: Any) -> Any:
         """The result of the forward, which runs on a proxy of the module if its norms rotate."""
+        record: Installed | None = self.__dict__.get(INSTALLED)
+        if torch.compiler.is_compiling() and record is not None and record.active:
+            result = traced_call(None, self, record.settings, args, kwargs)
+            if result is not None:
+                return result
         if torch.compiler.is_compiling() or in_transform():
             return unpatched_method(self)(*args, **kwargs)
-        record: Installed | None = vars(self).get(INSTALLED)
         if record is not None and record.active:
             guard = guard_of(unpatched_class(self), "forward")
             result = _rotated_call(None, self, guard, record.settings, args, kwargs)
@@ -192,11 +208,9 @@ def _prepared(attn: Any, settings: AttentionSettings, arguments: Mapping[str, An
     rounding = settings.rounding_on(hidden.device)
     exact = rounding is Rounding.EXACT
     kind = (hidden.shape, hidden.dtype, hidden.device, torch.get_num_threads())
-    if exact and (kind in settings.without_bits or _wants_gradients(attn, arguments)):
+    if exact and (kind in settings.without_bits or wants_gradients(attn, arguments)):
         raise UnfitTable
-    if vars(attn).get("fused_projections") and any(
-        name in _PROJECTIONS for name, _ in rotating_modules(attn, rotation)
-    ):
+    if vars(attn).get("fused_projections") and any(name in PROJECTIONS for name, _ in rotating_modules(attn, rotation)):
         raise UnfitTable
     tables = form.pack(rotary[0], hidden.device, exact)
     if len(rotary) > 1:
@@ -205,23 +219,7 @@ def _prepared(attn: Any, settings: AttentionSettings, arguments: Mapping[str, An
     for index, table in enumerate(tables):
         if not rotation.covers[min(index, len(rotation.covers) - 1)].fit(arguments, dim, table.tokens):
             raise UnfitTable
-    dtypes = {CastTo.INPUT: hidden.dtype, CastTo.PROJECTION: _computed_dtype(hidden)}
+    dtypes = {CastTo.INPUT: hidden.dtype, CastTo.PROJECTION: computed_dtype(hidden)}
     if form.narrows and rounding is not Rounding.FAST:
         tables = [table.narrowed(dtypes[CastTo.PROJECTION]) for table in tables]
     return RotatedCall(settings, tables, rounding, dtypes, kind)
-
-
-def _wants_gradients(attn: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether a backward pass may follow.
-
-    Its bits depend on the memory layout of every intermediate tensor, so in exact mode the model's own code runs.
-    """
-    if not torch.is_grad_enabled():
-        return False
-    inputs = (x.requires_grad for x in arguments.values() if isinstance(x, torch.Tensor))
-    return any(inputs) or any(parameter.requires_grad for parameter in attn.parameters())
-
-
-def _computed_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """The dtype of queries and keys projected from ``hidden``, which autocast may change."""
-    return torch.get_autocast_dtype(hidden.device.type) if is_autocast(hidden.device) else hidden.dtype

@@ -114,12 +114,12 @@ def override_method(target: Any, override: type[Override], settings: object, sta
     wrapped = list(_wrapped_forwards(target)) if method == "forward" else []
     derived = _derived_class(type(target))
     made = None if derived is None else _derived[derived]
-    if made is not None and made == _override_class(made.unpatched, override, method):
+    if made is not None and made == override_class(made.unpatched, override, method):
         # Put the override back below the derived class, whose methods may call it. On top of it, it would run twice.
         _exchange_base(derived, made.unpatched, made)
         del _derived[derived]
     else:
-        target.__class__ = _override_class(type(target), override, method)
+        target.__class__ = override_class(type(target), override, method)
     _rebind(target, wrapped)
 
 
@@ -231,7 +231,8 @@ def remove_hooks(module: torch.nn.Module) -> None:
         registered.pop(_HOOK_ID, None)
 
 
-def _override_class(base: type, override: type[Override], method: str) -> type:
+def override_class(base: type, override: type[Override], method: str) -> type:
+    """The subclass of ``base`` in which ``override`` replaces ``method``, made once."""
     made = _override_classes.get((base, override, method))
     if made is None:
         replacement: Any = copy_of(override.replacement, override.replacement.__globals__)
@@ -252,7 +253,7 @@ def copy_of(function: Any, scope: dict[str, Any]) -> FunctionType:
 
 
 def _new_override(base: type, override: type[Override], method: str) -> Any:
-    return object.__new__(_override_class(base, override, method))
+    return object.__new__(override_class(base, override, method))
 
 
 def unpatched_method(target: Any, method: str = "forward") -> functools.partial[Any]:

@@ -65,10 +65,11 @@ def makes_fresh_results(module: Any) -> bool:
         return False
     if torch_modules._has_any_global_hook():
         return False
-    return _runs_known_code(type(module))
+    return runs_known_code(type(module))
 
 
-def _runs_known_code(cls: type) -> bool:
+def runs_known_code(cls: type) -> bool:
+    """Whether the forward of this class, and the function of torch that it calls, are known code."""
     if cls.__module__.startswith("torch.nn.modules.") and cls.__name__ in _CALLED:
         for namespace, name, function in _torch_functions.get(cls) or _of_torch(cls) or ((_NOTHING, "", cls),):
             if namespace.get(name) is not function:

@@ -35,3 +35,4 @@ class Options:
     backend: str = "auto"
     scaling: Any = None
     fuse: Fusion = Fusion.NORM_AND_ROTATION
+    compiled: bool = False

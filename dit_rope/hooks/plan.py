@@ -38,6 +38,7 @@ from .log import log_not_patched
 from .options import Fusion, Options
 from .rope_modules import MemoizedMethod, RopeOverride, TableSettings, why_not_memoized
 from .rotating_norms import AttentionSettings, rotating_modules, why_incomplete
+from .traced import traced_code
 
 # Names under which wrappers hold the module that they wrap: torch.compile, activation checkpointing, FSDP and DDP.
 _WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -171,7 +172,13 @@ class PatchPlan:
         fuses_norm = options.fuse is Fusion.NORM_AND_ROTATION
         for rotation in self.rotations:
             path = f"{self.name}.{plain_path(rotation.path)}"
-            settings = AttentionSettings(rotation.rotation, options.rounding, options.backend, fuses_norm, path)
+            traced = None
+            if options.compiled and rotation.holder is not None:
+                override = ProcessorOverride if rotation.rotation.processors else AttentionOverride
+                traced = traced_code(rotation.holder, override, rotation.attention, rotation.rotation)
+            settings = AttentionSettings(
+                rotation.rotation, options.rounding, options.backend, fuses_norm, path, traced=traced
+            )
             install_rotation(rotation.attention, settings, self.state)
         install(self.model, None, self.state)
         add_hooks(self.model, BeginPass(prepare_attention), EndPass())

@@ -11,7 +11,7 @@ from ..rotation import Rounding
 from ..rotation.choice import explain_backends
 from ..spec import Scaling, Scalings
 from .adapter import AttentionRotation, ModelAdapter, ModelTables
-from .class_override import unpatched_class
+from .class_override import record_of, unpatched_class
 from .fused_norms import makes_fresh_results
 from .options import Fusion, Options
 from .plan import PatchPlan, RotationPlan, plain_path
@@ -93,12 +93,24 @@ def describe(plan: PatchPlan, options: Options) -> str:
         lines.append(_not_patched("norm and rotation of queries and keys, because fuse is Fusion.NOTHING"))
     if options.scaling is not None:
         lines.append(f"  frequencies scaled: {_scaling_of(options.scaling)}")
-    compiled = "everything" if options.scaling is None else "everything but the scaled tables"
-    lines.append(f"  not patched under torch.compile: {compiled}, because the compiler fuses the model's own code")
+    lines += list(_compiled(plan, options))
     lines.append(
         "  not patched under torch.func, dual numbers and jit tracing: everything, because kernels have no tangents"
     )
     return "\n".join([*lines, *_elsewhere(plan), *map(_not_patched, plan.adapter.not_patched)])
+
+
+def _compiled(plan: PatchPlan, options: Options) -> Iterator[str]:
+    """What a compiler sees of the patch."""
+    traced = 0
+    if options.compiled:
+        records = [record_of(each.attention) for each in plan.rotations]
+        traced = sum(record is not None and record.settings.traced is not None for record in records)
+    if traced:
+        yield f"  under torch.compile: {_count(traced, 'attention module')} with the operators of dit_rope in the graph"
+    else:
+        everything = "everything" if options.scaling is None else "everything but the scaled tables"
+        yield f"  not patched under torch.compile: {everything}, because the compiler fuses the model's own code"
 
 
 def _tables(plan: PatchPlan, options: Options, patched: bool) -> Iterator[str]:

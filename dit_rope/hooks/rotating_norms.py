@@ -18,6 +18,7 @@ from .fused_norms import fused_norm, makes_fresh_results
 from .heads import as_heads, fits, from_heads, is_distributed, rotate_heads
 from .packed_tables import Align, PackedTable, UnfitTable
 
+PROJECTIONS = frozenset({"to_q", "to_k"})
 _MOST_KINDS = 1024
 
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -38,6 +39,7 @@ class AttentionSettings:
     fuses_norm: bool
     name: str = ""
     logged: set[str] = field(default_factory=set, repr=False)
+    traced: Any = field(default=None, repr=False)
     without_bits: set[tuple[object, ...]] = field(default_factory=set, repr=False)
 
     def rounding_on(self, device: torch.device) -> Rounding:
@@ -80,6 +82,22 @@ def why_incomplete(attn: Any, rotation: AttentionRotation) -> str | None:
         if norm.only_with is None or modules.get(norm.only_with) is not None:
             return f"it has no {name}"
     return None
+
+
+def wants_gradients(attn: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether a backward pass may follow.
+
+    Its bits depend on the memory layout of every intermediate tensor, so in exact mode the model's own code runs.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    inputs = (x.requires_grad for x in arguments.values() if isinstance(x, torch.Tensor))
+    return any(inputs) or any(parameter.requires_grad for parameter in attn.parameters())
+
+
+def computed_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """The dtype of queries and keys projected from ``hidden``, which autocast may change."""
+    return torch.get_autocast_dtype(hidden.device.type) if is_autocast(hidden.device) else hidden.dtype
 
 
 class RotatedCall:

@@ -170,7 +170,7 @@ _KNOWN_CODE = (
     _fresh(
         "fresh-with-hooks-of-all-modules", "hooks/fused_norms", "if torch_modules._has_any_global_hook():", "if False:"
     ),
-    _fresh("fresh-of-unknown-code", "hooks/fused_norms", "return _runs_known_code(type(module))", "return True"),
+    _fresh("fresh-of-unknown-code", "hooks/fused_norms", "return runs_known_code(type(module))", "return True"),
     _fresh(
         "function-of-torch-replaced", "hooks/fused_norms", "if namespace.get(name) is not function:", "if not function:"
     ),

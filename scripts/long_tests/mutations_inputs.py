@@ -93,12 +93,12 @@ _FITS = (
     _fitting(
         "exact-gradients-taken-over",
         "hooks/attention",
-        "(kind in settings.without_bits or _wants_gradients(attn, arguments)):",
+        "(kind in settings.without_bits or wants_gradients(attn, arguments)):",
         "kind in settings.without_bits:",
     ),
     _fitting(
         "exact-gradients-of-parameters",
-        "hooks/attention",
+        "hooks/rotating_norms",
         "return any(inputs) or any(parameter.requires_grad for parameter in attn.parameters())",
         "return any(inputs)",
     ),

@@ -134,6 +134,30 @@ def test_table_of_other_tokens_is_what_the_model_makes_of_it(
         assert_same(attention.outcome(), plain, exact)
 
 
+@pytest.mark.parametrize("change", ["narrower", "one sample", "a sample too many", "twice as wide"])
+def test_compiled_module_leaves_a_table_that_does_not_fit_to_the_model(change: str) -> None:
+    """It raises what the unpatched compiled model raises, or computes what that computes."""
+    attention = Attention("ltx-padded", "transformer_blocks.0.attn1")
+    changed = tuple(map((WIDTH | BATCH)[change], attention.kwargs["image_rotary_emb"]))
+
+    def outcome() -> Any:
+        torch._dynamo.reset()
+        module = torch.compile(attention.module, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            try:
+                return tensors(module(*attention.args, **{**attention.kwargs, "image_rotary_emb": changed}))
+            except Exception as error:  # whatever the model raises
+                return type(error)
+
+    expected = outcome()
+    with dit_rope.patch(attention.model, exact=True, compiled=True):
+        actual = outcome()
+    if isinstance(expected, type):
+        assert actual is expected
+    else:
+        assert_same(actual, expected, exact=True)
+
+
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
 @pytest.mark.parametrize("kind", ["cosines and sines", "sines", "one sine of the last row"])
 @pytest.mark.parametrize("name", ["hidream", "hidream-half"])

@@ -44,6 +44,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "hooks.rope_modules": ("hooks/test_table_keys.py",),
     "hooks.rotating_norms": ("hooks/test_missing_norms.py", "hooks/test_patching.py"),
     "hooks.table_keys": ("hooks/test_table_keys.py",),
+    "hooks.traced": ("hooks/test_traced_models.py::test_ahead_of_time",),
     "models": ("hooks/test_models.py::test_patched_equals_unpatched_bitwise_and_undo_leaves_nothing",),
     "patching": ("hooks/test_patching.py",),
     "rotation": ("rotation/test_rotation.py",),
