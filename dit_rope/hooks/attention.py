@@ -44,11 +44,12 @@ class ProcessorOverride(Override):
     def replacement(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """The result of the processor, whose code gets a proxy of ``attn`` if the norms rotate."""
         record: Installed | None = getattr(attn, "__dict__", {}).get(INSTALLED)
-        if torch.compiler.is_compiling() and record is not None and record.active:
-            result = traced_call(self, attn, record.settings, args, kwargs)
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            result = traced_call(self, attn, record, args, kwargs)
             if result is not None:
                 return result
-        if torch.compiler.is_compiling() or in_transform():
+        if compiling or in_transform():
             return unpatched_method(self, "__call__")(attn, *args, **kwargs)
         if record is not None and record.active and isinstance(record.settings, AttentionSettings):
             guard = guard_of(unpatched_class(self), "__call__")
@@ -64,11 +65,12 @@ class AttentionOverride(Override):
     def replacement(self, *args: Any, **kwargs: Any) -> Any:
         """The result of the forward, which runs on a proxy of the module if its norms rotate."""
         record: Installed | None = self.__dict__.get(INSTALLED)
-        if torch.compiler.is_compiling() and record is not None and record.active:
-            result = traced_call(None, self, record.settings, args, kwargs)
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            result = traced_call(None, self, record, args, kwargs)
             if result is not None:
                 return result
-        if torch.compiler.is_compiling() or in_transform():
+        if compiling or in_transform():
             return unpatched_method(self)(*args, **kwargs)
         if record is not None and record.active:
             guard = guard_of(unpatched_class(self), "forward")

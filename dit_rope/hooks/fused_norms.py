@@ -79,6 +79,10 @@ def runs_known_code(cls: type) -> bool:
     return name in KNOWN_NORMS and guard_of(cls, "forward").unknown is None
 
 
+# A trace takes the answer as a constant.
+runs_known_code._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _of_torch(cls: type) -> tuple[tuple[Any, str, Any], ...] | None:
     """The forward of a module class of torch and the function that it calls, or None if one of them was replaced."""
     functional = vars(torch.nn.functional)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -12,15 +12,7 @@ from .adapter import AttentionRotation, Layout
 from .packed_tables import PackedTable
 
 
-class Table(Protocol):
-    """What a table has to say of itself to be compared with heads."""
-
-    batch: int
-    heads: int
-    head_dim: int
-
-
-def fits(heads: torch.Tensor, table: Table | PackedTable, rotation: AttentionRotation) -> bool:
+def fits(heads: torch.Tensor, table: PackedTable, rotation: AttentionRotation) -> bool:
     """Whether ``table`` fits ``heads`` ``[B, S, H, D]``: its batch, heads and width, not its number of rows."""
     batch, _, count, width = heads.shape
     samples = (batch,) if rotation.format.every_sample else (1, batch)

@@ -108,10 +108,11 @@ class PackedTable:
         if args is None:
             if len(self._args) >= _MOST_REMEMBERED:
                 self._args.clear()
-            args = self._args[length, align, exact] = self._make_args(length, align, exact)
+            args = self._args[length, align, exact] = self.make_args(length, align, exact)
         return args
 
-    def _make_args(self, length: int, align: Align, exact: bool) -> RotationArgs:
+    def make_args(self, length: int, align: Align, exact: bool) -> RotationArgs:
+        """As :meth:`args`, made in every call: a trace cannot ask what was made before."""
         count = min(length, self.tokens)
         first = self.tokens - count if align is Align.END else 0
         prefix = length - count if align is Align.END else 0

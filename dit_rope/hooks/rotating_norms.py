@@ -100,6 +100,28 @@ def computed_dtype(hidden: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(hidden.device.type) if is_autocast(hidden.device) else hidden.dtype
 
 
+def fitting_heads(
+    y: torch.Tensor, layout: Layout, table: PackedTable, rotation: AttentionRotation, attn: Any, count: int
+) -> torch.Tensor:
+    """``y``, which a norm or projection of ``attn`` returned in ``layout``, as heads ``[B, S, H, D]``.
+
+    ``count`` is the number of heads of ``attn``, 0 if it does not say.
+
+    Raises:
+        UnfitTable: the table was not made for these heads.
+    """
+    head_dim = rotation.head_dim(attn) if rotation.head_dim else table.head_dim
+    if layout is Layout.BSC and (y.ndim != 3 or y.shape[-1] % head_dim):
+        raise UnfitTable
+    heads = as_heads(y, layout, head_dim)
+    if heads.ndim != 4 or heads.dtype not in DTYPES or not fits(heads, table, rotation):
+        raise UnfitTable
+    counted = layout is Layout.BSC and count and not (rotation.format.every_head or is_distributed(y))
+    if counted and count % heads.shape[2]:
+        raise UnfitTable
+    return heads
+
+
 class RotatedCall:
     """One call of an attention module: its tables, and the norms that were not called so far."""
 
@@ -233,16 +255,8 @@ class _RotatingModule:
         Raises:
             UnfitTable: the table was not made for these heads.
         """
-        call, rotation = self._call, self._call.rotation
-        head_dim = rotation.head_dim(call.attn) if rotation.head_dim else table.head_dim
-        if layout is Layout.BSC and (y.ndim != 3 or y.shape[-1] % head_dim):
-            raise UnfitTable
-        heads = as_heads(y, layout, head_dim)
-        if heads.ndim != 4 or heads.dtype not in DTYPES or not fits(heads, table, rotation):
-            raise UnfitTable
-        counted = layout is Layout.BSC and call.heads and not (rotation.format.every_head or is_distributed(y))
-        if counted and call.heads % heads.shape[2]:
-            raise UnfitTable
+        call = self._call
+        heads = fitting_heads(y, layout, table, call.rotation, call.attn, call.heads)
         if not self._norm.fits(table, heads.shape[1]):
             raise UnfitTable
         return heads

@@ -18,36 +18,33 @@ from ..rotation import Rounding, ops
 from ..rotation_args import Norm, NormRounding, RotationArgs
 from ..torch_state import is_autocast
 from .adapter import AttentionRotation, CastTo, Layout, NormRotation, ResultRotation
-from .class_override import Override, override_class, unpatched_class
+from .class_override import Installed, Override, override_class, unpatched_class
 from .formats import Format
-from .fused_norms import KNOWN_NORMS, FusedNorm, fused_norm, runs_known_code
-from .heads import as_heads, fits, from_heads
+from .fused_norms import FusedNorm, fused_norm, makes_fresh_results
+from .heads import from_heads
 from .known_code import guard_of
-from .packed_tables import Align, UnfitTable
+from .packed_tables import PackedTable, UnfitTable, pack
 from .rotating_norms import (
+    DTYPES,
     PROJECTIONS,
     AttentionSettings,
     computed_dtype,
+    fitting_heads,
     rotating_modules,
     wants_gradients,
     why_incomplete,
 )
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _codes: dict[str, tuple[type, str]] = {}
 
 
 @dataclass(frozen=True, eq=False)
 class TracedNorm:
-    """A norm or projection that rotates, as it was when its module was patched.
-
-    ``read`` reads its numbers; None if no kernel computes it.
-    """
+    """A norm or projection that rotates, as it was when its module was patched."""
 
     name: str
     rotation: NormRotation
     module_class: type
-    read: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,19 +90,12 @@ def traced_code(holder: Any, override: type[Override], attn: Any, rotation: Atte
         return None
     key = f"{cls.__module__}.{cls.__qualname__}.{method}"
     _codes[key] = (cls, method)
-    norms = tuple(
-        TracedNorm(name, norm, type(getattr(attn, name)), _reader(type(getattr(attn, name))))
-        for name, norm in rotating_modules(attn, rotation)
-    )
+    norms = tuple(TracedNorm(name, norm, type(getattr(attn, name))) for name, norm in rotating_modules(attn, rotation))
     names = tuple(guard.parameters[2 if rotation.processors else 1 :])
     present = {norm.name for norm in norms}
     absent = tuple(name for name in rotation.norms if name not in present)
     holder_class = override_class(cls, override, method)
     return TracedCode(key, holder_class, guard.function, names, tuple(sorted(guard.methods)), norms, absent)
-
-
-def _reader(cls: type) -> Any:
-    return KNOWN_NORMS.get(f"{cls.__module__}.{cls.__qualname__}")
 
 
 def code_is_known(key: str) -> bool:
@@ -114,19 +104,16 @@ def code_is_known(key: str) -> bool:
     return guard.unknown is None
 
 
-def norm_is_known(cls: type) -> bool:
-    """Whether the forward of a norm of this class is known code now; a trace takes the answer as a constant."""
-    return runs_known_code(cls)
-
-
 code_is_known._dynamo_marked_constant = True  # type: ignore[attr-defined]
-norm_is_known._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def traced_call(
-    processor: Any, attn: Any, settings: AttentionSettings, args: tuple[Any, ...], kwargs: dict[str, Any]
+    processor: Any, attn: Any, record: Installed | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """The result of the attention with the rotation as operators; None if the model's own code must run."""
+    if record is None or not record.active or not isinstance(record.settings, AttentionSettings):
+        return None
+    settings = record.settings
     code: TracedCode | None = settings.traced
     holder = attn if processor is None else processor
     if code is None or type(holder) is not code.holder_class or not code_is_known(code.key):
@@ -150,7 +137,7 @@ def traced_call(
     for name in kwargs:
         arguments[name] = kwargs[name]
     hidden = arguments.get(rotation.covers[0].names[-1])
-    if not isinstance(hidden, torch.Tensor) or hidden.dtype not in _DTYPES or 0 in hidden.shape:
+    if not isinstance(hidden, torch.Tensor) or hidden.dtype not in DTYPES or 0 in hidden.shape:
         return None
     rounding = settings.rounding_on(hidden.device)
     tables = _tables(rotation, arguments, hidden, rounding)
@@ -174,61 +161,22 @@ def traced_call(
     return result
 
 
-class _TracedTable:
-    """The rows of one table, packed in the graph: ``[2, R, P]``, and the positions of samples that have their own."""
-
-    def __init__(self, cos: torch.Tensor, sin: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
-        batch, tokens, heads, pairs = cos.shape
-        self.batch, self.tokens, self.heads, self.pairs = batch, tokens, heads, pairs
-        self.rows = torch.stack((cos, sin)).transpose(2, 3).reshape(2, -1, pairs).to(device, dtype)
-        self.head_dim = 2 * pairs
-        self.positions = None
-        if batch > 1:
-            row = torch.arange(tokens, device=device, dtype=torch.int32)
-            first = torch.arange(batch, device=device, dtype=torch.int32) * (heads * tokens)
-            self.positions = (first[:, None] + row)[..., None]
-
-    def args(self, length: int, rotation: AttentionRotation, align: Align, exact: bool) -> RotationArgs:
-        """The rotation of a sequence of ``length`` tokens."""
-        count = min(length, self.tokens)
-        at_end = align is Align.END
-        first, prefix = (self.tokens - count, length - count) if at_end else (0, 0)
-        positions = self.positions
-        rows = self.rows
-        if positions is not None:
-            positions = positions[:, first : first + count]
-        elif self.heads == 1:
-            rows = rows[:, first : first + count]
-        else:
-            positions = torch.arange(first, first + count, device=rows.device, dtype=torch.int32)[None, :, None]
-        return RotationArgs.of_rows(
-            rows,
-            positions,
-            (self.pairs,),
-            count,
-            rotation.format.pairing,
-            prefix=prefix,
-            exact=exact,
-            head_rows=self.tokens if self.heads > 1 else 0,
-        )
-
-
 def _tables(
     rotation: AttentionRotation, arguments: Mapping[str, Any], hidden: torch.Tensor, rounding: Rounding
-) -> list[_TracedTable] | None:
+) -> list[PackedTable] | None:
     """The tables of a call, packed in the graph; None if the rotary tensors are missing or do not fit the tokens."""
     try:
         rotary_tensors = rotation.rotary_tensors(arguments)
     except UnfitTable:
         return None
-    tables: list[_TracedTable] = []
+    tables: list[PackedTable] = []
     for rotary in rotary_tensors:
         if not rotation.format.accepts(rotary):
             return None
         for cos, sin in rotation.format.split(rotary):
             narrows = rotation.format.narrows and rounding is not Rounding.FAST
             dtype = computed_dtype(hidden) if narrows else cos.dtype
-            tables.append(_TracedTable(cos, sin, hidden.device, dtype))
+            tables.append(pack(cos.to(dtype), sin.to(dtype), rotation.format.pairing, hidden.device))
     dim = 0 if rotation.layout is Layout.SHD else 1
     for index, table in enumerate(tables):
         if not rotation.covers[min(index, len(rotation.covers) - 1)].fit(arguments, dim, table.tokens):
@@ -243,7 +191,7 @@ class _TracedAttention:
         self,
         attn: Any,
         settings: AttentionSettings,
-        tables: list[_TracedTable],
+        tables: list[PackedTable],
         hidden: torch.Tensor,
         rounding: Rounding,
     ) -> None:
@@ -271,7 +219,7 @@ class _TracedRotation:
         norm: TracedNorm,
         stand_in: _TracedAttention,
         settings: AttentionSettings,
-        tables: list[_TracedTable],
+        tables: list[PackedTable],
         hidden: torch.Tensor,
         rounding: Rounding,
     ) -> None:
@@ -315,7 +263,7 @@ class _TracedRotation:
         if as_model and self._cast_to is not None:
             y = y.to(self._cast_to)
         if as_model and not rotation.keeps_dtype(y.dtype):
-            return rotation.rotate_result(y, ResultRotation(self._table, True, self._rotate, self._rotate))  # type: ignore[arg-type]
+            return rotation.rotate_result(y, ResultRotation(self._table, True, self._rotate, self._rotate))
         return self._rotate(y)
 
     def _rotate(self, y: torch.Tensor) -> torch.Tensor:
@@ -324,12 +272,10 @@ class _TracedRotation:
 
     def _one_pass(self, x: torch.Tensor) -> FusedNorm | None:
         """The numbers of the norm if one kernel may norm and rotate ``x``."""
-        module, norm, settings = self._module, self._norm, self._settings
-        if norm.read is None or not settings.fuses_norm or self._rounding is Rounding.EXACT:
+        module, settings = self._module, self._settings
+        if not settings.fuses_norm or self._rounding is Rounding.EXACT or x.dtype not in DTYPES:
             return None
-        if len(module._forward_hooks) or len(module._forward_pre_hooks) or "forward" in module.__dict__:
-            return None
-        if not norm_is_known(norm.module_class) or x.dtype not in _DTYPES:
+        if not makes_fresh_results(module):
             return None
         if self._rounding is not Rounding.FAST and (
             (self._cast_to is not None and self._cast_to != x.dtype)
@@ -342,7 +288,7 @@ class _TracedRotation:
     def _args(self, heads: torch.Tensor) -> RotationArgs:
         rotation = self._settings.rotation
         exact = rotation.format.exact and self._rounding is not Rounding.FAST
-        return self._table.args(heads.shape[1], rotation, self._norm.rotation.align, exact)
+        return self._table.make_args(heads.shape[1], self._norm.rotation.align, exact)
 
     def _heads(self, y: torch.Tensor) -> torch.Tensor:
         """``y`` as heads ``[B, S, H, D]``.
@@ -350,14 +296,6 @@ class _TracedRotation:
         Raises:
             UnfitTable: the table was not made for these heads.
         """
-        rotation, attn = self._settings.rotation, self._stand_in._attn
-        head_dim = rotation.head_dim(attn) if rotation.head_dim else self._table.head_dim
-        if self._layout is Layout.BSC and y.shape[-1] % head_dim:
-            raise UnfitTable
-        heads = as_heads(y, self._layout, head_dim)
-        if heads.ndim != 4 or not fits(heads, self._table, rotation):
-            raise UnfitTable
+        attn = self._stand_in._attn
         count = getattr(attn, "heads", None) or getattr(attn, "num_heads", None) or 0
-        if self._layout is Layout.BSC and count and not rotation.format.every_head and count % heads.shape[2]:
-            raise UnfitTable
-        return heads
+        return fitting_heads(y, self._layout, self._table, self._settings.rotation, attn, count)

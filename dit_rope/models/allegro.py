@@ -25,8 +25,8 @@ _AXES = 3
 class _AxisTable(PackedTable):
     """The tables of all axes, one after another. Positions ``[3, tokens, 1]`` have a row for each token and axis."""
 
-    def _make_args(self, length: int, align: Align, exact: bool) -> RotationArgs:
-        args = super()._make_args(self.tokens, align, exact)
+    def make_args(self, length: int, align: Align, exact: bool) -> RotationArgs:
+        args = super().make_args(self.tokens, align, exact)
         assert args.positions is not None
         return replace(args, positions=args.positions.repeat(1, length // self.tokens, 1), count=length)
 

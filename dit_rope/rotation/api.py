@@ -308,8 +308,9 @@ def _check(
         valid = None
     if valid is None:
         args = _validated(names, xs, table, prefix, suffix, positions, inverse, rounding, inplace, backend, norm)
-        one_pass = norm is not None and rounding is not Rounding.EXACT
-        applied = Norm.of(xs, *norm, _NORM_ROUNDINGS[rounding]) if norm and one_pass else None
+        applied = None
+        if norm is not None and rounding is not Rounding.EXACT:
+            applied = Norm.of(xs, *norm, _NORM_ROUNDINGS[rounding])
         choice = remembered_choice(xs, args, applied, backend)
         if in_level() or in_mode():  # their tensors and choice are not valid for other calls
             return args, choice

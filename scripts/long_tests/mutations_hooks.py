@@ -243,8 +243,8 @@ _HANDED_OVER = (
     fault(
         "dual-numbers-lose-their-tangents",
         "hooks/attention",
-        'is_compiling() or in_transform():\n            return unpatched_method(self, "__call__")',
-        'is_compiling():\n            return unpatched_method(self, "__call__")',
+        'if compiling or in_transform():\n            return unpatched_method(self, "__call__")',
+        'if compiling:\n            return unpatched_method(self, "__call__")',
         ("tests/hooks/test_fitting_tables.py",),
         "dual_numbers",
     ),

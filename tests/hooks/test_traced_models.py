@@ -262,6 +262,37 @@ def test_a_hook_on_a_norm_runs() -> None:
         assert all_equal(run(example, torch.compile(model, backend="eager", fullgraph=True)), expected)
 
 
+def test_a_pre_hook_on_a_norm_runs() -> None:
+    example = named("flux")
+    model: Any = example.build(BF16)
+    model.transformer_blocks[0].attn.norm_k.register_forward_pre_hook(lambda module, args: (args[0] * 2 + 1,))
+    with dit_rope.patch(model, rounding=Rounding.MODEL, compiled=True):
+        expected = run(example, model)
+        assert all_equal(run(example, torch.compile(model, backend="eager", fullgraph=True)), expected)
+
+
+def test_a_norm_that_is_compiled_itself_runs() -> None:
+    example = named("wan")
+    model: Any = example.build(BF16)
+    for block in model.blocks:
+        block.attn1.norm_q.compile(backend="eager")
+    with dit_rope.patch(model, rounding=Rounding.MODEL, compiled=True):
+        expected = run(example, model)
+        assert all_equal(run(example, torch.compile(model, backend="eager", fullgraph=True)), expected)
+
+
+def test_a_backward_hook_on_a_norm_sees_its_gradient() -> None:
+    example = named("wan")
+    model: Any = example.build()
+    seen: list[torch.Tensor] = []
+    model.blocks[0].attn1.norm_q.register_full_backward_hook(lambda module, into, out: seen.append(out[0]))
+    with dit_rope.patch(model, rounding=Rounding.MODEL, compiled=True):
+        for call in (model, torch.compile(model, backend="aot_eager")):
+            sum(output.square().sum() for output in tensors(example.forward(call, torch.float32))).backward()
+    assert len(seen) == 2
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-5)
+
+
 def test_autocast_rounds_as_the_model() -> None:
     example = named("wan")
     model = example.build(torch.float32)
